@@ -1,0 +1,140 @@
+"""Measures the loss of a language model on text: ``python evaluate.py --help``."""
+
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from flax import nnx
+from generate import SHIPPED, describe, read_tokenizer
+from jax import Array
+from model import Decoder, load
+from rich.console import Console
+from rich.progress import track
+from tokenizers import Tokenizer
+
+
+class Loss(NamedTuple):
+    """Mean loss over all predicted tokens."""
+
+    nats_per_token: float
+    bits_per_byte: float
+    tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.nats_per_token:.4f} nats per token, "
+            f"{self.bits_per_byte:.4f} bits per byte over {self.tokens} tokens"
+        )
+
+
+def evaluate(
+    model: Decoder, tokenizer: Tokenizer, ids: np.ndarray, batch: int = 8
+) -> Loss:
+    """Loss of predicting ``ids[:, 1:]``, each row by itself.
+
+    Args:
+      model: The model.
+      tokenizer: Its tokenizer, for the bytes of the predicted tokens.
+      ids: Integer token ids ``[sequences, t + 1]``.
+      batch: Sequences computed at a time.
+
+    Returns:
+      The mean loss.
+
+    Raises:
+      ValueError: If ``ids`` has no token to predict or holds ids beyond the vocabulary.
+    """
+    if ids.ndim != 2 or ids.shape[1] < 2 or not len(ids):
+        raise ValueError(f"ids.shape={ids.shape} must be [sequences, 2 or more].")
+    if ids.shape[1] - 1 > model.config.max_length:
+        raise ValueError(
+            f"ids.shape={ids.shape} exceeds {model.config.max_length} positions."
+        )
+    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+        raise ValueError(
+            f"ids from {ids.min()} to {ids.max()} must lie below the vocabulary of "
+            f"{model.config.vocab_size}."
+        )
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def nats(state: nnx.State, ids: Array) -> Array:
+        logits = nnx.merge(graph, state)(ids[:, :-1])
+        target = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
+        return (jax.nn.logsumexp(logits, axis=-1) - target).sum(-1)
+
+    # The last batch is filled up with rows that do not count: one shape compiles.
+    starts = range(0, len(ids), batch)
+    console = Console(stderr=True)
+    total = 0.0
+    for start in track(
+        starts, "loss", console=console, transient=True, disable=not console.is_terminal
+    ):
+        rows = ids[start : start + batch]
+        padded = np.resize(rows, (batch, ids.shape[1])).astype(np.int32)
+        total += float(np.asarray(nats(state, padded), np.float64)[: len(rows)].sum())
+    tokens = ids[:, 1:].size
+    predicted = [
+        tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in ids[:, 1:]
+    ]
+    size = sum(len(text.encode()) for text in predicted)
+    return Loss(total / tokens, total / math.log(2) / size, tokens)
+
+
+def read_ids(path: Path) -> np.ndarray:
+    """Reads token ids ``[sequences, t + 1]`` from .npy or the key ``ids`` of .npz."""
+    loaded = np.load(path, allow_pickle=False)
+    ids = loaded if isinstance(loaded, np.ndarray) else loaded["ids"]
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"{path}: ids have dtype {ids.dtype}; they must be integers.")
+    return ids
+
+
+def encode_text(path: Path, tokenizer: Tokenizer, context: int) -> np.ndarray:
+    """Cuts a text into rows of ``context + 1`` ids, one shared; what is left over goes.
+
+    Raises:
+      ValueError: If the text is shorter than one row.
+    """
+    ids = np.array(tokenizer.encode(path.read_text()).ids)
+    rows = (len(ids) - 1) // context
+    if rows < 1:
+        raise ValueError(
+            f"{path}: {len(ids)} tokens do not fill a row of {context + 1}."
+        )
+    return np.stack([ids[i * context : (i + 1) * context + 1] for i in range(rows)])
+
+
+def main(
+    source: Annotated[
+        Path, typer.Argument(help="A text file, or ids in .npy or .npz.")
+    ],
+    model: Annotated[
+        Path, typer.Option(help="Hugging Face directory; default: the shipped model.")
+    ] = SHIPPED,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of text a row.")] = 256,
+    batch: Annotated[int, typer.Option(min=1, help="Rows computed at a time.")] = 8,
+) -> None:
+    """Prints nats per token and bits per byte of a model on SOURCE.
+
+    Example: python evaluate.py my_module.py --model path/to/model
+    """
+    try:
+        tokenizer = read_tokenizer(model)
+        is_ids = source.suffix in (".npy", ".npz")
+        ids = read_ids(source) if is_ids else encode_text(source, tokenizer, context)
+        decoder = load(model)
+        print(describe(decoder, model), file=sys.stderr)
+        print(evaluate(decoder, tokenizer, ids, batch))
+    except (ValueError, KeyError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

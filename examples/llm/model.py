@@ -1,0 +1,328 @@
+"""A decoder-only language model over quantized weights: Llama, Mistral, Qwen2, Qwen3.
+
+Read it from top to bottom: the configuration, the layers, the decoder, and `load`,
+which turns a Hugging Face directory into a model. Weights are whatever the checkpoint
+holds, packed matrices as `qjax.QTensor`; activations are ``dtype``, logits float32.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+from jax.typing import DTypeLike
+
+import qjax
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """The part of config.json that the decoder needs."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_length: int
+    norm_eps: float
+    frequencies: tuple[float, ...]  # of the rotary embedding, [head_dim / 2]
+    windows: tuple[int | None, ...]  # positions that each layer looks back on
+    tied: bool  # the output matrix is the embedding
+
+    @classmethod
+    def from_json(cls, config: Mapping[str, Any]) -> "Config":
+        """Reads a config.json as transformers 4 or 5 writes it.
+
+        Raises:
+          ValueError: If the architecture or one of its options is not supported.
+        """
+        kind = config.get("model_type")
+        if kind not in MODEL_TYPES:
+            raise ValueError(f"model_type={kind!r} must be one of {MODEL_TYPES}.")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act={config['hidden_act']!r} must be 'silu'.")
+        heads, hidden = config["num_attention_heads"], config["hidden_size"]
+        head_dim = config.get("head_dim") or hidden // heads
+        return cls(
+            vocab_size=config["vocab_size"],
+            hidden_size=hidden,
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=head_dim,
+            max_length=config["max_position_embeddings"],
+            norm_eps=config["rms_norm_eps"],
+            frequencies=tuple(rope_frequencies(config, head_dim).tolist()),
+            windows=attention_windows(config),
+            tied=config.get("tie_word_embeddings", False),
+        )
+
+
+def rope_frequencies(config: Mapping[str, Any], head_dim: int) -> np.ndarray:
+    """Angle per position of each pair of channels, ``[head_dim / 2]``."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    inverse = 1 / theta ** (np.arange(0, head_dim, 2) / head_dim)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return inverse
+    if kind == "linear":
+        return inverse / rope["factor"]
+    if kind != "llama3":
+        raise ValueError(f"rope_type={kind!r} must be default, linear or llama3.")
+    # Long wavelengths are stretched, short ones kept, those between are blended.
+    turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    keep = np.clip((turns - low) / (high - low), 0, 1)
+    return keep * inverse + (1 - keep) * inverse / rope["factor"]
+
+
+def attention_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """How many positions, its own included, each layer attends to; None for all."""
+    layers, window = config["num_hidden_layers"], config.get("sliding_window")
+    if not config.get("use_sliding_window", True):
+        window = None
+    if kinds := config.get("layer_types"):
+        sliding = [kind == "sliding_attention" for kind in kinds]
+    else:
+        # Only Qwen has the field; its first layers attend to everything.
+        first = config.get("max_window_layers", 0)
+        sliding = [i >= first for i in range(layers)]
+    return tuple(window if slides else None for slides in sliding)
+
+
+class Cache(NamedTuple):
+    """Keys and values of the positions seen so far.
+
+    One array ``[b, s, kv_heads, head_dim]`` a layer, so that a step which owns the
+    cache writes its position in place.
+    """
+
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
+    length: Array  # int32 scalar
+
+    @classmethod
+    def empty(cls, config: Config, batch: int, size: int, dtype: DTypeLike) -> "Cache":
+        """A cache for ``size`` positions."""
+        shape = (batch, size, config.num_kv_heads, config.head_dim)
+        layers = range(config.num_layers)
+        keys = tuple(jnp.zeros(shape, dtype) for _ in layers)
+        values = tuple(jnp.zeros(shape, dtype) for _ in layers)
+        return cls(keys, values, jnp.int32(0))
+
+
+class Dense(nnx.Module):
+    """A matrix that the checkpoint left dense, ``[n, k]`` as Hugging Face stores it."""
+
+    def __init__(self, weight: Array, bias: Array | None, dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.dtype = dtype
+
+    def __call__(self, x: Array) -> Array:
+        weight = self.weight[...].astype(self.dtype)
+        y = jnp.einsum("...k,nk->...n", x, weight, precision="highest")
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class Norm(nnx.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, weight: Array, eps: float) -> None:
+        self.weight = nnx.Param(weight)
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.eps)
+        weight = self.weight[...].astype(jnp.float32)
+        return (wide * scale * weight).astype(x.dtype)
+
+
+class Weights:
+    """Named tensors of a checkpoint, each to be taken once."""
+
+    def __init__(self, tensors: dict[str, Any], config: Config, dtype: DTypeLike):
+        self.tensors, self.config, self.dtype = tensors, config, dtype
+
+    def take(self, name: str) -> Any:
+        if name not in self.tensors:
+            raise ValueError(f"the checkpoint has no tensor {name!r}.")
+        return self.tensors.pop(name)
+
+    def linear(self, name: str) -> nnx.Module:
+        """The linear layer ``name``, quantized or not, with its bias if it has one."""
+        bias = self.tensors.pop(f"{name}.bias", None)
+        if name in self.tensors:
+            kernel = self.take(name)
+            return qjax.layers.nnx.Linear.from_qtensor(kernel, bias, dtype=self.dtype)
+        return Dense(self.take(f"{name}.weight"), bias, self.dtype)
+
+    def norm(self, name: str) -> Norm:
+        return Norm(self.take(f"{name}.weight"), self.config.norm_eps)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, weights: Weights, name: str, window: int | None) -> None:
+        self.config, self.window = weights.config, window
+        self.q_proj = weights.linear(f"{name}.q_proj")
+        self.k_proj = weights.linear(f"{name}.k_proj")
+        self.v_proj = weights.linear(f"{name}.v_proj")
+        self.o_proj = weights.linear(f"{name}.o_proj")
+        has_norms = f"{name}.q_norm.weight" in weights.tensors  # Qwen3
+        self.q_norm = weights.norm(f"{name}.q_norm") if has_norms else None
+        self.k_norm = weights.norm(f"{name}.k_norm") if has_norms else None
+
+    def __call__(
+        self, x: Array, keys: Array, values: Array, start: Array
+    ) -> tuple[Array, Array, Array]:
+        """Attends ``x[b, t]`` to the cache and to itself.
+
+        Args:
+          x: ``[b, t, hidden]`` inputs at positions ``start .. start + t - 1``.
+          keys: ``[b, s, kv_heads, head_dim]`` cache, filled up to ``start``.
+          values: Like ``keys``.
+          start: Number of positions in the cache.
+
+        Returns:
+          Output ``[b, t, hidden]`` and the cache with the new positions.
+        """
+        (b, t, _), c = x.shape, self.config
+        q = self.q_proj(x).reshape(b, t, c.num_heads, c.head_dim)
+        k = self.k_proj(x).reshape(b, t, c.num_kv_heads, c.head_dim)
+        v = self.v_proj(x).reshape(b, t, c.num_kv_heads, c.head_dim)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        positions = start + jnp.arange(t)
+        q, k = rotate(q, positions, c.frequencies), rotate(k, positions, c.frequencies)
+        keys = jax.lax.dynamic_update_slice(keys, k, (0, start, 0, 0))
+        values = jax.lax.dynamic_update_slice(values, v, (0, start, 0, 0))
+
+        q = q.reshape(b, t, c.num_kv_heads, -1, c.head_dim)
+        score = jnp.einsum("bthgd,bshd->bhgts", q, keys, precision="highest")
+        score = score.astype(jnp.float32) / math.sqrt(c.head_dim)
+        distance = positions[:, None] - jnp.arange(keys.shape[1])
+        seen = distance >= 0
+        if self.window is not None:
+            seen &= distance < self.window
+        probability = jax.nn.softmax(jnp.where(seen, score, -jnp.inf)).astype(x.dtype)
+        y = jnp.einsum("bhgts,bshd->bthgd", probability, values, precision="highest")
+        return self.o_proj(y.reshape(b, t, -1)), keys, values
+
+
+def rotate(x: Array, positions: Array, frequencies: tuple[float, ...]) -> Array:
+    """Turns channel pairs (i, i + dim / 2) of ``x[b, t, heads, dim]`` by position."""
+    angle = positions[:, None].astype(jnp.float32) * jnp.array(frequencies)
+    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward layer."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.gate_proj = weights.linear(f"{name}.gate_proj")
+        self.up_proj = weights.linear(f"{name}.up_proj")
+        self.down_proj = weights.linear(f"{name}.down_proj")
+
+    def __call__(self, x: Array) -> Array:
+        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """Attention and feed-forward, each behind a norm and beside a residual."""
+
+    def __init__(self, weights: Weights, name: str, window: int | None) -> None:
+        self.input_layernorm = weights.norm(f"{name}.input_layernorm")
+        self.self_attn = Attention(weights, f"{name}.self_attn", window)
+        self.post_attention_layernorm = weights.norm(f"{name}.post_attention_layernorm")
+        self.mlp = MLP(weights, f"{name}.mlp")
+
+    def __call__(
+        self, x: Array, keys: Array, values: Array, start: Array
+    ) -> tuple[Array, Array, Array]:
+        attended, keys, values = self.self_attn(
+            self.input_layernorm(x), keys, values, start
+        )
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+
+
+class Decoder(nnx.Module):
+    """Token ids in, logits out."""
+
+    def __init__(self, weights: Weights) -> None:
+        self.config = config = weights.config
+        self.dtype = weights.dtype
+        self.embed_tokens = nnx.Param(weights.take("model.embed_tokens.weight"))
+        self.layers = nnx.List(
+            Block(weights, f"model.layers.{i}", window)
+            for i, window in enumerate(config.windows)
+        )
+        self.norm = weights.norm("model.norm")
+        self.lm_head = None if config.tied else weights.linear("lm_head")
+
+    def __call__(self, ids: Array) -> Array:
+        """Computes float32 logits ``[b, t, vocab]`` of sequences ``ids[b, t]``."""
+        cache = Cache.empty(self.config, *ids.shape, self.dtype)
+        return self.logits(self.forward(ids, cache)[0])
+
+    def forward(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
+        """Runs ``ids[b, t]`` after what the cache holds: last hidden states, cache."""
+        x = jnp.take(self.embed_tokens[...], ids, axis=0).astype(self.dtype)
+        keys, values = list(cache.keys), list(cache.values)
+        for i, layer in enumerate(self.layers):
+            x, keys[i], values[i] = layer(x, keys[i], values[i], cache.length)
+        length = cache.length + ids.shape[1]
+        return self.norm(x), Cache(tuple(keys), tuple(values), length)
+
+    def logits(self, hidden: Array) -> Array:
+        """Scores of the next token, in float32."""
+        if self.lm_head is not None:
+            return self.lm_head(hidden).astype(jnp.float32)
+        embedding = self.embed_tokens[...].astype(self.dtype)
+        scores = jnp.einsum("...k,nk->...n", hidden, embedding, precision="highest")
+        return scores.astype(jnp.float32)
+
+
+def load(path: str | Path, dtype: DTypeLike = jnp.float32) -> Decoder:
+    """Loads a model from a Hugging Face directory.
+
+    Args:
+      path: Directory with config.json and safetensors, quantized or not.
+      dtype: Dtype of the activations.
+
+    Returns:
+      The model; ``model(ids[b, t])`` gives logits ``[b, t, vocab]`` in float32.
+
+    Raises:
+      ValueError: If the architecture is not supported, or tensors are missing or left
+        over.
+    """
+    try:
+        config = Config.from_json(qjax.checkpoints.read_config(path))
+    except KeyError as error:
+        raise ValueError(f"{path}: config.json lacks {error}.") from None
+    weights = Weights(qjax.checkpoints.load(path), config, dtype)
+    if config.tied:
+        weights.tensors.pop("lm_head.weight", None)
+    model = Decoder(weights)
+    if weights.tensors:
+        raise ValueError(
+            f"{path}: the model has no place for {sorted(weights.tensors)}."
+        )
+    return model

@@ -1,0 +1,72 @@
+"""Checkpoint directories as Hugging Face hosts them: safetensors and JSON files.
+
+`load` reads one, dense or quantized in a format of `qjax.formats.FORMATS`, without
+PyTorch and without pickles. A directory is data from elsewhere: all of its headers are
+checked against each other and against the format before any weight is read.
+"""
+
+import os
+from pathlib import Path
+
+import jax
+from jaxtyping import Array
+
+from qjax import ops
+from qjax.checkpoints import modules, progress, shards
+from qjax.checkpoints.config import read_config
+from qjax.tensor import QTensor
+
+__all__ = ["load", "read_config"]
+
+
+def load(
+    path: str | os.PathLike[str], *, prepare: bool = True
+) -> dict[str, QTensor | Array]:
+    """Loads the weights of a checkpoint directory.
+
+    Matrices are read one by one, so that host memory holds the model and a few times
+    its largest matrix.
+
+    Args:
+      path: The directory: ``config.json`` beside ``model.safetensors``, or beside the
+        shards that ``model.safetensors.index.json`` lists. Quantization is described by
+        ``quantization_config`` in ``config.json``, or by AutoGPTQ's
+        ``quantize_config.json``.
+      prepare: Whether `qjax.prepare` gives each matrix the form that this device
+        multiplies fastest. False keeps the layout of the file, which `qjax.formats`
+        writes back bit for bit.
+
+    Returns:
+      Quantized matrices, ``[k, n]``, under the paths of their modules
+      ("model.layers.0.mlp.up_proj"). Every other tensor as an array under its full name
+      ("model.layers.0.mlp.up_proj.bias", "model.norm.weight"), with the dtype and the
+      orientation of the file: a dense ``weight`` is ``[n, k]``.
+
+    Raises:
+      FileNotFoundError: If the directory, a JSON file or a shard is missing.
+      ValueError: If anything in the directory is not sound, or is not what the
+        quantization says, with the file and the tensor. Nothing is returned of a
+        checkpoint of which only a part is sound.
+
+    Example:
+      >>> weights = load("examples/llm/checkpoint")
+      >>> (
+      ...     weights["model.layers.0.mlp.up_proj"].shape,
+      ...     weights["model.norm.weight"].shape,
+      ... )
+      ((256, 640), (256,))
+    """
+    config = read_config(path)
+    directory = Path(path)
+    parts = modules.arrange(directory, config, shards.scan(directory))
+    weights: dict[str, QTensor | Array] = {}
+    with progress.bar(sum(part.nbytes for part in parts.values())) as advance:
+        for name, part in parts.items():
+            weight = jax.device_put(part.read())
+            # JAX works in the background: without waiting, the next matrices would be
+            # read while buffers of this one are still alive.
+            weights[name] = jax.block_until_ready(
+                ops.prepare(weight) if prepare else weight
+            )
+            advance(part.nbytes)
+    return weights

@@ -1,0 +1,179 @@
+"""Which tensors of a checkpoint make a quantized matrix, and which stand alone."""
+
+import dataclasses
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+
+from qjax.checkpoints.config import read_object
+from qjax.checkpoints.shards import Stored
+from qjax.formats import FORMATS
+from qjax.tensor import QTensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Matrix:
+    """A quantized matrix in files, of which only the headers have been read.
+
+    Attributes:
+      name: Path of the module.
+      tensors: Its tensors by their names below the module.
+      format: The module of `FORMATS` that reads it.
+      config: That format's ``Config`` for this module.
+    """
+
+    name: str
+    tensors: Mapping[str, Stored]
+    format: types.ModuleType
+    config: Any
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the files."""
+        return sum(stored.nbytes for stored in self.tensors.values())
+
+    def check(self) -> None:
+        """Checks names, dtypes and shapes against the format."""
+        try:
+            self.format.check(self.tensors, self.config)
+        except ValueError as error:
+            raise self._fault(error) from None
+
+    def read(self) -> QTensor:
+        """Reads the matrix in the layout of the file."""
+        arrays = {name: stored.read() for name, stored in self.tensors.items()}
+        try:
+            return self.format.from_tensors(arrays, self.config)
+        except ValueError as error:
+            raise self._fault(error) from None
+
+    def _fault(self, error: ValueError) -> ValueError:
+        files = sorted({str(stored.file) for stored in self.tensors.values()})
+        return ValueError(f"{', '.join(files)}: {self.name}: {error}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantization:
+    """How a checkpoint is quantized.
+
+    Attributes:
+      source: The file that says so.
+      format: The module of `FORMATS` that reads it.
+      config: That format's ``Config``.
+    """
+
+    source: Path
+    format: types.ModuleType
+    config: Any
+
+    def of(self, module: str, tensors: Mapping[str, Stored]) -> Matrix:
+        """Builds and checks the matrix of one module."""
+        stored = next(iter(tensors.values()))
+        try:
+            config = self.config.of(module)
+        except ValueError as error:
+            raise ValueError(f"{self.source}: {module}: {error}") from None
+        if config is None:
+            raise ValueError(
+                f"{stored.file}: {stored.name} is quantized, but {self.source} leaves "
+                f"{module} dense: {module}.weight was expected."
+            )
+        matrix = Matrix(name=module, tensors=tensors, format=self.format, config=config)
+        matrix.check()
+        return matrix
+
+
+def arrange(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]
+) -> dict[str, Matrix | Stored]:
+    """Groups the tensors of a checkpoint into matrices and checks all of them.
+
+    Args:
+      directory: Where ``quantize_config.json`` may be.
+      config: The parsed ``config.json``.
+      tensors: All tensors by name.
+
+    Returns:
+      Matrices under the paths of their modules, other tensors under their names.
+
+    Raises:
+      ValueError: If the tensors are not what the quantization says, with file and name.
+    """
+    quantization = _quantization(directory, config, tensors)
+    if quantization is None:
+        return _plain(tensors)
+    groups: dict[str, dict[str, Stored]] = {}
+    rest: dict[str, Stored] = {}
+    for name, stored in tensors.items():
+        module, _, last = name.rpartition(".")
+        if module and last in quantization.format.TENSORS:
+            groups.setdefault(module, {})[last] = stored
+        else:
+            rest[name] = stored
+    if not groups:
+        raise ValueError(
+            f"{quantization.source} says that the weights are quantized, but no tensor "
+            "is; remove quantization_config if they are dense."
+        )
+    arranged = _plain(rest)
+    for module, group in groups.items():
+        for dense in {module, f"{module}.weight"} & rest.keys():
+            stored = next(iter(group.values()))
+            raise ValueError(
+                f"{stored.file}: {module} is quantized, as there is {stored.name}, and "
+                f"dense, as there is {dense}; it must be one of them."
+            )
+        arranged[module] = quantization.of(module, group)
+    return arranged
+
+
+def _quantization(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]
+) -> Quantization | None:
+    source, entry = _entry(directory, config, tensors)
+    if entry is None:
+        return None
+    method = entry.get("quant_method")
+    if not isinstance(method, str) or method not in FORMATS:
+        raise ValueError(
+            f"{source}: quant_method={method!r} is not supported; it must be one of "
+            f"{list(FORMATS)}."
+        )
+    try:
+        parsed = FORMATS[method].Config.from_json(entry)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    return Quantization(source=source, format=FORMATS[method], config=parsed)
+
+
+def _entry(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]
+) -> tuple[Path, Mapping[str, Any] | None]:
+    """Returns the JSON object that describes the quantization, if any, and its file."""
+    source, entry = directory / "config.json", config.get("quantization_config")
+    names = {name for format_ in FORMATS.values() for name in format_.TENSORS}
+    packed = [name for name in tensors if name.rpartition(".")[2] in names]
+    if entry is not None or not packed:
+        return source, entry
+    # AutoGPTQ kept it here, at first without the name of the method.
+    source = directory / "quantize_config.json"
+    if not source.is_file():
+        stored = tensors[packed[0]]
+        raise ValueError(
+            f"{stored.file}: {stored.name} is quantized, but config.json has no "
+            "quantization_config, and there is no quantize_config.json."
+        )
+    return source, {"quant_method": "gptq"} | read_object(source)
+
+
+def _plain(tensors: Mapping[str, Stored]) -> dict[str, Matrix | Stored]:
+    for stored in tensors.values():
+        if stored.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+            raise ValueError(
+                f"{stored.file}: {stored.name}.dtype={stored.dtype} must be float16, "
+                "bfloat16 or float32; cast it, or remove it if it is no weight."
+            )
+    return dict(tensors)

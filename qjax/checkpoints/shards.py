@@ -1,0 +1,171 @@
+"""The tensors of a directory's safetensors files: listed first, read one by one."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+
+from qjax.checkpoints.config import parse_object, read_object
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {
+    "F16": jnp.float16,
+    "BF16": jnp.bfloat16,
+    "F32": jnp.float32,
+    "F64": jnp.float64,
+    "I8": jnp.int8,
+    "I16": jnp.int16,
+    "I32": jnp.int32,
+    "I64": jnp.int64,
+    "U8": jnp.uint8,
+    "U16": jnp.uint16,
+    "U32": jnp.uint32,
+    "U64": jnp.uint64,
+    "BOOL": jnp.bool_,
+    "F8_E4M3": jnp.float8_e4m3fn,
+    "F8_E5M2": jnp.float8_e5m2,
+    "F8_E8M0": jnp.float8_e8m0fnu,
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Stored:
+    """A tensor in a file, of which only the header has been read.
+
+    Attributes:
+      file: The file.
+      offset: Where its bytes begin.
+      name: Its name there.
+      shape: Its shape.
+      dtype: Its dtype.
+    """
+
+    file: Path
+    offset: int
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        """Reads the tensor into memory of its own.
+
+        The pages of a memory map, which safetensors would give, stay resident once they
+        are touched.
+        """
+        data = np.fromfile(self.file, np.uint8, self.nbytes, offset=self.offset)
+        if data.size != self.nbytes:
+            raise ValueError(
+                f"{self.file}: {self.name} has {data.size} of {self.nbytes} bytes; the "
+                "file was cut while it was loaded."
+            )
+        return data.view(self.dtype).reshape(self.shape)
+
+
+def scan(directory: Path) -> dict[str, Stored]:
+    """Lists the tensors of a directory from the headers of its files.
+
+    Args:
+      directory: Holds ``model.safetensors``, or the shards that
+        ``model.safetensors.index.json`` lists. Where both are there, the first counts,
+        as it does for transformers.
+
+    Returns:
+      The tensors by name.
+
+    Raises:
+      FileNotFoundError: If there is neither file, or a shard is missing.
+      ValueError: If a header is not sound, a name is a path, or index and shards
+        disagree.
+    """
+    files = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    if SINGLE in files:
+        return _header(directory / SINGLE)
+    if INDEX not in files:
+        weights = [name for name in files if name.endswith((".safetensors", ".bin"))]
+        raise FileNotFoundError(
+            f"{directory} has neither {SINGLE} nor {INDEX}, and qjax reads no other "
+            f"weights; convert or rename {weights or 'yours'}."
+        )
+    index = directory / INDEX
+    by_shard = _shards(index)
+    for shard, names in by_shard.items():
+        if shard not in files:
+            raise FileNotFoundError(
+                f"{directory / shard} is missing; {INDEX} lists it for {names[0]!r} "
+                f"and {len(names) - 1} more."
+            )
+    tensors: dict[str, Stored] = {}
+    for shard, names in by_shard.items():
+        held = _header(directory / shard)
+        for name in held.keys() & tensors.keys():
+            raise ValueError(f"{name!r} is in {tensors[name].file} and in {shard}.")
+        for name in held.keys() ^ set(names):
+            side = "does not list" if name in held else "lists, but the shard has not,"
+            raise ValueError(f"{directory / shard}: {INDEX} {side} {name!r}.")
+        tensors |= held
+    return tensors
+
+
+def _header(file: Path) -> dict[str, Stored]:
+    try:
+        # Bounds the header, and checks that the tensors cover the file with no overlap.
+        with safetensors.safe_open(file, framework="numpy"):
+            pass
+    except safetensors.SafetensorError as error:
+        raise ValueError(
+            f"{file} is not a sound safetensors file: {error}. Download it again."
+        ) from None
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = parse_object(stream.read(length), file)
+    header.pop("__metadata__", None)
+    return {name: _stored(file, 8 + length, name, header[name]) for name in header}
+
+
+def _stored(file: Path, begin: int, name: str, entry: object) -> Stored:
+    # A dotted path of modules: no separators and no empty parts, so no "..".
+    if not name.isprintable() or "/" in name or "\\" in name or "" in name.split("."):
+        raise ValueError(f"{file}: {name!r} is not the name of a tensor.")
+    match entry:
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, _]}:
+            if dtype in DTYPES:
+                return Stored(
+                    file=file,
+                    offset=begin + start,
+                    name=name,
+                    shape=tuple(shape),
+                    dtype=jnp.dtype(DTYPES[dtype]),
+                )
+    known = ", ".join(DTYPES)
+    raise ValueError(f"{file}: {name}: {entry} must have one of the dtypes {known}.")
+
+
+def _shards(index: Path) -> dict[str, list[str]]:
+    """Names of the tensors that an index lists, by shard."""
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: weight_map must map names of tensors to files.")
+    by_shard: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        if (
+            not isinstance(shard, str)
+            or not shard.isprintable()
+            or not shard.endswith(".safetensors")
+            or "/" in shard
+            or "\\" in shard
+        ):
+            raise ValueError(
+                f"{index}: weight_map[{name!r}]={shard!r} must name a .safetensors "
+                "file beside it."
+            )
+        by_shard.setdefault(shard, []).append(name)
+    return by_shard

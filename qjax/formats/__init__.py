@@ -1,0 +1,17 @@
+"""How the quantized-weight world packs: one format a file.
+
+A format module has a `Layout` or two, and for checkpoints
+
+* ``TENSORS``: the upstream's tensor names below a module's path,
+* ``Config.from_json(entry)``, and ``config.of(module)``: None where it stays dense,
+* ``check(tensors, config)``: names, dtypes and shapes, without reading any value,
+* ``from_tensors(tensors, config)`` and ``to_tensors(qt, ...)``.
+"""
+
+import types
+from collections.abc import Mapping
+
+from qjax.formats import gptq
+
+# By the ``quant_method`` of a checkpoint's quantization_config.
+FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType({"gptq": gptq})

@@ -1,0 +1,422 @@
+"""GPTQ: codes as a bit stream along k, zeros as a bit stream along n.
+
+The word ``qweight[i, j]`` of four-bit codes holds eight rows of one column,
+
+    bit 31                                                            bit 0
+    | q[8i+7, j] | q[8i+6, j] | ...  | q[8i+2, j] | q[8i+1, j] | q[8i, j] |
+
+and any width continues in the next word of the same column as `qjax.bits` says; the
+"10 | 1 | 10 | 1 | 10" packing of three bits is exactly that stream. ``qzeros[g, j]``
+holds the stored zeros of group ``g`` in the same way along n. Checkpoint format v1
+("gptq") stores ``zero - 1``, v2 ("gptq_v2") the zero itself. "gptq_p" cuts 3, 5, 6 and
+7 bits into planes of 1, 2 and 4 bits (`Planar`). The weight is ``(q - zero) * scale``,
+rounded once to the dtype of the scales.
+
+Source: AutoGPTQ/AutoGPTQ, auto_gptq/nn_modules/qlinear/qlinear_cuda.py, commit
+9f7d37072917ab3a7545835f23e808294a542153; ModelCloud/GPTQModel,
+gptqmodel/nn_modules/qlinear/__init__.py and gptqmodel/utils/planar_packing.py, commit
+f4c327a17eb3e24524d5a97a3d682e3696ae6a28.
+"""
+
+import dataclasses
+import functools
+import operator
+import re
+import warnings
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Integer, UInt8, UInt32
+
+from qjax import tensor
+from qjax.bits import block, pack_fields, unpack_fields
+from qjax.tensor import Affine, Layout, QTensor, Segment
+
+# Planes of a width as (bits of the plane, its lowest bit of the code), low plane first.
+PLANES = {3: ((2, 0), (1, 2)), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4))}
+PLANES |= {7: ((4, 0), (2, 4), (1, 6))}
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream(Layout):
+    """One bit stream a column, running down k: words uint32 ``[k * bits / 32, n]``."""
+
+    def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt32[Array, "rows n"]:
+        """Packs ``[k, n]`` codes; k must fill whole words."""
+        return pack_fields(codes, bits, axis=0)
+
+    def unpack(self, words: Integer[Array, "rows n"], bits: int) -> UInt8[Array, "k n"]:
+        """Unpacks ``[k * bits / 32, n]`` words."""
+        return unpack_fields(words, bits, axis=0)
+
+    def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
+        """Returns ``(rows * 32 / bits, n)``."""
+        return shape[0] * 32 // bits, shape[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Planar(Layout):
+    """The planes of gptq_p: 32 rows make ``bits`` words a column, 1, 2, 4 bits deep.
+
+    Widths 1, 2, 4 and 8 are a single plane, the same words as `Stream`.
+    """
+
+    def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt32[Array, "rows n"]:
+        """Packs ``[k, n]`` codes; k must be a multiple of 32."""
+        return pack_planes(codes, bits, axis=0)
+
+    def unpack(self, words: Integer[Array, "rows n"], bits: int) -> UInt8[Array, "k n"]:
+        """Unpacks ``[k * bits / 32, n]`` words."""
+        return unpack_planes(words, bits, axis=0)
+
+    def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
+        """Returns ``(rows * 32 / bits, n)``."""
+        return shape[0] * 32 // bits, shape[1]
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "axis"))
+def pack_planes(
+    codes: Integer[Array, "a b"], bits: int, axis: int
+) -> UInt32[Array, "c d"]:
+    """Packs codes plane by plane in blocks of 32 along ``axis`` (0 or 1)."""
+    if bits not in PLANES:
+        return pack_fields(codes, bits, axis)
+    if codes.shape[axis] % 32:
+        raise ValueError(
+            f"codes.shape[{axis}]={codes.shape[axis]} must be a multiple of 32 for "
+            f"planes of {bits}-bit codes; pad codes."
+        )
+    wide = jnp.moveaxis(codes.astype(jnp.uint32), axis, 0)
+    planes = []
+    for width, low in PLANES[bits]:
+        words = pack_fields((wide >> low) & (2**width - 1), width)
+        planes.append(words.reshape(-1, width, *wide.shape[1:]))
+    blocks = jnp.concatenate(planes, axis=1)
+    return jnp.moveaxis(blocks.reshape(-1, *wide.shape[1:]), 0, axis)
+
+
+@functools.partial(jax.jit, static_argnames=("bits", "axis"))
+def unpack_planes(
+    words: Integer[Array, "c d"], bits: int, axis: int
+) -> UInt8[Array, "a b"]:
+    """Inverse of `pack_planes`."""
+    if bits not in PLANES:
+        return unpack_fields(words, bits, axis)
+    if words.shape[axis] % bits:
+        raise ValueError(
+            f"words.shape[{axis}]={words.shape[axis]} must be a multiple of {bits}, "
+            f"the words of 32 planar {bits}-bit codes."
+        )
+    first = jnp.moveaxis(words, axis, 0)
+    blocks = first.reshape(-1, bits, *first.shape[1:])
+    parts, row = [], 0
+    for width, low in PLANES[bits]:
+        plane = blocks[:, row : row + width].reshape(-1, *first.shape[1:])
+        parts.append(unpack_fields(plane, width) << low)
+        row += width
+    return jnp.moveaxis(functools.reduce(operator.or_, parts), 0, axis)
+
+
+Checkpoint = Literal["gptq", "gptq_v2", "gptq_p"]
+TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+_BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gptq_p": tuple(range(2, 9))}
+# GPTQModel turns v2 zeros into v1 by one subtraction on the whole word for these.
+_WORDWISE = (2, 4, 8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a GPTQ ``quantization_config`` says about one module.
+
+    Attributes:
+      bits: Width of a code: 2, 3, 4, 8; with "gptq_p" any from 2 to 8.
+      group_size: Rows that share a scale; None (-1 in the file) for one group a column.
+      checkpoint_format: "gptq" (v1: stored zero + 1), "gptq_v2", or "gptq_p" (planes;
+        the stored zero is the zero, as in v2).
+      wordwise_zeros: The v1 zeros were made by subtracting from whole words, as
+        GPTQModel does for asymmetric weights: a zero of 0 has borrowed from its
+        neighbour. Reading adds to whole words again; the default reads field by field.
+      dynamic: GPTQModel's per-module overrides, ``{"+:regex": {...}, "-:regex": {}}``.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    checkpoint_format: Checkpoint = "gptq"
+    wordwise_zeros: bool = False
+    dynamic: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
+        """Reads the ``quantization_config`` of config.json (or quantize_config.json).
+
+        Args:
+          entry: The parsed JSON object.
+
+        Returns:
+          The configuration of modules without an override.
+
+        Raises:
+          ValueError: If a field is missing, has a wrong type or value, or asks for a
+            variant that this format does not cover.
+        """
+        name = entry.get("checkpoint_format", entry.get("format", "gptq"))
+        if entry.get("is_marlin_format"):
+            raise ValueError(
+                "is_marlin_format=true is a device layout, no GPTQ layout."
+            )
+        if name not in tuple(_BITS):
+            raise ValueError(
+                f"checkpoint_format={name!r} is no GPTQ layout; known: {list(_BITS)}."
+            )
+        if entry.get("pack_dtype", "int32") != "int32":
+            raise ValueError(f"pack_dtype={entry['pack_dtype']!r} must be 'int32'.")
+        bits, group_size = entry.get("bits"), entry.get("group_size", -1)
+        if type(bits) is not int or bits not in _BITS[name]:
+            raise ValueError(
+                f"bits={bits!r} must be one of {_BITS[name]} with "
+                f"checkpoint_format={name!r}."
+            )
+        if type(group_size) is not int or not (group_size == -1 or group_size > 0):
+            raise ValueError(f"group_size={group_size!r} must be positive or -1.")
+        meta = entry.get("meta")
+        writers = meta.get("quantizer") if isinstance(meta, Mapping) else None
+        writers = writers if isinstance(writers, list) else [writers]
+        by_gptqmodel = any(str(writer).startswith("gptqmodel") for writer in writers)
+        dynamic = entry.get("dynamic") or {}
+        if not isinstance(dynamic, Mapping) or not all(
+            isinstance(value, Mapping) for value in dynamic.values()
+        ):
+            raise ValueError(f"dynamic={dynamic!r} must map patterns to objects.")
+        for pattern in dynamic:
+            try:
+                re.compile(_regex(pattern))
+            except (re.error, OverflowError, RecursionError) as error:
+                raise ValueError(
+                    f"dynamic[{pattern!r}] is no pattern: {error}."
+                ) from None
+        return cls(
+            bits=bits,
+            group_size=None if group_size == -1 else group_size,
+            checkpoint_format=name,
+            wordwise_zeros=by_gptqmodel and not entry.get("sym", True),
+            dynamic=tuple((p, tuple(value.items())) for p, value in dynamic.items()),
+        )
+
+    def of(self, module: str) -> "Config | None":
+        """Returns the configuration of one module, or None where it is left dense.
+
+        Args:
+          module: The module's path, such as "model.layers.0.mlp.up_proj".
+        """
+        for pattern, overrides in self.dynamic:
+            if not re.match(_regex(pattern), module):
+                continue
+            if pattern.startswith("-:"):
+                return None
+            base = {"bits": self.bits, "group_size": self.group_size or -1}
+            base |= {k: v for k, v in overrides if k in base}
+            one = Config.from_json(base | {"checkpoint_format": self.checkpoint_format})
+            return dataclasses.replace(one, wordwise_zeros=self.wordwise_zeros)
+        return self
+
+    @property
+    def layout(self) -> Layout:
+        """The layout of ``qweight``."""
+        planar = self.checkpoint_format == "gptq_p" and self.bits in PLANES
+        return Planar() if planar else Stream()
+
+
+def _regex(pattern: str) -> str:
+    """A pattern of ``dynamic`` without its sign."""
+    return pattern.removeprefix("-:").removeprefix("+:")
+
+
+def check(tensors: Mapping[str, Any], config: Config) -> None:
+    """Checks names, dtypes and shapes of one module's tensors, and no values.
+
+    Args:
+      tensors: Arrays or anything with ``shape`` and ``dtype``, by upstream name:
+        ``qweight`` int32 ``[k * bits / 32, n]``, ``qzeros`` int32
+        ``[groups, n * bits / 32]``, ``scales`` float ``[groups, n]``, and optionally
+        ``g_idx`` int32 ``[k]``.
+      config: The module's configuration.
+
+    Raises:
+      ValueError: Naming the tensor, what it has and what it should have.
+    """
+    for name in ("qweight", "qzeros", "scales"):
+        if name not in tensors:
+            raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
+    for name, array in tensors.items():
+        if name not in TENSORS:
+            raise ValueError(f"{name} is not a GPTQ tensor; expected {TENSORS}.")
+        kinds = (jnp.float16, jnp.bfloat16, jnp.float32)
+        kinds = kinds if name == "scales" else (jnp.int32,)
+        if array.dtype not in kinds:
+            wanted = " or ".join(jnp.dtype(kind).name for kind in kinds)
+            raise ValueError(f"{name}.dtype={array.dtype} must be {wanted}.")
+        axes = 1 if name == "g_idx" else 2
+        if len(array.shape) != axes:
+            raise ValueError(f"{name}.shape={array.shape} must have {axes} axes.")
+    codes_per_block, words_per_block = block(config.bits)
+    rows, n = tensors["qweight"].shape
+    if not rows or not n or rows % words_per_block or n % codes_per_block:
+        raise ValueError(
+            f"qweight.shape={(rows, n)} must be [k * {config.bits} / 32, n] with k and "
+            f"n positive multiples of {codes_per_block}."
+        )
+    k = rows * 32 // config.bits
+    groups = 1 if config.group_size is None else -(-k // config.group_size)
+    shapes = {
+        "scales": (groups, n),
+        "qzeros": (groups, n * config.bits // 32),
+        "g_idx": (k,),
+    }
+    for name, shape in shapes.items():
+        if name in tensors and tuple(tensors[name].shape) != shape:
+            raise ValueError(
+                f"{name}.shape={tuple(tensors[name].shape)} must be {shape}, from "
+                f"qweight.shape={(rows, n)}, bits={config.bits} and "
+                f"group_size={config.group_size}."
+            )
+
+
+def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
+    """Reads one quantized matrix.
+
+    Args:
+      tensors: Concrete arrays by upstream name, as `check` lists them.
+      config: The module's configuration.
+
+    Returns:
+      ``[k, n]`` tensor in the file's layout, with uint8 zeros; ``row_group`` holds a
+      ``g_idx`` that is not simply ``row // group_size``.
+
+    Raises:
+      ValueError: As `check`; or if a scale is not finite or a ``g_idx`` out of range.
+
+    Example:
+      >>> import qjax
+      >>> w = qjax.quantize(jnp.eye(64), bits=4, group_size=32)
+      >>> tensors = to_tensors(w, "gptq_v2")
+      >>> config = Config(bits=4, group_size=32, checkpoint_format="gptq_v2")
+      >>> from_tensors(tensors, config)
+      QTensor(64x64, 4 bits, group 32, Stream(), (q - z) * s, float32 scale, 2.625 KiB)
+    """
+    check(tensors, config)
+    scales, groups = np.asarray(tensors["scales"]), tensors["scales"].shape[0]
+    if not np.isfinite(scales.astype(np.float32)).all():
+        raise ValueError("scales must be finite; found NaN or infinity.")
+    segment = Segment(config.bits, config.group_size)
+    row_group = None
+    if "g_idx" in tensors:
+        g_idx = np.asarray(tensors["g_idx"])
+        if g_idx.min() < 0 or g_idx.max() >= groups:
+            raise ValueError(
+                f"g_idx from {g_idx.min()} to {g_idx.max()} must lie in 0 to "
+                f"{groups - 1}, as scales has {groups} groups."
+            )
+        if (g_idx != np.arange(g_idx.size) // (config.group_size or g_idx.size)).any():
+            row_group = jnp.asarray(g_idx)
+    words = jax.lax.bitcast_convert_type(jnp.asarray(tensors["qweight"]), jnp.uint32)
+    return tensor.build(
+        (words,),
+        jnp.asarray(tensors["scales"]),
+        _read_zeros(jnp.asarray(tensors["qzeros"]), config),
+        layout=config.layout,
+        segments=(segment,),
+        row_group=row_group,
+    )
+
+
+def to_tensors(qt: QTensor, checkpoint_format: Checkpoint = "gptq") -> dict[str, Array]:
+    """Writes one quantized matrix under the upstream's names.
+
+    Args:
+      qt: A matrix of one width, with integer zeros or symmetric, groups of rows.
+      checkpoint_format: "gptq" stores zeros minus one (modulo ``2**bits``, each field
+        by itself), "gptq_v2" and "gptq_p" the zeros.
+
+    Returns:
+      ``qweight``, ``qzeros``, ``scales`` and ``g_idx``, rows in the inputs' order.
+
+    Raises:
+      ValueError: If GPTQ cannot hold ``qt``, with the reason.
+    """
+    bits = _holdable(qt, checkpoint_format)
+    config = Config(bits=bits, checkpoint_format=checkpoint_format)
+    group_size, g_idx = qt.segments[0].group_size, qt.row_group
+    if g_idx is None:
+        g_idx = jnp.arange(qt.k, dtype=jnp.int32) // (group_size or qt.k)
+    scale = tensor.plain(qt.scale)
+    if qt.order is None:
+        words = tensor.relayout(qt, config.layout).words[0]
+    else:
+        inverse = jnp.argsort(qt.order)
+        g_idx = g_idx[inverse]
+        words = config.layout.pack(tensor.codes(qt)[inverse], bits)
+    if qt.zero is None:
+        zero = jnp.full(scale.shape, 2 ** (bits - 1), jnp.uint8)
+    else:
+        zero = tensor.plain(qt.zero)
+    if checkpoint_format == "gptq":
+        zero = (zero - 1) & jnp.uint8(2**bits - 1)
+    pack = pack_planes if config.layout == Planar() else pack_fields
+    zeros = pack(zero, bits, axis=1)
+    return {
+        "qweight": jax.lax.bitcast_convert_type(words, jnp.int32),
+        "qzeros": jax.lax.bitcast_convert_type(zeros, jnp.int32),
+        "scales": scale,
+        "g_idx": g_idx,
+    }
+
+
+def _holdable(qt: QTensor, checkpoint_format: Checkpoint) -> int:
+    """Returns the width of the codes, or says why GPTQ cannot hold the tensor."""
+    reason = None
+    if qt.batch:
+        reason = f"it stacks {qt.batch} matrices; write them one by one"
+    elif len(qt.segments) > 1:
+        reason = "its rows have several widths; EXL2 holds those"
+    elif qt.grouping is not tensor.Grouping.ROWS or qt.input_scale is not None:
+        reason = f"it has {qt.grouping.value} groups or an input scale"
+    elif not (
+        (qt.affine is Affine.ZERO and qt.zero.dtype == jnp.uint8)
+        or (qt.affine is Affine.CENTERED and qt.zero is None)
+    ):
+        reason = f"{qt.affine.value} here does not have integer zeros; requantize it"
+    elif qt.segments[0].bits not in _BITS[checkpoint_format]:
+        reason = (
+            f"{qt.segments[0].bits} bits are not among {_BITS[checkpoint_format]} of "
+            f"{checkpoint_format!r}; 'gptq_p' holds 2 to 8"
+        )
+    elif tensor.plain(qt.scale).shape[-1] != qt.n:
+        reason = "columns share scales"
+    elif qt.n % block(qt.segments[0].bits)[0]:
+        reason = f"n={qt.n} does not fill whole words of zeros"
+    if reason:
+        raise ValueError(f"GPTQ cannot hold {qt!r}: {reason}.")
+    return qt.segments[0].bits
+
+
+def _read_zeros(qzeros: Array, config: Config) -> UInt8[Array, "groups n"]:
+    bits, mask = config.bits, jnp.uint8(2**config.bits - 1)
+    unpack = unpack_planes if config.layout == Planar() else unpack_fields
+    if config.checkpoint_format != "gptq":
+        return unpack(qzeros, bits, axis=1)
+    if config.wordwise_zeros and bits in _WORDWISE:
+        ones = sum(1 << shift for shift in range(0, 32, bits))
+        words = jax.lax.bitcast_convert_type(qzeros, jnp.uint32) + jnp.uint32(ones)
+        return unpack(words, bits, axis=1)
+    stored = unpack(qzeros, bits, axis=1)
+    if (stored == mask).any():
+        warnings.warn(
+            "qzeros of GPTQ v1 hold fields of all ones, read as zeros of 0; decoders "
+            "disagree on them (AutoGPTQ may mean 2**bits, and GPTQModel files written "
+            "with sym=False need wordwise_zeros=True).",
+            stacklevel=3,
+        )
+    return (stored + 1) & mask

@@ -1,0 +1,133 @@
+"""What the linen and the nnx layer share: a kernel's start, its checks, its product."""
+
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from jax.nn.initializers import Initializer
+from jaxtyping import Array, DTypeLike, Num
+
+from qjax import ops
+from qjax.bits import block
+from qjax.tensor import QTensor
+
+
+def start(
+    kernel_init: Initializer | None,
+    key: Array | None,
+    shape: tuple[int, int],
+    *,
+    bits: int,
+    group_size: int | None,
+    symmetric: bool,
+    param_dtype: DTypeLike,
+) -> QTensor:
+    """Makes the kernel of a new layer, prepared for this device.
+
+    Args:
+      kernel_init: Draws the dense kernel that is quantized. None: all words and scales
+        are zero, and no dense array exists.
+      key: Key for ``kernel_init``.
+      shape: (in_features, out_features).
+      bits: Width of a code.
+      group_size: Rows that share a scale; None for one group a column.
+      symmetric: Whether no zeros are stored.
+      param_dtype: Dtype of the sample and of the scales.
+
+    Returns:
+      The kernel.
+
+    Raises:
+      ValueError: If the arguments do not fit together.
+    """
+    _check_sizes(shape[0], bits, group_size, param_dtype)
+
+    def pack(kernel: Array) -> QTensor:
+        return ops.prepare(ops.quantize(kernel, bits, group_size, symmetric))
+
+    if kernel_init is None:
+        abstract = jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, param_dtype))
+        return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+    sample = kernel_init(key, shape, param_dtype)
+    if getattr(sample, "shape", None) != shape:
+        raise ValueError(
+            f"kernel_init gave {type(sample).__name__} of shape "
+            f"{getattr(sample, 'shape', None)}; it must give an array of shape {shape}."
+        )
+    return pack(sample)
+
+
+def _check_sizes(
+    in_features: int, bits: int, group_size: int | None, param_dtype: DTypeLike
+) -> None:
+    codes = block(bits)[0]
+    if in_features % codes:
+        raise ValueError(
+            f"in_features={in_features} must be a multiple of {codes}, so that "
+            f"{bits}-bit codes fill whole 32-bit words; choose other bits or pad the "
+            "inputs."
+        )
+    if group_size is not None and (group_size < 1 or in_features % group_size):
+        raise ValueError(
+            f"in_features={in_features} must be a multiple of group_size={group_size}; "
+            "choose one that divides it, or None for one group a column."
+        )
+    if jnp.dtype(param_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(
+            f"param_dtype={jnp.dtype(param_dtype)} must be bfloat16, float16 or float32."
+        )
+
+
+def check_shapes(
+    kernel: QTensor, bias: Array | None, shape: tuple[int, ...] | None = None
+) -> None:
+    """Checks a kernel and its bias against each other and against a layer.
+
+    Args:
+      kernel: ``[*batch, k, n]`` kernel.
+      bias: Its bias, ``[*batch, n]``, or None.
+      shape: The shape that the kernel must have, if any.
+
+    Raises:
+      ValueError: Naming what has the wrong shape, and the right one.
+    """
+    if shape is not None and kernel.shape != shape:
+        hint = ""
+        if kernel.shape[-2:] == shape[:-3:-1]:
+            hint = " It is transposed: kernels are [in_features, out_features]."
+        raise ValueError(
+            f"kernel.shape={kernel.shape} must be {shape}, the layer's own.{hint}"
+        )
+    wanted = (*kernel.batch, kernel.n)
+    if bias is not None and jnp.shape(bias) != wanted:
+        raise ValueError(
+            f"bias.shape={jnp.shape(bias)} must be {wanted}, as kernel.shape="
+            f"{kernel.shape}."
+        )
+
+
+def apply(
+    inputs: Num[Array, "*batch k"],
+    kernel: QTensor,
+    bias: Array | None,
+    *,
+    dtype: DTypeLike | None,
+    implementation: str | None,
+) -> Num[Array, "*batch n"]:
+    """Computes ``inputs @ kernel + bias`` in the dtype that Flax's own layers take.
+
+    Args:
+      inputs: ``[..., k]``.
+      kernel: ``[k, n]``; its scales are not cast.
+      bias: ``[n]`` or None.
+      dtype: Dtype of the computation; None promotes inputs, scales and bias together.
+      implementation: As in `qjax.matmul`.
+
+    Returns:
+      ``[..., n]`` in that dtype.
+    """
+    dtype = canonicalize_dtype(inputs, kernel.scale, bias, dtype=dtype)
+    inputs = jnp.asarray(inputs, dtype)
+    y = ops.matmul(inputs, kernel, implementation=implementation)
+    if bias is None:
+        return y
+    return y + jnp.asarray(bias, dtype).reshape((1,) * (y.ndim - 1) + (-1,))

@@ -1,0 +1,361 @@
+"""Operations on quantized tensors: `matmul`, `quantize`, `prepare`."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float
+
+from qjax import tensor, xla
+from qjax.bits import block
+from qjax.tensor import Affine, Grouping, QTensor, Segment
+
+# Every implementation of the three products that `matmul` and its gradient need. One
+# raises `NotImplementedError` to decline its operands; other errors are the caller's.
+_Table = Mapping[str, Callable[..., Any]]
+IMPLEMENTATIONS: Mapping[str, _Table] = {
+    # x [m, k], w -> x @ W
+    "matmul": {
+        "xla_fused": xla.fused,
+        "xla_tiled": xla.tiled,
+        "xla_dense": xla.dense,
+        "xla_int8": xla.int8,
+    },
+    # dy [m, n], w -> dy @ W.T
+    "matmul_t": {"xla_tiled": xla.tiled_t, "xla_dense": xla.dense_t},
+    # x [m, k], dy [m, n], w -> gradients of the float leaves of w, by name
+    "leaf_grad": {
+        "xla_grouped": xla.grouped_grad,
+        "xla_tiled": xla.tiled_grad,
+        "xla_dense": xla.dense_grad,
+    },
+}
+
+# Up to this many rows the products stay in registers (`xla.fused`).
+_FUSED_ROWS = 3
+# A weight of at most 4 MiB in float32 is formed: it stays in the cache, and one product
+# costs less than a loop over tiles.
+_SMALL = 1024 * 1024
+
+
+def _order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
+    """Names of the implementations to try, best first."""
+    if op == "matmul" and m <= _FUSED_ROWS:
+        return ("xla_fused", "xla_tiled", "xla_dense")
+    if w.k * w.n <= _SMALL:
+        return ("xla_dense",)
+    if op == "leaf_grad":
+        return ("xla_grouped", "xla_tiled", "xla_dense")
+    return ("xla_tiled", "xla_dense")
+
+
+def matmul(
+    x: Float[Array, "*batch k"], w: QTensor, *, implementation: str | None = None
+) -> Float[Array, "*batch n"]:
+    """Computes ``x @ dequantize(w)`` without forming the weight.
+
+    The weight is evaluated in float32 from widened scales and zeros, and the product is
+    accumulated in float32. Differentiable in ``x`` and in the float leaves of ``w``:
+    scale, float zero, codebook and input scale; the cotangents of integer leaves are
+    float0.
+
+    The dense weight is formed only if it has at most 4 MiB in float32, or if the layout
+    or grouping of ``w`` has no native path; the latter warns once. `prepare` gives
+    ``w`` the layout that this device reads natively.
+
+    Args:
+      x: ``[..., k]`` bfloat16, float16 or float32 activations.
+      w: ``[k, n]`` quantized weight. Stacked weights go through `jax.vmap`.
+      implementation: None takes the first of `IMPLEMENTATIONS` that supports the
+        operands. A name takes that one and no other. "xla_int8" rounds the activations
+        to int8 and is never taken unless named.
+
+    Returns:
+      ``[..., n]`` product in the dtype of ``x``.
+
+    Raises:
+      ValueError: If shapes or dtypes do not fit, or the implementation is unknown.
+      NotImplementedError: If the named implementation declines these operands.
+
+    Example:
+      >>> w = quantize(jnp.arange(512.0).reshape(64, 8), bits=4, group_size=32)
+      >>> matmul(jnp.ones((2, 64)), w).shape
+      (2, 8)
+    """
+    _check_operands(x, w, implementation)
+    if w.layout != xla.NATIVE:
+        _warn_once(
+            f"{w.layout!r} is moved to {xla.NATIVE!r} at every call of matmul; "
+            "`qjax.prepare` does it once."
+        )
+    if w.grouping is not Grouping.ROWS:
+        _warn_once(f"Grouping {w.grouping.value!r} makes matmul form the dense weight.")
+    return _apply(x, w, implementation)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _apply(x: Array, w: QTensor, implementation: str | None) -> Array:
+    """Everything around the product of two matrices, one program for eager callers."""
+    with contextlib.suppress(ValueError):  # xla.dense reads any layout.
+        w = tensor.relayout(w, xla.NATIVE)
+    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
+    if w.input_scale is not None:
+        rows = rows * w.input_scale.astype(jnp.float32)[None]
+    if w.order is not None:
+        rows = jnp.take(rows, w.order, axis=1, unique_indices=True)
+    stored = dataclasses.replace(
+        w,
+        scale=tensor.plain(w.scale),
+        zero=tensor.plain(w.zero),
+        order=None,
+        input_scale=None,
+    )
+    y = _matmul(*_vary_together(rows, stored), implementation)
+    return y.reshape(*x.shape[:-1], w.n).astype(x.dtype)
+
+
+# With W[k, n] = f(q[k, n], s, z) and g the cotangent of y = x W:
+#   dx = g W^T,   dW = x^T g,   ds = sum over its group of dW * df/ds, and so for z.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _matmul(x: Array, w: QTensor, implementation: str | None) -> Array:
+    products = (_run("matmul", implementation, xs, part) for xs, part in _parts(x, w))
+    return functools.reduce(jnp.add, products)
+
+
+def _matmul_forward(x: Array, w: QTensor, implementation: str | None) -> tuple:
+    return _matmul(x, w, implementation), (x, w)
+
+
+def _matmul_backward(
+    implementation: str | None, residuals: tuple[Array, QTensor], dy: Array
+) -> tuple[Array, QTensor]:
+    del implementation  # The backward products choose their own.
+    x, w = residuals
+    dx, gradients = [], []
+    for xs, part in _parts(x, w):
+        dx.append(_run("matmul_t", None, dy, part))
+        gradients.append(_run("leaf_grad", None, xs, dy, part))
+    leaves = {
+        name: functools.reduce(jnp.add, group)
+        if name == "codebook" or w.row_group is not None
+        else jnp.concatenate(group)
+        for name in gradients[0]
+        for group in [[gradient[name] for gradient in gradients]]
+    }
+    dw = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), w)
+    cast = {name: leaves[name].astype(getattr(w, name).dtype) for name in leaves}
+    return jnp.concatenate(dx, axis=1), dataclasses.replace(dw, **cast)
+
+
+_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+def _vary_together(*operands: Any) -> tuple[Any, ...]:
+    """Inside `jax.shard_map`, lets all leaves vary over the axes that any varies over.
+
+    The transpose of the cast sums the cotangent of a replicated operand over devices.
+    """
+    varying = lambda leaf: jax.typeof(leaf).manual_axis_type.varying  # noqa: E731
+    axes = set().union(*map(varying, jax.tree.leaves(operands)))
+
+    def cast(leaf: Array) -> Array:
+        missing = tuple(axes - varying(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, operands)
+
+
+def _parts(x: Array, w: QTensor) -> Iterator[tuple[Array, QTensor]]:
+    """Pairs every segment with its columns of x."""
+    ends = itertools.accumulate(w.rows)
+    for end, rows, part in zip(ends, w.rows, tensor.split(w), strict=True):
+        yield x[:, end - rows : end], part
+
+
+def _run(op: str, implementation: str | None, *operands: Any) -> Any:
+    """Runs the named implementation, or the first that does not decline."""
+    if implementation is not None:
+        return IMPLEMENTATIONS[op][implementation](*operands)
+    reasons = []
+    for name in _order(op, operands[0].shape[0], operands[-1]):
+        try:
+            return IMPLEMENTATIONS[op][name](*operands)
+        except NotImplementedError as error:
+            reasons.append(error)
+    raise ExceptionGroup(f"no implementation of {op} takes {operands[-1]!r}", reasons)
+
+
+def _check_operands(x: Array, w: QTensor, implementation: str | None) -> None:
+    if w.batch:
+        raise ValueError(
+            f"w.shape={w.shape} is a stack; map over it: jax.vmap(qjax.matmul)(x, w)."
+        )
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(
+            f"x.dtype={x.dtype} must be bfloat16, float16 or float32; cast x."
+        )
+    if not x.ndim or x.shape[-1] != w.k:
+        raise ValueError(
+            f"x.shape={x.shape} must end in k={w.k}, as w.shape={w.shape} is [k, n]."
+        )
+    if implementation not in (None, *IMPLEMENTATIONS["matmul"]):
+        known = list(IMPLEMENTATIONS["matmul"])
+        raise ValueError(f"implementation={implementation!r} must be one of {known}.")
+
+
+@functools.lru_cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=3)
+
+
+def quantize(
+    w: Float[Array, "*batch k n"],
+    bits: int = 4,
+    group_size: int | None = 128,
+    symmetric: bool = False,
+    *,
+    scale_dtype: DTypeLike | None = None,
+) -> QTensor:
+    """Quantizes a weight by rounding to nearest, in groups of rows of each column.
+
+    Asymmetric codes cover the range of a group widened to hold 0, so that 0 is exact:
+    ``scale = (max - min) / (2**bits - 1)``, ``zero = round(-min / scale)``. Symmetric
+    ones are ``(q - 2**(bits-1)) * scale`` with ``scale = 2 max|w| / (2**bits - 1)``.
+    The rule is that of GPTQ's quantizer without its error feedback.
+
+    Args:
+      w: ``[k, n]`` weight (``y = x @ w``), or a stack of them; finite.
+      bits: Width of a code, 2 to 8. (A range that holds 0 leaves one bit no sign.)
+      group_size: Rows that share a scale; None for one group a column.
+      symmetric: Whether zero is the middle code, so that none is stored.
+      scale_dtype: Dtype of the scales; None takes the dtype of ``w``.
+
+    Returns:
+      Tensor in the layout that XLA reads natively (`formats.gptq.Stream`).
+
+    Raises:
+      ValueError: If ``w`` has fewer than two axes or is not float, ``bits`` is not 2 to
+        8, or k is not a multiple of ``group_size`` and of whole words.
+
+    Example:
+      >>> quantize(jnp.ones((256, 64)), bits=3, group_size=64, symmetric=True)
+      QTensor(256x64, 3 bits, group 64, Stream(), (q - 2^(bits-1)) * s + z, ...)
+    """
+    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(f"w must be float [..., k, n]; got {w.dtype}{w.shape}.")
+    codes, k = block(bits)[0], w.shape[-2]
+    if bits == 1:
+        raise ValueError("bits=1 cannot be rounded to nearest; pass 2 to 8.")
+    if k % codes:
+        raise ValueError(
+            f"w.shape[-2]={k} must be a multiple of {codes}, so that {bits}-bit codes "
+            "fill whole 32-bit words; pad w with zero rows."
+        )
+    if group_size is not None and (group_size < 1 or k % group_size):
+        raise ValueError(
+            f"w.shape[-2]={k} must be a multiple of group_size={group_size}; choose "
+            "one that divides it, None for one group a column, or pad w."
+        )
+    dtype = jnp.dtype(scale_dtype or w.dtype)
+    if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        raise ValueError(f"scale_dtype={dtype} must be bfloat16, float16 or float32.")
+    return _quantize(w, bits, group_size, symmetric, dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
+def _quantize(
+    w: Array, bits: int, group_size: int | None, symmetric: bool, dtype: jnp.dtype
+) -> QTensor:
+    if w.ndim > 2:
+        return jax.vmap(lambda w: _quantize(w, bits, group_size, symmetric, dtype))(w)
+    k, n = w.shape
+    groups = w.astype(jnp.float32).reshape(-1, group_size or k, n)
+    low = jnp.minimum(groups.min(1), 0)
+    high = jnp.maximum(groups.max(1), 0)
+    top = 2**bits - 1
+    if symmetric:
+        high = jnp.maximum(high, -low)
+        low = -high
+    # Codes are rounded against the scale as it will be stored. A group of zeros, or one
+    # too small for the dtype, takes the smallest normal scale.
+    tiny = jnp.finfo(dtype).smallest_normal
+    scale = jnp.maximum(((high - low) / top).astype(dtype), tiny)
+    step = scale.astype(jnp.float32)
+    zero = jnp.clip(jnp.round(-low / step), 0, top)
+    offset = jnp.full_like(zero, 2 ** (bits - 1)) if symmetric else zero
+    codes = jnp.clip(jnp.round(groups / step[:, None]) + offset[:, None], 0, top)
+    return QTensor(
+        words=(xla.NATIVE.pack(codes.astype(jnp.uint8).reshape(k, n), bits),),
+        scale=scale,
+        zero=None if symmetric else zero.astype(jnp.uint8),
+        layout=xla.NATIVE,
+        segments=(Segment(bits, group_size),),
+        affine=Affine.CENTERED if symmetric else Affine.ZERO,
+    )
+
+
+def prepare(tree: Any) -> Any:
+    """Gives every `QTensor` of a tree the form that this device multiplies fastest.
+
+    The codes move to the native layout, encoded scales and zeros are decoded, and an
+    act-order ``row_group`` whose groups are all full becomes an ``order``: the rows are
+    stored group by group, and ``x`` is gathered instead of the scales. Nothing is
+    requantized; other leaves pass through.
+
+    Args:
+      tree: A `QTensor` or any pytree that holds some. Call it once, at load: it looks
+        at the values of ``row_group`` and so needs concrete arrays.
+
+    Returns:
+      The same tree with prepared tensors. A tensor that no native layout can hold stays
+      as it is.
+
+    Example:
+      >>> w = quantize(jnp.eye(64), bits=3, group_size=32)
+      >>> planar = tensor.relayout(w, qjax.formats.gptq.Planar())
+      >>> prepare({"kernel": planar})["kernel"].layout
+      Stream()
+    """
+    is_qtensor = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: _prepare(leaf) if is_qtensor(leaf) else leaf,
+        tree,
+        is_leaf=is_qtensor,
+    )
+
+
+def _prepare(qt: QTensor) -> QTensor:
+    qt = dataclasses.replace(
+        qt, scale=tensor.plain(qt.scale), zero=tensor.plain(qt.zero)
+    )
+    try:
+        qt = tensor.relayout(qt, xla.NATIVE)
+    except ValueError:
+        return qt
+    if qt.row_group is None or qt.batch or len(qt.segments) > 1:
+        return qt
+    counts = np.bincount(np.asarray(qt.row_group), minlength=qt.scale.shape[-2])
+    size = counts[0]
+    if size % block(qt.segments[0].bits)[0] or (counts != size).any():
+        return qt
+    rows = jnp.argsort(qt.row_group, stable=True).astype(jnp.int32)
+    bits = qt.segments[0].bits
+    return dataclasses.replace(
+        qt,
+        words=(_permute_rows(qt.words[0], rows, bits),),
+        segments=(Segment(bits, int(size)),),
+        row_group=None,
+        order=rows if qt.order is None else qt.order[rows],
+    )
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _permute_rows(words: Array, rows: Array, bits: int) -> Array:
+    return xla.NATIVE.pack(xla.NATIVE.unpack(words, bits)[rows], bits)

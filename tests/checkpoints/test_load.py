@@ -1,0 +1,193 @@
+"""Real and tiny checkpoints against the files' own bytes and PyTorch's numbers."""
+
+import json
+import types
+from pathlib import Path
+
+import chex
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import qjax
+from qjax import checkpoints
+from qjax.formats import gptq
+from tests.checkpoints import tiny
+
+TESTS = Path(__file__).parents[1]
+SHIPPED = TESTS.parent / "examples/llm/checkpoint"
+GPTQ = {
+    "llama_gptq4_g128_actorder": SHIPPED,
+    "llama_gptq3_g64": TESTS / "data/llama_gptq3_g64",
+}
+DENSE = [TESTS / "data/llama_bf16", *sorted(TESTS.glob("reference/*/"))]
+DENSE = [path for path in DENSE if (path / "config.json").exists()]
+
+
+def split(weights):
+    """Matrices and arrays of what `load` returned."""
+    quantized = {k: v for k, v in weights.items() if isinstance(v, qjax.QTensor)}
+    return quantized, {k: v for k, v in weights.items() if k not in quantized}
+
+
+@pytest.mark.parametrize("prepare", [True, False])
+@pytest.mark.parametrize("name", GPTQ)
+def test_gptq_is_what_pytorch_dequantized(name, prepare):
+    reference = np.load(TESTS / "data" / name / "reference.npz")
+    quantized, _ = split(checkpoints.load(GPTQ[name], prepare=prepare))
+    probes = [key for key in reference.files if key.startswith("probe_in/")]
+    assert {key.split("/")[1] for key in probes} == {f"{k}.weight" for k in quantized}
+    for module, w in quantized.items():
+        weight = np.asarray(qjax.dequantize(w, jnp.float32))
+        probe = np.cos(0.37 * np.arange(w.k) ** 1.5) @ weight.astype(np.float64)
+        expected = reference[f"probe_in/{module}.weight"]
+        # The reference is float64 arithmetic on the same float32 weights, stored as
+        # float32: half a unit in the last place is 6e-8 of the largest.
+        assert np.abs(probe - expected).max() <= 1e-6 * np.abs(expected).max(), module
+        if f"rows4/{module}.weight" in reference.files:
+            chex.assert_trees_all_close(
+                weight.T[:4], reference[f"rows4/{module}.weight"], rtol=1e-6, atol=0
+            )
+
+
+@pytest.mark.parametrize("name", GPTQ)
+def test_unprepared_matrices_write_back_bit_for_bit(name):
+    stored = tiny.tensors_of(GPTQ[name])
+    quantized, dense = split(checkpoints.load(GPTQ[name], prepare=False))
+    written = {
+        f"{module}.{key}": np.asarray(array)
+        for module, w in quantized.items()
+        for key, array in gptq.to_tensors(w).items()
+    }
+    chex.assert_trees_all_equal(
+        written | {k: np.asarray(dense[k]) for k in dense}, stored
+    )
+
+
+@pytest.mark.parametrize("path", DENSE, ids=lambda path: path.name)
+def test_dense_tensors_are_the_bytes_of_the_files(path):
+    weights, stored = checkpoints.load(path), tiny.tensors_of(path)
+    assert weights.keys() == stored.keys()
+    for name, array in stored.items():
+        assert weights[name].dtype == array.dtype
+        assert np.asarray(weights[name]).tobytes() == array.tobytes(), name
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_names_dtypes_and_orientation(tmp_path, sharded):
+    checkpoint = tiny.checkpoint()
+    # Buffers of older models: floats are passed on.
+    checkpoint.tensors["model.rotary_emb.inv_freq"] = np.ones(4, np.float32)
+    checkpoint.tensors["model.step"] = np.array(2, np.float32)
+    if sharded:
+        checkpoint.shard()
+    quantized, dense = split(checkpoints.load(checkpoint.write(tmp_path)))
+    assert {k: w.shape for k, w in quantized.items()} == {tiny.MODULE: (tiny.K, tiny.N)}
+    assert {k: (a.shape, a.dtype) for k, a in dense.items()} == {
+        f"{tiny.MODULE}.bias": ((tiny.N,), np.float16),
+        "lm_head.weight": ((8, tiny.N), ml_dtypes.bfloat16),
+        "model.norm.weight": ((tiny.N,), np.float32),
+        "model.rotary_emb.inv_freq": ((4,), np.float32),
+        "model.step": ((), np.float32),
+    }
+
+
+@pytest.mark.parametrize("method", [{"quant_method": "gptq"}, {}])
+def test_quantize_config_of_autogptq(tmp_path, method):
+    checkpoint = tiny.checkpoint()
+    del checkpoint.config["quantization_config"]
+    checkpoint.write(tmp_path)
+    entry = {
+        "bits": 4,
+        "group_size": 16,
+        "desc_act": False,
+        "model_file_base_name": None,
+    }
+    (tmp_path / "quantize_config.json").write_text(json.dumps(entry | method))
+    assert checkpoints.load(tmp_path)[tiny.MODULE].bits == 4
+
+
+def test_quantize_config_is_not_looked_at_otherwise(tmp_path):
+    checkpoint = tiny.checkpoint()
+    checkpoint.write(tmp_path)
+    (tmp_path / "quantize_config.json").write_text("{")
+    assert tiny.MODULE in checkpoints.load(tmp_path)
+    checkpoint.tensors = {"model.norm.weight": np.ones(4, np.float32)}
+    checkpoint.config["quantization_config"] = None
+    checkpoint.write(tmp_path)
+    assert list(checkpoints.load(tmp_path)) == ["model.norm.weight"]
+
+
+def test_overrides_of_modules(tmp_path):
+    checkpoint = tiny.checkpoint()
+    wide = {f"model.layers.1.q_proj.{k}": v for k, v in tiny.matrix(2, bits=8).items()}
+    checkpoint.tensors |= wide | {
+        "model.layers.2.q_proj.weight": np.ones((tiny.N, tiny.K), np.float16)
+    }
+    checkpoint.config["quantization_config"]["dynamic"] = {
+        r"+:.*layers\.1\.": {"bits": 8},
+        r"-:.*layers\.2\.": {},
+    }
+    quantized, dense = split(checkpoints.load(checkpoint.write(tmp_path)))
+    widths = {module: w.bits for module, w in quantized.items()}
+    assert widths == {tiny.MODULE: 4, "model.layers.1.q_proj": 8}
+    assert "model.layers.2.q_proj.weight" in dense
+
+
+def test_prepare_changes_the_layout_and_no_weight(tmp_path):
+    checkpoint = tiny.checkpoint()
+    planar = {f"{tiny.MODULE}.{k}": v for k, v in tiny.matrix(3, bits=3).items()}
+    checkpoint.tensors |= planar
+    checkpoint.config["quantization_config"] |= {
+        "bits": 3,
+        "checkpoint_format": "gptq_p",
+    }
+    checkpoint.write(tmp_path)
+    kept = checkpoints.load(tmp_path, prepare=False)[tiny.MODULE]
+    native = checkpoints.load(tmp_path)[tiny.MODULE]
+    assert kept.layout == gptq.Planar() != native.layout
+    chex.assert_trees_all_equal(qjax.dequantize(kept), qjax.dequantize(native))
+
+
+def test_one_file_counts_before_shards(tmp_path):
+    checkpoint = tiny.checkpoint()
+    checkpoint.shard()
+    checkpoint.write(tmp_path)
+    checkpoint.shards = None
+    checkpoint.tensors["model.norm.weight"] += 1
+    checkpoint.write(tmp_path)
+    loaded = checkpoints.load(tmp_path)["model.norm.weight"]
+    chex.assert_trees_all_equal(loaded, checkpoint.tensors["model.norm.weight"])
+
+
+def test_reads_every_format_of_the_table(tmp_path, monkeypatch):
+    class Config:
+        @classmethod
+        def from_json(cls, entry):
+            return cls()
+
+        def of(self, module):
+            return self
+
+    doubled = types.SimpleNamespace(
+        TENSORS=("half",),
+        Config=Config,
+        check=lambda tensors, config: None,
+        from_tensors=lambda tensors, config: jnp.asarray(tensors["half"]) * 2,
+    )
+    monkeypatch.setattr("qjax.checkpoints.modules.FORMATS", {"doubled": doubled})
+    tiny.Checkpoint(
+        tensors={"a.half": np.ones(3, np.float32)},
+        config={"quantization_config": {"quant_method": "doubled"}},
+    ).write(tmp_path)
+    chex.assert_trees_all_equal(
+        checkpoints.load(tmp_path), {"a": np.full(3, 2.0, "f4")}
+    )
+
+
+def test_read_config_keeps_both_dialects():
+    four = checkpoints.read_config(TESTS / "reference/qwen2")
+    five = checkpoints.read_config(str(TESTS / "reference/qwen3"))
+    assert four["rope_theta"] == five["rope_parameters"]["rope_theta"] == 1e6
+    assert four["torch_dtype"] == five["dtype"] == "bfloat16"

@@ -1,0 +1,101 @@
+"""Strict JAX, eight CPU devices, and the GPU tests only where there is a GPU."""
+
+import contextlib
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+
+from tests import oracle
+
+# torch made the reference logits; it is no dependency.
+collect_ignore = ["reference/make_logits.py"]
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Before any device is asked for: what pmap and shard_map are tested on.
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_configure(config):
+    config.pluginmanager.register(Everywhere(), "everywhere")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not _has_gpu():
+        pytest.skip("needs an NVIDIA GPU")
+
+
+def _has_gpu() -> bool:
+    try:
+        return bool(jax.devices("gpu"))
+    except RuntimeError:
+        return False
+
+
+class Everywhere:
+    """Fixtures for the doctests in qjax/ too; a conftest's own reach only its folder."""
+
+    @pytest.fixture(autouse=True)
+    def cpu_by_default(self, request):
+        """Tests that are not for the GPU run on CPU devices, also where there is one."""
+        marked = request.node.get_closest_marker("gpu")
+        if marked or jax.default_backend() == "cpu":
+            yield
+        else:
+            with jax.default_device(jax.devices("cpu")[0]):
+                yield
+
+    @pytest.fixture(autouse=True)
+    def names(self, doctest_namespace):
+        import qjax
+
+        doctest_namespace.update(jax=jax, jnp=jnp, np=np, qjax=qjax)
+
+
+@pytest.fixture(scope="session")
+def refuses():
+    """``with refuses(message)``: a ValueError with that literal piece in it.
+
+    Where annotations are checked at run time (--jaxtyping-packages), a wrong dtype or
+    rank does not get as far as the function's own check.
+    """
+
+    @contextlib.contextmanager
+    def refuses(message: str):
+        with pytest.raises((ValueError, jaxtyping.TypeCheckError)) as caught:
+            yield
+        if isinstance(caught.value, ValueError):
+            assert message in str(caught.value)
+
+    return refuses
+
+
+@pytest.fixture(scope="session")
+def as_qtensor():
+    """Turns an `oracle.Matrix` into the `QTensor` that says the same."""
+
+    import qjax
+
+    def as_qtensor(matrix: oracle.Matrix, layout=None) -> qjax.QTensor:
+        leaves = {
+            name: None if array is None else jnp.asarray(array)
+            for name in ("zero", "order", "row_group", "codebook", "input_scale")
+            for array in [getattr(matrix, name)]
+        }
+        w = qjax.tensor.build(
+            [jnp.asarray(words) for words in matrix.words],
+            jnp.asarray(matrix.scale),
+            layout=qjax.formats.gptq.Stream(),
+            segments=[
+                qjax.tensor.Segment(part.bits, part.group_size) for part in matrix.parts
+            ],
+            affine=qjax.tensor.Affine[matrix.affine],
+            grouping=qjax.tensor.Grouping[matrix.grouping],
+            **leaves,
+        )
+        return w if layout is None else qjax.relayout(w, layout)
+
+    return as_qtensor

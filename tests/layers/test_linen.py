@@ -1,0 +1,261 @@
+"""`qjax.layers.linen`: variables, transformations, training and saving."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from flax import serialization
+from flax.training.train_state import TrainState
+
+import qjax
+from qjax.layers.linen import Dense, to_params, to_variables
+from tests.layers import cases
+from tests.layers.cases import GROUP, K, N
+
+KEY = jax.random.key(0)
+KERNEL_INIT = nn.initializers.lecun_normal()
+
+
+def variables(name: str = "4bit", dtype: str = "float32") -> dict:
+    return to_variables(
+        {"kernel": cases.kernel(name, dtype), "bias": cases.bias(dtype)}
+    )
+
+
+class MLP(nn.Module):
+    """A model that says nothing of the formats of its weights."""
+
+    @nn.compact
+    def __call__(self, x):
+        h = nn.gelu(Dense(N, name="up")(x))
+        return nn.RMSNorm(name="norm")(x + Dense(K, use_bias=False, name="down")(h))
+
+
+def mlp_params(dtype: str = "float32") -> dict:
+    return {
+        "up": {"kernel": cases.kernel("mixed", dtype), "bias": cases.bias(dtype)},
+        "down": {"kernel": qjax.quantize(cases.dense(N, K), 8, None)},
+        "norm": {"scale": jnp.ones(K)},
+    }
+
+
+apply = jax.jit(Dense(N).apply)
+
+
+@pytest.mark.parametrize("dtype", cases.FLOATS)
+@pytest.mark.parametrize("name", ["3bit", "mixed", "codebook"])
+def test_matches_flax_with_the_dequantized_kernel(name, dtype):
+    x, b = cases.inputs(dtype), cases.bias(dtype)
+    wanted = cases.product(x, cases.kernel(name, dtype), b)
+    kernel = qjax.dequantize(cases.kernel(name, dtype), jnp.dtype(dtype))
+    theirs = nn.Dense(N, param_dtype=dtype).apply(
+        {"params": {"kernel": kernel, "bias": b}}, x
+    )
+    found = apply(variables(name, dtype), x)
+    assert found.dtype == dtype
+    # float32: summation order only. 16 bits: ours rounds no weight, Flax's rounds each.
+    limit = 1e-5 if dtype == "float32" else 1.5 * cases.error(theirs, wanted)
+    assert cases.error(found, wanted) <= limit
+
+
+def test_init_makes_an_empty_kernel():
+    made = Dense(N, bits=3, group_size=GROUP).init(KEY, cases.inputs())
+    expected = jax.tree.map(jnp.zeros_like, cases.kernel("3bit"))
+    chex.assert_trees_all_equal(to_params(made)["kernel"], expected)
+    chex.assert_trees_all_equal(apply(made, cases.inputs()), jnp.zeros((5, N)))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_init_rounds_a_sample(symmetric):
+    options = {"bits": 2, "group_size": None, "symmetric": symmetric}
+    dense = Dense(N, kernel_init=lambda key, shape, dtype: cases.dense(), **options)
+    kernel = to_params(jax.jit(dense.init)(KEY, cases.inputs()))["kernel"]
+    expected = jax.jit(qjax.quantize, static_argnums=(1, 2, 3))
+    chex.assert_trees_all_equal(kernel, expected(cases.dense(), 2, None, symmetric))
+
+
+def test_init_draws_from_the_params_stream():
+    dense = Dense(N, group_size=GROUP, kernel_init=KERNEL_INIT)
+    one, two = (dense.init(jax.random.key(i), cases.inputs()) for i in range(2))
+    with pytest.raises(AssertionError):
+        chex.assert_trees_all_equal(one["quantized"], two["quantized"])
+
+
+def test_init_is_abstract_under_eval_shape():
+    dense = Dense(N, group_size=GROUP, param_dtype=jnp.bfloat16)
+    abstract = jax.eval_shape(dense.init, KEY, jax.ShapeDtypeStruct((1, K), "bfloat16"))
+    assert isinstance(abstract["quantized"]["kernel"].words[0], jax.ShapeDtypeStruct)
+    assert abstract["params"]["kernel"]["scale"].dtype == jnp.bfloat16
+
+
+def test_collections():
+    made = variables("float-zero")
+    assert set(made["params"]["kernel"]) == {"scale", "zero"}
+    assert {leaf.dtype for leaf in jax.tree.leaves(made["quantized"])} == {
+        jnp.dtype("uint32")
+    }
+    assert set(variables("4bit")["params"]["kernel"]) == {"scale"}
+    assert set(variables("codebook")["params"]["kernel"]) == {
+        "scale",
+        "codebook",
+        "input_scale",
+    }
+
+
+def test_a_model_takes_any_mix_of_formats_and_gives_it_back():
+    params = mlp_params()
+    made = to_variables(params)
+    assert set(made["quantized"]) == {"up", "down"}
+    x = cases.inputs()
+    h = nn.gelu(qjax.matmul(x, params["up"]["kernel"]) + params["up"]["bias"][None])
+    y = x + qjax.matmul(h, params["down"]["kernel"])
+    expected = y * jax.lax.rsqrt((y**2).mean(-1, keepdims=True) + 1e-6)
+    found = jax.jit(MLP().apply)(made, x)
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
+    chex.assert_trees_all_equal(to_params(made), qjax.prepare(params))
+
+
+def test_to_variables_prepares_once():
+    kernel = variables("act-order")["quantized"]["kernel"]
+    assert kernel.row_group is None
+    assert kernel.order is not None
+    planar = variables("planar")["quantized"]["kernel"]
+    assert planar.layout == qjax.prepare(cases.kernel("planar")).layout
+
+
+def test_gradients():
+    x, made = cases.inputs(), variables("float-zero")
+    kernel = cases.kernel("float-zero")
+
+    def found(params, x):
+        return jnp.sin(Dense(N).apply({**made, "params": params}, x)).sum()
+
+    def wanted(kernel, bias, x):
+        y = jnp.matmul(x, qjax.dequantize(kernel, jnp.float32), precision="highest")
+        return jnp.sin(y + bias[None]).sum()
+
+    params, dx = jax.jit(jax.grad(found, argnums=(0, 1)))(made["params"], x)
+    gradient = jax.grad(wanted, argnums=(0, 1, 2), allow_int=True)
+    dkernel, dbias, dx_wanted = jax.jit(gradient)(kernel, cases.bias(), x)
+    assert cases.error(params["kernel"]["scale"], dkernel.scale) < 1e-4
+    assert cases.error(params["kernel"]["zero"], dkernel.zero) < 1e-5
+    assert cases.error(params["bias"], dbias) < 1e-5
+    assert cases.error(dx, dx_wanted) < 1e-5
+
+
+@pytest.mark.usefixtures("optax_promotion")
+def test_training_holds_nothing_for_words_and_leaves_them_alone():
+    made, x = to_variables(mlp_params()), cases.inputs()
+    state = TrainState.create(
+        apply_fn=MLP().apply, params=made["params"], tx=optax.adam(1e-2)
+    )
+    chex.assert_trees_all_equal_shapes(state.opt_state[0].mu, made["params"])
+
+    @jax.jit
+    def step(state, quantized):
+        def loss(params):
+            y = state.apply_fn({"params": params, "quantized": quantized}, x)
+            return ((y - 1) ** 2).mean()
+
+        value, gradient = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=gradient), value
+
+    losses = []
+    for _ in range(3):
+        state, value = step(state, made["quantized"])
+        losses.append(float(value))
+    assert losses[2] < losses[1] < losses[0]
+    changed = jax.tree.map(lambda a, b: (a != b).any(), state.params, made["params"])
+    chex.assert_trees_all_equal(changed, jax.tree.map(lambda _: True, changed))
+
+
+class Step(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return Dense(K, name="dense")(x), None
+
+
+def test_scan_and_vmap_over_stacked_layers():
+    kernels = qjax.quantize(
+        jnp.stack([cases.dense(K, K), -cases.dense(K, K)]), 4, GROUP
+    )
+    biases = jnp.stack([jnp.zeros(K), jnp.ones(K)])
+    stacked = to_variables({"dense": {"kernel": kernels, "bias": biases}})
+    single = [
+        jax.tree.map(
+            lambda leaf, i=i: leaf[i], {c: v["dense"] for c, v in stacked.items()}
+        )
+        for i in range(2)
+    ]
+    x, run = cases.inputs(), jax.jit(Dense(K).apply)
+    axes = {
+        "variable_axes": {"params": 0, "quantized": 0},
+        "split_rngs": {"params": True},
+    }
+    scanned = nn.scan(Step, length=2, **axes)()
+    expected = run(single[1], run(single[0], x))
+    found = jax.jit(scanned.apply)(stacked, x, None)[0]
+    chex.assert_trees_all_close(found, expected, atol=1e-5)
+    mapped = nn.vmap(Dense, in_axes=None, axis_size=2, **axes)(K)
+    under = {collection: v["dense"] for collection, v in stacked.items()}
+    expected = jnp.stack([run(v, x) for v in single])
+    chex.assert_trees_all_close(jax.jit(mapped.apply)(under, x), expected, atol=1e-5)
+    grown = nn.vmap(Dense, in_axes=None, axis_size=2, **axes)(K, group_size=GROUP)
+    chex.assert_trees_all_equal_shapes(grown.init(KEY, x), under)
+
+
+@pytest.mark.parametrize("lift", [nn.remat, nn.jit])
+def test_lifted_transformations(lift):
+    x, made = cases.inputs(), variables("mixed")
+    found = jax.jit(lift(Dense)(N).apply)(made, x)
+    chex.assert_trees_all_equal(found, apply(made, x))
+
+
+def test_bytes_round_trip():
+    made = to_variables(mlp_params("float16"))
+    blank = jax.tree.map(jnp.zeros_like, made)
+    restored = serialization.from_bytes(blank, serialization.to_bytes(made))
+    chex.assert_trees_all_equal(restored, made)
+
+
+def test_tabulate_counts_both_collections():
+    table = Dense(N, group_size=GROUP).tabulate(KEY, cases.inputs())
+    assert "quantized" in table
+    assert "params" in table
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "in_features=96 must be a multiple of group_size=128"),
+        ({"bits": 5, "group_size": 7}, "multiple of group_size=7"),
+        ({"bits": 0}, "bits=0"),
+        ({"param_dtype": jnp.int32, "group_size": GROUP}, "param_dtype=int32"),
+        (
+            {"kernel_init": lambda key, shape, dtype: None, "group_size": GROUP},
+            "kernel_init gave NoneType",
+        ),
+    ],
+)
+def test_invalid_attributes(options, message):
+    with pytest.raises(ValueError, match=message):
+        Dense(N, **options).init(KEY, cases.inputs())
+
+
+def test_invalid_variables():
+    made, x = variables(), cases.inputs()
+    with pytest.raises(ValueError, match="quantized/kernel is missing"):
+        Dense(N).apply({"params": made["params"]}, x)
+    with pytest.raises(ValueError, match="params/kernel is missing"):
+        Dense(N).apply({"quantized": made["quantized"]}, x)
+    nested = to_variables({"down": mlp_params()["down"]})
+    with pytest.raises(ValueError, match="params/up/kernel is missing"):
+        MLP().apply(nested, x)
+    with pytest.raises(ValueError, match=r"kernel.shape=\(96, 40\) must be \(96, 41\)"):
+        Dense(41).apply(made, x)
+    with pytest.raises(ValueError, match=r"must be \(64, 40\)"):
+        Dense(N).apply(made, x[:, :64])
+    with pytest.raises(ValueError, match=r"bias.shape=\(96,\) must be \(40,\)"):
+        to_variables({"up": {"kernel": cases.kernel("4bit"), "bias": jnp.zeros(K)}})

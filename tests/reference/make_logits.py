@@ -1,0 +1,339 @@
+"""Make tiny checkpoints with reference logits from Hugging Face transformers.
+
+Run by hand; the files it writes lie beside it and are kept in the repository, so that
+the tests need neither torch nor transformers:
+
+    python tests/reference/make_logits.py
+
+Each folder holds a checkpoint (``config.json`` and bfloat16 safetensors) and
+``reference.npz``: ``ids`` [B, T] int32 and ``logits`` [B, T, V] float32, computed with
+the same weights in float32. The script prints, for each model, how much the logits
+change when one feature is left out, and stops where a feature would go unnoticed.
+See README.md.
+"""
+
+import copy
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from transformers import (
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
+
+BATCH, LENGTH, VOCAB = 2, 24, 128
+WINDOW = 8
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+}
+WEIGHT_STD, BIAS_STD, NORM_STD = 0.12, 0.3, 0.25
+MIN_CHANGE = 1e-2
+
+Change = Callable[[PreTrainedModel], PreTrainedModel]
+
+
+def rope(theta: float) -> dict[str, Any]:
+    """Plain rotary position embedding."""
+    return {"rope_type": "default", "rope_theta": theta}
+
+
+def llama3_rope(theta: float, original: int) -> dict[str, Any]:
+    """Llama 3.1 scaling; ``original`` puts all of its three bands within reach."""
+    return {
+        "rope_type": "llama3",
+        "rope_theta": theta,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": original,
+    }
+
+
+def configured(**settings: object) -> Change:
+    """The same weights under other settings; parameters these lack are dropped."""
+
+    def change(model: PreTrainedModel) -> PreTrainedModel:
+        config = type(model.config)(**{**model.config.to_dict(), **settings})
+        other = type(model)._from_config(config, attn_implementation="eager")
+        other.load_state_dict(model.state_dict(), strict=False)
+        return other.eval()
+
+    return change
+
+
+def filled(part: str, value: float) -> Change:
+    """Every parameter with ``part`` in its name set to one value."""
+
+    def change(model: PreTrainedModel) -> PreTrainedModel:
+        other = copy.deepcopy(model)
+        with torch.no_grad():
+            for name, parameter in other.named_parameters():
+                if part in name:
+                    parameter.fill_(value)
+        return other
+
+    return change
+
+
+def bypassed(part: str) -> Change:
+    """Every module whose name ends in ``part`` passes its input through."""
+
+    def change(model: PreTrainedModel) -> PreTrainedModel:
+        other = copy.deepcopy(model)
+        for name, _ in model.named_modules():
+            if name.endswith(part):
+                other.set_submodule(name, torch.nn.Identity())
+        return other
+
+    return change
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One model to write.
+
+    Attributes:
+        model: Model class.
+        seed: Seed of the weights and the token ids.
+        settings: Config settings besides ``SIZES``.
+        checks: Changes that must move the logits by more than ``MIN_CHANGE``.
+        shard: Largest size of one safetensors file.
+        version4: Settings to add to ``config.json`` after it is turned into the
+            dialect of transformers 4; None keeps it as transformers 5 writes it.
+    """
+
+    model: type[PreTrainedModel]
+    seed: int
+    settings: Mapping[str, Any]
+    checks: Mapping[str, Change]
+    shard: str = "1GB"
+    version4: Mapping[str, Any] | None = None
+
+
+NORMS = {
+    "layer norm weights": filled("layernorm.weight", 1.0),
+    "final norm weight": filled("model.norm.weight", 1.0),
+}
+BIASES = {f"{n} bias": filled(f"{n}_proj.bias", 0.0) for n in "qkv"}
+MLP_BIASES = {
+    f"{n} bias": filled(f"{n}_proj.bias", 0.0) for n in ("gate", "up", "down")
+}
+
+CASES = {
+    "mistral_window": Case(
+        MistralForCausalLM,
+        seed=1,
+        settings={"sliding_window": WINDOW, "rope_parameters": rope(1e4)},
+        checks=NORMS
+        | {
+            "sliding window": configured(sliding_window=None),
+            "window one wider": configured(sliding_window=WINDOW + 1),
+            "window one narrower": configured(sliding_window=WINDOW - 1),
+        },
+    ),
+    "mistral_full": Case(
+        MistralForCausalLM,
+        seed=2,
+        settings={"sliding_window": None, "rope_parameters": rope(1e6)},
+        checks=NORMS
+        | {
+            "rope theta (1e4)": configured(rope_parameters=rope(1e4)),
+            "a window of 8 put in": configured(sliding_window=WINDOW),
+        },
+    ),
+    "qwen2": Case(
+        Qwen2ForCausalLM,
+        seed=3,
+        settings={"use_sliding_window": False, "rope_parameters": rope(1e6)},
+        checks=NORMS
+        | BIASES
+        | {
+            "rope theta (1e4)": configured(rope_parameters=rope(1e4)),
+            "a window of 8 put in": configured(
+                use_sliding_window=True,
+                sliding_window=WINDOW,
+                max_window_layers=0,
+                layer_types=None,
+            ),
+        },
+        # Qwen2 files of that time name a window and then turn it off.
+        version4={
+            "use_sliding_window": False,
+            "sliding_window": WINDOW,
+            "max_window_layers": 0,
+        },
+    ),
+    "qwen2_tied": Case(
+        Qwen2ForCausalLM,
+        seed=4,
+        settings={
+            "use_sliding_window": False,
+            "tie_word_embeddings": True,
+            "rope_parameters": rope(1e4),
+        },
+        checks=NORMS | BIASES,
+    ),
+    "qwen3": Case(
+        Qwen3ForCausalLM,
+        seed=5,
+        settings={
+            "head_dim": 32,
+            "rms_norm_eps": 1e-3,
+            "rope_parameters": rope(1e6),
+        },
+        checks=NORMS
+        | {
+            "q_norm": bypassed("q_norm"),
+            "k_norm": bypassed("k_norm"),
+            "q_norm weights": filled("q_norm.weight", 1.0),
+            "k_norm weights": filled("k_norm.weight", 1.0),
+            "rms_norm_eps (1e-6)": configured(rms_norm_eps=1e-6),
+            "rope theta (1e4)": configured(rope_parameters=rope(1e4)),
+        },
+        shard="80KB",
+    ),
+    "llama3_tied": Case(
+        LlamaForCausalLM,
+        seed=6,
+        settings={
+            "tie_word_embeddings": True,
+            "rope_parameters": llama3_rope(5e5, 64),
+        },
+        checks=NORMS
+        | {
+            "rope scaling": configured(rope_parameters=rope(5e5)),
+            "rope theta (1e4)": configured(rope_parameters=llama3_rope(1e4, 64)),
+        },
+    ),
+    "llama3_bias": Case(
+        LlamaForCausalLM,
+        seed=7,
+        settings={
+            "attention_bias": True,
+            "mlp_bias": True,
+            "rope_parameters": llama3_rope(1e4, 32),
+        },
+        checks=NORMS
+        | BIASES
+        | MLP_BIASES
+        | {
+            "o bias": filled("o_proj.bias", 0.0),
+            "attention_bias": configured(attention_bias=False),
+            "mlp_bias": configured(mlp_bias=False),
+            "rope scaling": configured(rope_parameters=rope(1e4)),
+        },
+        version4={},
+    ),
+}
+
+
+def build(case: Case, generator: torch.Generator) -> PreTrainedModel:
+    """Builds a model in float32 whose every parameter bfloat16 holds exactly."""
+    config = case.model.config_class(
+        **{"bos_token_id": None, "eos_token_id": None, **SIZES, **case.settings}
+    )
+    model = case.model._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                value = 1 + NORM_STD * noise
+            elif name.endswith(".bias"):
+                value = BIAS_STD * noise
+            else:
+                value = WEIGHT_STD * noise
+            parameter.copy_(value.to(torch.bfloat16))
+    return model
+
+
+@torch.no_grad()
+def logits_of(model: PreTrainedModel, ids: torch.Tensor) -> np.ndarray:
+    """Returns the logits [B, T, V]."""
+    return model(input_ids=ids, use_cache=False).logits.numpy()
+
+
+def to_version4(path: pathlib.Path, more: Mapping[str, Any]) -> None:
+    """Rewrites ``config.json`` as transformers 4 wrote it.
+
+    There ``rope_theta`` and ``torch_dtype`` stand at the top level, scaling is
+    ``rope_scaling``, and derived settings (``head_dim``, ``layer_types``) are missing.
+    """
+    config = json.loads(path.read_text())
+    scaling = config.pop("rope_parameters")
+    config["rope_theta"] = scaling.pop("rope_theta")
+    config["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
+    config["torch_dtype"] = config.pop("dtype")
+    for name in ("head_dim", "layer_types", "transformers_version"):
+        config.pop(name, None)
+    config.update(more)
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+
+
+def save(model: PreTrainedModel, case: Case, folder: pathlib.Path) -> None:
+    """Writes the checkpoint in bfloat16."""
+    shutil.rmtree(folder, ignore_errors=True)
+    stored = copy.deepcopy(model).to(torch.bfloat16)
+    stored.save_pretrained(folder, max_shard_size=case.shard)
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    if case.version4 is not None:
+        to_version4(folder / "config.json", case.version4)
+
+
+def make(name: str, case: Case, folder: pathlib.Path) -> None:
+    """Writes one model with its reference and checks both.
+
+    Raises:
+        RuntimeError: If a feature does not show in the logits, or the written
+            checkpoint does not give the same logits.
+    """
+    generator = torch.Generator().manual_seed(case.seed)
+    model = build(case, generator)
+    ids = torch.randint(VOCAB, (BATCH, LENGTH), generator=generator)
+    logits = logits_of(model, ids)
+    print(f"{name}: logits std {logits.std():.3f}")
+    for feature, change in case.checks.items():
+        moved = np.abs(logits_of(change(model), ids) - logits).max()
+        print(f"  {feature}: {moved:.3f}")
+        if not moved > MIN_CHANGE:
+            raise RuntimeError(f"{name}: {feature} does not show in the logits")
+
+    save(model, case, folder)
+    read = case.model.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    )
+    if not np.array_equal(logits_of(read.eval(), ids), logits):
+        raise RuntimeError(f"{name}: the written checkpoint gives other logits")
+    np.savez_compressed(
+        folder / "reference.npz", ids=ids.numpy().astype(np.int32), logits=logits
+    )
+
+
+def main() -> None:
+    """Writes every model."""
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    print(f"torch {torch.__version__}, transformers {transformers.__version__}")
+    for name, case in CASES.items():
+        make(name, case, pathlib.Path(__file__).parent / name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,294 @@
+"""The example decoder against references computed by other code, and its commands."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from typer.testing import CliRunner
+
+import qjax
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "examples" / "llm"))
+
+import evaluate  # noqa: E402
+import generate  # noqa: E402
+import model  # noqa: E402
+import typer  # noqa: E402
+
+DATA = ROOT / "tests" / "data"
+SHIPPED = ROOT / "examples" / "llm" / "checkpoint"
+TRAINED = {
+    "llama_gptq4_g128_actorder": SHIPPED,
+    "llama_gptq3_g64": DATA / "llama_gptq3_g64",
+    "llama_bf16": DATA / "llama_bf16",
+}
+RANDOM = sorted(p.parent for p in (ROOT / "tests" / "reference").glob("*/config.json"))
+
+
+@pytest.fixture(scope="module", params=TRAINED, ids=str)
+def trained(request):
+    reference = np.load(DATA / request.param / "reference.npz")
+    return model.load(TRAINED[request.param]), reference
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return model.load(SHIPPED), generate.read_tokenizer(SHIPPED)
+
+
+def forward(decoder, ids):
+    graph, state = nnx.split(decoder)
+    return jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))(state, ids)
+
+
+def test_prompt_logits(trained):
+    """Float32 against float32: the order of summation is all that differs."""
+    decoder, reference = trained
+    logits = forward(decoder, reference["prompt_ids"])
+    chex.assert_type(logits, jnp.float32)
+    chex.assert_trees_all_close(logits, reference["prompt_logits"], atol=2e-4, rtol=0)
+
+
+def test_greedy_tokens(trained):
+    """Equal up to the first step whose two best tokens are nearly equally likely."""
+    decoder, reference = trained
+    prompts, greedy = reference["prompt_ids"], reference["greedy_ids"]
+    run = generate.Generator(
+        decoder, generate.Sampling(), prompts.shape[1], greedy.shape[1]
+    )
+    for prompt, expected, margin in zip(
+        prompts, greedy, reference["greedy_margin"], strict=True
+    ):
+        close = np.flatnonzero(margin < 1e-3)
+        certain = close[0] if close.size else len(expected)
+        assert certain > 0
+        tokens = list(run(prompt, jax.random.key(0)))
+        chex.assert_trees_all_equal(tokens[:certain], expected[:certain].tolist())
+
+
+def test_evaluation_loss(trained):
+    decoder, reference = trained
+    tokenizer = generate.read_tokenizer(SHIPPED)
+    loss = evaluate.evaluate(decoder, tokenizer, reference["eval_ids"])
+    assert loss.nats_per_token == pytest.approx(float(reference["eval_nll"]), abs=1e-4)
+    expected = float(reference["eval_bits_per_byte"])
+    assert loss.bits_per_byte == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("path", RANDOM, ids=lambda path: path.name)
+def test_architectures(path):
+    """Mistral, Qwen2, Qwen3 and scaled rotary positions against transformers."""
+    reference = np.load(path / "reference.npz")
+    logits = forward(model.load(path), reference["ids"])
+    chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
+
+
+def test_bf16_activations(shipped):
+    """Half-precision activations stay near float32: 8 bits of mantissa, 3 layers."""
+    decoder, _ = shipped
+    ids = np.arange(32)[None] + 2
+    exact = forward(decoder, ids)
+    half = forward(model.load(SHIPPED, jnp.bfloat16), ids)
+    chex.assert_type(half, jnp.float32)
+    chex.assert_trees_all_close(half, exact, atol=0.05 * float(jnp.abs(exact).max()))
+
+
+def test_decode_equals_prefill(shipped):
+    """Feeding tokens one by one through the cache gives the logits of one pass."""
+    decoder, _ = shipped
+    ids = np.arange(12)[None] + 40
+    cache = model.Cache.empty(decoder.config, 1, 12, jnp.float32)
+    steps = []
+    for i in range(12):
+        hidden, cache = decoder.forward(ids[:, i : i + 1], cache)
+        steps.append(decoder.logits(hidden))
+    whole = forward(decoder, ids)
+    chex.assert_trees_all_close(jnp.concatenate(steps, 1), whole, atol=2e-4)
+
+
+def test_prefill_and_decode_compile_once(shipped, monkeypatch):
+    """Prompts of other lengths reuse both programs; a step uploads nothing."""
+    decoder, _ = shipped
+    traces = []
+    original = model.Decoder.forward
+    monkeypatch.setattr(
+        model.Decoder,
+        "forward",
+        lambda self, ids, cache: traces.append(ids.shape) or original(self, ids, cache),
+    )
+    run = generate.Generator(decoder, generate.Sampling(0.5, 5), 6, 8)
+    key = jax.random.key(1)
+    assert len(list(run([5, 6, 7], key))) == 8
+    assert len(list(run([5, 6, 7, 8, 9, 10], key))) == 8
+    assert traces == [(1, 6), (1, 1)]
+    token, cache = run.prefill(run.state, np.ones((1, 6), np.int32), np.int32(3), key)
+    with jax.transfer_guard("disallow"):
+        token, cache = run.decode(run.state, token, cache, key)
+    chex.assert_shape(token, (1,))
+    chex.assert_shape(cache.keys, (1, 14, 2, 64))
+
+
+def test_padding_does_not_change_a_prompt(shipped):
+    decoder, _ = shipped
+    key = jax.random.key(0)
+    short = generate.Generator(decoder, generate.Sampling(), 4, 6)([9, 8, 7, 6], key)
+    padded = generate.Generator(decoder, generate.Sampling(), 9, 6)([9, 8, 7, 6], key)
+    assert list(short) == list(padded)
+
+
+class TestSampling:
+    """Draws against the definition, on a distribution of four tokens."""
+
+    probability = np.array([0.5, 0.3, 0.15, 0.05])
+
+    def drawn(self, **options):
+        logits = jnp.log(jnp.asarray(self.probability, jnp.float32))[None]
+        sampling = generate.Sampling(**options)
+        keys = jax.random.split(jax.random.key(0), 2000)
+        tokens = jax.vmap(lambda key: sampling.draw(logits, key)[0])(keys)
+        return np.bincount(np.asarray(tokens), minlength=4) / 2000
+
+    def test_temperature_zero_is_greedy(self):
+        chex.assert_trees_all_equal(self.drawn(), np.array([1.0, 0, 0, 0]))
+
+    def test_temperature_one(self):
+        # Four standard deviations of a frequency over 2000 draws.
+        assert np.abs(self.drawn(temperature=1.0) - self.probability).max() < 0.045
+
+    def test_top_k(self):
+        frequency = self.drawn(temperature=1.0, top_k=2)
+        assert np.abs(frequency - np.array([0.625, 0.375, 0, 0])).max() < 0.045
+
+    def test_top_p(self):
+        """0.5 + 0.3 falls short of 0.81, so the third token stays."""
+        assert (self.drawn(temperature=1.0, top_p=0.79) > 0).tolist() == [1, 1, 0, 0]
+        assert (self.drawn(temperature=1.0, top_p=0.81) > 0).tolist() == [1, 1, 1, 0]
+
+
+def command(name, *arguments):
+    script = ROOT / "examples" / "llm" / name
+    return subprocess.run(
+        [sys.executable, script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_generate_command():
+    arguments = ["--prompt", "def f(x):", "--prompt", "import ", "--max-new-tokens", 5]
+    done = command("generate.py", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("def f(x):")
+    assert "\nimport " in done.stdout
+    assert "tokens/s" in done.stderr
+    assert "21 quantized matrices" in done.stderr
+    assert "MB of weights" in done.stderr
+
+
+def invoke(main, *arguments):
+    app = typer.Typer()
+    app.command()(main)
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_same_seed_same_text():
+    options = [
+        "--temperature",
+        1.0,
+        "--max-new-tokens",
+        12,
+        "--top-p",
+        0.9,
+        "--top-k",
+        50,
+    ]
+    texts = [
+        invoke(generate.main, *options, "--seed", seed).stdout for seed in (3, 3, 4)
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_evaluate_command(tmp_path):
+    text = tmp_path / "code.py"
+    text.write_text("import os\n\n\ndef main():\n    return os.getcwd()\n" * 8)
+    done = invoke(evaluate.main, text, "--context", 32)
+    assert done.exit_code == 0, done.stderr
+    assert "nats per token" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model", "nowhere"], "nowhere"),
+        (["--prompt", ""], "has no tokens"),
+        (["--max-new-tokens", 5000], "1024 positions"),
+        (["--top-p", 0.0], "top_p=0.0 must lie in"),
+    ],
+)
+def test_generate_refuses(arguments, message):
+    done = invoke(generate.main, *arguments)
+    assert done.exit_code != 0
+    assert message in done.stderr
+    assert not done.stdout
+
+
+def test_evaluate_refuses(tmp_path):
+    (tmp_path / "short.py").write_text("x")
+    np.save(tmp_path / "ids.npy", np.array([[0, 512]]))
+    np.save(tmp_path / "float.npy", np.zeros((2, 2)))
+    for name, message in (
+        ("short.py", "do not fill a row"),
+        ("ids.npy", "must lie below the vocabulary"),
+        ("float.npy", "must be integers"),
+    ):
+        done = invoke(evaluate.main, tmp_path / name)
+        assert done.exit_code == 1
+        assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2' must be one of"),
+        ({"hidden_act": "gelu"}, "hidden_act='gelu' must be 'silu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' must be"),
+        ({"num_hidden_layers": 2}, "the model has no place for"),
+        ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3"),
+        ({"vocab_size": None}, "lacks 'vocab_size'"),
+    ],
+)
+def test_load_refuses(tmp_path, change, message):
+    shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True)
+    config = json.loads((SHIPPED / "config.json").read_text()) | change
+    config = {key: value for key, value in config.items() if value is not None}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        model.load(tmp_path)
+
+
+def test_model_is_short():
+    """The decoder stays a page that a newcomer reads from top to bottom."""
+    lines = (ROOT / "examples" / "llm" / "model.py").read_text().splitlines()
+    assert len(lines) < 350
+
+
+def test_weights_stay_packed(shipped):
+    decoder, _ = shipped
+    kernels = [
+        layer.kernel
+        for _, layer in nnx.iter_modules(decoder)
+        if isinstance(getattr(layer, "kernel", None), qjax.QTensor)
+    ]
+    assert len(kernels) == 21
+    # 4 bits, and for each group of 128 a scale of 16 bits, a zero of 8, an order.
+    assert all(8 * w.nbytes / (w.k * w.n) < 4.5 for w in kernels)
