@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
-from qjax import tensor, xla
+from qjax import decode, tensor, xla
 from qjax.bits import block
 from qjax.tensor import Affine, Grouping, QTensor, Segment
 
@@ -104,7 +104,7 @@ def matmul(
 def _apply(x: Array, w: QTensor, implementation: str | None) -> Array:
     """Everything around the product of two matrices, one program for eager callers."""
     with contextlib.suppress(ValueError):  # xla.dense reads any layout.
-        w = tensor.relayout(w, xla.NATIVE)
+        w = decode.relayout(w, xla.NATIVE)
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     if w.input_scale is not None:
         rows = rows * w.input_scale.astype(jnp.float32)[None]
@@ -318,8 +318,9 @@ def prepare(tree: Any) -> Any:
       as it is.
 
     Example:
+      >>> import qjax
       >>> w = quantize(jnp.eye(64), bits=3, group_size=32)
-      >>> planar = tensor.relayout(w, qjax.formats.gptq.Planar())
+      >>> planar = decode.relayout(w, qjax.formats.gptq.Planar())
       >>> prepare({"kernel": planar})["kernel"].layout
       Stream()
     """
@@ -336,10 +337,10 @@ def _prepare(qt: QTensor) -> QTensor:
         qt, scale=tensor.plain(qt.scale), zero=tensor.plain(qt.zero)
     )
     try:
-        qt = tensor.relayout(qt, xla.NATIVE)
+        qt = decode.relayout(qt, xla.NATIVE)
     except ValueError:
         return qt
-    if qt.row_group is None or qt.batch or len(qt.segments) > 1:
+    if qt.row_group is None or qt.batch or len(qt.segments) != 1:
         return qt
     counts = np.bincount(np.asarray(qt.row_group), minlength=qt.scale.shape[-2])
     size = counts[0]

@@ -4,13 +4,16 @@ import abc
 import dataclasses
 import enum
 import functools
+import math
 import typing
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, DTypeLike, Float, Integer, UInt8
+from jaxtyping import Array, Integer, UInt8
+
+from qjax.bits import block
 
 
 class Layout(abc.ABC):
@@ -130,8 +133,8 @@ class QTensor:
     """
 
     words: tuple[Array, ...]
-    scale: Array | Encoded
-    zero: Array | Encoded | None = None
+    scale: Array  # or Encoded
+    zero: Array | None = None  # or Encoded
     order: Array | None = None
     row_group: Array | None = None
     codebook: Array | None = None
@@ -149,7 +152,7 @@ class QTensor:
     def rows(self) -> tuple[int, ...]:
         """Number of stored rows of each segment."""
         return tuple(
-            self.layout.extents(_matrix_shape(words, self.layout), segment.bits)[0]
+            self.layout.extents(matrix_shape(words, self.layout), segment.bits)[0]
             - segment.padding
             for words, segment in zip(self.words, self.segments, strict=True)
         )
@@ -162,7 +165,7 @@ class QTensor:
     @property
     def n(self) -> int:
         """Number of outputs."""
-        shape = _matrix_shape(self.words[0], self.layout)
+        shape = matrix_shape(self.words[0], self.layout)
         return self.layout.extents(shape, self.segments[0].bits)[1] - self.padding
 
     @property
@@ -196,17 +199,21 @@ class QTensor:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all leaves."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self))
+        """Bytes of all leaves, which may be abstract."""
+        return sum(
+            math.prod(leaf.shape) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves(self)
+        )
 
     def __repr__(self) -> str:
         """Shape, bits, group size, layout, formula and bytes on one line."""
         try:
             size = "x".join(map(str, self.shape))
             bits = f"{self.bits:.4g} bits"
-            last = f"{self.dtype} scale, {_readable(self.nbytes)}"
-        except (AttributeError, TypeError, IndexError):
-            # The leaves are not arrays: `jax.tree.map` put something else there.
+            dtype = "no" if self.scale is None else self.dtype
+            last = f"{dtype} scale, {_readable(self.nbytes)}"
+        except (AttributeError, TypeError, IndexError, ZeroDivisionError):
+            # `jax.tree.map` put something else than arrays there.
             return f"QTensor({self.words!r}, scale={self.scale!r})"
         widths = [
             "column" if s.group_size is None else s.group_size for s in self.segments
@@ -217,7 +224,8 @@ class QTensor:
         return f"QTensor({', '.join(parts)})"
 
 
-def _matrix_shape(words: Array, layout: Layout) -> tuple[int, ...]:
+def matrix_shape(words: Any, layout: Layout) -> tuple[int, ...]:
+    """Returns the shape of one matrix's words, without the batch axes."""
     return words.shape[words.ndim - layout.rank :]
 
 
@@ -231,19 +239,19 @@ def _readable(nbytes: float) -> str:
 
 def build(
     words: Sequence[Array],
-    scale: Array | Encoded,
-    zero: Array | Encoded | None = None,
+    scale: Any,
+    zero: Any = None,
     *,
     layout: Layout,
     segments: Sequence[Segment],
-    **fields: typing.Any,
+    **fields: Any,
 ) -> QTensor:
     """Builds a `QTensor` after checking that its leaves fit together.
 
     Args:
       words: One array a segment.
-      scale: Float ``[*batch, groups, n or 1]``.
-      zero: Like ``scale``; integers only with `Affine.ZERO`.
+      scale: Float ``[*batch, groups, n or 1]``, or `Encoded`.
+      zero: Like ``scale``, or None; integers only with `Affine.ZERO`.
       layout: Layout of the words.
       segments: One `Segment` for each array of words.
       **fields: The other fields of `QTensor`.
@@ -257,8 +265,7 @@ def build(
     """
     if not words or len(words) != len(segments):
         raise ValueError(
-            f"words has {len(words)} arrays for {len(segments)} segments; pass one "
-            "for each."
+            f"words has {len(words)} arrays for {len(segments)} segments; pass one each."
         )
     qt = QTensor(
         words=tuple(words),
@@ -268,50 +275,75 @@ def build(
         segments=tuple(segments),
         **fields,
     )
+    _check_words(qt)
+    _check_parameters(qt)
+    _check_vectors(qt)
+    return qt
+
+
+def _check_words(qt: QTensor) -> None:
     for array, segment in zip(qt.words, qt.segments, strict=True):
-        _, n = layout.extents(_matrix_shape(array, layout), segment.bits)
+        block(segment.bits)  # refuses other widths
+        if segment.group_size is not None and segment.group_size < 1:
+            raise ValueError(f"{segment}: group_size must be positive or None.")
+        shape = matrix_shape(array, qt.layout)
+        _, n = qt.layout.extents(shape, segment.bits)
         _require("n of words", n, qt.n + qt.padding)
-    if not jnp.issubdtype(scale.dtype, jnp.floating):
-        raise ValueError(f"scale.dtype={scale.dtype} must be a float dtype.")
-    batch, k, n = qt.batch, qt.k, qt.n
-    groups = sum(group_counts(qt)) if qt.row_group is None else scale.shape[-2]
-    for name, array in (("scale", scale), ("zero", zero)):
+        _require("batch of words", array.shape[: array.ndim - qt.layout.rank], qt.batch)
+        # The layout refuses words that it cannot unpack.
+        matrix = jax.ShapeDtypeStruct(shape, array.dtype)
+        jax.eval_shape(functools.partial(qt.layout.unpack, bits=segment.bits), matrix)
+    if qt.rounding not in (1, 2):
+        raise ValueError(f"rounding={qt.rounding} must be 1 or 2.")
+
+
+def _check_parameters(qt: QTensor) -> None:
+    """Checks scale and zero, and that the affine map has what it needs."""
+    if qt.zero is not None and qt.affine is Affine.CODEBOOK:
+        raise ValueError("zero must be None with a codebook.")
+    groups = sum(group_counts(qt)) if qt.row_group is None else qt.scale.shape[-2]
+    for name, array in (("scale", qt.scale), ("zero", qt.zero)):
         if array is None:
             continue
-        _require(f"{name}.shape[:-1]", array.shape[:-1], (*batch, groups))
+        _require(f"{name}.shape[:-1]", array.shape[:-1], (*qt.batch, groups))
         columns = array.shape[-1]
-        if columns < n and n % columns:
+        if columns < qt.n and qt.n % columns:
             raise ValueError(
-                f"{name}.shape[-1]={columns} must be n={n} or a divisor of it."
+                f"{name}.shape[-1]={columns} must be n={qt.n} or a divisor of it."
             )
-    if zero is not None and qt.affine is Affine.CODEBOOK:
-        raise ValueError("zero must be None with a codebook.")
-    is_integer = zero is not None and not jnp.issubdtype(zero.dtype, jnp.floating)
-    if is_integer and qt.affine is not Affine.ZERO:
-        raise ValueError(
-            f"zero.dtype={zero.dtype} must be a float dtype for {qt.affine.value}."
-        )
-    if zero is None and qt.affine in (Affine.ZERO, Affine.OFFSET):
+        integer = not jnp.issubdtype(array.dtype, jnp.floating)
+        if integer and (name == "scale" or qt.affine is not Affine.ZERO):
+            raise ValueError(
+                f"{name}.dtype={array.dtype} must be a float dtype"
+                f"{'' if name == 'scale' else f' for {qt.affine.value}'}."
+            )
+    if qt.zero is None and qt.affine in (Affine.ZERO, Affine.OFFSET):
         raise ValueError(
             f"zero is None, but {qt.affine.value} needs it; symmetric codes are "
             "Affine.CENTERED."
         )
-    for name in ("order", "row_group"):
+
+
+def _check_vectors(qt: QTensor) -> None:
+    """Checks the leaves that lie along k, and the codebook."""
+    for name in ("order", "row_group", "input_scale"):
         array = getattr(qt, name)
         if array is not None:
-            _require(f"{name}.shape", array.shape, (*batch, k))
+            _require(f"{name}.shape", array.shape, (*qt.batch, qt.k))
+        if array is not None and name != "input_scale":
             _require(f"{name}.dtype", array.dtype, jnp.dtype(jnp.int32))
-    if qt.input_scale is not None:
-        _require("input_scale.shape", qt.input_scale.shape, (*batch, k))
     if (qt.codebook is None) == (qt.affine is Affine.CODEBOOK):
         raise ValueError(f"codebook and affine={qt.affine} must come together.")
     if qt.codebook is not None:
-        entries = (*batch, 2 ** max(s.bits for s in qt.segments))
+        entries = (*qt.batch, 2 ** max(segment.bits for segment in qt.segments))
         _require("codebook.shape", qt.codebook.shape, entries)
-    return qt
+    for name in ("codebook", "input_scale"):
+        array = getattr(qt, name)
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name}.dtype={array.dtype} must be a float dtype.")
 
 
-def _require(name: str, found: typing.Any, wanted: typing.Any) -> None:
+def _require(name: str, found: Any, wanted: Any) -> None:
     if found != wanted:
         raise ValueError(f"{name}={found} must be {wanted}.")
 
@@ -328,93 +360,6 @@ def group_counts(qt: QTensor) -> tuple[int, ...]:
 
 def _ceil_div(count: int, size: int | None) -> int:
     return 1 if size is None else -(-count // size)
-
-
-def _over_batch(function: typing.Callable, qt: QTensor) -> Array:
-    for _ in qt.batch:
-        function = jax.vmap(function)
-    return function(qt)
-
-
-@jax.jit
-def codes(qt: QTensor) -> UInt8[Array, "*batch k n"]:
-    """Unpacks the integer codes, in stored row order.
-
-    Args:
-      qt: A quantized tensor, stacked or not.
-
-    Returns:
-      uint8 codes ``[*batch, k, n]``; row ``i`` is input feature ``qt.order[i]``.
-
-    Example:
-      >>> import qjax
-      >>> w = qjax.quantize(jnp.eye(32), bits=2, group_size=32)
-      >>> codes(w).shape, int(codes(w).max())
-      ((32, 32), 3)
-    """
-
-    def one(qt: QTensor) -> Array:
-        unpacked = [
-            qt.layout.unpack(words, segment.bits)[:rows, : qt.n]
-            for words, segment, rows in zip(qt.words, qt.segments, qt.rows, strict=True)
-        ]
-        return jnp.concatenate(unpacked)
-
-    return _over_batch(one, qt)
-
-
-def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b k n"]:
-    """Computes the dense weight.
-
-    Args:
-      qt: A quantized tensor, stacked or not.
-      dtype: None gives the upstream's dtype (the scale's) with the upstream's rounding,
-        bit for bit. Any other dtype widens scales and zeros to float32, evaluates the
-        map there, and rounds the result once to ``dtype``.
-
-    Returns:
-      ``[*batch, k, n]``, rows in the order of the input features.
-
-    Example:
-      >>> import qjax
-      >>> w = qjax.quantize(jnp.eye(32), bits=4, group_size=32)
-      >>> dequantize(w).shape, dequantize(w, jnp.bfloat16).dtype
-      ((32, 32), dtype(bfloat16))
-    """
-    return _dequantize(qt, None if dtype is None else jnp.dtype(dtype))
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _dequantize(qt: QTensor, dtype: jnp.dtype | None) -> Array:
-    def one(qt: QTensor) -> Array:
-        stored = stored_weight(qt, dtype)
-        if qt.order is not None:
-            # Gathering by the inverse is a copy; scattering would zero and then write.
-            stored = jnp.take(stored, jnp.argsort(qt.order), axis=0)
-        if qt.input_scale is not None:
-            stored = stored * qt.input_scale.astype(stored.dtype)[:, None]
-        return stored
-
-    return _over_batch(one, qt)
-
-
-def stored_weight(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "k n"]:
-    """The weight of one matrix in stored row order, without ``input_scale``.
-
-    Traceable, for use inside a kernel's tile; `dequantize` is the public form.
-
-    Args:
-      qt: One matrix.
-      dtype: As in `dequantize`.
-
-    Returns:
-      ``[k, n]``: row ``i`` belongs to input feature ``qt.order[i]``.
-    """
-    target = jnp.dtype(dtype or qt.dtype)
-    # In float32 the map is evaluated as it stands: nothing is rounded after it.
-    exact = target if target == qt.dtype != jnp.float32 else None
-    parts = [_evaluate(part, exact) for part in split(qt)]
-    return jnp.concatenate(parts).astype(target)
 
 
 def split(qt: QTensor) -> list[QTensor]:
@@ -453,141 +398,10 @@ def split(qt: QTensor) -> list[QTensor]:
     return parts
 
 
+@typing.overload
+def plain(parameter: Array | Encoded) -> Array: ...
+@typing.overload
+def plain(parameter: Array | Encoded | None) -> Array | None: ...
 def plain(parameter: Array | Encoded | None) -> Array | None:
     """Decodes a scale or zero that is kept in its file's encoding."""
     return parameter.decode() if isinstance(parameter, Encoded) else parameter
-
-
-def _columns(parameter: Array, n: int) -> Array:
-    """Cuts or repeats the columns of a scale to n; one column stays one."""
-    count = parameter.shape[-1]
-    if count == 1 or count == n:
-        return parameter
-    return parameter[:, :n] if count > n else jnp.repeat(parameter, n // count, axis=1)
-
-
-def spread(part: QTensor, parameter: Array) -> Array:
-    """Gives every stored row its group's value of a scale or zero.
-
-    Args:
-      part: A matrix of one segment.
-      parameter: Its scale or zero.
-
-    Returns:
-      ``[k, n]``, or ``[k, 1]`` where all columns share one value.
-    """
-    (segment,), k, n = part.segments, part.k, part.n
-    size = segment.group_size
-    if part.row_group is not None:
-        return jnp.take(_columns(parameter, n), part.row_group, axis=0)
-    if part.grouping is Grouping.ROWS:
-        repeats = k if size is None else size
-        return jnp.repeat(_columns(parameter, n), repeats, axis=0)[:k]
-    flat, count = parameter.reshape(-1), k * n
-    if part.grouping is Grouping.FLAT:
-        flat = jnp.repeat(flat, count if size is None else size)[:count]
-    else:
-        flat = jnp.tile(flat, -(-count // flat.size))[:count]
-    return flat.reshape(n, k).T
-
-
-def _evaluate(part: QTensor, exact: jnp.dtype | None) -> Array:
-    """The affine map of one segment, in float32.
-
-    Where ``exact`` is a dtype, rounding the result to it once more gives what the
-    upstream's arithmetic in that dtype gives.
-    """
-    (words,), (segment,) = part.words, part.segments
-    q = part.layout.unpack(words, segment.bits)[: part.k, : part.n]
-    s = spread(part, part.scale.astype(jnp.float32))
-    if part.affine is Affine.CODEBOOK:
-        return jnp.take(part.codebook.astype(jnp.float32), q, axis=0) * s
-    centre = 2 ** (segment.bits - 1) if part.affine is Affine.CENTERED else 0
-    c = (q.astype(jnp.int32) - centre).astype(jnp.float32)
-    if part.zero is None:
-        return c * s
-    z = spread(part, part.zero.astype(jnp.float32))
-    if part.affine is Affine.ZERO:
-        twice = exact is not None and part.rounding == 2
-        return (_rounded(c - z, exact) if twice else c - z) * s
-    product = c * s  # exact: a code and a 16-bit scale have at most 24 bits together
-    if exact is None:
-        return product + z
-    if part.rounding == 2:
-        return _rounded(product, exact) + z
-    return _add_to_odd(product, z)
-
-
-def _rounded(x: Array, dtype: jnp.dtype) -> Array:
-    # The barrier keeps XLA from removing the pair of conversions as excess precision.
-    return lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
-
-
-def _add_to_odd(a: Array, b: Array) -> Array:
-    """``a + b`` in float32 rounded to odd, so that rounding it again is rounding once.
-
-    Two roundings to nearest can differ from one where the first lands on a tie of the
-    second. If the sum is inexact and its last bit is even, its odd neighbour on the
-    side of the error is taken instead; that never is a tie of a shorter format.
-    """
-    total = a + b
-    virtual = total - a
-    error = (a - (total - virtual)) + (b - virtual)  # a + b == total + error, exactly
-    pattern = lax.bitcast_convert_type(total, jnp.int32)
-    outwards = (error > 0) == (total > 0)
-    odd = pattern + jnp.where(outwards, 1, -1)
-    take = (error != 0) & (pattern & 1 == 0) & jnp.isfinite(total)
-    moved = lax.bitcast_convert_type(jnp.where(take, odd, pattern), jnp.float32)
-    # The step of one unit in the last place is exact, and no gradient flows through it.
-    return total + lax.stop_gradient(moved - total)
-
-
-def relayout(qt: QTensor, layout: Layout) -> QTensor:
-    """Moves the codes into another layout; scales, zeros and order stay as they are.
-
-    Lossless: the codes are unpacked and packed, never requantized.
-
-    Args:
-      qt: A quantized tensor, stacked or not.
-      layout: The layout to move to.
-
-    Returns:
-      A tensor with the same codes and the same weight.
-
-    Raises:
-      ValueError: If ``layout`` cannot hold the codes, with the reason.
-
-    Example:
-      >>> import qjax
-      >>> w = qjax.quantize(jnp.eye(64), bits=3, group_size=32)
-      >>> planar = relayout(w, qjax.formats.gptq.Planar())
-      >>> bool((codes(planar) == codes(w)).all())
-      True
-    """
-    if layout == qt.layout:
-        return qt
-    return _relayout(qt, layout)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _relayout(qt: QTensor, layout: Layout) -> QTensor:
-    words, segments = [], []
-    for old, segment, rows in zip(qt.words, qt.segments, qt.rows, strict=True):
-
-        def move(old: Array, segment: Segment = segment, rows: int = rows) -> Array:
-            q = qt.layout.unpack(old, segment.bits)[:rows, : qt.n]
-            return layout.pack(q, segment.bits)
-
-        for _ in qt.batch:
-            move = jax.vmap(move)
-        new = move(old)
-        padded, columns = layout.extents(_matrix_shape(new, layout), segment.bits)
-        words.append(new)
-        segments.append(segment._replace(padding=padded - rows))
-    return dataclasses.replace(
-        qt,
-        words=tuple(words),
-        segments=tuple(segments),
-        layout=layout,
-        padding=columns - qt.n,
-    )

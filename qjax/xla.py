@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from qjax import tensor
+from qjax import decode
 from qjax.bits import block
 from qjax.formats.gptq import Stream
 from qjax.tensor import Affine, Grouping, QTensor, Segment
@@ -30,19 +30,19 @@ NATIVE = Stream()
 _TILE = 512 * 1024
 _TILE_ROWS = 256
 # jax 0.10 multiplies two rows three times faster than a vector inside a loop.
-_SLOW_VECTORS = jax.version.__version_info__ < (0, 11)
+_SLOW_VECTORS = jax.__version_info__ < (0, 11)
 # Codes that one element-wise fusion of `fused` consumes; XLA splits much longer ones.
 _FUSED = 32
 
 
 def dense(x: Float[Array, "m k"], w: QTensor) -> Float[Array, "m n"]:
     """Forms the weight in float32, then multiplies: any layout and grouping."""
-    return _dot(x, tensor.stored_weight(w, jnp.float32))
+    return _dot(x, decode.stored_weight(w, jnp.float32))
 
 
 def dense_t(dy: Float[Array, "m n"], w: QTensor) -> Float[Array, "m k"]:
     """``dy @ W.T`` through the dense weight."""
-    return _dot_t(dy, tensor.stored_weight(w, jnp.float32))
+    return _dot_t(dy, decode.stored_weight(w, jnp.float32))
 
 
 def dense_grad(
@@ -134,11 +134,8 @@ def _add(terms: list[Array]) -> Array:
 def _constant(w: QTensor) -> Array:
     """What the affine map adds for each unit of x, ``[groups, n]`` in float32."""
     scale = w.scale.astype(jnp.float32)
-    constant = jnp.zeros_like(scale)
-    if w.affine is Affine.ZERO:
-        constant = -scale * w.zero.astype(jnp.float32)
-    elif w.zero is not None:
-        constant = w.zero.astype(jnp.float32)
+    zero = jnp.float32(0) if w.zero is None else w.zero.astype(jnp.float32)
+    constant = -scale * zero if w.affine is Affine.ZERO else zero
     if w.affine is Affine.CENTERED:
         constant -= scale * 2 ** (w.segments[0].bits - 1)
     groups = w.k // (w.segments[0].group_size or w.k)
@@ -292,7 +289,7 @@ def _leaf_gradients(w: QTensor, dw: Float[Array, "k n"]) -> dict[str, Array]:
     """Pulls the gradient of the weight back to scale, float zero and codebook."""
 
     def weight(leaves: dict[str, Array]) -> Array:
-        return tensor.stored_weight(dataclasses.replace(w, **leaves), jnp.float32)
+        return decode.stored_weight(dataclasses.replace(w, **leaves), jnp.float32)
 
     return jax.vjp(weight, _float_leaves(w))[1](dw)[0]
 
@@ -361,8 +358,9 @@ class _Grid(NamedTuple):
     def of(cls, w: QTensor, *, whole_columns: bool = False) -> "_Grid":
         if w.layout != NATIVE:
             raise NotImplementedError(f"{w.layout!r} does not cut into tiles.")
-        columns = {p.shape[-1] for p in (w.scale, w.zero) if p is not None}
-        if w.grouping is not Grouping.ROWS or not columns <= {1, w.n}:
+        if _is_padded(w):
+            raise NotImplementedError(f"{w!r} has padding in its words.")
+        if w.grouping is not Grouping.ROWS or not _columns(w) <= {1, w.n}:
             raise NotImplementedError(f"{w!r} has groups over several columns.")
         rows = w.k if whole_columns else _tile_rows(w)
         return cls(rows, w.k // rows, _width(w.n, _TILE // rows), w.n)
@@ -370,7 +368,7 @@ class _Grid(NamedTuple):
     def tile(self, w: QTensor, j: Array, start: Array | int, width: int) -> Array:
         """The weight of run ``j`` of rows and ``width`` columns from ``start``."""
         part = _cut(w, j * self.rows, self.rows, start, width)
-        return tensor.stored_weight(part, jnp.float32)
+        return decode.stored_weight(part, jnp.float32)
 
     def over_columns(self, columns: Callable[[Array | int, int], Array]) -> Array:
         """Joins ``columns(start, width) -> [m, width]`` over all n."""
@@ -394,8 +392,17 @@ def _whole_groups(w: QTensor) -> bool:
         w.grouping is Grouping.ROWS
         and w.row_group is None
         and k % (w.segments[0].group_size or k) == 0
-        and w.scale.shape[-1] in (1, w.n)
+        and _columns(w) <= {1, w.n}
     )
+
+
+def _columns(w: QTensor) -> set[int]:
+    """How many columns the scales and the zeros have."""
+    return {p.shape[-1] for p in (w.scale, w.zero) if p is not None}
+
+
+def _is_padded(w: QTensor) -> bool:
+    return bool(w.padding or w.segments[0].padding)
 
 
 def _whole_blocks(w: QTensor) -> int:
@@ -404,6 +411,8 @@ def _whole_blocks(w: QTensor) -> int:
     group = segment.group_size or w.k
     if w.layout != NATIVE or w.affine is Affine.CODEBOOK or not _whole_groups(w):
         raise NotImplementedError(f"{w!r} is not affine in whole groups of a Stream.")
+    if _is_padded(w):
+        raise NotImplementedError(f"{w!r} has padding in its words.")
     if group % block(segment.bits)[0]:
         raise NotImplementedError(
             f"group_size={group} is not whole blocks of {segment.bits}-bit codes."

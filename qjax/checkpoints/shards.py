@@ -109,8 +109,8 @@ def scan(directory: Path) -> dict[str, Stored]:
         for name in held.keys() & tensors.keys():
             raise ValueError(f"{name!r} is in {tensors[name].file} and in {shard}.")
         for name in held.keys() ^ set(names):
-            side = "does not list" if name in held else "lists, but the shard has not,"
-            raise ValueError(f"{directory / shard}: {INDEX} {side} {name!r}.")
+            fault = "is not listed in" if name in held else "is missing, but listed in"
+            raise ValueError(f"{directory / shard}: {name!r} {fault} {INDEX}.")
         tensors |= held
     return tensors
 

@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer, UInt8, UInt32
 
-from qjax import tensor
+from qjax import decode, tensor
 from qjax.bits import block, pack_fields, unpack_fields
 from qjax.tensor import Affine, Layout, QTensor, Segment
 
@@ -351,13 +351,11 @@ def to_tensors(qt: QTensor, checkpoint_format: Checkpoint = "gptq") -> dict[str,
     group_size, g_idx = qt.segments[0].group_size, qt.row_group
     if g_idx is None:
         g_idx = jnp.arange(qt.k, dtype=jnp.int32) // (group_size or qt.k)
-    scale = tensor.plain(qt.scale)
-    if qt.order is None:
-        words = tensor.relayout(qt, config.layout).words[0]
-    else:
+    scale, q = tensor.plain(qt.scale), decode.codes(qt)
+    if qt.order is not None:
         inverse = jnp.argsort(qt.order)
-        g_idx = g_idx[inverse]
-        words = config.layout.pack(tensor.codes(qt)[inverse], bits)
+        g_idx, q = g_idx[inverse], q[inverse]
+    words = config.layout.pack(q, bits)
     if qt.zero is None:
         zero = jnp.full(scale.shape, 2 ** (bits - 1), jnp.uint8)
     else:
@@ -379,13 +377,13 @@ def _holdable(qt: QTensor, checkpoint_format: Checkpoint) -> int:
     reason = None
     if qt.batch:
         reason = f"it stacks {qt.batch} matrices; write them one by one"
-    elif len(qt.segments) > 1:
+    elif len(qt.segments) != 1:
         reason = "its rows have several widths; EXL2 holds those"
     elif qt.grouping is not tensor.Grouping.ROWS or qt.input_scale is not None:
         reason = f"it has {qt.grouping.value} groups or an input scale"
     elif not (
-        (qt.affine is Affine.ZERO and qt.zero.dtype == jnp.uint8)
-        or (qt.affine is Affine.CENTERED and qt.zero is None)
+        (qt.affine is Affine.CENTERED and qt.zero is None)
+        or (qt.zero is not None and qt.zero.dtype == jnp.uint8)
     ):
         reason = f"{qt.affine.value} here does not have integer zeros; requantize it"
     elif qt.segments[0].bits not in _BITS[checkpoint_format]:
@@ -393,8 +391,8 @@ def _holdable(qt: QTensor, checkpoint_format: Checkpoint) -> int:
             f"{qt.segments[0].bits} bits are not among {_BITS[checkpoint_format]} of "
             f"{checkpoint_format!r}; 'gptq_p' holds 2 to 8"
         )
-    elif tensor.plain(qt.scale).shape[-1] != qt.n:
-        reason = "columns share scales"
+    elif any(p.shape[-1] != qt.n for p in (qt.scale, qt.zero) if p is not None):
+        reason = "columns share scales or zeros"
     elif qt.n % block(qt.segments[0].bits)[0]:
         reason = f"n={qt.n} does not fill whole words of zeros"
     if reason:
@@ -412,7 +410,8 @@ def _read_zeros(qzeros: Array, config: Config) -> UInt8[Array, "groups n"]:
         words = jax.lax.bitcast_convert_type(qzeros, jnp.uint32) + jnp.uint32(ones)
         return unpack(words, bits, axis=1)
     stored = unpack(qzeros, bits, axis=1)
-    if (stored == mask).any():
+    # GPTQModel itself reads its zeros of other widths field by field, as done here.
+    if not config.wordwise_zeros and (stored == mask).any():
         warnings.warn(
             "qzeros of GPTQ v1 hold fields of all ones, read as zeros of 0; decoders "
             "disagree on them (AutoGPTQ may mean 2**bits, and GPTQModel files written "

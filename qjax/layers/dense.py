@@ -13,7 +13,7 @@ from qjax.tensor import QTensor
 
 def start(
     kernel_init: Initializer | None,
-    key: Array | None,
+    key: Array,
     shape: tuple[int, int],
     *,
     bits: int,
@@ -73,7 +73,8 @@ def _check_sizes(
         )
     if jnp.dtype(param_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(
-            f"param_dtype={jnp.dtype(param_dtype)} must be bfloat16, float16 or float32."
+            f"param_dtype={jnp.dtype(param_dtype)} must be bfloat16, float16 or "
+            "float32."
         )
 
 

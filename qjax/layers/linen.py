@@ -102,18 +102,21 @@ class Dense(nn.Module):
         )
 
     def _make_kernel(self, in_features: int) -> None:
-        kernel = dense.start(
-            self.kernel_init,
-            self.make_rng("params") if self.kernel_init else None,
-            (in_features, self.features),
-            bits=self.bits,
-            group_size=self.group_size,
-            symmetric=self.symmetric,
-            param_dtype=self.param_dtype,
-        )
-        floats, rest = _split(kernel)
-        self.param("kernel", lambda _: floats)
-        self.variable(QUANTIZED, "kernel", lambda: rest)
+        def start(key: Array) -> dict[str, Array]:
+            kernel = dense.start(
+                self.kernel_init,
+                key,
+                (in_features, self.features),
+                bits=self.bits,
+                group_size=self.group_size,
+                symmetric=self.symmetric,
+                param_dtype=self.param_dtype,
+            )
+            floats, rest = _split(kernel)
+            self.put_variable(QUANTIZED, "kernel", rest)
+            return floats
+
+        self.param("kernel", start)
 
     def _read_kernel(self, in_features: int) -> QTensor:
         for collection in ("params", QUANTIZED):

@@ -1,6 +1,6 @@
 """`Linear`: Flax nnx's `Linear` over a quantized kernel."""
 
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import jax
 import jax.numpy as jnp
@@ -75,9 +75,13 @@ class Linear(nnx.Module):
       implementation: As in `qjax.matmul` (default: None).
       rngs: Random keys; needed by initializers that draw (default: None).
 
+    Raises:
+      ValueError: If ``in_features`` is no multiple of ``group_size`` or does not fill
+        whole words, a kernel has another shape, or ``rngs`` is missing.
+
     Attributes:
       kernel: The kernel as a `QTensor` of arrays, for `qjax.dequantize` and the like.
-      packed: The same `QTensor` with a Variable, `Quantized` or `Scale`, for each array.
+      packed: The same `QTensor`, but each array a Variable, `Quantized` or `Scale`.
       bias: The bias, an `nnx.Param`, or None.
     """
 
@@ -102,8 +106,11 @@ class Linear(nnx.Module):
     ) -> None:
         if rngs is None and (callable(kernel_init) or bias_init is not zeros):
             raise ValueError(
-                "rngs=None, but an initializer draws; pass nnx.Rngs(seed)."
+                "rngs=None, but kernel_init or bias_init takes a key; pass "
+                "rngs=nnx.Rngs(seed)."
             )
+        # The zeros draw nothing from the key that stands in.
+        draw = (lambda: jax.random.key(0)) if rngs is None else rngs.params
         self.in_features = in_features
         self.out_features = out_features
         self.use_bias = use_bias
@@ -117,7 +124,7 @@ class Linear(nnx.Module):
         else:
             kernel = dense.start(
                 kernel_init,
-                rngs.params() if rngs and kernel_init else None,
+                draw(),
                 (in_features, out_features),
                 bits=bits,
                 group_size=group_size,
@@ -126,9 +133,8 @@ class Linear(nnx.Module):
             )
         self._fill(kernel)
         if use_bias:
-            key = rngs.params() if rngs else None
             shape = (*kernel.batch, out_features)
-            self.bias = nnx.Param(bias_init(key, shape, param_dtype))
+            self.bias = nnx.Param(bias_init(draw(), shape, param_dtype))
         else:
             self.bias = nnx.data(None)
 
@@ -238,8 +244,8 @@ class Linear(nnx.Module):
           inputs: ``[..., in_features]``.
 
         Returns:
-          ``[..., out_features]``; its dtype is that of `nnx.Linear` with a kernel of the
-          scales' dtype.
+          ``[..., out_features]``; its dtype is that of `nnx.Linear` with a kernel of
+          the scales' dtype.
         """
         return dense.apply(
             inputs,
@@ -249,7 +255,7 @@ class Linear(nnx.Module):
             implementation=self.implementation,
         )
 
-    def __nnx_repr__(self) -> Iterator[reprlib.Object | reprlib.Attr]:
+    def __nnx_repr__(self) -> Generator[reprlib.Object | reprlib.Attr, None, None]:
         """Shows the kernel as one line in place of its Variables."""
         for part in super().__nnx_repr__():
             if isinstance(part, reprlib.Attr) and part.key == "packed":

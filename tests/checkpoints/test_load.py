@@ -161,6 +161,18 @@ def test_one_file_counts_before_shards(tmp_path):
     chex.assert_trees_all_equal(loaded, checkpoint.tensors["model.norm.weight"])
 
 
+def test_links_into_a_cache(tmp_path):
+    blobs = tiny.checkpoint().write(tmp_path / "blobs")
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for file in blobs.iterdir():
+        (snapshot / file.name).symlink_to(f"../blobs/{file.name}")
+    chex.assert_trees_all_equal(checkpoints.load(snapshot), checkpoints.load(blobs))
+    (blobs / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"neither model\.safetensors nor"):
+        checkpoints.load(snapshot)
+
+
 def test_reads_every_format_of_the_table(tmp_path, monkeypatch):
     class Config:
         @classmethod
@@ -170,19 +182,24 @@ def test_reads_every_format_of_the_table(tmp_path, monkeypatch):
         def of(self, module):
             return self
 
-    doubled = types.SimpleNamespace(
+    doubled = types.ModuleType("doubled")
+    vars(doubled).update(
         TENSORS=("half",),
         Config=Config,
         check=lambda tensors, config: None,
-        from_tensors=lambda tensors, config: jnp.asarray(tensors["half"]) * 2,
+        from_tensors=lambda tensors, config: qjax.quantize(
+            jnp.asarray(tensors["half"]) * 2, group_size=None
+        ),
     )
     monkeypatch.setattr("qjax.checkpoints.modules.FORMATS", {"doubled": doubled})
     tiny.Checkpoint(
-        tensors={"a.half": np.ones(3, np.float32)},
+        tensors={"a.half": np.full((8, 3), 1.5, np.float32)},
         config={"quantization_config": {"quant_method": "doubled"}},
     ).write(tmp_path)
-    chex.assert_trees_all_equal(
-        checkpoints.load(tmp_path), {"a": np.full(3, 2.0, "f4")}
+    weights = checkpoints.load(tmp_path)
+    assert list(weights) == ["a"]
+    chex.assert_trees_all_close(
+        qjax.dequantize(weights["a"]), np.full((8, 3), 3, np.float32), rtol=1e-6
     )
 
 

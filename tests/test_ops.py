@@ -1,0 +1,1055 @@
+"""`matmul`, its gradients, `quantize`: against the float64 oracle."""
+
+import dataclasses
+import itertools
+import re
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+import qjax
+from qjax import ops, tensor, xla
+from qjax.formats import gptq
+from tests import oracle
+
+BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
+
+# Relative to the largest output. float32: sums of up to some thousand products, each
+# rounded, in an order that is XLA's own. Activations rounded to int8 are off by up to
+# 1/254 of the largest of their group, and many such errors are summed.
+TOLERANCE = {"float32": 1e-5, "int8": 2e-2}
+# bfloat16 and float16: times the error of the dense product in the same dtype. The
+# result is as good as rounded once, where the dense one has rounded weights as well.
+TIMES_DENSE = 1.5
+
+
+def relative_error(found, expected) -> float:
+    """Largest error over the largest expected value."""
+    expected = np.asarray(expected, np.float64)
+    found = np.asarray(found).astype(np.float64)
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+def pairwise(**axes) -> list[dict]:
+    """Few cases in which every value of an axis meets every value of every other."""
+    rng = np.random.default_rng(0)
+
+    def pairs(case):
+        return set(itertools.combinations(case.items(), 2))
+
+    missing = set()
+    for (a, xs), (b, ys) in itertools.combinations(axes.items(), 2):
+        missing |= {((a, x), (b, y)) for x in xs for y in ys}
+    cases = []
+    while missing:
+        wanted = dict(min(missing, key=repr))
+        tries = [
+            {name: wanted.get(name, rng.choice(values)) for name, values in axes.items()}
+            for _ in range(20)
+        ]
+        best = max(tries, key=lambda case: len(pairs(case) & missing))
+        missing -= pairs(best)
+        cases.append(best)
+    return cases
+
+
+def test_pairwise_covers_all_pairs():
+    axes = {"a": "xyz", "b": "uv", "c": "123456"}
+    cases = pairwise(**axes)
+    assert len(cases) < 36 / 1.5
+    for one, two in itertools.combinations(axes, 2):
+        met = {(case[one], case[two]) for case in cases}
+        assert met == set(itertools.product(axes[one], axes[two]))
+
+
+# Rows, columns, groups: what any form must do, and what only some can.
+STRUCTURES = {
+    "whole": {"k": 128, "n": 40},
+    "n200": {"k": 64, "n": 200, "group_size": 64},
+    "column": {"k": 96, "n": 40, "group_size": None},
+    "shared": {"k": 128, "n": 40, "columns": 1},
+    "order": {"k": 64, "n": 40, "order": True, "input_scale": True},
+    # Not whole groups of whole words:
+    "group16": {"k": 96, "n": 40, "group_size": 16},
+    "short": {"k": 96, "n": 40, "group_size": 64},
+    "row_group": {"k": 96, "n": 200, "row_group": True},
+    # Groups that span columns:
+    "blocks": {"k": 64, "n": 40, "columns": 8},
+    "flat": {"k": 64, "n": 40, "grouping": "FLAT", "group_size": 48},
+    "strided": {"k": 64, "n": 40, "grouping": "STRIDED"},
+}
+MAPS = {
+    "zero": {},
+    "float_zero": {"float_zero": True},
+    "offset": {"affine": "OFFSET"},
+    "centered": {"affine": "CENTERED"},
+    "centered_zero": {"affine": "CENTERED", "float_zero": True},
+    "codebook": {"affine": "CODEBOOK"},
+}
+SCALES = {"float32": F32, "float16": F16, "bfloat16": BF16}
+WHOLE, ROWS, ALL = list(STRUCTURES)[:5], list(STRUCTURES)[:8], list(STRUCTURES)
+AFFINE = [name for name in MAPS if name != "codebook"]
+TAKES = {
+    "xla_fused": (WHOLE, AFFINE),
+    "xla_tiled": (ROWS, list(MAPS)),
+    "xla_dense": (ALL, list(MAPS)),
+    "xla_int8": (WHOLE, AFFINE),
+}
+CASES = [
+    (name, case["bits"], case["m"], case["structure"], case["affine"], case["scale"])
+    for name, (structures, maps) in TAKES.items()
+    for case in pairwise(
+        bits=range(1, 9),
+        m=(1, 3, 5, 16, 130),
+        structure=structures,
+        affine=maps,
+        scale=list(SCALES),
+    )
+]
+
+
+def sample(structure: str, affine: str = "zero", scale: str = "float32", **changes):
+    given = STRUCTURES[structure] | MAPS[affine] | {"dtype": SCALES[scale]}
+    return oracle.random(0, **(given | changes))
+
+
+def activations(m: int, k: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(m, k)).astype(F32)
+
+
+@pytest.fixture(autouse=True)
+def warnings_once_more():
+    """Each test sees the warnings that come once."""
+    ops._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.filterwarnings("ignore:Grouping .* makes matmul form the dense weight")
+def test_matches_the_oracle(case, as_qtensor):
+    name, bits, m, structure, affine, scale = case
+    matrix = sample(structure, affine, scale, bits=int(bits))
+    x = activations(int(m), len(matrix.codes))
+    y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix), implementation=name)
+    assert y.dtype == jnp.float32
+    tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
+    assert relative_error(y, matrix.matmul(x)) < tolerance
+
+
+MIXED = {
+    "exl2": {
+        "parts": [(8, 32, 32), (6, 32, 32), (5, 64, 64), (3, 64, 32), (2, 32, None)],
+        "affine": "CENTERED",
+        "order": True,
+    },
+    "ragged": {
+        "parts": [(4, 40, 16), (2, 48, 32), (1, 32, 32)],
+        "affine": "OFFSET",
+        "input_scale": True,
+    },
+    "codebook": {"parts": [(4, 64, 32), (2, 64, 32)], "affine": "CODEBOOK"},
+}
+
+
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("kind", MIXED)
+@pytest.mark.parametrize("name", [None, "xla_tiled", "xla_dense"])
+def test_mixed_widths(name, kind, m, as_qtensor):
+    k = sum(rows for _, rows, _ in MIXED[kind]["parts"])
+    matrix = oracle.random(0, k, 40, **MIXED[kind])
+    x = activations(m, k)
+    y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix), implementation=name)
+    assert relative_error(y, matrix.matmul(x)) < TOLERANCE["float32"]
+
+
+@pytest.mark.parametrize("m", [1, 5])
+@pytest.mark.parametrize("name", ["xla_fused", "xla_int8"])
+def test_mixed_widths_of_whole_groups(name, m, as_qtensor):
+    matrix = oracle.random(0, 224, 40, **MIXED["exl2"])
+    x = activations(m, 224)
+    y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix), implementation=name)
+    tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
+    assert relative_error(y, matrix.matmul(x)) < tolerance
+
+
+# Several runs of rows and columns, with a rest, also for small matrices.
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(xla, "_TILE", 64 * 64)
+    monkeypatch.setattr(xla, "_TILE_ROWS", 64)
+
+
+TILED = {
+    "groups in a tile": {"group_size": 32},
+    "tiles in a group": {"group_size": 192},
+    "tiles in the one group": {"group_size": None},
+    "group of three tiles": {"group_size": 96},
+    "shared scales": {"columns": 1, "affine": "OFFSET"},
+    "codebook": {"affine": "CODEBOOK"},
+    "rows dealt": {"row_group": True},
+    "short last group": {"group_size": 128, "float_zero": True},
+    "3 bits": {"bits": 3, "affine": "CENTERED", "float_zero": True},
+}
+
+
+@pytest.mark.parametrize("kind", TILED)
+def test_many_tiles(kind, small_tiles, as_qtensor):
+    matrix = oracle.random(0, 192, 200, **TILED[kind])
+    w, x = as_qtensor(matrix), activations(7, 192)
+    y = jax.jit(lambda x, w: xla.tiled(x, w))(jnp.asarray(x), w)
+    assert relative_error(y, matrix.matmul(x)) < TOLERANCE["float32"]
+    dy = activations(7, 200, seed=2)
+    expected = matrix.gradients(x, dy)
+    dx = jax.jit(lambda dy, w: xla.tiled_t(dy, w))(jnp.asarray(dy), w)
+    assert relative_error(dx, expected.pop("x")) < TOLERANCE["float32"]
+    functions = [xla.tiled_grad]
+    if kind not in ("codebook", "rows dealt", "short last group"):
+        functions.append(xla.grouped_grad)
+    for function in functions:
+        found = jax.jit(lambda *args, f=function: f(*args))(
+            jnp.asarray(x), jnp.asarray(dy), w
+        )
+        assert found.keys() == expected.keys()
+        for name in expected:
+            error = relative_error(found[name], expected[name])
+            assert error < TOLERANCE["float32"], (function, name)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3, 4])
+def test_leading_axes(rank, as_qtensor):
+    matrix = sample("whole")
+    x = activations(6, 128).reshape([(6,), (2, 3), (1, 2, 3)][max(rank - 2, 0)] + (128,))
+    x = x[0] if rank == 1 else x
+    y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix))
+    assert relative_error(y, matrix.matmul(x)) < TOLERANCE["float32"]
+
+
+def test_no_rows(as_qtensor):
+    w = as_qtensor(sample("whole"))
+    for shape in ((0, 128), (2, 0, 128)):
+        assert qjax.matmul(jnp.zeros(shape), w).shape == (*shape[:-1], 40)
+
+
+@pytest.mark.parametrize("scale", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [F16, BF16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("name", "m"), [("xla_fused", 1), ("xla_tiled", 16), ("xla_dense", 16)]
+)
+def test_16_bit_activations(name, m, dtype, scale, as_qtensor):
+    matrix = sample("n200", "zero", scale, k=512)
+    w, x = as_qtensor(matrix), activations(m, 512).astype(dtype)
+    y = qjax.matmul(jnp.asarray(x), w, implementation=name)
+    assert y.dtype == dtype
+    dense = jnp.dot(jnp.asarray(x), qjax.dequantize(w, dtype))
+    expected = matrix.matmul(x.astype(np.float64))
+    error = relative_error(dense, expected)
+    assert relative_error(y, expected) <= TIMES_DENSE * error
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("kind", ["positive", "outliers"])
+@pytest.mark.parametrize(
+    ("name", "m"), [("xla_fused", 1), ("xla_fused", 3), ("xla_tiled", 16), ("xla_dense", 16)]
+)
+def test_activations_that_do_not_cancel(name, m, kind, bits, as_qtensor):
+    # Zeros are taken out of the sum of x times the codes: much larger than the result.
+    matrix = sample("n200", k=1024, bits=bits, group_size=128)
+    x = activations(m, 1024)
+    if kind == "positive":
+        x = np.abs(x)
+    else:
+        x[:, [7, 300, 301, 900]] *= 100
+    y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix), implementation=name)
+    assert relative_error(y, matrix.matmul(x)) < TOLERANCE["float32"]
+
+
+def test_int8_of_groups_of_zeros(as_qtensor):
+    matrix, x = sample("whole"), activations(3, 128)
+    x[0] = 0
+    x[1, 32:64] = 0
+    y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix), implementation="xla_int8")
+    assert relative_error(y, matrix.matmul(x)) < TOLERANCE["int8"]
+    chex.assert_trees_all_equal(np.asarray(y[0]), np.zeros(40, F32))
+
+
+# jaxlib 0.10.2 gets sums over scaled accumulators wrong on CPUs from some 32 thousand
+# outputs and up to 16 rows; no smaller matrix shows it.
+@pytest.mark.parametrize(
+    ("name", "m", "n"),
+    [
+        *((name, m, 4096) for name in (None, "xla_int8") for m in (9, 12, 16)),
+        (None, 3, 11008),
+        (None, 4, 11008),
+        ("xla_int8", 4, 11008),
+        ("xla_fused", 4, 11008),
+        ("xla_fused", 9, 4096),
+    ],
+)
+def test_shapes_that_a_compiler_got_wrong(name, m, n, as_qtensor):
+    matrix = oracle.random(0, 1024, n, group_size=128)
+    x = activations(m, 1024)
+    y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix), implementation=name)
+    tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
+    assert relative_error(y, matrix.matmul(x)) < tolerance
+
+
+@pytest.mark.parametrize("m", [9, 16])
+def test_gradients_at_shapes_that_a_compiler_got_wrong(m, as_qtensor):
+    matrix = oracle.random(0, 1024, 4096, group_size=128)
+    w, x, dy = as_qtensor(matrix), activations(m, 1024), activations(m, 4096, seed=2)
+    _, pull = jax.vjp(
+        lambda x, s: qjax.matmul(x, dataclasses.replace(w, scale=s)),
+        jnp.asarray(x),
+        w.scale,
+    )
+    dx, dscale = pull(jnp.asarray(dy))
+    expected = matrix.gradients(x, dy)
+    assert relative_error(dx, expected["x"]) < TOLERANCE["float32"]
+    assert relative_error(dscale, expected["scale"]) < TOLERANCE["float32"]
+
+
+class TestGradients:
+    KINDS = (
+        *((structure, "zero") for structure in STRUCTURES),
+        ("whole", "float_zero"),
+        ("order", "float_zero"),
+        ("row_group", "offset"),
+        ("shared", "offset"),
+        ("n200", "centered"),
+        ("short", "centered_zero"),
+        ("column", "codebook"),
+        ("order", "codebook"),
+        ("flat", "offset"),
+    )
+
+    @pytest.fixture(params=["dense", "native"])
+    def backward(self, request, monkeypatch):
+        """Small matrices take the dense weight; they too must work without it."""
+        if request.param == "native":
+            monkeypatch.setattr(ops, "_SMALL", 0)
+        # The programs of the other limit.
+        ops._apply.clear_cache()
+        yield request.param
+        ops._apply.clear_cache()
+
+    def by_jax(self, matrix, w, x, dy, transform=lambda f: f):
+        """Gradients of x and all float leaves, and float0 for the others."""
+
+        def loss(x, w):
+            return (qjax.matmul(x, w) * jnp.asarray(dy)).sum()
+
+        dx, dw = transform(jax.grad(loss, argnums=(0, 1), allow_int=True))(x, w)
+        found = {
+            name: getattr(dw, name)
+            for name in ("scale", "zero", "codebook", "input_scale")
+            if getattr(w, name) is not None
+            and jnp.issubdtype(getattr(w, name).dtype, jnp.floating)
+        }
+        for leaf, gradient in zip(jax.tree.leaves(w), jax.tree.leaves(dw), strict=True):
+            if jnp.issubdtype(leaf.dtype, jnp.integer):
+                assert gradient.dtype == jax.dtypes.float0
+                assert gradient.shape == leaf.shape
+            else:
+                assert gradient.dtype == leaf.dtype
+        return found | {"x": dx}
+
+    def check(self, found, expected, tolerance=TOLERANCE["float32"]):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            error = relative_error(found[name], expected[name])
+            assert error < tolerance, name
+
+    @pytest.mark.parametrize("kind", KINDS, ids="-".join)
+    @pytest.mark.filterwarnings("ignore:Grouping .* makes matmul form the dense weight")
+    def test_match_the_oracle(self, kind, backward, as_qtensor):
+        matrix = sample(*kind)
+        k, n = matrix.codes.shape
+        x, dy = activations(5, k), activations(5, n, seed=2)
+        found = self.by_jax(matrix, as_qtensor(matrix), jnp.asarray(x), dy, jax.jit)
+        self.check(found, matrix.gradients(x, dy))
+
+    @pytest.mark.parametrize("kind", MIXED)
+    def test_mixed_widths(self, kind, backward, as_qtensor):
+        k = sum(rows for _, rows, _ in MIXED[kind]["parts"])
+        matrix = oracle.random(0, k, 40, **MIXED[kind])
+        x, dy = activations(5, k), activations(5, 40, seed=2)
+        found = self.by_jax(matrix, as_qtensor(matrix), jnp.asarray(x), dy, jax.jit)
+        self.check(found, matrix.gradients(x, dy))
+
+    def test_mixed_widths_of_shared_groups(self, backward, as_qtensor):
+        # Rows of both segments belong to both groups: their gradients add up.
+        matrix = oracle.random(
+            0, 128, 40, parts=[(4, 64, 64), (2, 64, 64)], affine="OFFSET", row_group=True
+        )
+        assert set(matrix.row_group[:64]) == set(matrix.row_group[64:]) == {0, 1}
+        x, dy = activations(5, 128), activations(5, 40, seed=2)
+        found = self.by_jax(matrix, as_qtensor(matrix), jnp.asarray(x), dy, jax.jit)
+        self.check(found, matrix.gradients(x, dy))
+
+    @pytest.mark.parametrize("bits", range(1, 9))
+    def test_every_width(self, bits, backward, as_qtensor):
+        matrix = sample("whole", "float_zero", bits=bits)
+        x, dy = activations(3, 128), activations(3, 40, seed=2)
+        found = self.by_jax(matrix, as_qtensor(matrix), jnp.asarray(x), dy, jax.jit)
+        self.check(found, matrix.gradients(x, dy))
+
+    @pytest.mark.parametrize("affine", MAPS)
+    def test_the_oracles_own_gradients_are_differences(self, affine):
+        matrix = sample("order", affine, k=32, n=8, group_size=16)
+        x, dy = activations(2, 32), activations(2, 8, seed=2)
+        rng = np.random.default_rng(3)
+        expected = matrix.gradients(x, dy)
+        for name, gradient in expected.items():
+            direction = rng.normal(size=gradient.shape)
+            value = x if name == "x" else getattr(matrix, name)
+
+            def loss(step, name=name, value=value, direction=direction):
+                moved = np.asarray(value, np.float64) + step * direction
+                if name == "x":
+                    return (matrix.matmul(moved) * dy).sum()
+                return (dataclasses.replace(matrix, **{name: moved}).matmul(x) * dy).sum()
+
+            # The product is linear in each leaf: a difference is a derivative.
+            difference = (loss(0.5) - loss(-0.5)) / 1.0
+            np.testing.assert_allclose(
+                (gradient * direction).sum(), difference, rtol=1e-10
+            )
+
+    @pytest.mark.parametrize("dtype", [F16, BF16], ids=["float16", "bfloat16"])
+    def test_16_bits(self, dtype, backward, as_qtensor):
+        scale = "float16" if dtype == F16 else "bfloat16"
+        matrix = sample("whole", "offset", scale)
+        x, dy = activations(5, 128).astype(dtype), activations(5, 40, 2).astype(dtype)
+        found = self.by_jax(matrix, as_qtensor(matrix), jnp.asarray(x), dy, jax.jit)
+        # The loss rounds nothing but y and dy, and each gradient once to its dtype.
+        self.check(
+            found,
+            matrix.gradients(x.astype(np.float64), dy.astype(np.float64)),
+            tolerance=2.0**-11 if dtype == F16 else 2.0**-8,
+        )
+
+    def test_without_jit(self, as_qtensor):
+        matrix = sample("order", "float_zero")
+        x, dy = activations(5, 64), activations(5, 40, seed=2)
+        found = self.by_jax(matrix, as_qtensor(matrix), jnp.asarray(x), dy)
+        self.check(found, matrix.gradients(x, dy))
+
+    def test_named_implementations_have_the_exact_gradient(self, as_qtensor):
+        matrix = sample("whole")
+        w, x, dy = as_qtensor(matrix), activations(5, 128), activations(5, 40, seed=2)
+
+        def loss(x, name):
+            return (qjax.matmul(x, w, implementation=name) * jnp.asarray(dy)).sum()
+
+        for name in ops.IMPLEMENTATIONS["matmul"]:
+            dx = jax.grad(loss)(jnp.asarray(x), name)
+            error = relative_error(dx, matrix.gradients(x, dy)["x"])
+            assert error < TOLERANCE["float32"], name
+
+    def test_remat(self, as_qtensor):
+        matrix = sample("whole", "float_zero")
+        w, x = as_qtensor(matrix), jnp.asarray(activations(5, 128))
+
+        def loss(x, w):
+            return (jnp.tanh(qjax.matmul(x, w)) ** 2).sum()
+
+        plain = jax.jit(jax.grad(loss))(x, w)
+        chex.assert_trees_all_close(
+            jax.jit(jax.grad(jax.checkpoint(loss)))(x, w), plain, rtol=1e-6
+        )
+
+    def test_gradients_flow_into_encoded_scales(self, as_qtensor):
+        # An encoding is decoded outside of the product: its floats have gradients.
+        matrix = sample("whole")
+        w, x, dy = as_qtensor(matrix), activations(5, 128), activations(5, 40, seed=2)
+
+        def loss(step):
+            encoded = Doubled(step)
+            y = qjax.matmul(jnp.asarray(x), dataclasses.replace(w, scale=encoded))
+            return (y * jnp.asarray(dy)).sum()
+
+        found = jax.grad(loss)(w.scale / 2)
+        expected = 2 * matrix.gradients(x, dy)["scale"]
+        assert relative_error(found, expected) < TOLERANCE["float32"]
+
+    def test_experts_under_vmap(self, backward, as_qtensor):
+        matrices = [sample("whole", "float_zero", k=64) for _ in range(3)]
+        matrices = [
+            dataclasses.replace(m, codes=np.roll(m.codes, i, 0))
+            for i, m in enumerate(matrices)
+        ]
+        tensors = [as_qtensor(m) for m in matrices]
+        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *tensors)
+        x, dy = activations(6, 64).reshape(3, 2, 64), activations(6, 40, 2)
+        dy = dy.reshape(3, 2, 40)
+
+        @jax.jit
+        def gradients(x, scale, zero):
+            def loss(x, scale, zero):
+                w = dataclasses.replace(stack, scale=scale, zero=zero)
+                return (jax.vmap(qjax.matmul)(x, w) * jnp.asarray(dy)).sum()
+
+            return jax.grad(loss, (0, 1, 2))(x, scale, zero)
+
+        found = gradients(jnp.asarray(x), stack.scale, stack.zero)
+        for i, m in enumerate(matrices):
+            expected = m.gradients(x[i], dy[i])
+            one = dict(zip(("x", "scale", "zero"), (leaf[i] for leaf in found), strict=True))
+            self.check(one, expected)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Doubled(tensor.Encoded):
+    half: jax.Array
+
+    def decode(self):
+        return self.half * 2
+
+
+class TestTransformations:
+    @pytest.fixture
+    def matrix(self) -> oracle.Matrix:
+        return oracle.random(0, 256, 48, affine="OFFSET", group_size=32)
+
+    def test_vmap_over_experts(self):
+        matrices = [oracle.random(seed, 64, 40) for seed in range(3)]
+        weights = qjax.quantize(
+            jnp.asarray(np.stack([m.weight for m in matrices]), F32), group_size=32
+        )
+        x = activations(6, 64).reshape(3, 2, 64)
+        found = jax.jit(jax.vmap(qjax.matmul))(jnp.asarray(x), weights)
+        dense = np.asarray(qjax.dequantize(weights), np.float64)
+        assert relative_error(found, x @ dense) < TOLERANCE["float32"]
+        shared = jax.vmap(qjax.matmul, (None, 0))(jnp.asarray(x[0]), weights)
+        assert relative_error(shared, x[0] @ dense) < TOLERANCE["float32"]
+
+    def test_scan_over_layers(self):
+        layers = [oracle.random(seed, 64, 64) for seed in range(3)]
+        stack = qjax.quantize(
+            jnp.asarray(np.stack([m.weight for m in layers]), F32), group_size=32
+        )
+        x = activations(2, 64)
+
+        @jax.jit
+        def run(x, stack):
+            return jax.lax.scan(lambda x, w: (qjax.matmul(x, w), None), x, stack)[0]
+
+        expected = x.astype(np.float64)
+        for dense in np.asarray(qjax.dequantize(stack), np.float64):
+            expected = expected @ dense
+        found = run(jnp.asarray(x), stack)
+        assert relative_error(found, expected) < 3 * TOLERANCE["float32"]  # three layers
+
+    # The specs of x and of all leaves of w, of y, and what the shards of y need.
+    SHARDED = {
+        "columns": (P(), P(None, "d"), P(None, "d"), False),
+        "rows": (P(None, "d"), P("d", None), P(), True),
+        "batch": (P("d", None), P(), P("d", None), False),
+        "all": (P(), P(), P(), False),
+    }
+
+    @pytest.mark.parametrize("m", [8, 24])
+    @pytest.mark.parametrize("kind", SHARDED)
+    def test_shard_map(self, kind, m, matrix, as_qtensor):
+        x_spec, w_spec, y_spec, partial = self.SHARDED[kind]
+        w, x, dy = as_qtensor(matrix), activations(m, 256), activations(m, 48, seed=2)
+        mesh = Mesh(jax.devices("cpu"), ("d",))
+
+        @jax.shard_map(mesh=mesh, in_specs=(x_spec, w_spec), out_specs=y_spec)
+        def product(x, w):
+            y = qjax.matmul(x, w)
+            return jax.lax.psum(y, "d") if partial else y
+
+        def loss(x, scale, zero):
+            y = product(x, dataclasses.replace(w, scale=scale, zero=zero))
+            return (y * jnp.asarray(dy)).sum(), y
+
+        step = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
+        gradients, y = step(jnp.asarray(x), w.scale, w.zero)
+        assert relative_error(y, matrix.matmul(x)) < TOLERANCE["float32"]
+        expected = matrix.gradients(x, dy)
+        for name, found in zip(("x", "scale", "zero"), gradients, strict=True):
+            assert relative_error(found, expected[name]) < TOLERANCE["float32"], name
+
+    def test_shard_map_of_large_shards(self, monkeypatch, matrix, as_qtensor):
+        # Without the dense weight: loops whose carries vary over devices.
+        monkeypatch.setattr(ops, "_SMALL", 0)
+        ops._apply.clear_cache()
+        for kind in self.SHARDED:
+            self.test_shard_map(kind, 32, matrix, as_qtensor)
+        ops._apply.clear_cache()
+
+    def test_pmap(self, matrix, as_qtensor):
+        w, x, dy = as_qtensor(matrix), activations(16, 256), activations(16, 48, seed=2)
+        devices = jax.devices("cpu")
+        by_device = jnp.asarray(x.reshape(8, 2, 256)), jnp.asarray(dy.reshape(8, 2, 48))
+
+        def step(x, dy, w):
+            def loss(x, scale):
+                y = qjax.matmul(x, dataclasses.replace(w, scale=scale))
+                return (y * dy).sum(), y
+
+            (dx, dscale), y = jax.grad(loss, (0, 1), has_aux=True)(x, w.scale)
+            return y, dx, jax.lax.psum(dscale, "d")
+
+        y, dx, dscale = jax.pmap(
+            step, axis_name="d", in_axes=(0, 0, None), devices=devices
+        )(*by_device, w)
+        expected = matrix.gradients(x, dy)
+        pairs = {
+            "y": (y.reshape(16, 48), matrix.matmul(x)),
+            "x": (dx.reshape(16, 256), expected["x"]),
+            "scale": (dscale[0], expected["scale"]),
+        }
+        for name, (found, wanted) in pairs.items():
+            assert relative_error(found, wanted) < TOLERANCE["float32"], name
+
+    def test_pmap_of_columns(self, matrix, as_qtensor):
+        # Each device holds six columns: local leaves under the same metadata.
+        columns = jax.tree.map(
+            lambda leaf: leaf.reshape(leaf.shape[0], 8, 6).transpose(1, 0, 2),
+            as_qtensor(matrix),
+        )
+        x = activations(2, 256)
+        y = jax.pmap(qjax.matmul, in_axes=(None, 0), devices=jax.devices("cpu"))(
+            jnp.asarray(x), columns
+        )
+        found = np.asarray(y).transpose(1, 0, 2).reshape(2, 48)
+        assert relative_error(found, matrix.matmul(x)) < TOLERANCE["float32"]
+
+    @pytest.mark.parametrize("name", [None, *ops.IMPLEMENTATIONS["matmul"]])
+    def test_64_bit_mode(self, name, as_qtensor):
+        matrix = sample("order")
+        w, x = as_qtensor(matrix), activations(5, 64)
+        with jax.enable_x64(True):
+            y = qjax.matmul(jnp.asarray(x), w, implementation=name)
+            assert y.dtype == jnp.float32
+            grad = jax.grad(lambda x: qjax.matmul(x, w, implementation=name).sum())
+            assert grad(jnp.asarray(x)).dtype == jnp.float32
+        tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
+        assert relative_error(y, matrix.matmul(x)) < tolerance
+
+    def test_eval_shape(self, matrix, as_qtensor):
+        w = as_qtensor(matrix)
+        x = jax.ShapeDtypeStruct((2, 3, 256), jnp.bfloat16)
+        y = jax.eval_shape(qjax.matmul, x, w)
+        assert (y.shape, y.dtype) == ((2, 3, 48), jnp.bfloat16)
+
+
+class TestDispatch:
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "name", "message"),
+        [
+            ((2, 127), "float32", None, "x.shape=(2, 127) must end in k=128, as w.shape"),
+            ((), "float32", None, "x.shape=() must end in k=128"),
+            ((2, 128), "int32", None, "x.dtype=int32 must be bfloat16, float16 or"),
+            ((2, 128), "bool", None, "x.dtype=bool must be bfloat16, float16 or"),
+            (
+                (2, 128),
+                "float32",
+                "triton",
+                "implementation='triton' must be one of ['xla_fused', 'xla_tiled', "
+                "'xla_dense', 'xla_int8']",
+            ),
+        ],
+    )
+    def test_refuses(self, shape, dtype, name, message, as_qtensor, refuses):
+        w = as_qtensor(sample("whole"))
+        with refuses(message):
+            qjax.matmul(jnp.zeros(shape, dtype), w, implementation=name)
+
+    def test_refuses_stacks(self, refuses):
+        stack = qjax.quantize(jnp.ones((3, 64, 8)), group_size=32)
+        message = "w.shape=(3, 64, 8) is a stack; map over it: jax.vmap(qjax.matmul)(x, w)"
+        with refuses(message):
+            qjax.matmul(jnp.ones((3, 2, 64)), stack)
+
+    @pytest.mark.parametrize(
+        ("name", "structure", "affine", "bits", "reason"),
+        [
+            ("xla_fused", "whole", "codebook", 4, "is not affine in whole groups"),
+            ("xla_fused", "short", "zero", 4, "is not affine in whole groups"),
+            ("xla_fused", "row_group", "zero", 4, "is not affine in whole groups"),
+            ("xla_fused", "blocks", "zero", 4, "is not affine in whole groups"),
+            ("xla_fused", "flat", "zero", 4, "is not affine in whole groups"),
+            ("xla_fused", "group16", "zero", 4, "group_size=16 is not a multiple of 32"),
+            ("xla_fused", "group16", "zero", 3, "group_size=16 is not whole blocks of 3"),
+            ("xla_int8", "group16", "zero", 3, "group_size=16 is not whole blocks of 3"),
+            ("xla_int8", "whole", "codebook", 4, "is not affine in whole groups"),
+            ("xla_tiled", "blocks", "zero", 4, "has groups over several columns"),
+            ("xla_tiled", "strided", "zero", 4, "has groups over several columns"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:Grouping .* makes matmul form the dense weight")
+    def test_a_name_never_falls_back(
+        self, name, structure, affine, bits, reason, as_qtensor
+    ):
+        w = as_qtensor(sample(structure, affine, bits=bits))
+        x = jnp.asarray(activations(2, w.k))
+        with pytest.raises(NotImplementedError, match=re.escape(reason)):
+            qjax.matmul(x, w, implementation=name)
+        y = qjax.matmul(x, w)  # without a name another one takes it
+        assert y.shape == (2, w.n)
+
+    @pytest.mark.parametrize("name", ["xla_fused", "xla_tiled", "xla_int8"])
+    @pytest.mark.parametrize(
+        ("segment", "columns"), [((4, 32, 32), 40), ((4, 18, 28), 40), ((4, 32, 0), 32)]
+    )
+    def test_padded_words_are_declined(self, name, segment, columns):
+        matrix = oracle.random(0, 96 if segment[2] == 32 else 64, 40)
+        segment = tensor.Segment(*segment)
+        k = len(matrix.codes) - segment.padding
+        groups = -(-k // segment.group_size)
+        scale = np.resize(matrix.scale, (groups, columns))
+        zero = np.resize(matrix.zero, (groups, columns))
+        w = tensor.build(
+            [jnp.asarray(matrix.words[0])],
+            jnp.asarray(scale),
+            jnp.asarray(zero),
+            layout=gptq.Stream(),
+            segments=[segment],
+            padding=40 - columns,
+        )
+        held = dataclasses.replace(
+            matrix,
+            codes=matrix.codes[:k, :columns],
+            parts=(oracle.Part(4, k, segment.group_size),),
+            scale=scale,
+            zero=zero,
+        )
+        x = activations(2, k)
+        with pytest.raises(NotImplementedError, match="has padding in its words"):
+            qjax.matmul(jnp.asarray(x), w, implementation=name)
+        found = qjax.matmul(jnp.asarray(x), w)
+        assert relative_error(found, held.matmul(x)) < TOLERANCE["float32"]
+        dx = jax.grad(lambda x: qjax.matmul(x, w).sum())(jnp.asarray(x))
+        expected = held.gradients(x, np.ones((2, columns)))["x"]
+        assert relative_error(dx, expected) < TOLERANCE["float32"]
+
+    @pytest.mark.parametrize("columns", [1, 8])
+    def test_zeros_with_columns_of_their_own(self, columns, as_qtensor):
+        matrix = sample("whole")
+        matrix = dataclasses.replace(matrix, zero=matrix.zero[:, :columns])
+        x, dy = activations(2, 128), activations(2, 40, seed=2)
+        w = as_qtensor(matrix)
+        found = qjax.matmul(jnp.asarray(x), w)
+        assert relative_error(found, matrix.matmul(x)) < TOLERANCE["float32"]
+        if columns == 8:
+            with pytest.raises(NotImplementedError, match="whole groups"):
+                qjax.matmul(jnp.asarray(x), w, implementation="xla_fused")
+            with pytest.raises(NotImplementedError, match="whole groups"):
+                xla.grouped_grad(jnp.asarray(x), jnp.asarray(dy), w)
+
+    @pytest.mark.parametrize("name", ["xla_fused", "xla_tiled", "xla_int8"])
+    def test_foreign_layouts_are_moved_and_warned_of_once(self, name, as_qtensor):
+        matrix = sample("whole", bits=3)
+        planes = as_qtensor(matrix, gptq.Planar())
+        x = activations(2, 128)
+        with pytest.warns(UserWarning) as caught:
+            y = qjax.matmul(jnp.asarray(x), planes, implementation=name)
+            qjax.matmul(jnp.asarray(x), planes, implementation=name)
+        messages = [str(warning.message) for warning in caught]
+        assert messages == [
+            "Planar() is moved to Stream() at every call of matmul; `qjax.prepare` does "
+            "it once."
+        ]
+        assert caught[0].filename == __file__
+        tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
+        assert relative_error(y, matrix.matmul(x)) < tolerance
+
+    @pytest.mark.parametrize("structure", ["flat", "strided"])
+    def test_foreign_groupings_are_warned_of_once(self, structure, as_qtensor):
+        matrix = sample(structure)
+        w, x = as_qtensor(matrix), activations(2, 64)
+        with pytest.warns(UserWarning) as caught:
+            y = qjax.matmul(jnp.asarray(x), w)
+            qjax.matmul(jnp.asarray(x), w)
+        messages = [str(warning.message) for warning in caught]
+        assert messages == [
+            f"Grouping {structure!r} makes matmul form the dense weight."
+        ]
+        assert relative_error(y, matrix.matmul(x)) < TOLERANCE["float32"]
+
+    def test_a_layout_that_does_not_move_takes_the_dense_weight(self):
+        matrix = oracle.random(0, 40, 16, bits=8, group_size=20)
+        w = tensor.build(
+            [jnp.asarray(matrix.codes[::-1] & 7)],
+            jnp.asarray(matrix.scale),
+            jnp.asarray(matrix.zero),
+            layout=Reversed(),
+            segments=[tensor.Segment(3, 20)],  # 40 rows of 3 bits fill no whole words
+        )
+        held = dataclasses.replace(matrix, codes=matrix.codes & 7)
+        x = activations(2, 40)
+        with pytest.warns(UserWarning, match=r"Reversed\(\) is moved to Stream\(\)"):
+            y = qjax.matmul(jnp.asarray(x), w)
+        assert relative_error(y, held.matmul(x)) < TOLERANCE["float32"]
+        for name in ("xla_fused", "xla_tiled", "xla_int8"):
+            with pytest.raises(NotImplementedError):
+                qjax.matmul(jnp.asarray(x), w, implementation=name)
+
+    def test_prepared_tensors_do_not_warn(self, as_qtensor):
+        planes = as_qtensor(sample("whole", bits=3), gptq.Planar())
+        w = qjax.prepare(planes)
+        assert qjax.matmul(jnp.ones((2, 128)), w).shape == (2, 40)
+
+    def test_act_order_gives_the_same_product_prepared(self, as_qtensor):
+        matrix = sample("row_group", "float_zero")
+        prepared = qjax.prepare(as_qtensor(matrix))
+        assert prepared.row_group is None
+        for m in (1, 5):
+            x = activations(m, 96)
+            for name in (None, "xla_fused", "xla_tiled", "xla_dense"):
+                y = qjax.matmul(jnp.asarray(x), prepared, implementation=name)
+                assert relative_error(y, matrix.matmul(x)) < TOLERANCE["float32"], name
+
+    def test_when_all_decline_every_reason_is_told(self, monkeypatch, as_qtensor):
+        def decline(*operands):
+            raise NotImplementedError("not today")
+
+        names = dict.fromkeys(ops.IMPLEMENTATIONS["matmul"], decline)
+        monkeypatch.setattr(ops, "IMPLEMENTATIONS", {"matmul": names})
+        ops._apply.clear_cache()
+        w = as_qtensor(sample("whole", k=160))
+        with pytest.raises(ExceptionGroup, match="no implementation of matmul") as caught:
+            qjax.matmul(jnp.ones((1, 160)), w)
+        assert [str(reason) for reason in caught.value.exceptions] == ["not today"] * 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Reversed(tensor.Layout):
+    """One byte a code, the last row first."""
+
+    def pack(self, codes, bits):
+        return codes[::-1]
+
+    def unpack(self, words, bits):
+        return words[::-1]
+
+    def extents(self, shape, bits):
+        return shape
+
+
+class TestMemory:
+    """4096 x 4096: in float32 the weight has 64 MiB, in bfloat16 32 MiB."""
+
+    SIZE, MIB = 4096, 2**20
+    # What the tiles and the decoded words of a few rows need, whatever the width.
+    FIXED = 8 * MIB
+
+    def abstract(self, bits, dtype, m, *, order=False):
+        w = jax.eval_shape(
+            lambda w: qjax.quantize(w, bits),
+            jax.ShapeDtypeStruct((self.SIZE, self.SIZE), dtype),
+        )
+        if order:  # act-order as `prepare` leaves it
+            indices = jax.ShapeDtypeStruct((self.SIZE,), jnp.int32)
+            w = dataclasses.replace(w, order=indices)
+        return jax.ShapeDtypeStruct((m, self.SIZE), dtype), w
+
+    def temporaries(self, function, *operands) -> int:
+        compiled = jax.jit(function).lower(*operands).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    def gradients(self, x, scale, w):
+        def loss(x, scale):
+            y = qjax.matmul(x, dataclasses.replace(w, scale=scale))
+            return (y.astype(jnp.float32) ** 2).sum()
+
+        return jax.grad(loss, (0, 1))(x, scale)
+
+    CASES = (
+        *((4, dtype, m, False) for dtype in ("float32", "bfloat16") for m in (1, 16, 512)),
+        (3, "float32", 1, False),
+        (3, "float32", 16, False),
+        (4, "bfloat16", 16, True),
+    )
+
+    @pytest.mark.parametrize(("bits", "dtype", "m", "order"), CASES)
+    def test_forward_forms_no_weight(self, bits, dtype, m, order):
+        x, w = self.abstract(bits, dtype, m, order=order)
+        # In float32: x in steps, y in runs of columns, and y.
+        activations = 3 * 4 * m * self.SIZE
+        assert self.temporaries(qjax.matmul, x, w) < activations + self.FIXED
+
+    @pytest.mark.parametrize(("bits", "dtype", "m", "order"), CASES)
+    def test_backward_forms_no_weight(self, bits, dtype, m, order):
+        x, w = self.abstract(bits, dtype, m, order=order)
+        # y, dy and dx besides, and dy in the dtype of x.
+        activations = 5 * 4 * m * self.SIZE
+        assert self.temporaries(self.gradients, x, w.scale, w) < activations + self.FIXED
+
+    def test_the_dense_weight_is_seen(self):
+        # The measure works: the form that makes the weight has it all.
+        x, w = self.abstract(4, "float32", 16)
+        dense = self.temporaries(
+            lambda x, w: qjax.matmul(x, w, implementation="xla_dense"), x, w
+        )
+        assert dense >= 4 * self.SIZE**2
+
+
+class TestQuantize:
+    # Frobenius error over that of the weight, for one normal matrix in groups of 64.
+    ERRORS = {
+        (2, False): 0.0,
+        (3, False): 0.0,
+        (4, False): 0.0,
+        (5, False): 0.0,
+        (6, False): 0.0,
+        (7, False): 0.0,
+        (8, False): 0.0,
+        (2, True): 0.0,
+        (3, True): 0.0,
+        (4, True): 0.0,
+        (5, True): 0.0,
+        (6, True): 0.0,
+        (7, True): 0.0,
+        (8, True): 0.0,
+    }
+
+    @staticmethod
+    def normal(*shape) -> np.ndarray:
+        return np.random.default_rng(0).normal(size=shape).astype(F32)
+
+    @pytest.mark.parametrize(("bits", "symmetric"), ERRORS)
+    def test_accuracy(self, bits, symmetric):
+        w = self.normal(256, 128)
+        q = qjax.quantize(jnp.asarray(w), bits, 64, symmetric)
+        assert (q.shape, q.bits, q.layout) == (w.shape, bits, gptq.Stream())
+        error = np.asarray(qjax.dequantize(q), np.float64) - w
+        relative = np.linalg.norm(error) / np.linalg.norm(w)
+        assert relative == pytest.approx(self.ERRORS[bits, symmetric], rel=1e-3)
+        # A code away from an end of the range is the nearest one.
+        step = np.repeat(np.asarray(q.scale, np.float64), 64, axis=0)
+        codes = np.asarray(qjax.codes(q))
+        inner = (codes > 0) & (codes < 2**bits - 1)
+        assert (np.abs(error)[inner] <= 0.5001 * step[inner]).all()
+        # Rounding the zero shifts the range by half a step: the ends are off by one.
+        assert (np.abs(error) <= 1.0001 * step).all()
+
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_the_rule(self, symmetric):
+        w = self.normal(64, 40)
+        q = qjax.quantize(jnp.asarray(w), 4, 32, symmetric)
+        groups = w.reshape(2, 32, 40)
+        if symmetric:
+            scale = 2 * np.abs(groups).max(1) / F32(15)
+            zero = np.full((2, 40), 8)
+            assert q.zero is None
+            assert q.affine is tensor.Affine.CENTERED
+        else:
+            low, high = np.minimum(groups.min(1), 0), np.maximum(groups.max(1), 0)
+            scale = (high - low) / F32(15)
+            zero = np.round(-low / scale)
+            chex.assert_trees_all_equal(np.asarray(q.zero), zero.astype(np.uint8))
+        # XLA may divide by multiplying: one unit in the last place.
+        chex.assert_trees_all_close(np.asarray(q.scale), scale, rtol=2.0**-23)
+        codes = np.round(groups / scale[:, None]) + zero[:, None]
+        chex.assert_trees_all_equal(
+            np.asarray(qjax.codes(q)),
+            np.clip(codes, 0, 15).astype(np.uint8).reshape(64, 40),
+        )
+
+    @pytest.mark.parametrize("symmetric", [False, True])
+    @pytest.mark.parametrize("value", [0.0, 0.75, -3.0, 1e-30])
+    def test_constant_groups(self, value, symmetric):
+        w = jnp.full((64, 8), value)
+        q = qjax.quantize(w, 4, 32, symmetric)
+        weight = np.asarray(qjax.dequantize(q))
+        assert np.isfinite(weight).all()
+        # Symmetric codes end half a step below the largest value: 1/15 of it.
+        tolerance = 1 / 15 if symmetric else 1e-6
+        np.testing.assert_allclose(weight, value, rtol=tolerance)
+
+    def test_zero_stays_zero(self):
+        w = self.normal(64, 40)
+        w[::3] = 0
+        for symmetric in (False, True):
+            weight = qjax.dequantize(qjax.quantize(jnp.asarray(w), 3, 32, symmetric))
+            assert not np.asarray(weight)[::3].any()
+
+    def test_groups_too_small_for_the_dtype(self):
+        w = jnp.full((64, 8), 1e-6).at[:32].set(1)
+        q = qjax.quantize(w, 4, 32, scale_dtype=jnp.float16)
+        assert float(q.scale[1, 0]) == 2.0**-14  # the smallest normal float16
+        assert np.isfinite(np.asarray(qjax.dequantize(q))).all()
+
+    @pytest.mark.parametrize("scale_dtype", [None, "float32", "float16", "bfloat16"])
+    @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+    def test_dtypes(self, dtype, scale_dtype):
+        w = jnp.asarray(self.normal(64, 40)).astype(dtype)
+        q = qjax.quantize(w, 8, 32, scale_dtype=scale_dtype)
+        assert q.dtype == (scale_dtype or dtype)
+        assert q.zero.dtype == jnp.uint8
+        # Codes are rounded against the scale as it is stored: half a step, whatever its
+        # dtype, where float32 holds w exactly. The ends are off by one.
+        error = np.asarray(qjax.dequantize(q, jnp.float32) - w.astype(jnp.float32))
+        step = np.repeat(np.asarray(q.scale).astype(F32), 32, axis=0)
+        assert (np.abs(error) <= 1.0001 * step).all()
+        assert (np.abs(error) <= 0.5001 * step).mean() > 0.97
+
+    def test_stacks(self):
+        w = self.normal(6, 64, 40).reshape(2, 3, 64, 40)
+        stack = qjax.quantize(jnp.asarray(w), 3, 32)
+        assert stack.shape == (2, 3, 64, 40)
+        for i, j in np.ndindex(2, 3):
+            one = qjax.quantize(jnp.asarray(w[i, j]), 3, 32)
+            chex.assert_trees_all_equal(
+                jax.tree.map(lambda leaf, at=(i, j): leaf[at], stack), one
+            )
+
+    def test_columns(self):
+        q = qjax.quantize(jnp.asarray(self.normal(96, 8)), 4, None)
+        assert (q.scale.shape, q.segments) == ((1, 8), (tensor.Segment(4, None),))
+
+    def test_under_jit_and_eval_shape(self):
+        w = jnp.asarray(self.normal(64, 40))
+
+        def quantize(w):
+            return qjax.quantize(w, 4, 32)
+
+        chex.assert_trees_all_equal(jax.jit(quantize)(w), quantize(w))
+        abstract = jax.eval_shape(quantize, w)
+        assert (abstract.shape, abstract.dtype) == ((64, 40), jnp.float32)
+        assert abstract.words[0].shape == (8, 40)
+
+    @pytest.mark.parametrize(
+        ("shape", "dtype", "arguments", "message"),
+        [
+            ((64,), "float32", {}, "w must be float [..., k, n]; got float32(64,)"),
+            ((64, 8), "int32", {}, "w must be float [..., k, n]; got int32(64, 8)"),
+            ((128, 8), "float32", {"bits": 0}, "bits=0 must be an integer from 1 to 8"),
+            ((128, 8), "float32", {"bits": 9}, "bits=9 must be an integer from 1 to 8"),
+            ((128, 8), "float32", {"bits": 1}, "bits=1 cannot be rounded to nearest"),
+            (
+                (36, 8),
+                "float32",
+                {"group_size": None},
+                "w.shape[-2]=36 must be a multiple of 8, so that 4-bit codes fill whole",
+            ),
+            ((48, 8), "float32", {"bits": 3}, "w.shape[-2]=48 must be a multiple of 32"),
+            (
+                (64, 8),
+                "float32",
+                {},
+                "w.shape[-2]=64 must be a multiple of group_size=128; choose one that",
+            ),
+            ((64, 8), "float32", {"group_size": 0}, "must be a multiple of group_size=0"),
+            (
+                (64, 8),
+                "float32",
+                {"group_size": 32, "scale_dtype": "int8"},
+                "scale_dtype=int8 must be bfloat16, float16 or float32",
+            ),
+        ],
+    )
+    def test_refuses(self, shape, dtype, arguments, message, refuses):
+        with refuses(message):
+            qjax.quantize(jnp.zeros(shape, dtype), **arguments)
