@@ -265,7 +265,8 @@ def build(
     """
     if not words or len(words) != len(segments):
         raise ValueError(
-            f"words has {len(words)} arrays for {len(segments)} segments; pass one each."
+            f"words has {len(words)} arrays for {len(segments)} segments; pass one "
+            "each."
         )
     qt = QTensor(
         words=tuple(words),

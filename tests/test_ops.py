@@ -1,6 +1,7 @@
 """`matmul`, its gradients, `quantize`: against the float64 oracle."""
 
 import dataclasses
+import functools
 import itertools
 import re
 
@@ -37,36 +38,45 @@ def relative_error(found, expected) -> float:
     return np.abs(found - expected).max() / np.abs(expected).max()
 
 
-def pairwise(**axes) -> list[dict]:
-    """Few cases in which every value of an axis meets every value of every other."""
+def pairwise(allowed, **axes) -> list[dict]:
+    """Few cases in which every value of an axis meets every value of every other.
+
+    ``allowed(case)`` says which values go together; it also takes parts of a case.
+    """
     rng = np.random.default_rng(0)
 
     def pairs(case):
         return set(itertools.combinations(case.items(), 2))
 
+    def random_case(start):
+        while True:
+            case = {
+                name: start.get(name, values[rng.integers(len(values))])
+                for name, values in axes.items()
+            }
+            if allowed(case):
+                return case
+
     missing = set()
     for (a, xs), (b, ys) in itertools.combinations(axes.items(), 2):
-        missing |= {((a, x), (b, y)) for x in xs for y in ys}
+        missing |= {((a, x), (b, y)) for x in xs for y in ys if allowed({a: x, b: y})}
     cases = []
     while missing:
-        wanted = dict(min(missing, key=repr))
-        tries = [
-            {name: wanted.get(name, rng.choice(values)) for name, values in axes.items()}
-            for _ in range(20)
-        ]
-        best = max(tries, key=lambda case: len(pairs(case) & missing))
-        missing -= pairs(best)
-        cases.append(best)
+        start = dict(min(missing, key=repr))
+        tries = [random_case(start) for _ in range(20)]
+        cases.append(max(tries, key=lambda case: len(pairs(case) & missing)))
+        missing -= pairs(cases[-1])
     return cases
 
 
 def test_pairwise_covers_all_pairs():
     axes = {"a": "xyz", "b": "uv", "c": "123456"}
-    cases = pairwise(**axes)
+    cases = pairwise(lambda case: (case.get("a"), case.get("c")) != ("x", "1"), **axes)
     assert len(cases) < 36 / 1.5
     for one, two in itertools.combinations(axes, 2):
         met = {(case[one], case[two]) for case in cases}
-        assert met == set(itertools.product(axes[one], axes[two]))
+        all_pairs = set(itertools.product(axes[one], axes[two]))
+        assert met == all_pairs - ({("x", "1")} if (one, two) == ("a", "c") else set())
 
 
 # Rows, columns, groups: what any form must do, and what only some can.
@@ -102,14 +112,26 @@ TAKES = {
     "xla_dense": (ALL, list(MAPS)),
     "xla_int8": (WHOLE, AFFINE),
 }
+
+
+def takes(case: dict) -> bool:
+    if "name" not in case:
+        return True
+    structures, maps = TAKES[case["name"]]
+    return case.get("structure", structures[0]) in structures and (
+        case.get("affine", maps[0]) in maps
+    )
+
+
 CASES = [
-    (name, case["bits"], case["m"], case["structure"], case["affine"], case["scale"])
-    for name, (structures, maps) in TAKES.items()
+    tuple(case.values())
     for case in pairwise(
+        takes,
+        name=list(TAKES),
         bits=range(1, 9),
         m=(1, 3, 5, 16, 130),
-        structure=structures,
-        affine=maps,
+        structure=ALL,
+        affine=list(MAPS),
         scale=list(SCALES),
     )
 ]
@@ -134,8 +156,8 @@ def warnings_once_more():
 @pytest.mark.filterwarnings("ignore:Grouping .* makes matmul form the dense weight")
 def test_matches_the_oracle(case, as_qtensor):
     name, bits, m, structure, affine, scale = case
-    matrix = sample(structure, affine, scale, bits=int(bits))
-    x = activations(int(m), len(matrix.codes))
+    matrix = sample(structure, affine, scale, bits=bits)
+    x = activations(m, len(matrix.codes))
     y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix), implementation=name)
     assert y.dtype == jnp.float32
     tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
@@ -188,7 +210,6 @@ def small_tiles(monkeypatch):
 TILED = {
     "groups in a tile": {"group_size": 32},
     "tiles in a group": {"group_size": 192},
-    "tiles in the one group": {"group_size": None},
     "group of three tiles": {"group_size": 96},
     "shared scales": {"columns": 1, "affine": "OFFSET"},
     "codebook": {"affine": "CODEBOOK"},
@@ -278,6 +299,18 @@ def test_int8_of_groups_of_zeros(as_qtensor):
     chex.assert_trees_all_equal(np.asarray(y[0]), np.zeros(40, F32))
 
 
+@pytest.fixture(scope="module")
+def large(as_qtensor):
+    """Makes a matrix of 1024 rows once: as tensor, oracle and float64 weight."""
+
+    @functools.cache
+    def large(n):
+        matrix = oracle.random(0, 1024, n, group_size=128)
+        return as_qtensor(matrix), matrix, matrix.weight
+
+    return large
+
+
 # jaxlib 0.10.2 gets sums over scaled accumulators wrong on CPUs from some 32 thousand
 # outputs and up to 16 rows; no smaller matrix shows it.
 @pytest.mark.parametrize(
@@ -291,18 +324,18 @@ def test_int8_of_groups_of_zeros(as_qtensor):
         ("xla_fused", 9, 4096),
     ],
 )
-def test_shapes_that_a_compiler_got_wrong(name, m, n, as_qtensor):
-    matrix = oracle.random(0, 1024, n, group_size=128)
+def test_shapes_that_a_compiler_got_wrong(name, m, n, large):
+    w, matrix, weight = large(n)
     x = activations(m, 1024)
-    y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix), implementation=name)
+    y = qjax.matmul(jnp.asarray(x), w, implementation=name)
     tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
-    assert relative_error(y, matrix.matmul(x)) < tolerance
+    assert relative_error(y, x @ weight) < tolerance
 
 
 @pytest.mark.parametrize("m", [9, 16])
-def test_gradients_at_shapes_that_a_compiler_got_wrong(m, as_qtensor):
-    matrix = oracle.random(0, 1024, 4096, group_size=128)
-    w, x, dy = as_qtensor(matrix), activations(m, 1024), activations(m, 4096, seed=2)
+def test_gradients_at_shapes_that_a_compiler_got_wrong(m, large):
+    w, matrix, _ = large(4096)
+    x, dy = activations(m, 1024), activations(m, 4096, seed=2)
     _, pull = jax.vjp(
         lambda x, s: qjax.matmul(x, dataclasses.replace(w, scale=s)),
         jnp.asarray(x),
@@ -328,15 +361,19 @@ class TestGradients:
         ("flat", "offset"),
     )
 
-    @pytest.fixture(params=["dense", "native"])
-    def backward(self, request, monkeypatch):
+    @pytest.fixture
+    def native_backward(self, monkeypatch):
         """Small matrices take the dense weight; they too must work without it."""
-        if request.param == "native":
-            monkeypatch.setattr(ops, "_SMALL", 0)
+        monkeypatch.setattr(ops, "_SMALL", 0)
         # The programs of the other limit.
         ops._apply.clear_cache()
-        yield request.param
+        yield
         ops._apply.clear_cache()
+
+    @pytest.fixture(params=["dense", "native"])
+    def backward(self, request):
+        if request.param == "native":
+            request.getfixturevalue("native_backward")
 
     def by_jax(self, matrix, w, x, dy, transform=lambda f: f):
         """Gradients of x and all float leaves, and float0 for the others."""
@@ -393,7 +430,7 @@ class TestGradients:
         self.check(found, matrix.gradients(x, dy))
 
     @pytest.mark.parametrize("bits", range(1, 9))
-    def test_every_width(self, bits, backward, as_qtensor):
+    def test_every_width(self, bits, native_backward, as_qtensor):
         matrix = sample("whole", "float_zero", bits=bits)
         x, dy = activations(3, 128), activations(3, 40, seed=2)
         found = self.by_jax(matrix, as_qtensor(matrix), jnp.asarray(x), dy, jax.jit)
@@ -951,11 +988,14 @@ class TestQuantize:
             chex.assert_trees_all_equal(np.asarray(q.zero), zero.astype(np.uint8))
         # XLA may divide by multiplying: one unit in the last place.
         chex.assert_trees_all_close(np.asarray(q.scale), scale, rtol=2.0**-23)
-        codes = np.round(groups / scale[:, None]) + zero[:, None]
-        chex.assert_trees_all_equal(
-            np.asarray(qjax.codes(q)),
-            np.clip(codes, 0, 15).astype(np.uint8).reshape(64, 40),
-        )
+        steps = groups / scale[:, None]
+        codes = np.clip(np.round(steps) + zero[:, None], 0, 15).reshape(64, 40)
+        # The largest of a symmetric group lies on a tie, at 7.5 steps.
+        tie = np.isclose(np.abs(steps % 1), 0.5, atol=1e-4).reshape(64, 40)
+        found = np.asarray(qjax.codes(q)).astype(F32)
+        chex.assert_trees_all_equal(found[~tie], codes[~tie])
+        chex.assert_trees_all_close(found[tie], codes[tie], atol=1)
+        assert tie.mean() < 0.05
 
     @pytest.mark.parametrize("symmetric", [False, True])
     @pytest.mark.parametrize("value", [0.0, 0.75, -3.0, 1e-30])
@@ -989,10 +1029,12 @@ class TestQuantize:
         assert q.dtype == (scale_dtype or dtype)
         assert q.zero.dtype == jnp.uint8
         # Codes are rounded against the scale as it is stored: half a step, whatever its
-        # dtype, where float32 holds w exactly. The ends are off by one.
+        # dtype. The ends of the range are off by one, and by what 255 steps of a scale
+        # that was rounded down are too short.
         error = np.asarray(qjax.dequantize(q, jnp.float32) - w.astype(jnp.float32))
         step = np.repeat(np.asarray(q.scale).astype(F32), 32, axis=0)
-        assert (np.abs(error) <= 1.0001 * step).all()
+        ends = 1 + 255 * float(jnp.finfo(q.dtype).eps) / 2
+        assert (np.abs(error) <= 1.0001 * ends * step).all()
         assert (np.abs(error) <= 0.5001 * step).mean() > 0.97
 
     def test_stacks(self):

@@ -105,14 +105,9 @@ def arrange(
     quantization = _quantization(directory, config, tensors)
     if quantization is None:
         return _plain(tensors)
-    groups: dict[str, dict[str, Stored]] = {}
-    rest: dict[str, Stored] = {}
-    for name, stored in tensors.items():
-        module, _, last = name.rpartition(".")
-        if module and last in quantization.format.TENSORS:
-            groups.setdefault(module, {})[last] = stored
-        else:
-            rest[name] = stored
+    groups = _group(tensors, quantization.format)
+    grouped = {stored.name for group in groups.values() for stored in group.values()}
+    rest = {name: tensors[name] for name in tensors if name not in grouped}
     if not groups:
         raise ValueError(
             f"{quantization.source} says that the weights are quantized, but no tensor "
@@ -128,6 +123,25 @@ def arrange(
             )
         arranged[module] = quantization.of(module, group)
     return arranged
+
+
+def _group(
+    tensors: Mapping[str, Stored], format_: types.ModuleType
+) -> dict[str, dict[str, Stored]]:
+    """Groups the tensors that a format knows by module, under their names below it.
+
+    A module is quantized if it has any of them; but "weight" alone, the name that some
+    formats give to their codes, is a dense weight.
+    """
+    suffixes = sorted(format_.TENSORS, key=len, reverse=True)
+    groups: dict[str, dict[str, Stored]] = {}
+    for name, stored in tensors.items():
+        for suffix in suffixes:
+            module = name.removesuffix(f".{suffix}")
+            if module != name:
+                groups.setdefault(module, {})[suffix] = stored
+                break
+    return {name: group for name, group in groups.items() if set(group) != {"weight"}}
 
 
 def _quantization(
@@ -154,14 +168,19 @@ def _entry(
 ) -> tuple[Path, Mapping[str, Any] | None]:
     """Returns the JSON object that describes the quantization, if any, and its file."""
     source, entry = directory / "config.json", config.get("quantization_config")
-    names = {name for format_ in FORMATS.values() for name in format_.TENSORS}
-    packed = [name for name in tensors if name.rpartition(".")[2] in names]
+    packed = [
+        stored
+        for format_ in FORMATS.values()
+        for group in _group(tensors, format_).values()
+        for stored in group.values()
+        if stored.dtype.kind in "iu"  # a norm may have a "scale", too
+    ]
     if entry is not None or not packed:
         return source, entry
     # AutoGPTQ kept it here, at first without the name of the method.
     source = directory / "quantize_config.json"
     if not source.is_file():
-        stored = tensors[packed[0]]
+        stored = packed[0]
         raise ValueError(
             f"{stored.file}: {stored.name} is quantized, but config.json has no "
             "quantization_config, and there is no quantize_config.json."

@@ -139,14 +139,15 @@ class Config:
       wordwise_zeros: The v1 zeros were made by subtracting from whole words, as
         GPTQModel does for asymmetric weights: a zero of 0 has borrowed from its
         neighbour. Reading adds to whole words again; the default reads field by field.
-      dynamic: GPTQModel's per-module overrides, ``{"+:regex": {...}, "-:regex": {}}``.
+      dynamic: GPTQModel's per-module overrides: patterns of module paths in order, each
+        with its configuration, or None where the module is left dense.
     """
 
     bits: int = 4
     group_size: int | None = 128
     checkpoint_format: Checkpoint = "gptq"
     wordwise_zeros: bool = False
-    dynamic: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+    dynamic: tuple[tuple[str, "Config | None"], ...] = ()
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "Config":
@@ -185,24 +186,12 @@ class Config:
         writers = meta.get("quantizer") if isinstance(meta, Mapping) else None
         writers = writers if isinstance(writers, list) else [writers]
         by_gptqmodel = any(str(writer).startswith("gptqmodel") for writer in writers)
-        dynamic = entry.get("dynamic") or {}
-        if not isinstance(dynamic, Mapping) or not all(
-            isinstance(value, Mapping) for value in dynamic.values()
-        ):
-            raise ValueError(f"dynamic={dynamic!r} must map patterns to objects.")
-        for pattern in dynamic:
-            try:
-                re.compile(_regex(pattern))
-            except (re.error, OverflowError, RecursionError) as error:
-                raise ValueError(
-                    f"dynamic[{pattern!r}] is no pattern: {error}."
-                ) from None
         return cls(
             bits=bits,
             group_size=None if group_size == -1 else group_size,
             checkpoint_format=name,
             wordwise_zeros=by_gptqmodel and not entry.get("sym", True),
-            dynamic=tuple((p, tuple(value.items())) for p, value in dynamic.items()),
+            dynamic=_read_dynamic(entry),
         )
 
     def of(self, module: str) -> "Config | None":
@@ -211,15 +200,9 @@ class Config:
         Args:
           module: The module's path, such as "model.layers.0.mlp.up_proj".
         """
-        for pattern, overrides in self.dynamic:
-            if not re.match(_regex(pattern), module):
-                continue
-            if pattern.startswith("-:"):
-                return None
-            base = {"bits": self.bits, "group_size": self.group_size or -1}
-            base |= {k: v for k, v in overrides if k in base}
-            one = Config.from_json(base | {"checkpoint_format": self.checkpoint_format})
-            return dataclasses.replace(one, wordwise_zeros=self.wordwise_zeros)
+        for pattern, config in self.dynamic:
+            if re.match(pattern, module):
+                return config
         return self
 
     @property
@@ -229,9 +212,31 @@ class Config:
         return Planar() if planar else Stream()
 
 
-def _regex(pattern: str) -> str:
-    """A pattern of ``dynamic`` without its sign."""
-    return pattern.removeprefix("-:").removeprefix("+:")
+def _read_dynamic(
+    entry: Mapping[str, Any],
+) -> tuple[tuple[str, Config | None], ...]:
+    """Reads the per-module overrides: patterns in order, with what they stand for."""
+    dynamic = entry.get("dynamic") or {}
+    if not isinstance(dynamic, Mapping) or not all(
+        isinstance(value, Mapping) for value in dynamic.values()
+    ):
+        raise ValueError(f"dynamic={dynamic!r} must map patterns to objects.")
+    rules = []
+    for signed, overrides in dynamic.items():
+        pattern = signed.removeprefix("-:").removeprefix("+:")
+        try:
+            re.compile(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise ValueError(f"dynamic[{signed!r}] is no pattern: {error}.") from None
+        if signed.startswith("-:"):
+            rules.append((pattern, None))
+            continue
+        merged = {**entry, **overrides, "dynamic": None}
+        try:
+            rules.append((pattern, Config.from_json(merged)))
+        except ValueError as error:
+            raise ValueError(f"dynamic[{signed!r}]: {error}") from None
+    return tuple(rules)
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:

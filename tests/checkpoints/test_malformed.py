@@ -294,7 +294,7 @@ QUANTIZATION_ERRORS = {
     },
     "override is wrong": Case(
         quantization(dynamic={".*q_proj": {"bits": 11}}),
-        (f"config.json: {MODULE}: bits=11",),
+        ("config.json: dynamic['.*q_proj']: bits=11",),
     ),
     "module should be dense": Case(
         quantization(dynamic={"-:.*q_proj": {}}), (SINGLE, f"leaves {MODULE} dense")

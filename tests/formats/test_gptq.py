@@ -511,10 +511,20 @@ def test_config_of_a_module():
 
 
 def test_config_of_a_module_refuses_a_bad_override(refuses):
-    config = gptq.Config.from_json({"bits": 4, "dynamic": {"+:lm_head": {"bits": 5}}})
-    assert config.of("model.embed") is config
-    with refuses("bits=5 must be one of (2, 3, 4, 8)"):
-        config.of("lm_head")
+    with refuses("dynamic['+:lm_head']: bits=5 must be one of (2, 3, 4, 8)"):
+        gptq.Config.from_json({"bits": 4, "dynamic": {"+:lm_head": {"bits": 5}}})
+
+
+def test_config_of_an_asymmetric_module_in_a_symmetric_model():
+    """The override decides how the module's zeros were written."""
+    config = gptq.Config.from_json(
+        {
+            **{"bits": 4, "sym": True, "meta": {"quantizer": "gptqmodel:4.0.0"}},
+            "dynamic": {"+:lm_head": {"sym": False}},
+        }
+    )
+    assert not config.wordwise_zeros
+    assert config.of("lm_head").wordwise_zeros
 
 
 def test_layouts_of_configs():
@@ -527,4 +537,4 @@ def test_layouts_of_configs():
 
 
 def test_formats_table():
-    assert dict(qjax.formats.FORMATS) == {"gptq": gptq}
+    assert qjax.formats.FORMATS["gptq"] is gptq
