@@ -36,11 +36,11 @@ def _has_gpu() -> bool:
 
 
 class Everywhere:
-    """Fixtures for the doctests in qjax/ too; a conftest's own reach only its folder."""
+    """Fixtures for the doctests in qjax/ too: a conftest's reach only its folder."""
 
     @pytest.fixture(autouse=True)
     def cpu_by_default(self, request):
-        """Tests that are not for the GPU run on CPU devices, also where there is one."""
+        """Tests that are not for the GPU run on the CPU, also where there is one."""
         marked = request.node.get_closest_marker("gpu")
         if marked or jax.default_backend() == "cpu":
             yield
@@ -50,7 +50,7 @@ class Everywhere:
 
     @pytest.fixture(autouse=True)
     def names(self, doctest_namespace):
-        import qjax
+        import qjax  # noqa: PLC0415  (jaxtyping's pytest hook must come first)
 
         doctest_namespace.update(jax=jax, jnp=jnp, np=np, qjax=qjax)
 
@@ -76,8 +76,7 @@ def refuses():
 @pytest.fixture(scope="session")
 def as_qtensor():
     """Turns an `oracle.Matrix` into the `QTensor` that says the same."""
-
-    import qjax
+    import qjax  # noqa: PLC0415  (jaxtyping's pytest hook must come first)
 
     def as_qtensor(matrix: oracle.Matrix, layout=None) -> qjax.QTensor:
         leaves = {

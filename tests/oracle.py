@@ -5,12 +5,13 @@ element looks up its own scale, and gradients are sums over elements.
 """
 
 import dataclasses
+import math
 from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
 
-# Planes of "gptq_p" as (bits of the plane, its lowest bit of the code), low plane first.
+# Planes of "gptq_p" as (bits of the plane, its lowest bit of the code), from the low.
 PLANES = {
     **{1: [(1, 0)], 2: [(2, 0)], 3: [(2, 0), (1, 2)], 4: [(4, 0)], 5: [(4, 0), (1, 4)]},
     **{6: [(4, 0), (2, 4)], 7: [(4, 0), (2, 4), (1, 6)], 8: [(8, 0)]},
@@ -60,12 +61,20 @@ def nearest(value, dtype):
     if value == 0:
         return 0.0
     precision, lowest = FLOATS[np.dtype(dtype).name]
-    magnitude = abs(value)
-    exponent = magnitude.numerator.bit_length() - magnitude.denominator.bit_length()
-    if magnitude < Fraction(2) ** exponent:
-        exponent -= 1
-    quantum = Fraction(2) ** (max(exponent, lowest) - precision + 1)
-    return float(round(value / quantum) * quantum)
+    magnitude = abs(value.numerator)
+    shift = value.denominator.bit_length() - 1
+    assert value.denominator == 1 << shift, "a sum of products of floats"
+    exponent = magnitude.bit_length() - 1 - shift
+    # The last bit kept stands for 2**quantum.
+    quantum = max(exponent, lowest) - precision + 1
+    dropped = quantum + shift
+    if dropped > 0:
+        kept, rest = divmod(magnitude, 1 << dropped)
+        half = 1 << (dropped - 1)
+        kept += rest > half or (rest == half and kept & 1)
+    else:
+        kept = magnitude << -dropped
+    return math.copysign(math.ldexp(kept, quantum), value)
 
 
 class Part(NamedTuple):
@@ -108,9 +117,8 @@ class Matrix:
             else:
                 group, first = np.zeros((k, n), int), 0
                 start = 0
-                for bits, rows, size in self.parts:
-                    del bits
-                    size = size or rows
+                for _, rows, group_size in self.parts:
+                    size = group_size or rows
                     group[start : start + rows] = (
                         first + np.arange(rows)[:, None] // size
                     )

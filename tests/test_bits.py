@@ -123,7 +123,9 @@ def test_signed_words_are_bit_patterns(bits):
     )
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"])
+@pytest.mark.parametrize(
+    "dtype", ["int8", "uint8", "int16", "uint16", "int32", "uint32"]
+)
 def test_codes_of_any_integer_dtype_are_cut_to_their_bits(dtype):
     codes = np.array([-1, 17, 5, 0, 16, 127, 3, 8], np.int64).astype(dtype)
     packed = qbits.pack_fields(jnp.asarray(codes), 4)
@@ -140,7 +142,9 @@ def test_ragged_codes_are_refused(bits, refuses):
 @pytest.mark.parametrize("bits", [3, 5, 6, 7])
 def test_ragged_words_are_refused(bits, refuses):
     words = jnp.zeros((BLOCKS[bits][1] + 1, 3), jnp.uint32)
-    message = f"words.shape[0]={BLOCKS[bits][1] + 1} must be a multiple of {BLOCKS[bits][1]}"
+    message = (
+        f"words.shape[0]={BLOCKS[bits][1] + 1} must be a multiple of {BLOCKS[bits][1]}"
+    )
     with refuses(message):
         qbits.unpack_fields(words, bits)
 

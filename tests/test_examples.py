@@ -31,6 +31,14 @@ TRAINED = {
     "llama_gptq3_g64": DATA / "llama_gptq3_g64",
     "llama_bf16": DATA / "llama_bf16",
 }
+# Other dialects run the same code once they are loaded: their logits are enough.
+DIALECTS = [
+    "llama_awq4_g128",
+    "llama_ct_w4a16_g128",
+    "llama_nf4_dq",
+    "llama1L_hqq4_g64",
+    "llama1L_torchao_int8",
+]
 RANDOM = sorted(p.parent for p in (ROOT / "tests" / "reference").glob("*/config.json"))
 
 
@@ -63,6 +71,17 @@ def test_prompt_logits(trained):
     logits = forward(decoder, reference["prompt_ids"])
     chex.assert_type(logits, jnp.float32)
     chex.assert_trees_all_close(logits, reference["prompt_logits"], atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", DIALECTS)
+def test_dialects(name):
+    """Logits and loss of AWQ, compressed-tensors, NF4, HQQ and torchao checkpoints."""
+    decoder, reference = model.load(DATA / name), np.load(DATA / name / "reference.npz")
+    logits = forward(decoder, reference["prompt_ids"])
+    chex.assert_trees_all_close(logits, reference["prompt_logits"], atol=2e-4, rtol=0)
+    tokenizer = generate.read_tokenizer(SHIPPED)
+    loss = evaluate.evaluate(decoder, tokenizer, reference["eval_ids"])
+    assert loss.nats_per_token == pytest.approx(float(reference["eval_nll"]), abs=1e-4)
 
 
 def test_greedy_tokens(trained):

@@ -4,6 +4,8 @@ import dataclasses
 import functools
 import itertools
 import re
+import types
+import warnings
 
 import chex
 import jax
@@ -223,11 +225,11 @@ TILED = {
 def test_many_tiles(kind, small_tiles, as_qtensor):
     matrix = oracle.random(0, 192, 200, **TILED[kind])
     w, x = as_qtensor(matrix), activations(7, 192)
-    y = jax.jit(lambda x, w: xla.tiled(x, w))(jnp.asarray(x), w)
+    y = jax.jit(xla.tiled)(jnp.asarray(x), w)
     assert relative_error(y, matrix.matmul(x)) < TOLERANCE["float32"]
     dy = activations(7, 200, seed=2)
     expected = matrix.gradients(x, dy)
-    dx = jax.jit(lambda dy, w: xla.tiled_t(dy, w))(jnp.asarray(dy), w)
+    dx = jax.jit(xla.tiled_t)(jnp.asarray(dy), w)
     assert relative_error(dx, expected.pop("x")) < TOLERANCE["float32"]
     functions = [xla.tiled_grad]
     if kind not in ("codebook", "rows dealt", "short last group"):
@@ -245,7 +247,9 @@ def test_many_tiles(kind, small_tiles, as_qtensor):
 @pytest.mark.parametrize("rank", [1, 2, 3, 4])
 def test_leading_axes(rank, as_qtensor):
     matrix = sample("whole")
-    x = activations(6, 128).reshape([(6,), (2, 3), (1, 2, 3)][max(rank - 2, 0)] + (128,))
+    x = activations(6, 128).reshape(
+        [(6,), (2, 3), (1, 2, 3)][max(rank - 2, 0)] + (128,)
+    )
     x = x[0] if rank == 1 else x
     y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix))
     assert relative_error(y, matrix.matmul(x)) < TOLERANCE["float32"]
@@ -276,7 +280,8 @@ def test_16_bit_activations(name, m, dtype, scale, as_qtensor):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("kind", ["positive", "outliers"])
 @pytest.mark.parametrize(
-    ("name", "m"), [("xla_fused", 1), ("xla_fused", 3), ("xla_tiled", 16), ("xla_dense", 16)]
+    ("name", "m"),
+    [("xla_fused", 1), ("xla_fused", 3), ("xla_tiled", 16), ("xla_dense", 16)],
 )
 def test_activations_that_do_not_cancel(name, m, kind, bits, as_qtensor):
     # Zeros are taken out of the sum of x times the codes: much larger than the result.
@@ -325,7 +330,7 @@ def large(as_qtensor):
     ],
 )
 def test_shapes_that_a_compiler_got_wrong(name, m, n, large):
-    w, matrix, weight = large(n)
+    w, _, weight = large(n)
     x = activations(m, 1024)
     y = qjax.matmul(jnp.asarray(x), w, implementation=name)
     tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
@@ -422,7 +427,12 @@ class TestGradients:
     def test_mixed_widths_of_shared_groups(self, backward, as_qtensor):
         # Rows of both segments belong to both groups: their gradients add up.
         matrix = oracle.random(
-            0, 128, 40, parts=[(4, 64, 64), (2, 64, 64)], affine="OFFSET", row_group=True
+            0,
+            128,
+            40,
+            parts=[(4, 64, 64), (2, 64, 64)],
+            affine="OFFSET",
+            row_group=True,
         )
         assert set(matrix.row_group[:64]) == set(matrix.row_group[64:]) == {0, 1}
         x, dy = activations(5, 128), activations(5, 40, seed=2)
@@ -450,7 +460,9 @@ class TestGradients:
                 moved = np.asarray(value, np.float64) + step * direction
                 if name == "x":
                     return (matrix.matmul(moved) * dy).sum()
-                return (dataclasses.replace(matrix, **{name: moved}).matmul(x) * dy).sum()
+                return (
+                    dataclasses.replace(matrix, **{name: moved}).matmul(x) * dy
+                ).sum()
 
             # The product is linear in each leaf: a difference is a derivative.
             difference = (loss(0.5) - loss(-0.5)) / 1.0
@@ -537,7 +549,9 @@ class TestGradients:
         found = gradients(jnp.asarray(x), stack.scale, stack.zero)
         for i, m in enumerate(matrices):
             expected = m.gradients(x[i], dy[i])
-            one = dict(zip(("x", "scale", "zero"), (leaf[i] for leaf in found), strict=True))
+            one = dict(
+                zip(("x", "scale", "zero"), (leaf[i] for leaf in found), strict=True)
+            )
             self.check(one, expected)
 
 
@@ -582,15 +596,19 @@ class TestTransformations:
         for dense in np.asarray(qjax.dequantize(stack), np.float64):
             expected = expected @ dense
         found = run(jnp.asarray(x), stack)
-        assert relative_error(found, expected) < 3 * TOLERANCE["float32"]  # three layers
+        assert (
+            relative_error(found, expected) < 3 * TOLERANCE["float32"]
+        )  # three layers
 
     # The specs of x and of all leaves of w, of y, and what the shards of y need.
-    SHARDED = {
-        "columns": (P(), P(None, "d"), P(None, "d"), False),
-        "rows": (P(None, "d"), P("d", None), P(), True),
-        "batch": (P("d", None), P(), P("d", None), False),
-        "all": (P(), P(), P(), False),
-    }
+    SHARDED = types.MappingProxyType(
+        {
+            "columns": (P(), P(None, "d"), P(None, "d"), False),
+            "rows": (P(None, "d"), P("d", None), P(), True),
+            "batch": (P("d", None), P(), P("d", None), False),
+            "all": (P(), P(), P(), False),
+        }
+    )
 
     @pytest.mark.parametrize("m", [8, 24])
     @pytest.mark.parametrize("kind", SHARDED)
@@ -684,7 +702,12 @@ class TestDispatch:
     @pytest.mark.parametrize(
         ("shape", "dtype", "name", "message"),
         [
-            ((2, 127), "float32", None, "x.shape=(2, 127) must end in k=128, as w.shape"),
+            (
+                (2, 127),
+                "float32",
+                None,
+                "x.shape=(2, 127) must end in k=128, as w.shape",
+            ),
             ((), "float32", None, "x.shape=() must end in k=128"),
             ((2, 128), "int32", None, "x.dtype=int32 must be bfloat16, float16 or"),
             ((2, 128), "bool", None, "x.dtype=bool must be bfloat16, float16 or"),
@@ -704,7 +727,9 @@ class TestDispatch:
 
     def test_refuses_stacks(self, refuses):
         stack = qjax.quantize(jnp.ones((3, 64, 8)), group_size=32)
-        message = "w.shape=(3, 64, 8) is a stack; map over it: jax.vmap(qjax.matmul)(x, w)"
+        message = (
+            "w.shape=(3, 64, 8) is a stack; map over it: jax.vmap(qjax.matmul)(x, w)"
+        )
         with refuses(message):
             qjax.matmul(jnp.ones((3, 2, 64)), stack)
 
@@ -716,9 +741,27 @@ class TestDispatch:
             ("xla_fused", "row_group", "zero", 4, "is not affine in whole groups"),
             ("xla_fused", "blocks", "zero", 4, "is not affine in whole groups"),
             ("xla_fused", "flat", "zero", 4, "is not affine in whole groups"),
-            ("xla_fused", "group16", "zero", 4, "group_size=16 is not a multiple of 32"),
-            ("xla_fused", "group16", "zero", 3, "group_size=16 is not whole blocks of 3"),
-            ("xla_int8", "group16", "zero", 3, "group_size=16 is not whole blocks of 3"),
+            (
+                "xla_fused",
+                "group16",
+                "zero",
+                4,
+                "group_size=16 is not a multiple of 32",
+            ),
+            (
+                "xla_fused",
+                "group16",
+                "zero",
+                3,
+                "group_size=16 is not whole blocks of 3",
+            ),
+            (
+                "xla_int8",
+                "group16",
+                "zero",
+                3,
+                "group_size=16 is not whole blocks of 3",
+            ),
             ("xla_int8", "whole", "codebook", 4, "is not affine in whole groups"),
             ("xla_tiled", "blocks", "zero", 4, "has groups over several columns"),
             ("xla_tiled", "strided", "zero", 4, "has groups over several columns"),
@@ -789,13 +832,14 @@ class TestDispatch:
         matrix = sample("whole", bits=3)
         planes = as_qtensor(matrix, gptq.Planar())
         x = activations(2, 128)
-        with pytest.warns(UserWarning) as caught:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             y = qjax.matmul(jnp.asarray(x), planes, implementation=name)
             qjax.matmul(jnp.asarray(x), planes, implementation=name)
         messages = [str(warning.message) for warning in caught]
         assert messages == [
-            "Planar() is moved to Stream() at every call of matmul; `qjax.prepare` does "
-            "it once."
+            "Planar() is moved to Stream() at every call of matmul; `qjax.prepare` "
+            "does it once."
         ]
         assert caught[0].filename == __file__
         tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
@@ -805,7 +849,8 @@ class TestDispatch:
     def test_foreign_groupings_are_warned_of_once(self, structure, as_qtensor):
         matrix = sample(structure)
         w, x = as_qtensor(matrix), activations(2, 64)
-        with pytest.warns(UserWarning) as caught:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             y = qjax.matmul(jnp.asarray(x), w)
             qjax.matmul(jnp.asarray(x), w)
         messages = [str(warning.message) for warning in caught]
@@ -855,7 +900,9 @@ class TestDispatch:
         monkeypatch.setattr(ops, "IMPLEMENTATIONS", {"matmul": names})
         ops._apply.clear_cache()
         w = as_qtensor(sample("whole", k=160))
-        with pytest.raises(ExceptionGroup, match="no implementation of matmul") as caught:
+        with pytest.raises(
+            ExceptionGroup, match="no implementation of matmul"
+        ) as caught:
             qjax.matmul(jnp.ones((1, 160)), w)
         assert [str(reason) for reason in caught.value.exceptions] == ["not today"] * 3
 
@@ -903,7 +950,11 @@ class TestMemory:
         return jax.grad(loss, (0, 1))(x, scale)
 
     CASES = (
-        *((4, dtype, m, False) for dtype in ("float32", "bfloat16") for m in (1, 16, 512)),
+        *(
+            (4, dtype, m, False)
+            for dtype in ("float32", "bfloat16")
+            for m in (1, 16, 512)
+        ),
         (3, "float32", 1, False),
         (3, "float32", 16, False),
         (4, "bfloat16", 16, True),
@@ -921,7 +972,9 @@ class TestMemory:
         x, w = self.abstract(bits, dtype, m, order=order)
         # y, dy and dx besides, and dy in the dtype of x.
         activations = 5 * 4 * m * self.SIZE
-        assert self.temporaries(self.gradients, x, w.scale, w) < activations + self.FIXED
+        assert (
+            self.temporaries(self.gradients, x, w.scale, w) < activations + self.FIXED
+        )
 
     def test_the_dense_weight_is_seen(self):
         # The measure works: the form that makes the weight has it all.
@@ -934,35 +987,27 @@ class TestMemory:
 
 class TestQuantize:
     # Frobenius error over that of the weight, for one normal matrix in groups of 64.
-    ERRORS = {
-        (2, False): 0.0,
-        (3, False): 0.0,
-        (4, False): 0.0,
-        (5, False): 0.0,
-        (6, False): 0.0,
-        (7, False): 0.0,
-        (8, False): 0.0,
-        (2, True): 0.0,
-        (3, True): 0.0,
-        (4, True): 0.0,
-        (5, True): 0.0,
-        (6, True): 0.0,
-        (7, True): 0.0,
-        (8, True): 0.0,
-    }
+    ERRORS = types.MappingProxyType(
+        {
+            False: (0.45985, 0.19615, 0.09121, 0.04427, 0.02182, 0.01080, 0.00538),
+            True: (0.51358, 0.22108, 0.10316, 0.05009, 0.02452, 0.01220, 0.00607),
+        }
+    )
 
     @staticmethod
     def normal(*shape) -> np.ndarray:
         return np.random.default_rng(0).normal(size=shape).astype(F32)
 
-    @pytest.mark.parametrize(("bits", "symmetric"), ERRORS)
-    def test_accuracy(self, bits, symmetric):
+    @pytest.mark.parametrize("bits", range(2, 9))
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_accuracy(self, symmetric, bits):
         w = self.normal(256, 128)
         q = qjax.quantize(jnp.asarray(w), bits, 64, symmetric)
         assert (q.shape, q.bits, q.layout) == (w.shape, bits, gptq.Stream())
         error = np.asarray(qjax.dequantize(q), np.float64) - w
         relative = np.linalg.norm(error) / np.linalg.norm(w)
-        assert relative == pytest.approx(self.ERRORS[bits, symmetric], rel=1e-3)
+        # The same on every machine but for codes on a tie, one in some thousand.
+        assert relative == pytest.approx(self.ERRORS[symmetric][bits - 2], rel=1e-3)
         # A code away from an end of the range is the nearest one.
         step = np.repeat(np.asarray(q.scale, np.float64), 64, axis=0)
         codes = np.asarray(qjax.codes(q))
@@ -1074,16 +1119,26 @@ class TestQuantize:
                 (36, 8),
                 "float32",
                 {"group_size": None},
-                "w.shape[-2]=36 must be a multiple of 8, so that 4-bit codes fill whole",
+                "w.shape[-2]=36 must be a multiple of 8, so that 4-bit codes fill",
             ),
-            ((48, 8), "float32", {"bits": 3}, "w.shape[-2]=48 must be a multiple of 32"),
+            (
+                (48, 8),
+                "float32",
+                {"bits": 3},
+                "w.shape[-2]=48 must be a multiple of 32",
+            ),
             (
                 (64, 8),
                 "float32",
                 {},
                 "w.shape[-2]=64 must be a multiple of group_size=128; choose one that",
             ),
-            ((64, 8), "float32", {"group_size": 0}, "must be a multiple of group_size=0"),
+            (
+                (64, 8),
+                "float32",
+                {"group_size": 0},
+                "must be a multiple of group_size=0",
+            ),
             (
                 (64, 8),
                 "float32",
@@ -1095,3 +1150,76 @@ class TestQuantize:
     def test_refuses(self, shape, dtype, arguments, message, refuses):
         with refuses(message):
             qjax.quantize(jnp.zeros(shape, dtype), **arguments)
+
+
+class TestPrepare:
+    def test_moves_to_the_native_layout(self, as_qtensor):
+        m = oracle.random(0, 64, 40, bits=3)
+        planes = as_qtensor(m, gptq.Planar())
+        tree = {"a": [planes, None], "b": jnp.ones(3), "c": "text"}
+        prepared = qjax.prepare(tree)
+        chex.assert_trees_all_equal(prepared["a"][0], as_qtensor(m))
+        assert prepared["a"][1] is None
+        assert prepared["b"] is tree["b"]
+        assert prepared["c"] == "text"
+
+    @pytest.mark.parametrize("order", [False, True])
+    def test_full_groups_become_an_order(self, order, as_qtensor):
+        m = oracle.random(0, 128, 40, row_group=True, order=order, input_scale=True)
+        w = as_qtensor(m)
+        prepared = qjax.prepare(w)
+        assert prepared.row_group is None
+        assert prepared.segments == (tensor.Segment(4, 32),)
+        groups = m.row_group[np.argsort(m.rows)][np.asarray(prepared.order)]
+        chex.assert_trees_all_equal(
+            groups, np.repeat(np.arange(4), 32).astype(np.int32)
+        )
+        chex.assert_trees_all_equal(qjax.dequantize(prepared), qjax.dequantize(w))
+        chex.assert_trees_all_equal(prepared.scale, w.scale)
+
+    def test_group_size_follows_the_values(self, as_qtensor):
+        # 64 rows a group, whatever the segment says.
+        m = oracle.random(0, 128, 40, group_size=64, row_group=True)
+        w = dataclasses.replace(as_qtensor(m), segments=(tensor.Segment(4, 32),))
+        assert qjax.prepare(w).segments == (tensor.Segment(4, 64),)
+        chex.assert_trees_all_equal(
+            qjax.dequantize(qjax.prepare(w)), qjax.dequantize(w)
+        )
+
+    @pytest.mark.parametrize(
+        "groups",
+        [
+            np.repeat([0, 1], [40, 24]),  # uneven
+            np.zeros(64, int),  # the second is empty
+            np.arange(64) % 2,  # full: becomes an order
+        ],
+    )
+    def test_uneven_groups_stay(self, groups, as_qtensor):
+        matrix = oracle.random(0, 64, 40)
+        w = as_qtensor(dataclasses.replace(matrix, row_group=groups.astype(np.int32)))
+        prepared = qjax.prepare(w)
+        full = (np.bincount(groups, minlength=2) == 32).all()
+        assert (prepared.row_group is None) == full
+        chex.assert_trees_all_equal(qjax.dequantize(prepared), qjax.dequantize(w))
+
+    def test_groups_that_fill_no_words_stay(self, as_qtensor):
+        w = as_qtensor(oracle.random(0, 64, 40, bits=3, group_size=16, row_group=True))
+        chex.assert_trees_all_equal(qjax.prepare(w), w)
+
+    def test_stacks_keep_their_row_group(self, as_qtensor):
+        w = as_qtensor(oracle.random(0, 64, 40, row_group=True))
+        stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), w)
+        chex.assert_trees_all_equal(qjax.prepare(stack), stack)
+
+    def test_what_no_native_layout_holds_stays(self, as_qtensor):
+        m = oracle.random(0, 44, 40, bits=8, group_size=11)
+        w = tensor.build(
+            [jnp.asarray(m.codes[::-1] & 15)],
+            jnp.asarray(m.scale),
+            jnp.asarray(m.zero),
+            layout=Reversed(),
+            segments=[tensor.Segment(4, 11)],  # 44 rows of 4 bits fill no whole words
+        )
+        prepared = qjax.prepare(w)
+        assert prepared.layout == Reversed()
+        chex.assert_trees_all_equal(prepared, w)

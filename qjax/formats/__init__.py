@@ -11,7 +11,48 @@ A format module has a `Layout` or two, and for checkpoints
 import types
 from collections.abc import Mapping
 
-from qjax.formats import gptq
+from qjax.formats import (
+    awq,
+    awq_v2,
+    bnb,
+    compressed_tensors,
+    exl2,
+    flexgen,
+    gptq,
+    hqq,
+    mbwq,
+    mpq,
+    quanto,
+    tinygemm,
+    torchao,
+)
+
+__all__ = [
+    "FORMATS",
+    "awq",
+    "awq_v2",
+    "bnb",
+    "compressed_tensors",
+    "exl2",
+    "flexgen",
+    "gptq",
+    "hqq",
+    "mbwq",
+    "mpq",
+    "quanto",
+    "tinygemm",
+    "torchao",
+]
 
 # By the ``quant_method`` of a checkpoint's quantization_config.
-FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType({"gptq": gptq})
+FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
+    {
+        "gptq": gptq,
+        "awq": awq,
+        "exl2": exl2,
+        "hqq": hqq,
+        "bitsandbytes": bnb,
+        "compressed-tensors": compressed_tensors,
+        "torchao": torchao,
+    }
+)

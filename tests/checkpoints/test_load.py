@@ -21,6 +21,16 @@ GPTQ = {
     "llama_gptq4_g128_actorder": SHIPPED,
     "llama_gptq3_g64": TESTS / "data/llama_gptq3_g64",
 }
+QUANTIZED = GPTQ | {
+    name: TESTS / "data" / name
+    for name in (
+        "llama_awq4_g128",
+        "llama_ct_w4a16_g128",
+        "llama_nf4_dq",
+        "llama1L_hqq4_g64",
+        "llama1L_torchao_int8",
+    )
+}
 DENSE = [TESTS / "data/llama_bf16", *sorted(TESTS.glob("reference/*/"))]
 DENSE = [path for path in DENSE if (path / "config.json").exists()]
 
@@ -32,10 +42,10 @@ def split(weights):
 
 
 @pytest.mark.parametrize("prepare", [True, False])
-@pytest.mark.parametrize("name", GPTQ)
-def test_gptq_is_what_pytorch_dequantized(name, prepare):
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_weights_are_what_pytorch_dequantized(name, prepare):
     reference = np.load(TESTS / "data" / name / "reference.npz")
-    quantized, _ = split(checkpoints.load(GPTQ[name], prepare=prepare))
+    quantized, _ = split(checkpoints.load(QUANTIZED[name], prepare=prepare))
     probes = [key for key in reference.files if key.startswith("probe_in/")]
     assert {key.split("/")[1] for key in probes} == {f"{k}.weight" for k in quantized}
     for module, w in quantized.items():

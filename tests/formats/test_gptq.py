@@ -56,7 +56,12 @@ def mask_of(data: dict) -> int:
 
 def test_every_golden_file_is_here():
     counts = collections.Counter(name.split("__")[0] for name in FILES)
-    assert counts == {"gptq_v1": 13, "gptq_v1_zero0_quirk": 4, "gptq_v2": 8, "gptq_p": 4}
+    assert counts == {
+        "gptq_v1": 13,
+        "gptq_v1_zero0_quirk": 4,
+        "gptq_v2": 8,
+        "gptq_p": 4,
+    }
     assert (len(V2), len(PLANAR), len(ACT_ORDER)) == (8, 4, 9)
 
 
@@ -220,7 +225,9 @@ def test_planes_worked_by_hand():
 
 
 def test_ragged_planes_are_refused(refuses):
-    with refuses("codes.shape[0]=48 must be a multiple of 32 for planes of 3-bit codes"):
+    with refuses(
+        "codes.shape[0]=48 must be a multiple of 32 for planes of 3-bit codes"
+    ):
         gptq.Planar().pack(jnp.zeros((48, 2), jnp.uint8), 3)
     with refuses("words.shape[0]=8 must be a multiple of 5"):
         gptq.Planar().unpack(jnp.zeros((8, 2), jnp.uint32), 5)
@@ -457,8 +464,14 @@ def test_config_from_json(entry, config):
     ("entry", "message"),
     [
         ({}, "bits=None must be one of (2, 3, 4, 8)"),
-        ({"bits": 5}, "bits=5 must be one of (2, 3, 4, 8) with checkpoint_format='gptq'"),
-        ({"bits": 9, "checkpoint_format": "gptq_p"}, "bits=9 must be one of (2, 3, 4, 5"),
+        (
+            {"bits": 5},
+            "bits=5 must be one of (2, 3, 4, 8) with checkpoint_format='gptq'",
+        ),
+        (
+            {"bits": 9, "checkpoint_format": "gptq_p"},
+            "bits=9 must be one of (2, 3, 4, 5",
+        ),
         ({"bits": "4"}, "bits='4' must be one of"),
         ({"bits": True}, "bits=True must be one of"),
         ({"bits": 4.0}, "bits=4.0 must be one of"),

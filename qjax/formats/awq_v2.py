@@ -1,0 +1,395 @@
+"""AWQ, second layout: optimum-quanto's ``pack_v2``, AutoAWQ's GEMVFast, llm-awq.
+
+A 16-bit word of the packed ``[n / 4, k]`` holds four codes of one output, eight inputs
+apart; the 64 words of four outputs and 64 inputs lie together. The word in row ``r``
+and column ``64*t + 16*o + 8*h + j`` (o below 4, h below 2, j below 8) is
+
+    bit 15                                                         bit 0
+    | q[c + 24, 4*r + o] | q[c + 16, ...] | q[c + 8, ...] | q[c, 4*r + o] |
+    with c = 64*t + 32*h + j
+
+Zeros are kept as floats, scaled and negated: ``-(scale * zero)``, so that the weight is
+``q * scale + shift``. The GPU kernels round that once (``rounding=1``, what
+`from_tensors` gives); optimum-quanto's ``dequantize()`` rounds the product and then the
+sum (``rounding=2``, `from_qbits`). The integer zero itself cannot be had back.
+
+Source: huggingface/optimum-quanto, optimum/quanto/tensor/weights/awq/packed.py and
+qbits.py, commit e33f8202e6c755256b7448789a5ed765c45d5105; casper-hansen/AutoAWQ,
+awq/modules/linear/gemv_fast.py, commit 88e4c76b20755db275574e6a03c83c84ba3bece5;
+mit-han-lab/llm-awq, awq/quantize/qmodule.py, commit
+d6e797a42b9ef7778de8ee2352116e0f48a78d61.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int16, Integer, UInt8, UInt16
+
+from qjax import decode, tensor
+from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
+
+FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Interleaved(Layout):
+    """Four-bit codes in uint16 words ``[n / 4, k]``; k a multiple of 64, n of 4."""
+
+    def pack(
+        self, codes: Integer[Array, "k n"], bits: int = 4
+    ) -> UInt16[Array, "rows k"]:
+        """Packs ``[k, n]`` codes; bits above the fourth are cut off."""
+        four_bits(bits)
+        return _pack(codes)
+
+    def unpack(
+        self, words: Integer[Array, "rows k"], bits: int = 4
+    ) -> UInt8[Array, "k n"]:
+        """Unpacks ``[n / 4, k]`` words, int16 or uint16."""
+        four_bits(bits)
+        return _unpack(words)
+
+    def extents(self, shape: tuple[int, ...], bits: int = 4) -> tuple[int, int]:
+        """Returns ``(k, n)`` of ``[n / 4, k]``."""
+        del bits
+        return shape[1], 4 * shape[0]
+
+
+def four_bits(bits: int) -> None:
+    """Refuses other widths than the four bits of AWQ.
+
+    Raises:
+      ValueError: If ``bits`` is not 4.
+    """
+    if bits != 4:
+        raise ValueError(f"bits={bits} must be 4: AWQ's layouts have no other width.")
+
+
+@jax.jit
+def _pack(codes: Array) -> Array:
+    k, n = codes.shape
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise ValueError(f"codes.dtype={codes.dtype} must be an integer dtype.")
+    if k % 64 or n % 4:
+        raise ValueError(
+            f"codes of k={k} and n={n} must have k a multiple of 64 and n of 4; pad "
+            "them, or keep another layout."
+        )
+    fields = (codes & jnp.array(15, codes.dtype)).astype(jnp.uint16)
+    fields = fields.reshape(k // 64, 2, 4, 8, n // 4, 4)
+    # The fields do not overlap: their sum is the word.
+    words = (fields << _shifts(fields.ndim, axis=2)).sum(2, dtype=jnp.uint16)
+    return words.transpose(3, 0, 4, 1, 2).reshape(n // 4, k)
+
+
+@jax.jit
+def _unpack(words: Array) -> Array:
+    if words.dtype not in (jnp.int16, jnp.uint16):
+        raise ValueError(f"words.dtype={words.dtype} must be int16 or uint16.")
+    rows, k = words.shape
+    if k % 64:
+        raise ValueError(
+            f"words.shape={words.shape} must be [n / 4, k] with k a multiple of 64."
+        )
+    logical = lax.bitcast_convert_type(words, jnp.uint16)
+    blocks = logical.reshape(rows, k // 64, 4, 2, 1, 8).transpose(1, 3, 4, 5, 0, 2)
+    fields = (blocks >> _shifts(blocks.ndim, axis=2)) & jnp.uint16(15)
+    return fields.astype(jnp.uint8).reshape(k, 4 * rows)
+
+
+def _shifts(axes: int, axis: int) -> Array:
+    """0, 4, 8 and 12 along one of so many axes."""
+    shape = [1] * axes
+    shape[axis] = 4
+    return 4 * lax.broadcasted_iota(jnp.uint16, shape, axis)
+
+
+def pack_v2(unpacked: Integer[Array, "n k"]) -> Int16[Array, "rows k"]:
+    """Packs codes as optimum-quanto's ``pack_v2``.
+
+    Args:
+      unpacked: ``[n, k]`` codes from 0 to 15, the transpose of `QTensor` codes; higher
+        bits are cut off.
+
+    Returns:
+      int16 words ``[n / 4, k]``, bit patterns: a code above 7 in the highest field
+      makes them negative.
+
+    Raises:
+      ValueError: If n is no multiple of 4 or k none of 64, or for other dtypes.
+
+    Example:
+      >>> codes = jnp.zeros((4, 64), jnp.uint8).at[0, 8].set(7).at[1, 0].set(5)
+      >>> words = pack_v2(codes)[0]
+      >>> hex(words[0]), int(words[16])
+      ('0x70', 5)
+    """
+    return lax.bitcast_convert_type(_pack(unpacked.T), jnp.int16)
+
+
+def unpack_v2(packed: Integer[Array, "rows k"]) -> UInt8[Array, "n k"]:
+    """Unpacks words as optimum-quanto's ``unpack_v2``.
+
+    Args:
+      packed: ``[n / 4, k]``, int16 or uint16.
+
+    Returns:
+      uint8 codes ``[n, k]``.
+
+    Raises:
+      ValueError: If k is no multiple of 64, or for other dtypes.
+    """
+    return _unpack(packed).T
+
+
+@jax.jit
+def offset(scale: Float[Array, "*any"], shift: Array) -> Float[Array, "*any"]:
+    """What is added to ``q * scale``: the shift as AWQ's second layout stores it.
+
+    Args:
+      scale: float16, bfloat16 or float32 scales.
+      shift: optimum-quanto's float shift, which is subtracted, or integer zeros.
+
+    Returns:
+      ``-shift``, or ``-(scale * shift)`` of integers, rounded once to the dtype of
+      ``scale``; a zero of 0 gives -0.
+    """
+    if jnp.issubdtype(shift.dtype, jnp.floating):
+        return -shift.astype(scale.dtype)
+    # Exact in float32 for scales of 16 bits.
+    product = scale.astype(jnp.float32) * shift.astype(jnp.float32)
+    return -product.astype(scale.dtype)
+
+
+def zeros_width(k: int, group_size: int | None) -> int:
+    """Words of zeros for one output in AutoAWQ's GEMV; an eighth of GEMVFast's rows.
+
+    Args:
+      k: Number of inputs.
+      group_size: Inputs that share a scale; None for all.
+
+    Returns:
+      ``ceil(groups / 8)``, rounded up to 2 words for groups of 64 and 4 for 32.
+
+    Raises:
+      ValueError: If the group size is not 32, 64, or 128 and more.
+    """
+    group_size = k if group_size is None else group_size
+    multiple = {32: 4, 64: 2}.get(group_size, 1)
+    if multiple == 1 and group_size < 128:
+        raise ValueError(
+            f"group_size={group_size} must be 32, 64, or at least 128: AutoAWQ's GEMV "
+            "versions have no others; 'gemm' holds any."
+        )
+    words = -(-(k // group_size) // 8)
+    return -(-words // multiple) * multiple
+
+
+def check(tensors: Mapping[str, Any], group_size: int | None) -> None:
+    """Checks names, dtypes and shapes of one GEMVFast module's tensors, and no values.
+
+    Args:
+      tensors: Arrays or anything with ``shape`` and ``dtype``: ``qweight`` int16
+        ``[n / 4, k]``; ``scales`` float ``[8 * zeros_width, n]``; ``qzeros`` (as
+        AutoAWQ names it) or ``scaled_zeros`` (llm-awq) like ``scales``.
+      group_size: Inputs that share a scale; None for all.
+
+    Raises:
+      ValueError: Naming the tensor, what it has and what it should have.
+    """
+    zeros = "scaled_zeros" if "scaled_zeros" in tensors else "qzeros"
+    names = ("qweight", zeros, "scales")
+    for name in names:
+        if name not in tensors:
+            raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
+    for name, array in tensors.items():
+        if name not in names:
+            raise ValueError(f"{name} is not a GEMVFast tensor; expected {names}.")
+        if len(array.shape) != 2:
+            raise ValueError(f"{name}.shape={tuple(array.shape)} must have 2 axes.")
+    if tensors["qweight"].dtype != jnp.int16:
+        raise ValueError(f"qweight.dtype={tensors['qweight'].dtype} must be int16.")
+    dtype = tensors["scales"].dtype
+    if dtype not in FLOATS:
+        raise ValueError(f"scales.dtype={dtype} must be float16, bfloat16 or float32.")
+    if tensors[zeros].dtype != dtype:
+        raise ValueError(
+            f"{zeros}.dtype={tensors[zeros].dtype} must be {dtype}, that of scales."
+        )
+    rows, k = tensors["qweight"].shape
+    if not rows or not k or k % 64 or k % (group_size or k):
+        raise ValueError(
+            f"qweight.shape={(rows, k)} must be [n / 4, k] with k a multiple of 64 and "
+            f"of group_size={group_size}."
+        )
+    wanted = (8 * zeros_width(k, group_size), 4 * rows)
+    for name in ("scales", zeros):
+        if tuple(tensors[name].shape) != wanted:
+            raise ValueError(
+                f"{name}.shape={tuple(tensors[name].shape)} must be {wanted}, from "
+                f"qweight.shape={(rows, k)} and group_size={group_size}."
+            )
+
+
+def from_tensors(tensors: Mapping[str, Any], group_size: int | None) -> QTensor:
+    """Reads one GEMVFast matrix; `qjax.formats.awq` calls it for checkpoints.
+
+    Args:
+      tensors: Concrete arrays, as `check` lists them.
+      group_size: Inputs that share a scale; None for all.
+
+    Returns:
+      ``[k, n]`` tensor in the file's layout, ``q * scale + zero`` rounded once as the
+      kernels do. The rows of zeros that pad the scales are left out.
+
+    Raises:
+      ValueError: As `check`; or if a scale or zero is not finite.
+    """
+    check(tensors, group_size)
+    name = "scaled_zeros" if "scaled_zeros" in tensors else "qzeros"
+    groups = tensors["qweight"].shape[1] // (group_size or tensors["qweight"].shape[1])
+    scale, zero = (tensors[key][:groups] for key in ("scales", name))
+    for key, array in (("scales", scale), (name, zero)):
+        finite(key, array)
+    return _build(tensors["qweight"], scale, zero, group_size, rounding=1)
+
+
+def finite(name: str, array: Any) -> None:
+    """Refuses NaN and infinities in a concrete array.
+
+    Raises:
+      ValueError: Naming the tensor.
+    """
+    if not np.isfinite(np.asarray(array).astype(np.float32)).all():
+        raise ValueError(f"{name} must be finite; found NaN or infinity.")
+
+
+def _build(
+    words: Any, scale: Any, zero: Any, group_size: int | None, rounding: int
+) -> QTensor:
+    return tensor.build(
+        (lax.bitcast_convert_type(jnp.asarray(words), jnp.uint16),),
+        jnp.asarray(scale),
+        jnp.asarray(zero),
+        layout=Interleaved(),
+        segments=(Segment(4, group_size),),
+        affine=Affine.OFFSET,
+        rounding=rounding,
+    )
+
+
+def to_tensors(
+    qt: QTensor, zeros: Literal["qzeros", "scaled_zeros"] = "qzeros"
+) -> dict[str, Array]:
+    """Writes one matrix as AutoAWQ's GEMVFast and llm-awq do.
+
+    Args:
+      qt: Four bits, ``q * scale + zero``, groups of 32, 64, or at least 128 rows.
+      zeros: AutoAWQ's or llm-awq's name of the scaled zeros.
+
+    Returns:
+      ``qweight`` int16, ``scales`` and the scaled zeros, padded with rows of zeros.
+
+    Raises:
+      ValueError: If the format cannot hold ``qt``, with the reason.
+    """
+    words, scale, zero = _parts(qt)
+    rows = 8 * zeros_width(qt.k, qt.segments[0].group_size) - scale.shape[0]
+    scale, zero = (jnp.pad(p, ((0, rows), (0, 0))) for p in (scale, zero))
+    return {"qweight": words, zeros: zero, "scales": scale}
+
+
+def from_qbits(tensors: Mapping[str, Any]) -> QTensor:
+    """Takes over optimum-quanto's AWQ tensor (``AWQWeightQBitsTensor``).
+
+    Args:
+      tensors: Its inner tensors: ``_data`` int16 ``[n / 4, k]``, ``_scale`` and
+        ``_shift`` float ``[groups, n]``, the shift negated as `offset` gives it.
+
+    Returns:
+      ``[k, n]`` tensor, ``q * scale + zero`` with the two roundings of upstream's
+      ``dequantize()``. Its kernels round once:
+      ``dataclasses.replace(qt, rounding=1)``.
+
+    Raises:
+      ValueError: If shapes or dtypes do not fit.
+    """
+    data, scale, shift = (tensors[name] for name in ("_data", "_scale", "_shift"))
+    if data.dtype != jnp.int16 or scale.dtype not in FLOATS:
+        raise ValueError(
+            f"_data.dtype={data.dtype} must be int16, and _scale.dtype={scale.dtype} "
+            "float16, bfloat16 or float32."
+        )
+    if shift.dtype != scale.dtype or shift.shape != scale.shape:
+        raise ValueError(
+            f"_shift is {shift.dtype}{shift.shape}, but must be like _scale, "
+            f"{scale.dtype}{scale.shape}; `offset` makes it of integer zeros."
+        )
+    k, groups = data.shape[1], scale.shape[0]
+    if not groups or k % groups:
+        raise ValueError(f"_scale.shape[0]={groups} must divide k={k}.")
+    return _build(data, scale, shift, k // groups, rounding=2)
+
+
+def to_qbits(qt: QTensor) -> dict[str, Array]:
+    """Inverse of `from_qbits`.
+
+    Args:
+      qt: Four bits, ``q * scale + zero`` with groups of rows.
+
+    Returns:
+      ``_data`` int16 ``[n / 4, k]``, ``_scale`` and ``_shift`` ``[groups, n]``.
+
+    Raises:
+      ValueError: If the format cannot hold ``qt``, with the reason.
+    """
+    return dict(zip(("_data", "_scale", "_shift"), _parts(qt), strict=True))
+
+
+def _parts(qt: QTensor) -> tuple[Array, Array, Array]:
+    """Words, scales and scaled zeros, or why there are none."""
+    reason = refusal(qt, (4,))
+    if reason is None and qt.affine is not Affine.OFFSET:
+        reason = (
+            f"it is {qt.affine.value}, and scaled zeros would be rounded; write "
+            "AWQ 'gemm', or replace zero by awq_v2.offset(scale, zero) knowingly"
+        )
+    if reason:
+        raise ValueError(f"AWQ v2 cannot hold {qt!r}: {reason}.")
+    words = lax.bitcast_convert_type(_pack(decode.codes(qt)), jnp.int16)
+    zero = tensor.plain(qt.zero)
+    assert zero is not None  # build() has seen to it
+    return words, tensor.plain(qt.scale), zero
+
+
+def refusal(qt: QTensor, widths: tuple[int, ...]) -> str | None:
+    """Why a format of plain groups along k cannot hold a tensor, None if it can.
+
+    Args:
+      qt: Any tensor.
+      widths: The widths of codes that the format has.
+
+    Returns:
+      The reason, for an error message.
+    """
+    if qt.batch:
+        return f"it stacks {qt.batch} matrices; write them one by one"
+    if len(qt.segments) != 1:
+        return "its rows have several widths; EXL2 holds those"
+    (segment,) = qt.segments
+    if qt.grouping is not Grouping.ROWS or qt.input_scale is not None:
+        return f"it has {qt.grouping.value} groups or an input scale"
+    if qt.row_group is not None or qt.order is not None:
+        return "its groups are not runs of inputs (act-order); GPTQ holds those"
+    if segment.bits not in widths:
+        return f"{segment.bits} bits are not among {widths}"
+    if qt.k % (segment.group_size or qt.k):
+        return f"group_size={segment.group_size} does not divide k={qt.k}"
+    if any(p.shape[-1] != qt.n for p in (qt.scale, qt.zero) if p is not None):
+        return "columns share scales or zeros"
+    return None

@@ -1,0 +1,632 @@
+"""bitsandbytes: NF4 and FP4 codes of the flattened weight, two a byte.
+
+The torch weight ``[n, k]`` is flattened row by row into ``f[0], f[1], ...``; byte ``i``
+holds two codes, the first in the high nibble,
+
+    bit 7               bit 0
+    |  f[2i]  |  f[2i + 1]  |
+
+and every ``blocksize`` elements share a scale, their largest magnitude ``absmax``.
+Where blocksize does not divide k, blocks cross rows, and the last one may be short. The
+weight is ``table[f] * absmax`` in float32, rounded once to the dtype that the weight
+had. Double quantization stores absmax itself as codes of an 8-bit table in blocks of
+256, ``nested_quant_map[absmax] * nested_absmax[block] + nested_offset``, where the
+product and the sum are rounded to float32.
+
+Source: bitsandbytes-foundation/bitsandbytes, bitsandbytes/functional.py and
+bitsandbytes/backends/default/ops.py, release 0.50.2.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, DTypeLike, Float, Integer, UInt8
+
+from qjax import decode, tensor
+from qjax.tensor import Affine, Encoded, Grouping, Layout, QTensor, Segment
+
+QuantType = Literal["nf4", "fp4"]
+_NF4_BITS = (
+    *(0xBF800000, 0xBF3239B1, 0xBF066B30, 0xBECA32A0, 0xBE91A24D, 0xBE3D353F),
+    *(0xBDBA7871, 0x00000000, 0x3DA2FAFF, 0x3E24CAE3, 0x3E7C04DD, 0x3EAD033A),
+    *(0x3EE1A4B8, 0x3F1007AB, 0x3F3913B3, 0x3F800000),
+)
+_FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+# Code 8 of FP4 is minus zero, which the original's table gives as zero.
+TABLES: Mapping[str, np.ndarray] = {
+    "nf4": np.array(_NF4_BITS, np.uint32).view(np.float32),
+    "fp4": np.concatenate([_FP4, np.float32(0) - _FP4]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Flat(Layout):
+    """Pairs of codes of the flattened ``[n, k]``: words uint8 ``[ceil(n * k / 2), 1]``.
+
+    Attributes:
+      k: Number of inputs; n follows from the words.
+    """
+
+    k: int
+
+    def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt8[Array, "m 1"]:
+        """Packs ``[k, n]`` codes; an odd number of them is filled up with a 0."""
+        _four(bits)
+        if codes.shape[0] != self.k:
+            raise ValueError(f"codes.shape={codes.shape} must be [k={self.k}, n].")
+        return pack_nibbles(codes.T.reshape(-1))[:, None]
+
+    def unpack(self, words: UInt8[Array, "m 1"], bits: int) -> UInt8[Array, "k n"]:
+        """Unpacks ``[m, 1]`` words."""
+        k, n = self.extents(words.shape, bits)
+        return unpack_nibbles(words[:, 0])[: k * n].reshape(n, k).T
+
+    def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
+        """Returns ``(k, 2 * m // k)``."""
+        _four(bits)
+        if len(shape) != 2 or shape[1] != 1:
+            raise ValueError(f"words.shape={shape} must be [n * k / 2, 1].")
+        return self.k, 2 * shape[0] // self.k
+
+
+def _four(bits: int) -> None:
+    if bits != 4:
+        raise ValueError(f"bits={bits!r} must be 4 in pairs of codes.")
+
+
+@jax.jit
+def pack_nibbles(codes: Integer[Array, " m"]) -> UInt8[Array, " words"]:
+    """Packs four-bit codes, the first of a pair in the high nibble.
+
+    Args:
+      codes: Any number of codes; higher bits are cut off.
+
+    Returns:
+      ``ceil(m / 2)`` bytes; an odd number of codes is filled up with a 0.
+
+    Example:
+      >>> pack_nibbles(jnp.array([1, 2, 3])).tolist() == [0x12, 0x30]
+      True
+    """
+    even = jnp.pad(codes, (0, codes.size % 2)).astype(jnp.uint8) & jnp.uint8(15)
+    return (even[::2] << 4) | even[1::2]
+
+
+@jax.jit
+def unpack_nibbles(words: UInt8[Array, " m"]) -> UInt8[Array, " codes"]:
+    """Unpacks the two codes of every byte.
+
+    Args:
+      words: Bytes.
+
+    Returns:
+      ``2 * m`` codes.
+
+    Raises:
+      ValueError: If ``words`` are no bytes.
+    """
+    if words.dtype != jnp.uint8:
+        raise ValueError(f"words.dtype={words.dtype} must be uint8.")
+    return jnp.stack([words >> 4, words & jnp.uint8(15)], axis=1).reshape(-1)
+
+
+class Nested(typing.NamedTuple):
+    """What turns 8-bit codes of scales into scales.
+
+    Attributes:
+      absmax: float32 ``[*batch, blocks]``, the scale of every block of scales.
+      table: float32 ``[*batch, 256]``.
+      offset: float32 ``[*batch]``, added to all.
+    """
+
+    absmax: Array
+    table: Array
+    offset: Array
+
+
+@jax.tree_util.register_dataclass
+@typing.no_type_check  # JAX rebuilds pytrees with leaves that are not arrays.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Absmax(Encoded):
+    """The scales of a file, and what else its quantization state says.
+
+    Attributes:
+      absmax: ``[*batch, groups, n]``, or ``[*batch, groups, 1]`` for flat groups: the
+        scales in float32, or their uint8 codes with double quantization.
+      nested: What double quantization makes of the codes, or None.
+      nested_blocksize: How many codes, in the order of the file, share an entry of
+        ``nested.absmax``.
+      quant_type: "nf4" or "fp4".
+      weight_dtype: Name of the dtype that the weight had, to which it is rounded.
+      storage: Name of the dtype as which the file gives the bytes of the weight.
+    """
+
+    absmax: Array
+    nested: Nested | None = None
+    nested_blocksize: int = dataclasses.field(default=256, metadata={"static": True})
+    quant_type: QuantType = dataclasses.field(default="nf4", metadata={"static": True})
+    weight_dtype: str = dataclasses.field(default="float32", metadata={"static": True})
+    storage: str = dataclasses.field(default="uint8", metadata={"static": True})
+
+    def decode(self) -> Array:
+        """Returns the scales in float32, ``[*batch, groups, n or 1]``."""
+        if self.nested is None:
+            return self.absmax
+        decode_ = functools.partial(_decode, blocksize=self.nested_blocksize)
+        for _ in self.nested.offset.shape:
+            decode_ = jax.vmap(decode_)
+        return decode_(self.absmax, self.nested)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of the weight, to which `qjax.dequantize` rounds.
+
+        `decode` gives float32 whatever it is.
+        """
+        return jnp.dtype(self.weight_dtype)
+
+
+@functools.partial(jax.jit, static_argnames="blocksize")
+def _decode(codes: Array, nested: Nested, blocksize: int) -> Array:
+    flat = codes.T.reshape(-1)
+    product = nested.table[flat] * jnp.repeat(nested.absmax, blocksize)[: flat.size]
+    # A compiler may join the product and the sum into one operation with one rounding,
+    # across an optimization barrier too. The maximum, which changes no finite number,
+    # stands between them.
+    rounded = jnp.maximum(product, jnp.finfo(jnp.float32).min)
+    return (rounded + nested.offset).reshape(codes.shape[::-1]).T
+
+
+_QUANT_STATE = "weight.quant_state.bitsandbytes__"
+_NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
+TENSORS = ("weight", "weight.absmax", "weight.quant_map", *_NESTED)
+TENSORS += tuple(_QUANT_STATE + name for name in TABLES)
+_FLOATS = ("float16", "bfloat16", "float32")
+_BLOCKSIZES = tuple(2**i for i in range(5, 13))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a bitsandbytes ``quantization_config`` says about one module.
+
+    Block sizes, double quantization, dtypes and the storage are in the tensors.
+
+    Attributes:
+      quant_type: "nf4" or "fp4".
+      skip_modules: Paths, or parts of them such as "lm_head", that stay dense.
+    """
+
+    quant_type: QuantType = "fp4"
+    skip_modules: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
+        """Reads the ``quantization_config`` of config.json.
+
+        Args:
+          entry: The parsed JSON object.
+
+        Returns:
+          The configuration of modules that are not skipped.
+
+        Raises:
+          ValueError: If it is not 4-bit, or a field has a wrong type or value.
+        """
+        for name in ("load_in_8bit", "_load_in_8bit"):
+            if entry.get(name):
+                raise ValueError(
+                    f"{name}=true (LLM.int8) is not read; only load_in_4bit is."
+                )
+        if entry.get("load_in_4bit", entry.get("_load_in_4bit")) is not True:
+            raise ValueError("load_in_4bit must be true; only 4-bit weights are read.")
+        quant_type = entry.get("bnb_4bit_quant_type", "fp4")
+        if not isinstance(quant_type, str) or quant_type not in TABLES:
+            raise ValueError(
+                f"bnb_4bit_quant_type={quant_type!r} must be one of {list(TABLES)}."
+            )
+        skip = entry.get("llm_int8_skip_modules") or []
+        if not isinstance(skip, list) or not all(isinstance(m, str) for m in skip):
+            raise ValueError(
+                f"llm_int8_skip_modules={skip!r} must be a list of strings."
+            )
+        return cls(
+            quant_type=typing.cast(QuantType, quant_type), skip_modules=tuple(skip)
+        )
+
+    def of(self, module: str) -> "Config | None":
+        """Returns the configuration of one module, or None where it is left dense.
+
+        Args:
+          module: The module's path, such as "model.layers.0.mlp.up_proj".
+        """
+        path = f".{module}."
+        return None if any(f".{m}." in path for m in self.skip_modules) else self
+
+
+class _State(typing.NamedTuple):
+    """The JSON object of a file's quantization state, in the order of its keys."""
+
+    quant_type: QuantType
+    blocksize: int
+    dtype: str
+    shape: list[int]
+    nested_blocksize: int | None = None
+    nested_dtype: str | None = None
+    nested_offset: float | None = None
+
+    @classmethod
+    def parse(cls, blob: np.ndarray, config: Config, *, nested: bool) -> "_State":
+        """Reads and checks the bytes of the object."""
+        name = _QUANT_STATE + config.quant_type
+        try:
+            entry = json.loads(blob.tobytes().decode())
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{name} is not valid JSON: {error}.") from None
+        keys = cls._fields if nested else cls._fields[:4]
+        if not isinstance(entry, dict) or set(entry) != set(keys):
+            raise ValueError(f"{name}={entry!r} must be an object with keys {keys}.")
+        state = cls(**entry)
+        sizes, offset = state.shape, state.nested_offset
+        checks = {
+            "quant_type": state.quant_type == config.quant_type,
+            "blocksize": state.blocksize in _BLOCKSIZES,
+            "dtype": state.dtype in _FLOATS,
+            "shape": isinstance(sizes, list)
+            and len(sizes) == 2
+            and all(type(size) is int and size > 0 for size in sizes),
+            "nested_blocksize": not nested
+            or (type(state.nested_blocksize) is int and state.nested_blocksize > 0),
+            "nested_dtype": state.nested_dtype in (None, "float32"),
+            "nested_offset": not nested
+            or (type(offset) in (int, float) and math.isfinite(np.float32(offset))),
+        }
+        for field, sound in checks.items():
+            if not sound:
+                raise ValueError(f"{name}: {field}={entry[field]!r} is not supported.")
+        return state
+
+
+def check(tensors: Mapping[str, Any], config: Config) -> None:
+    """Checks names, dtypes and shapes of one module's tensors, and no values.
+
+    Args:
+      tensors: Arrays or anything with ``shape`` and ``dtype``, by upstream name:
+        ``weight`` ``[m, 1]`` uint8, or the same bytes as float16, bfloat16 or float32;
+        ``weight.absmax`` ``[blocks]`` float32, or uint8 together with
+        ``weight.nested_absmax`` float32 and ``weight.nested_quant_map`` float32
+        ``[256]``; ``weight.quant_map`` float32 ``[16]``; and
+        ``weight.quant_state.bitsandbytes__nf4`` (or fp4), JSON as uint8.
+      config: The module's configuration.
+
+    Raises:
+      ValueError: Naming the tensor, what it has and what it should have.
+    """
+    nested = any(name in tensors for name in _NESTED)
+    state = _QUANT_STATE + config.quant_type
+    wanted = {
+        "weight": (("uint8", *_FLOATS), (None, 1)),
+        "weight.absmax": (("uint8" if nested else "float32",), (None,)),
+        "weight.quant_map": (("float32",), (16,)),
+        state: (("uint8",), (None,)),
+    }
+    if nested:
+        wanted["weight.nested_absmax"] = (("float32",), (None,))
+        wanted["weight.nested_quant_map"] = (("float32",), (256,))
+    for name in tensors:
+        if name not in wanted:
+            raise ValueError(
+                f"{name} is not a tensor of {config.quant_type}; expected "
+                f"{list(wanted)}."
+            )
+    for name, (dtypes, shape) in wanted.items():
+        if name not in tensors:
+            raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
+        found, dtype = tuple(tensors[name].shape), jnp.dtype(tensors[name].dtype).name
+        if dtype not in dtypes:
+            raise ValueError(f"{name}.dtype={dtype} must be {' or '.join(dtypes)}.")
+        if len(found) != len(shape) or any(
+            b not in (None, a) or not a for a, b in zip(found, shape, strict=True)
+        ):
+            sizes = ", ".join("any" if size is None else str(size) for size in shape)
+            raise ValueError(f"{name}.shape={found} must be [{sizes}], not empty.")
+
+
+def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
+    """Reads one quantized matrix.
+
+    Args:
+      tensors: Concrete arrays by upstream name, as `check` lists them.
+      config: The module's configuration.
+
+    Returns:
+      ``[k, n]`` tensor in the file's layout. Its scale is an `Absmax`, whose dtype is
+      that of the original weight. Where blocksize divides k, the grouping is
+      `Grouping.ROWS`, which is multiplied without forming the weight; else FLAT.
+
+    Raises:
+      ValueError: As `check`; or if the quantization state is not sound, extents do not
+        fit, or a scale or table is not finite.
+    """
+    check(tensors, config)
+    held = {name: np.asarray(array) for name, array in tensors.items()}
+    blob = held.pop(_QUANT_STATE + config.quant_type)
+    state = _State.parse(blob, config, nested=_NESTED[0] in held)
+    _check_sizes(held, state)
+    for name, array in held.items():
+        if name != "weight" and not np.isfinite(array).all():
+            raise ValueError(f"{name} must be finite; found NaN or infinity.")
+    (n, k), layout = state.shape, Flat(state.shape[1])
+    weight, absmax = held["weight"], held["weight.absmax"]
+    rows, nested = k % state.blocksize == 0, None
+    if state.nested_blocksize is not None:
+        scales, table = (jnp.asarray(held[name]) for name in _NESTED)
+        nested = Nested(scales, table, jnp.float32(state.nested_offset))
+    scale = Absmax(
+        absmax=jnp.asarray(absmax.reshape(n, -1).T if rows else absmax[:, None]),
+        nested=nested,
+        nested_blocksize=state.nested_blocksize or 256,
+        quant_type=state.quant_type,
+        weight_dtype=state.dtype,
+        storage=weight.dtype.name,
+    )
+    words = np.ascontiguousarray(weight).view(np.uint8).reshape(-1, 1)
+    return _build(words, scale, held["weight.quant_map"], layout, state)
+
+
+def _check_sizes(held: Mapping[str, np.ndarray], state: _State) -> None:
+    """Checks the sizes that only the quantization state tells."""
+    elements = math.prod(state.shape)
+    blocks = -(-elements // state.blocksize)
+    sizes = {"weight": -(-elements // 2), "weight.absmax": blocks}
+    if state.nested_blocksize is not None:
+        sizes[_NESTED[0]] = -(-blocks // state.nested_blocksize)
+    for name, wanted in sizes.items():
+        unit = "bytes" if name == "weight" else "elements"
+        found = held[name].nbytes if name == "weight" else held[name].size
+        if found != wanted:
+            raise ValueError(
+                f"{name} has {found} {unit} and must have {wanted}, from "
+                f"shape={state.shape} and blocksize={state.blocksize}."
+            )
+
+
+def _build(
+    words: Any, scale: Absmax, table: Any, layout: Flat, state: _State
+) -> QTensor:
+    words, (n, k) = jnp.asarray(words), state.shape
+    return tensor.build(
+        (words,),
+        scale,
+        layout=layout,
+        segments=(Segment(4, state.blocksize),),
+        affine=Affine.CODEBOOK,
+        grouping=Grouping.FLAT if k % state.blocksize else Grouping.ROWS,
+        codebook=jnp.asarray(table),
+        padding=layout.extents(words.shape, 4)[1] - n,
+    )
+
+
+def to_tensors(
+    qt: QTensor, dtype: DTypeLike | None = None, storage: DTypeLike | None = None
+) -> dict[str, Array | np.ndarray]:
+    """Writes one quantized matrix under the upstream's names.
+
+    Scales that are still encoded as in a file are written as they were; others, such as
+    those of a prepared tensor, without double quantization.
+
+    Args:
+      qt: A matrix of NF4 or FP4 codes in input order, its groups runs of k or of the
+        flattened weight.
+      dtype: The dtype that the weight had, to be named in the file; None takes that of
+        ``qt``.
+      storage: The dtype as which the bytes of ``weight`` are given; None takes that of
+        the file, or uint8.
+
+    Returns:
+      ``weight``, ``weight.absmax``, ``weight.quant_map``, the quantization state, and
+      with double quantization the two nested tensors.
+
+    Raises:
+      ValueError: If bitsandbytes cannot hold ``qt``, with the reason.
+    """
+    size = _holdable(qt)
+    scale, codebook = _absmax(qt), np.asarray(qt.codebook, np.float32)
+    words = np.asarray(decode.relayout(qt, Flat(qt.k)).words[0])
+    if qt.layout != Flat(qt.k) and qt.k * qt.n % 2:
+        words = words.copy()
+        words[-1] |= np.abs(codebook).argmin().astype(np.uint8)  # the code of zero
+    stored = jnp.dtype(storage or scale.storage)
+    if words.size % stored.itemsize:
+        raise ValueError(
+            f"storage={stored}: {words.size} bytes are not whole numbers; write uint8."
+        )
+    state = {"quant_type": scale.quant_type, "blocksize": size}
+    state |= {"dtype": jnp.dtype(dtype or qt.dtype).name, "shape": [qt.n, qt.k]}
+    tensors: dict[str, Array | np.ndarray] = {
+        "weight": words.reshape(-1).view(stored)[:, None],
+        "weight.absmax": scale.absmax.T.reshape(-1),
+        "weight.quant_map": codebook,
+    }
+    if scale.nested is not None:
+        state |= {"nested_blocksize": scale.nested_blocksize, "nested_dtype": "float32"}
+        state["nested_offset"] = float(scale.nested.offset)
+        tensors |= zip(_NESTED, scale.nested[:2], strict=True)
+    blob = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    tensors[_QUANT_STATE + scale.quant_type] = blob
+    return tensors
+
+
+def _absmax(qt: QTensor) -> Absmax:
+    """The scales as a file holds them."""
+    if isinstance(qt.scale, Absmax):
+        return qt.scale
+    codebook = np.asarray(qt.codebook, np.float32)
+    for name, table in TABLES.items():
+        if (table == codebook).all():
+            absmax = tensor.plain(qt.scale).astype(jnp.float32)
+            return Absmax(absmax=absmax, quant_type=typing.cast(QuantType, name))
+    raise ValueError(
+        f"bitsandbytes cannot hold {qt!r}: its codebook is neither NF4 nor FP4."
+    )
+
+
+def _holdable(qt: QTensor) -> int:
+    """Returns the block size, or says why bitsandbytes cannot hold the tensor."""
+    size, reason = qt.segments[0].group_size or qt.k, None
+    rows = qt.grouping is Grouping.ROWS
+    if qt.batch:
+        reason = f"it stacks {qt.batch} matrices; write them one by one"
+    elif len(qt.segments) != 1 or qt.segments[0].bits != 4:
+        reason = "its codes have other widths than 4"
+    elif any(v is not None for v in (qt.order, qt.row_group, qt.input_scale)):
+        reason = "it has an order of rows or an input scale; GPTQ holds an order"
+    elif qt.affine is not Affine.CODEBOOK:
+        reason = f"{qt.affine.value} is no table; quantize_4bit makes one"
+    elif qt.grouping is Grouping.STRIDED:
+        reason = "its groups are strided; HQQ holds those"
+    elif rows and (qt.k % size or qt.scale.shape[-1] != qt.n):
+        reason = f"blocks of {size} cross columns, or columns share scales"
+    elif size not in _BLOCKSIZES:
+        reason = f"a group size of {size} is not among {_BLOCKSIZES}"
+    elif qt.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+        reason = f"{qt.dtype} scales"
+    if reason:
+        raise ValueError(f"bitsandbytes cannot hold {qt!r}: {reason}.")
+    return size
+
+
+def quantize_4bit(
+    w: Float[Array, "k n"], quant_type: QuantType = "nf4", blocksize: int = 64
+) -> QTensor:
+    """Quantizes a weight to the nearest entries of the NF4 or FP4 table.
+
+    A value midway between two entries takes the lower one, as on the original's CPU.
+
+    Args:
+      w: ``[k, n]`` weight (``y = x @ w``), float16, bfloat16 or float32. Blocks run
+        over its transpose, flattened.
+      quant_type: "nf4" or "fp4".
+      blocksize: Elements that share a scale, a power of two from 32 to 4096.
+
+    Returns:
+      The tensor that a file without double quantization would hold.
+
+    Raises:
+      ValueError: If an argument is not as described.
+
+    Example:
+      >>> quantize_4bit(jnp.eye(64), blocksize=32)
+      QTensor(64x64, 4 bits, group 32, Flat(k=64), codebook[q] * s, float32 scale, ...)
+    """
+    if w.ndim != 2 or w.dtype.name not in _FLOATS or not w.size:
+        raise ValueError(
+            "w must be float16, bfloat16 or float32 [k, n], not empty; got "
+            f"{w.dtype}{w.shape}."
+        )
+    if quant_type not in TABLES:
+        raise ValueError(f"quant_type={quant_type!r} must be one of {list(TABLES)}.")
+    if blocksize not in _BLOCKSIZES:
+        raise ValueError(f"blocksize={blocksize} must be one of {_BLOCKSIZES}.")
+    (k, n), table = w.shape, jnp.asarray(TABLES[quant_type])
+    codes, absmax = quantize_blockwise(w.T, table, blocksize)
+    absmax = absmax[:, None] if k % blocksize else absmax.reshape(n, -1).T
+    layout = Flat(k)
+    words = layout.pack(codes.T, 4)
+    if k * n % 2:  # filled up with the code of zero
+        words = words.at[-1].add(jnp.abs(table).argmin().astype(jnp.uint8))
+    state = _State(quant_type, blocksize, w.dtype.name, [n, k])
+    scale = Absmax(absmax=absmax, quant_type=quant_type, weight_dtype=state.dtype)
+    return _build(words, scale, table, layout, state)
+
+
+@functools.partial(jax.jit, static_argnames="blocksize")
+def quantize_blockwise(
+    a: Float[Array, "*shape"], code: Float[Array, " entries"], blocksize: int = 4096
+) -> tuple[UInt8[Array, "*shape"], Float[Array, " blocks"]]:
+    """Quantizes blocks of a flattened array to the nearest entries of a table.
+
+    Four-bit codes are those of the original on a CPU; with 256 entries its native CPU
+    kernel now and then takes the neighbour of the nearest entry.
+
+    Args:
+      a: Any float array.
+      code: At most 256 entries from -1 to 1, in any order, such as `dynamic_map`.
+      blocksize: Elements that share a scale; the last block may be short.
+
+    Returns:
+      Codes, and the largest magnitude of every block in float32. A value midway between
+      two entries takes the lower one.
+    """
+    flat = a.astype(jnp.float32).reshape(-1)
+    short = flat.size % blocksize
+    blocks = jnp.pad(flat, (0, -flat.size % blocksize)).reshape(-1, blocksize)
+    absmax = jnp.abs(blocks).max(1)
+    # The original multiplies by the reciprocal, but divides the last block if short.
+    divisor = jnp.maximum(absmax, jnp.finfo(jnp.float32).tiny)[:, None]
+    scaled = blocks * (1 / divisor)
+    if short:
+        scaled = scaled.at[-1].set(blocks[-1] / divisor[-1])
+    order = jnp.argsort(code)
+    entries = code[order]
+    middles = (entries[:-1] + entries[1:]) / 2
+    # A table's two zeros count as one entry, the first.
+    rank = jnp.searchsorted(middles, jnp.clip(scaled, -1, 1), side="left")
+    codes = order.astype(jnp.uint8)[rank]
+    return codes.reshape(-1)[: flat.size].reshape(a.shape), absmax
+
+
+@functools.partial(jax.jit, static_argnames="blocksize")
+def dequantize_blockwise(
+    codes: UInt8[Array, "*shape"],
+    absmax: Float[Array, " blocks"],
+    code: Float[Array, " entries"],
+    blocksize: int = 4096,
+) -> Float[Array, "*shape"]:
+    """Inverse of `quantize_blockwise`: ``code[codes] * absmax`` in float32.
+
+    Args:
+      codes: uint8 codes of any shape.
+      absmax: Scale of every block of the flattened codes.
+      code: The table.
+      blocksize: Elements that share a scale.
+
+    Returns:
+      float32 values in the shape of ``codes``.
+    """
+    scale = jnp.repeat(absmax, blocksize)[: codes.size].reshape(codes.shape)
+    return code[codes] * scale
+
+
+def dynamic_map() -> np.ndarray:
+    """The signed 8-bit table of the original, for `quantize_blockwise`.
+
+    Besides 0 and 1 it has, for each of seven decades, ``2**i`` magnitudes evenly spaced
+    in a tenth to one of ``10**(i - 6)``, with both signs.
+
+    Returns:
+      float32 ``[256]``, ascending.
+
+    Example:
+      >>> dynamic_map()[[0, 127, 255]].tolist()
+      [-0.992968738079071, 0.0, 1.0]
+    """
+    entries = [np.array([0, 1], np.float32)]
+    for decade in range(7):
+        # Edges lie whole steps from the nearer end, each rounded to float32 once.
+        steps, start = 2**decade, np.float64(np.float32(0.1))
+        step = np.float64((np.float32(1) - np.float32(0.1)) / np.float32(steps))
+        i = np.arange(steps + 1)
+        upper = 1 - step * (steps - i)
+        edges = np.where(2 * i < steps, start + step * i, upper).astype(np.float32)
+        middles = (edges[:-1] + edges[1:]) / np.float32(2)
+        middles *= np.float32(10.0 ** (decade - 6))
+        entries += [middles, -middles]
+    return np.sort(np.concatenate(entries))

@@ -1,0 +1,512 @@
+"""HQQ: codes in slabs of the grouped matrix, the first slab in the highest bits.
+
+The torch weight ``[n, k]`` is flattened and viewed as ``[R, C]``: one group a row
+(axis 1, ``C = group_size``) or one group a column (axis 0, ``R = group_size``). The
+rows are cut into slabs of ``D``, and a word holds one row of each. Four bits:
+
+    bit 7             bit 0
+    | v[d, c] | v[D+d, c] |          v the view, D = R/2
+
+Two bits make four slabs of ``R/4``, one bit eight; 5, 6 and 8 bits take a byte each.
+Three bits have ten slabs in an int32, of which the two highest bits are not used:
+
+    bit 31                                                                  bit 0
+    | 00 | v[d, c] | v[D+d, c] | v[2D+d, c] | ... | v[8D+d, c] | v[9D+d, c] |
+
+with rows of zeros after the last one up to ``10 D``. The weight is ``(q - z) * s`` with
+a float ``z`` in units of codes; the difference and then the product are rounded to the
+dtype of ``s``.
+
+Source: mobiusml/hqq, hqq/core/bitpack.py and hqq/core/quantize.py, commit
+e0b1d00e095653359da9de1d7dbb35a994aa6b96.
+"""
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Integer, UInt8
+
+from qjax import decode, tensor
+from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
+
+# Fields of a word, by the width of a code.
+_FIELDS = {1: 8, 2: 4, 3: 10, 4: 2, 5: 1, 6: 1, 8: 1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Slabs(Layout):
+    """Slabs of the grouped view: words ``[D, C]``, uint8, or uint32 for three bits.
+
+    Attributes:
+      k: Number of inputs; n follows from the words.
+      group_size: Extent of the view along ``axis``.
+      axis: 1 for a view ``[n * k / group_size, group_size]``, 0 for its transpose's
+        shape ``[group_size, n * k / group_size]``.
+    """
+
+    k: int
+    group_size: int
+    axis: int = 1
+
+    def pack(self, codes: Integer[Array, "k n"], bits: int) -> Array:
+        """Packs ``[k, n]`` codes; whole groups must fill whole words."""
+        if codes.shape[0] != self.k or codes.size % self.group_size:
+            raise ValueError(
+                f"codes.shape={codes.shape} must be [k={self.k}, n] with k * n a "
+                f"multiple of group_size={self.group_size}."
+            )
+        view = (-1, self.group_size) if self.axis else (self.group_size, -1)
+        return pack_slabs(codes.T.reshape(view), bits)
+
+    def unpack(self, words: Integer[Array, "d c"], bits: int) -> UInt8[Array, "k n"]:
+        """Unpacks ``[D, C]`` words; n counts what fills up three-bit words."""
+        k, n = self.extents(words.shape, bits)
+        rows = unpack_slabs(words, bits)
+        return rows.reshape(-1)[: k * n].reshape(n, k).T
+
+    def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
+        """Returns k, and n with the columns that fill up three-bit words."""
+        fields = _fields(bits)
+        wanted = (-(-self.group_size // fields), shape[1])
+        wanted = (shape[0], self.group_size) if self.axis else wanted
+        rows = shape[0] * fields
+        if shape != wanted or (not self.axis and bits != 3 and rows != self.group_size):
+            raise ValueError(
+                f"words.shape={shape} must be {list(wanted)} for {fields} codes a word "
+                f"and group_size={self.group_size} on axis {self.axis}."
+            )
+        rows = rows if self.axis else self.group_size
+        return self.k, rows * shape[1] // self.k
+
+
+def _fields(bits: int) -> int:
+    if bits not in _FIELDS:
+        raise ValueError(f"bits={bits!r} must be one of {tuple(_FIELDS)}.")
+    return _FIELDS[bits]
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def pack_slabs(view: Integer[Array, "r c"], bits: int) -> Integer[Array, "d c"]:
+    """Packs a grouped matrix along its rows.
+
+    Args:
+      view: Codes ``[R, C]``; bits above a code's width are cut off.
+      bits: 1, 2, 3, 4, 5, 6 or 8.
+
+    Returns:
+      Words ``[D, C]``, uint8; for three bits uint32, with zeros after the last row.
+
+    Raises:
+      ValueError: If the width is another, or (not for three bits) R does not fill whole
+        words: the original loses or repeats rows there.
+
+    Example:
+      >>> pack_slabs(jnp.array([[1], [2]]), 4)
+      Array([[18]], dtype=uint8)
+    """
+    fields, (rows, columns) = _fields(bits), view.shape
+    if bits == 3:
+        view = jnp.pad(view, ((0, -rows % fields), (0, 0)))
+    elif rows % fields:
+        raise ValueError(
+            f"view.shape[0]={rows} must be a multiple of {fields}, the {bits}-bit "
+            "codes of a word; choose another group_size."
+        )
+    container = jnp.uint32 if bits == 3 else jnp.uint8
+    slabs = (view.astype(container) & (2**bits - 1)).reshape(fields, -1, columns)
+    shifted = [slab << bits * (fields - 1 - i) for i, slab in enumerate(slabs)]
+    return functools.reduce(operator.or_, shifted)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def unpack_slabs(words: Integer[Array, "d c"], bits: int) -> UInt8[Array, "r c"]:
+    """Unpacks a grouped matrix, the rows that fill up three-bit words included.
+
+    Args:
+      words: ``[D, C]``, uint8; int32 or uint32 for three bits.
+      bits: 1, 2, 3, 4, 5, 6 or 8.
+
+    Returns:
+      Codes ``[D * fields, C]``.
+
+    Raises:
+      ValueError: If the width or the dtype is another.
+    """
+    fields = _fields(bits)
+    container = (jnp.int32, jnp.uint32) if bits == 3 else (jnp.uint8,)
+    if words.dtype not in container:
+        names = " or ".join(jnp.dtype(dtype).name for dtype in container)
+        raise ValueError(f"words.dtype={words.dtype} must be {names} for {bits} bits.")
+    unsigned = jax.lax.bitcast_convert_type(words, container[-1])
+    shifts = jnp.arange(fields - 1, -1, -1, dtype=unsigned.dtype) * bits
+    slabs = (unsigned[None] >> shifts[:, None, None]) & (2**bits - 1)
+    return slabs.astype(jnp.uint8).reshape(-1, words.shape[1])
+
+
+TENSORS = ("W_q", "scale", "zero", "shape", "nbits", "group_size", "axis", "packing")
+TENSORS += ("unpack_view_dtype", "view_as_float", "quant_scale", "quant_zero")
+TENSORS += ("compute_dtype", "channel_wise", "optimize", "round_zero", "offload_meta")
+TENSORS += ("stores_quant_config", "encoded_state_dict")
+# What a layer cannot be read without; the other names only repeat the configuration.
+_NEEDED = ("W_q", "scale", "zero", "shape")
+_WIDTHS = {8: 8, 6: 6, 5: 5, 4: 4, 3: 3, 2: 2, 1.58: 2, 1: 1}
+_FLAGS = ("view_as_float", "channel_wise", "optimize", "round_zero")
+_FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What an HQQ ``quantization_config`` says about one module.
+
+    Attributes:
+      nbits: 8, 6, 5, 4, 3, 2, 1.58 (codes 0 to 2, packed in two bits) or 1.
+      group_size: Elements that share a scale; None for no grouping, one scale a row
+        (axis 1) or column (axis 0) of the ``[n, k]`` weight.
+      axis: 1 where groups are runs of the flattened weight, 0 where they are strided.
+      view_as_float: Whether the words are saved as if they were floats.
+      channel_wise: Written back as it is; False would be one scale a matrix.
+      optimize: How the codes were found; written back as it is.
+      round_zero: Likewise.
+      offload_meta: Likewise.
+      skip_modules: Tags or paths of modules that stay dense. A tag is a path without
+        "model", "layers" and numbers, such as "self_attn.q_proj".
+      tagged: The configurations by tag, where modules differ; others stay dense.
+    """
+
+    nbits: int | float = 4
+    group_size: int | None = 64
+    axis: int = 1
+    view_as_float: bool = False
+    channel_wise: bool = True
+    optimize: bool = True
+    round_zero: bool = False
+    offload_meta: bool = False
+    skip_modules: tuple[str, ...] = ()
+    tagged: tuple[tuple[str, "Config"], ...] = ()
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
+        """Reads the ``quantization_config`` of config.json.
+
+        Args:
+          entry: The parsed JSON object, with ``quant_config`` (one for all modules, or
+            one a tag) and ``skip_modules``.
+
+        Returns:
+          The configuration; `of` gives that of one module.
+
+        Raises:
+          ValueError: If a field is missing, has a wrong type or value, or asks for
+            quantized scales or zeros.
+        """
+        skip = entry.get("skip_modules") or []
+        if not isinstance(skip, list) or not all(isinstance(m, str) for m in skip):
+            raise ValueError(f"skip_modules={skip!r} must be a list of strings.")
+        quant = entry.get("quant_config")
+        if not isinstance(quant, Mapping) or not quant:
+            raise ValueError(f"quant_config={quant!r} must be an object.")
+        if "weight_quant_params" in quant:
+            return cls(**_parameters(quant), skip_modules=tuple(skip))
+        for tag, one in quant.items():
+            if not isinstance(one, Mapping) or "weight_quant_params" not in one:
+                raise ValueError(f"quant_config[{tag!r}] has no weight_quant_params.")
+        tagged = tuple((tag, cls(**_parameters(one))) for tag, one in quant.items())
+        return cls(skip_modules=tuple(skip), tagged=tagged)
+
+    def of(self, module: str) -> "Config | None":
+        """Returns the configuration of one module, or None where it is left dense.
+
+        Args:
+          module: The module's path, such as "model.layers.0.mlp.up_proj".
+        """
+        parts = [p for p in module.split(".") if p not in ("model", "layers")]
+        tag = ".".join(p for p in parts if not p.isnumeric())
+        if module in self.skip_modules or tag in self.skip_modules:
+            return None
+        return dict(self.tagged).get(tag) if self.tagged else self
+
+    @property
+    def bits(self) -> int:
+        """Width of a packed code."""
+        return _WIDTHS[self.nbits]
+
+
+def _parameters(quant: Mapping[str, Any]) -> dict[str, Any]:
+    """Checks one ``quant_config`` and gives the arguments of `Config`."""
+    for name in ("scale_quant_params", "zero_quant_params"):
+        if quant.get(name) is not None:
+            raise ValueError(
+                f"{name}={quant[name]!r} must be null: quantized scales and zeros are "
+                "not read; quantize with quant_scale=False and quant_zero=False."
+            )
+    weight = quant["weight_quant_params"]
+    if not isinstance(weight, Mapping):
+        # No TypeError: the file is wrong, not the type of an argument.
+        raise ValueError(  # noqa: TRY004
+            f"weight_quant_params={weight!r} must be an object."
+        )
+    nbits, axis = weight.get("nbits"), weight.get("axis", 0)
+    group_size = weight.get("group_size")
+    if type(nbits) not in (int, float) or nbits not in _WIDTHS:
+        raise ValueError(f"nbits={nbits!r} must be one of {tuple(_WIDTHS)}.")
+    if type(axis) is not int or axis not in (0, 1):
+        raise ValueError(f"axis={axis!r} must be 0 or 1.")
+    positive = type(group_size) is int and group_size > 0
+    if not positive and group_size is not None:
+        raise ValueError(f"group_size={group_size!r} must be positive or null.")
+    if nbits == 3 and group_size is None:
+        raise ValueError("group_size=null with nbits=3, which HQQ cannot unpack.")
+    flags = {name: weight[name] for name in _FLAGS if name in weight}
+    flags["offload_meta"] = quant.get("offload_meta", False)
+    for name, flag in flags.items():
+        if type(flag) is not bool:
+            raise ValueError(f"{name}={flag!r} must be true or false.")
+    if not flags.get("channel_wise", True):
+        raise ValueError("channel_wise=false, one scale a matrix, is not supported.")
+    return {"nbits": nbits, "group_size": group_size, "axis": axis, **flags}
+
+
+def _metadata(
+    config: Config, dtype: Any, shape: tuple[int, int]
+) -> dict[str, np.ndarray]:
+    """The tensors in which a saved layer repeats its configuration."""
+    container = "int32" if config.bits == 3 else "uint8"
+    texts = {
+        "packing": f"{8 // _FIELDS[config.bits]}bit_u8"
+        if config.bits != 3
+        else "3bit_32",
+        "unpack_view_dtype": f"torch.{container}",
+        "compute_dtype": f"torch.{jnp.dtype(dtype).name}",
+    }
+    flags = {name: getattr(config, name) for name in (*_FLAGS, "offload_meta")}
+    flags |= {"quant_scale": False, "quant_zero": False}
+    flags |= {"stores_quant_config": True, "encoded_state_dict": True}
+    nbits = np.float32 if isinstance(config.nbits, float) else np.int32
+    tensors = {
+        "shape": np.array(shape, np.int64),
+        "nbits": np.asarray(config.nbits, nbits),
+        "axis": np.asarray(config.axis, np.int32),
+        **{k: np.frombuffer(text.encode(), np.uint8) for k, text in texts.items()},
+        **{k: np.asarray(flag, np.uint8) for k, flag in flags.items()},
+    }
+    if config.group_size is not None:
+        tensors["group_size"] = np.asarray(config.group_size, np.int32)
+    return tensors
+
+
+def check(tensors: Mapping[str, Any], config: Config) -> None:
+    """Checks names, dtypes and shapes of one module's tensors, and no values.
+
+    Args:
+      tensors: Arrays or anything with ``shape`` and ``dtype``, by upstream name:
+        ``W_q`` ``[D, C]`` uint8 (int32 for three bits; with view_as_float the same
+        bytes as floats), ``scale`` and ``zero`` float ``[R, 1]`` for axis 1 and
+        ``[1, C]`` for axis 0, ``shape`` int64 ``[2]``, and optionally the other names
+        of `TENSORS`.
+      config: The module's configuration.
+
+    Raises:
+      ValueError: Naming the tensor, what it has and what it should have.
+    """
+    for name in _NEEDED:
+        if name not in tensors:
+            raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
+    scale, words, bits = tensors["scale"], tensors["W_q"], config.bits
+    if scale.dtype not in _FLOATS:
+        raise ValueError(
+            f"scale.dtype={scale.dtype} must be float16 or bfloat16 or float32."
+        )
+    for name, array in _metadata(config, scale.dtype, (1, 1)).items():
+        if name in tensors:
+            _same(f"{name}.dtype", tensors[name].dtype, array.dtype)
+            _same(f"{name}.shape", tuple(tensors[name].shape), array.shape)
+    for name in tensors:
+        if name not in TENSORS:
+            raise ValueError(f"{name} is not an HQQ tensor; expected {TENSORS}.")
+    _same("zero.dtype", tensors["zero"].dtype, scale.dtype)
+    container = jnp.dtype(jnp.int32 if bits == 3 else jnp.uint8)
+    stored = jnp.dtype(scale.dtype) if config.view_as_float else container
+    _same("W_q.dtype", words.dtype, stored)
+    if len(words.shape) != 2 or 0 in words.shape:
+        raise ValueError(f"W_q.shape={tuple(words.shape)} must have 2 axes, not empty.")
+    rows, columns = words.shape[0], words.shape[1] * stored.itemsize
+    columns //= container.itemsize
+    if config.axis == 1 and len(scale.shape) == 2 and bits == 3:
+        # Only the scales tell how many of the last ten rows are there.
+        held = scale.shape[0] if -(-scale.shape[0] // 10) == rows else rows * 10
+    else:
+        held = rows * _FIELDS[bits]
+    wanted = (held, 1) if config.axis == 1 else (1, columns)
+    for name in ("scale", "zero"):
+        _same(f"{name}.shape", tuple(tensors[name].shape), wanted)
+    if config.group_size is not None and config.axis == 1:
+        _same("columns of W_q", columns, config.group_size)
+    elif config.group_size is not None:
+        _same("rows of W_q", rows, -(-config.group_size // _FIELDS[bits]))
+
+
+def _same(name: str, found: Any, wanted: Any) -> None:
+    if found != wanted:
+        raise ValueError(f"{name}={found} must be {wanted}.")
+
+
+def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
+    """Reads one quantized matrix.
+
+    Args:
+      tensors: Concrete arrays by upstream name, as `check` lists them.
+      config: The module's configuration.
+
+    Returns:
+      ``[k, n]`` tensor in the file's layout. Its grouping is `Grouping.ROWS` on axis 1
+      with a ``group_size`` that divides k, which is multiplied without forming the
+      weight; else FLAT (axis 1) or STRIDED (axis 0).
+
+    Raises:
+      ValueError: As `check`; or if metadata contradict ``config``, extents do not fit,
+        a scale or zero is not finite, or a code is too wide.
+    """
+    check(tensors, config)
+    n, k = (int(extent) for extent in np.asarray(tensors["shape"]))
+    scale, zero = np.asarray(tensors["scale"]), np.asarray(tensors["zero"])
+    for name, array in _metadata(config, scale.dtype, (n, k)).items():
+        found = np.asarray(tensors.get(name, array))
+        if not np.array_equal(found, array):
+            wanted, found = (
+                bytes(a).decode("latin-1") if a.ndim else a for a in (array, found)
+            )
+            raise ValueError(f"{name}={found} must be {wanted}, as the configuration.")
+    for name, array in (("scale", scale), ("zero", zero)):
+        if not np.isfinite(array.astype(np.float32)).all():
+            raise ValueError(f"{name} must be finite; found NaN or infinity.")
+    container = np.uint32 if config.bits == 3 else np.uint8
+    words = np.ascontiguousarray(tensors["W_q"]).view(container)
+    if words.max() >> _FIELDS[config.bits] * config.bits:
+        raise ValueError(f"W_q has codes of more than {config.bits} bits.")
+    layout, grouping, group_size = _arrangement(config, k, n)
+    groups = scale.size
+    if min(n, k) < 1 or groups * (group_size or k) != n * k:
+        raise ValueError(
+            f"shape={[n, k]} must have {groups} groups of {group_size or k} elements, "
+            f"as scale.shape={scale.shape} says."
+        )
+    rows = grouping is Grouping.ROWS
+    parameters = [
+        jnp.asarray(p.reshape(n, -1).T if rows else p.reshape(-1, 1))
+        for p in (scale, zero)
+    ]
+    return tensor.build(
+        (jnp.asarray(words),),
+        *parameters,
+        layout=layout,
+        segments=(Segment(config.bits, group_size),),
+        grouping=grouping,
+        rounding=2,
+        padding=layout.extents(words.shape, config.bits)[1] - n,
+    )
+
+
+def _arrangement(config: Config, k: int, n: int) -> tuple[Slabs, Grouping, int | None]:
+    """Layout, grouping and group size of a matrix."""
+    size = config.group_size
+    if size is None:  # the view is the weight itself
+        layout = Slabs(k, k)
+        return (
+            (layout, Grouping.ROWS, None)
+            if config.axis
+            else (layout, Grouping.STRIDED, n)
+        )
+    if not config.axis:
+        return Slabs(k, size, 0), Grouping.STRIDED, size
+    return Slabs(k, size), Grouping.FLAT if k % size else Grouping.ROWS, size
+
+
+def to_tensors(
+    qt: QTensor, config: Config | None = None
+) -> dict[str, Array | np.ndarray]:
+    """Writes one quantized matrix under the upstream's names.
+
+    Args:
+      qt: A matrix of one width with groups of equal size, in input order. Integer
+        zeros become floats, symmetric codes get the zero that they imply.
+      config: What to write; None takes width and groups from ``qt``.
+
+    Returns:
+      All of `TENSORS` (without ``group_size`` where there is none).
+
+    Raises:
+      ValueError: If HQQ, or ``config``, cannot hold ``qt``, with the reason.
+    """
+    config = config or _config(qt)
+    _holdable(qt, config)
+    scale, bits = tensor.plain(qt.scale), config.bits
+    zero = tensor.plain(qt.zero)
+    if zero is None:
+        zero = jnp.full(scale.shape, 2 ** (bits - 1), scale.dtype)
+    layout, _, _ = _arrangement(config, qt.k, qt.n)
+    words = np.asarray(decode.relayout(qt, layout).words[0])
+    if config.view_as_float:
+        stored = scale.dtype
+        if words[0].nbytes % stored.itemsize:
+            raise ValueError(
+                f"view_as_float=True: {words[0].nbytes} bytes a row of words are not "
+                f"whole {stored} numbers; write with view_as_float=False."
+            )
+    else:
+        stored = np.int32 if bits == 3 else np.uint8
+    shape = (-1, 1) if config.axis else (1, -1)
+    return {
+        "W_q": words.view(stored),
+        "scale": scale.T.reshape(shape),
+        "zero": zero.astype(scale.dtype).T.reshape(shape),
+        **_metadata(config, scale.dtype, (qt.n, qt.k)),
+    }
+
+
+def _config(qt: QTensor) -> Config:
+    segment, strided = qt.segments[0], qt.grouping is Grouping.STRIDED
+    if segment.bits not in _FIELDS:
+        raise ValueError(
+            f"HQQ cannot hold {qt!r}: {segment.bits} bits are not among "
+            f"{tuple(_FIELDS)}."
+        )
+    # Three bits need a group size; a whole column is one of k elements.
+    size = qt.k if segment.group_size is None else segment.group_size
+    return Config(nbits=segment.bits, group_size=size, axis=0 if strided else 1)
+
+
+def _holdable(qt: QTensor, config: Config) -> None:
+    """Says why HQQ cannot hold the tensor, if it cannot."""
+    size, reason = qt.segments[0].group_size, None
+    _, grouping, wanted = _arrangement(config, qt.k, qt.n)
+    if qt.batch:
+        reason = f"it stacks {qt.batch} matrices; write them one by one"
+    elif len(qt.segments) != 1:
+        reason = "its rows have several widths; EXL2 holds those"
+    elif any(v is not None for v in (qt.order, qt.row_group, qt.input_scale)):
+        reason = "it has an order of rows or an input scale; GPTQ holds an order"
+    elif qt.affine is not Affine.ZERO and (
+        qt.affine is not Affine.CENTERED or qt.zero is not None
+    ):
+        reason = f"{qt.affine.value} has no zero in units of codes; requantize it"
+    elif qt.segments[0].bits != config.bits:
+        reason = f"it has {qt.segments[0].bits} bits, config has nbits={config.nbits}"
+    elif (qt.grouping, size or qt.k) != (grouping, wanted or qt.k):
+        reason = (
+            f"its groups are {qt.grouping.value} of {size or qt.k}, config says "
+            f"{grouping.value} of {wanted or qt.k}"
+        )
+    elif qt.grouping is Grouping.ROWS and any(
+        p is not None and p.shape[-1] != qt.n for p in (qt.scale, qt.zero)
+    ):
+        reason = "columns share scales or zeros"
+    elif qt.k * qt.n % (size or qt.k):
+        reason = "its last group is shorter than the others"
+    if reason:
+        raise ValueError(f"HQQ cannot hold {qt!r}: {reason}.")

@@ -1,0 +1,495 @@
+"""tinygemm int4: PyTorch's tiles for the tensor core, bfloat16 scales and zeros.
+
+A word of ``packed[n // 8, k // (16 * I), lane, j]`` holds eight codes of one row ``n``
+of torch's ``[N, K]`` weight, ``n % 8 == lane // 4``. With
+``k0 = 16 * I * (k // (16 * I)) + 32 * j + 2 * (lane % 4)`` they are the inputs
+
+    bit 31                                                                     bit 0
+    | k0+25 | k0+17 | k0+9 | k0+1 | k0+24 | k0+16 | k0+8 | k0 |
+
+so that even inputs lie in the low half of the word and odd ones in the high half.
+``I`` is ``inner_k_tiles``: 2, 4 or 8. Rows that N lacks to a multiple of 8 are packed
+as zeros. ``scales_and_zeros`` is bfloat16 ``[K / group, N, 2]``. The weight is
+``(q - 8) * scale + zero``, which the CUDA kernels compute by one fused multiply-add and
+so round once, and torchao's Python rounds twice; `QTensor.rounding` chooses.
+
+A packed tensor carries no mark of its kind: AMD GPUs store another order of the same
+words in a tensor of the same shape, and the CPU operator three others
+(`unpack_cpu_layout`), by the instructions that the packing machine had.
+
+Source: pytorch/pytorch, aten/src/ATen/native/cuda/int4mm.cu, commit
+05f814fecfca7d2a17f28cbe7e1cb2d8d4c13230, and
+aten/src/ATen/native/cpu/int4mm_kernel.cpp, commit
+00b919af8e7bb50f52ec45fdad09304d4104464a; pytorch/ao,
+torchao/csrc/cuda/tensor_core_tiled_layout/tensor_core_tiled_layout.cu, commit
+8940de9ce01345e44bdc063ebf7a0b2c5405a70d.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, BFloat16, Int32, Integer, UInt8, UInt32
+
+from qjax import decode, tensor
+from qjax.bits import pack_fields, unpack_fields
+from qjax.formats.checks import Expected, check_finite, check_tensors
+from qjax.formats.gptq import Stream
+from qjax.tensor import Affine, QTensor, Segment
+
+INNER_K_TILES = (2, 4, 8)
+GROUP_SIZES = (32, 64, 128, 256)
+TENSORS = ("_weight_qdata", "_weight_scale_and_zero")
+_EXPECTED = {
+    "_weight_qdata": Expected((jnp.int32, jnp.uint32), 4),
+    "_weight_scale_and_zero": Expected((jnp.bfloat16,), 3),
+}
+Capability = Literal["avx512", "avx2", "default"]
+# Rows of torch's weight in a block of the CPU operator's layout.
+_CPU_BLOCK = {"avx512": 64, "avx2": 32, "default": 32}
+# torchao pads k with zeros to this. Quantized, they have these scales and zeros.
+_K_UNIT = 1024
+_PAD_SCALE, _PAD_ZERO = 2.0**-126, 2.0**-123
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorCoreTiled(tensor.Layout):
+    """Tiles for ``mma.m16n8k16``: uint32 ``[n / 8, k / (16 * I), 32, I / 2]``.
+
+    Attributes:
+      inner_k_tiles: The ``I`` of the shape: 16-wide tiles of k that lie together.
+    """
+
+    rank = 4
+    inner_k_tiles: int = 8
+
+    def pack(
+        self, codes: Integer[Array, "k n"], bits: int
+    ) -> UInt32[Array, "n8 kt 32 half"]:
+        """Packs ``[k, n]`` codes; k must be whole tiles, n is padded with zeros."""
+        self.check(bits)
+        k, tile = codes.shape[0], 16 * self.inner_k_tiles
+        if not k or k % tile:
+            raise ValueError(
+                f"codes.shape[0]={k} must be a positive multiple of {tile} for "
+                f"{self.inner_k_tiles} inner k tiles; pad codes, or take fewer tiles."
+            )
+        return _pack(codes, self.inner_k_tiles)
+
+    def unpack(
+        self, words: Integer[Array, "n8 kt 32 half"], bits: int
+    ) -> UInt8[Array, "k n"]:
+        """Unpacks words; n is a multiple of 8, padding included."""
+        self.check(bits)
+        if words.dtype not in (jnp.int32, jnp.uint32):
+            raise ValueError(f"words.dtype={words.dtype} must be int32 or uint32.")
+        if len(words.shape) != 4 or words.shape[2:] != (32, self.inner_k_tiles // 2):
+            raise ValueError(
+                f"words.shape={words.shape} must be [n / 8, k / "
+                f"{16 * self.inner_k_tiles}, 32, {self.inner_k_tiles // 2}] for "
+                f"{self.inner_k_tiles} inner k tiles."
+            )
+        return _unpack(words)
+
+    def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
+        """Returns ``(k, n)``, n rounded up to whole tiles."""
+        del bits
+        return shape[1] * 32 * shape[3], shape[0] * 8
+
+    def check(self, bits: int) -> None:
+        """Refuses widths and tilings that tinygemm does not have."""
+        if bits != 4 or self.inner_k_tiles not in INNER_K_TILES:
+            raise ValueError(
+                f"bits={bits} must be 4 and inner_k_tiles={self.inner_k_tiles} one of "
+                f"{INNER_K_TILES}; 'gptq.Stream' holds other widths."
+            )
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _pack(codes: Array, inner_k_tiles: int) -> Array:
+    k, n = codes.shape
+    whole = jnp.pad(codes, ((0, 0), (0, -n % 8)))
+    # k is (tiles of I, pair of 16-wide tiles, tile of the pair, half of 8, pair of
+    # inputs, parity); n is (tile, row). A field is 4 * parity + 2 * tile + half.
+    parts = whole.reshape(-1, inner_k_tiles // 2, 2, 2, 4, 2, whole.shape[1] // 8, 8)
+    fields = parts.transpose(6, 0, 7, 4, 1, 5, 2, 3)
+    shape = (whole.shape[1] // 8, k // (16 * inner_k_tiles), 32, inner_k_tiles // 2, 8)
+    return pack_fields(fields.reshape(shape), 4, axis=-1)[..., 0]
+
+
+@jax.jit
+def _unpack(words: Array) -> Array:
+    tiles, blocks, _, half = words.shape
+    fields = unpack_fields(words[..., None], 4, axis=-1)
+    parts = fields.reshape(tiles, blocks, 8, 4, half, 2, 2, 2)
+    return parts.transpose(1, 4, 6, 7, 3, 5, 0, 2).reshape(-1, tiles * 8)
+
+
+def convert_weight_to_int4pack(
+    weight: Integer[Array, "n columns"], inner_k_tiles: int
+) -> Int32[Array, "n8 kt 32 half"]:
+    """Packs a torch weight as ``torch._convert_weight_to_int4pack`` does on CUDA.
+
+    Args:
+      weight: uint8 ``[N, K / 2]``, the code of the even input in the HIGH nibble (torch
+        2.5 and later), or int32 ``[N, K]``, one code an element (before).
+      inner_k_tiles: 2, 4 or 8.
+
+    Returns:
+      int32 ``[ceil(N / 8), K / (16 * inner_k_tiles), 32, inner_k_tiles / 2]``.
+
+    Raises:
+      ValueError: If the dtype is another, or K is not whole tiles.
+    """
+    if weight.dtype == jnp.uint8:
+        nibbles = jnp.stack([weight >> 4, weight & 15], axis=-1)
+        weight = nibbles.reshape(weight.shape[0], -1)
+    elif weight.dtype != jnp.int32:
+        raise ValueError(
+            f"weight.dtype={weight.dtype} must be uint8 (two codes) or int32 (one)."
+        )
+    words = TensorCoreTiled(inner_k_tiles).pack(weight.T, 4)
+    return jax.lax.bitcast_convert_type(words, jnp.int32)
+
+
+def unpack_tensor_core_tiled_layout(
+    packed: Integer[Array, "n8 kt 32 half"], inner_k_tiles: int
+) -> Int32[Array, "n k"]:
+    """Unpacks codes as ``torchao.ops.unpack_tensor_core_tiled_layout`` does.
+
+    Args:
+      packed: int32 ``[N / 8, K / (16 * inner_k_tiles), 32, inner_k_tiles / 2]``.
+      inner_k_tiles: 2, 4 or 8.
+
+    Returns:
+      int32 ``[N, K]`` codes from 0 to 15, in torch's orientation.
+
+    Raises:
+      ValueError: If dtype or shape are not those.
+
+    Example:
+      >>> codes = jnp.arange(8 * 32, dtype=jnp.int32).reshape(8, 32) % 16
+      >>> packed = convert_weight_to_int4pack(codes, 2)
+      >>> packed.shape, hex(packed[0, 0, 0, 0])
+      ((1, 1, 32, 1), '-0x66ee6f78')
+      >>> bool((unpack_tensor_core_tiled_layout(packed, 2) == codes).all())
+      True
+    """
+    return TensorCoreTiled(inner_k_tiles).unpack(packed, 4).T.astype(jnp.int32)
+
+
+def dequantize_tensor_core_tiled_layout(
+    packed: Integer[Array, "n8 kt 32 half"],
+    scales_and_zeros: BFloat16[Array, "groups n 2"],
+    group_size: int,
+    inner_k_tiles: int,
+    *,
+    rounding: int = 1,
+) -> BFloat16[Array, "n k"]:
+    """Dequantizes as ``torchao.ops.dequantize_tensor_core_tiled_layout`` does.
+
+    Args:
+      packed: As in `unpack_tensor_core_tiled_layout`.
+      scales_and_zeros: bfloat16 ``[K / group_size, N, 2]``.
+      group_size: 32, 64, 128 or 256.
+      inner_k_tiles: 2, 4 or 8.
+      rounding: 1 for the CUDA kernel's fused multiply-add, 2 for torchao's reference in
+        Python, which rounds the product before it adds the zero.
+
+    Returns:
+      bfloat16 ``[N, K]``, in torch's orientation.
+
+    Raises:
+      ValueError: If the tensors do not fit together.
+    """
+    tensors = {"_weight_qdata": packed, "_weight_scale_and_zero": scales_and_zeros}
+    config = Config(group_size=group_size, inner_k_tiles=inner_k_tiles)
+    check(tensors, config)
+    qt = _assemble(packed, scales_and_zeros, config)
+    return decode.dequantize(dataclasses.replace(qt, rounding=rounding)).T
+
+
+def pack_scales_and_zeros(
+    scale: BFloat16[Array, "n groups"], zero: BFloat16[Array, "n groups"]
+) -> BFloat16[Array, "groups n 2"]:
+    """Joins scales and zeros as torchao's ``pack_tinygemm_scales_and_zeros`` does."""
+    return jnp.stack([scale.T, zero.T], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What the header of torchao's ``Int4TilePackedTo4dTensor`` says about one weight.
+
+    Attributes:
+      group_size: The inputs that share a scale: 32, 64, 128 or 256.
+      inner_k_tiles: 8 in torchao's tensors; gpt-fast also wrote 2 and 4.
+      shape: torch's ``(N, K)`` before padding. None: nothing is padding.
+    """
+
+    group_size: int
+    inner_k_tiles: int = 8
+    shape: tuple[int, int] | None = None
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
+        """Reads ``_data`` of the tensor's entry in the safetensors header.
+
+        Args:
+          entry: ``{"block_size": [1, group], "shape": [N, K]}``.
+
+        Raises:
+          ValueError: If a field is missing or wrong.
+        """
+        block, shape = entry.get("block_size"), entry.get("shape")
+        if (
+            not isinstance(block, list)
+            or len(block) != 2
+            or block[0] != 1
+            or type(block[1]) is not int
+            or block[1] not in GROUP_SIZES
+        ):
+            raise ValueError(f"block_size={block!r} must be [1, one of {GROUP_SIZES}].")
+        if (
+            not isinstance(shape, list)
+            or len(shape) != 2
+            or not all(type(size) is int and size > 0 for size in shape)
+        ):
+            raise ValueError(f"shape={shape!r} must be [N, K].")
+        return cls(group_size=block[1], shape=(shape[0], shape[1]))
+
+    def of(self, module: str) -> "Config | None":
+        """Returns this configuration: a header describes one weight."""
+        del module
+        return self
+
+
+def check(tensors: Mapping[str, Any], config: Config) -> None:
+    """Checks names, dtypes and shapes of one weight's tensors, and no values.
+
+    Args:
+      tensors: Arrays or anything with ``shape`` and ``dtype``: ``_weight_qdata`` int32
+        ``[ceil(N / 8), K / (16 * I), 32, I / 2]`` and ``_weight_scale_and_zero``
+        bfloat16 ``[K / group, 8 * ceil(N / 8), 2]``.
+      config: The weight's configuration.
+
+    Raises:
+      ValueError: Naming the tensor, what it has and what it should have.
+    """
+    check_tensors(tensors, _EXPECTED, "tinygemm")
+    layout = TensorCoreTiled(config.inner_k_tiles)
+    words, parameters = (tensors[name] for name in TENSORS)
+    if config.group_size not in GROUP_SIZES:
+        raise ValueError(
+            f"group_size={config.group_size} must be one of {GROUP_SIZES}."
+        )
+    if not all(words.shape):
+        raise ValueError(f"{TENSORS[0]}.shape={tuple(words.shape)} must not be empty.")
+    matrix = jax.ShapeDtypeStruct(words.shape, words.dtype)
+    jax.eval_shape(functools.partial(layout.unpack, bits=4), matrix)
+    k, n = layout.extents(words.shape, 4)
+    wanted = (k // config.group_size, n, 2)
+    if k % config.group_size or tuple(parameters.shape) != wanted:
+        raise ValueError(
+            f"{TENSORS[1]}.shape={tuple(parameters.shape)} must be {wanted}, from "
+            f"{TENSORS[0]}.shape={tuple(words.shape)} and "
+            f"group_size={config.group_size}."
+        )
+    rows, columns = config.shape or (n, k)
+    if not (n - 8 < rows <= n and k - _K_UNIT < columns <= k):
+        raise ValueError(
+            f"shape={config.shape} does not fit the padded ({n}, {k}) of "
+            f"{TENSORS[0]}.shape={tuple(words.shape)}."
+        )
+
+
+def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
+    """Reads one quantized matrix.
+
+    Args:
+      tensors: Concrete arrays by name, as `check` lists them.
+      config: The weight's configuration.
+
+    Returns:
+      ``[k, n]`` tensor, without the padding that ``config.shape`` tells of.
+
+    Raises:
+      ValueError: As `check`; or if a scale or zero is not finite.
+    """
+    check(tensors, config)
+    check_finite(tensors, TENSORS[1:])
+    words, parameters = (jnp.asarray(tensors[name]) for name in TENSORS)
+    return _assemble(words, parameters, config)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _assemble(words: Array, parameters: Array, config: Config) -> QTensor:
+    layout = TensorCoreTiled(config.inner_k_tiles)
+    k, n = layout.extents(words.shape, 4)
+    rows, columns = config.shape or (n, k)
+    parameters = parameters[: -(-columns // config.group_size), :rows]
+    return tensor.build(
+        (jax.lax.bitcast_convert_type(words, jnp.uint32),),
+        parameters[..., 0],
+        parameters[..., 1],
+        layout=layout,
+        segments=(Segment(4, config.group_size, padding=k - columns),),
+        affine=Affine.CENTERED,
+        padding=n - rows,
+    )
+
+
+def to_tensors(
+    qt: QTensor, inner_k_tiles: int = 8, *, pad_k: bool = False
+) -> dict[str, Array]:
+    """Writes one quantized matrix under torchao's names.
+
+    Args:
+      qt: A 4-bit matrix with bfloat16 scales, zeros that are added (or symmetric), and
+        groups of 32, 64, 128 or 256 rows.
+      inner_k_tiles: 2, 4 or 8; torchao itself takes 8.
+      pad_k: Whether to pad k to a multiple of 1024, as torchao does, with codes that
+        dequantize to 0. False needs k in whole tiles. n is padded to 8 in any case.
+
+    Returns:
+      ``_weight_qdata`` and ``_weight_scale_and_zero``.
+
+    Raises:
+      ValueError: If tinygemm cannot hold ``qt``, with the reason.
+    """
+    layout = TensorCoreTiled(inner_k_tiles)
+    layout.check(4)
+    unit = _K_UNIT if pad_k else 16 * inner_k_tiles
+    _check_holdable(qt, 1 if pad_k else unit)
+    scale = tensor.plain(qt.scale)
+    zero = jnp.zeros_like(scale) if qt.zero is None else tensor.plain(qt.zero)
+    rows, columns = -qt.k % unit, -qt.n % 8
+    codes = jnp.pad(decode.codes(qt), ((0, rows), (0, columns)))
+    size = qt.segments[0].group_size or qt.k
+    groups = (0, (qt.k + rows) // size - scale.shape[0])
+    pad = functools.partial(jnp.pad, pad_width=(groups, (0, columns)))
+    parameters = [
+        pad(scale, constant_values=_PAD_SCALE),
+        pad(zero, constant_values=_PAD_ZERO),
+    ]
+    words = layout.pack(codes, 4)
+    return {
+        "_weight_qdata": jax.lax.bitcast_convert_type(words, jnp.int32),
+        "_weight_scale_and_zero": jnp.stack(parameters, axis=-1),
+    }
+
+
+def _check_holdable(qt: QTensor, unit: int) -> None:
+    reason = None
+    if qt.batch:
+        reason = f"it stacks {qt.batch} matrices; write them one by one"
+    elif len(qt.segments) != 1 or qt.segments[0].bits != 4:
+        reason = "its codes are not 4 bits wide throughout; requantize it"
+    elif qt.grouping is not tensor.Grouping.ROWS or qt.input_scale is not None:
+        reason = f"it has {qt.grouping.value} groups or an input scale"
+    elif qt.row_group is not None or qt.order is not None:
+        reason = "its rows have an order, and tinygemm knows none; GPTQ does"
+    elif qt.affine is not Affine.CENTERED:
+        reason = f"{qt.affine.value} is not (q - 8) * s + z in bfloat16; requantize it"
+    elif qt.segments[0].group_size not in GROUP_SIZES or qt.k % (
+        qt.segments[0].group_size or 1
+    ):
+        reason = (
+            f"group size {qt.segments[0].group_size} is not one of {GROUP_SIZES} that "
+            f"divides k={qt.k}"
+        )
+    elif qt.dtype != jnp.bfloat16 or (
+        qt.zero is not None and qt.zero.dtype != qt.dtype
+    ):
+        reason = "scales and zeros must be bfloat16; casting them would lose bits"
+    elif any(p.shape[-1] != qt.n for p in (qt.scale, qt.zero) if p is not None):
+        reason = "columns share scales or zeros"
+    elif qt.k % unit:
+        reason = f"k={qt.k} is not a multiple of {unit}; pass pad_k=True"
+    if reason:
+        raise ValueError(f"tinygemm cannot hold {qt!r}: {reason}.")
+
+
+def unpack_cpu_layout(
+    packed: UInt8[Array, "n half_k"], capability: Capability
+) -> UInt8[Array, "n k"]:
+    """Unpacks what ``torch._convert_weight_to_int4pack_for_cpu`` made on a machine.
+
+    The layout is that of the machine's vector instructions, not of the file, and shape
+    and dtype do not tell which: ask for ``torch.backends.cpu.get_cpu_capability()`` (or
+    the ATEN_CPU_CAPABILITY) there. qjax never writes it.
+
+    Args:
+      packed: uint8 ``[N, K / 2]``, N a multiple of 16.
+      capability: "avx512", "avx2" or "default" (x86 without either).
+
+    Returns:
+      uint8 ``[N, K]`` codes, in torch's orientation.
+
+    Raises:
+      ValueError: If the capability is unknown, or dtype or shape do not fit.
+    """
+    if capability not in _CPU_BLOCK:
+        raise ValueError(
+            f"capability={capability!r} must be one of {list(_CPU_BLOCK)}: the vector "
+            "instructions of the machine that packed the weight."
+        )
+    if packed.dtype != jnp.uint8 or len(packed.shape) != 2 or packed.shape[0] % 16:
+        raise ValueError(
+            f"packed is {packed.dtype}{packed.shape}; it must be uint8 [N, K / 2] with "
+            "N a multiple of 16."
+        )
+    return _unpack_cpu(packed, capability)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unpack_cpu(packed: Array, capability: Capability) -> Array:
+    (n, half), block = packed.shape, _CPU_BLOCK[capability]
+    k, whole = 2 * half, n // block * block
+    flat = packed.reshape(-1)
+    blocks = flat[: whole * half].reshape(-1, k, block // 2)
+    nibbles = [blocks & 15, blocks >> 4]
+    if capability == "default":
+        codes = jnp.stack(nibbles, axis=-1).reshape(-1, k, block)
+    else:  # the low nibbles hold the first half of the block
+        codes = jnp.concatenate(nibbles, axis=-1)
+    parts = [codes.transpose(0, 2, 1).reshape(whole, k)]
+    if whole < n:
+        rest = flat[whole * half :].reshape(k, -1)
+        pairs = jnp.stack([rest & 15, rest >> 4], axis=-1)
+        parts.append(pairs.reshape(k, -1).T)
+    return jnp.concatenate(parts)
+
+
+def from_cpu_layout(
+    packed: UInt8[Array, "n half_k"],
+    scales_and_zeros: BFloat16[Array, "groups n 2"],
+    group_size: int,
+    capability: Capability,
+) -> QTensor:
+    """Reads a weight that torch packed for a CPU into the stream of `gptq`.
+
+    Args:
+      packed: As in `unpack_cpu_layout`.
+      scales_and_zeros: bfloat16 ``[K / group_size, N, 2]``.
+      group_size: The inputs that share a scale.
+      capability: As in `unpack_cpu_layout`.
+
+    Returns:
+      ``[k, n]`` tensor. Its float32 weight is what the CPU kernels multiply by: they
+      round nothing to bfloat16.
+
+    Raises:
+      ValueError: As `unpack_cpu_layout`; or if scales and zeros do not fit.
+    """
+    codes = unpack_cpu_layout(packed, capability).T
+    return tensor.build(
+        (Stream().pack(codes, 4),),
+        scales_and_zeros[..., 0],
+        scales_and_zeros[..., 1],
+        layout=Stream(),
+        segments=(Segment(4, group_size),),
+        affine=Affine.CENTERED,
+    )
