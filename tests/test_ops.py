@@ -19,6 +19,7 @@ from jax.sharding import PartitionSpec as P
 import qjax
 from qjax import ops, tensor, xla
 from qjax.formats import gptq
+from qjax.xla import gradients, products, tiles
 from tests import oracle
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
@@ -202,11 +203,21 @@ def test_mixed_widths_of_whole_groups(name, m, as_qtensor):
     assert relative_error(y, matrix.matmul(x)) < tolerance
 
 
+# Runs of 1, 7, 11, 16 and 24 blocks of 32 codes: `xla_fused` adds up to 8 at a time.
+@pytest.mark.parametrize("group_size", [32, 224, 352, 512, 768])
+def test_groups_of_many_blocks(group_size, as_qtensor):
+    matrix = oracle.random(0, 2 * group_size, 40, bits=3, group_size=group_size)
+    x = activations(1, 2 * group_size)
+    y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix), implementation="xla_fused")
+    assert relative_error(y, matrix.matmul(x)) < TOLERANCE["float32"]
+
+
 # Several runs of rows and columns, with a rest, also for small matrices.
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(xla, "_TILE", 64 * 64)
-    monkeypatch.setattr(xla, "_TILE_ROWS", 64)
+    for module in (gradients, products, tiles):
+        monkeypatch.setattr(module, "TILE", 64 * 64)
+    monkeypatch.setattr(tiles, "_TILE_ROWS", 64)
 
 
 TILED = {

@@ -1,22 +1,26 @@
 """Checkpoint directories as Hugging Face hosts them: safetensors and JSON files.
 
 `load` reads one, dense or quantized in a format of `qjax.formats.FORMATS`, without
-PyTorch and without pickles. A directory is data from elsewhere: all of its headers are
-checked against each other and against the format before any weight is read.
+PyTorch and without pickles; `stream` reads it weight by weight. `save` writes one, and
+`convert` moves one to another format without requantizing. A directory is data from
+elsewhere: all of its headers are checked against each other and against the format
+before any weight is read, and `verify` looks at every value, too.
 """
 
 import os
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import jax
 from jaxtyping import Array
 
 from qjax import ops
 from qjax.checkpoints import modules, progress, shards
+from qjax.checkpoints.checking import verify
 from qjax.checkpoints.config import read_config
+from qjax.checkpoints.writing import convert, save
 from qjax.tensor import QTensor
 
-__all__ = ["load", "read_config"]
+__all__ = ["convert", "load", "read_config", "save", "stream", "verify"]
 
 
 def load(
@@ -56,17 +60,50 @@ def load(
       ... )
       ((256, 640), (256,))
     """
-    config = read_config(path)
-    directory = Path(path)
-    parts = modules.arrange(directory, config, shards.scan(directory))
+    parts = modules.open_parts(path)
     weights: dict[str, QTensor | Array] = {}
     with progress.bar(sum(part.nbytes for part in parts.values())) as advance:
-        for name, part in parts.items():
-            weight = jax.device_put(part.read())
-            # JAX works in the background: without waiting, the next matrices would be
-            # read while buffers of this one are still alive.
-            weights[name] = jax.block_until_ready(
-                ops.prepare(weight) if prepare else weight
-            )
-            advance(part.nbytes)
+        for name, weight in _read(parts, prepare):
+            weights[name] = weight
+            advance(parts[name].nbytes)
     return weights
+
+
+def stream(
+    path: str | os.PathLike[str], *, prepare: bool = True
+) -> Iterator[tuple[str, QTensor | Array]]:
+    """Reads the weights of a checkpoint directory one after another.
+
+    For models that do not fit in memory, or of which only a part is wanted. All headers
+    are checked before this returns.
+
+    Args:
+      path: The directory, as in `load`.
+      prepare: As in `load`.
+
+    Returns:
+      An iterator over the names and weights of `load`, each read when it is asked for.
+
+    Raises:
+      FileNotFoundError: As `load`.
+      ValueError: As `load`; for values that are not sound when they are reached.
+
+    Example:
+      >>> weights = stream("examples/llm/checkpoint", prepare=False)
+      >>> sum(weight.nbytes for _, weight in weights)
+      1623040
+    """
+    return _read(modules.open_parts(path), prepare)
+
+
+def _read(
+    parts: Mapping[str, modules.Matrix | shards.Stored], prepare: bool
+) -> Iterator[tuple[str, QTensor | Array]]:
+    for name, part in parts.items():
+        weight = jax.device_put(part.read())
+        # JAX works in the background: without waiting, the next matrices would be read
+        # while buffers of this one are still alive.
+        yield (
+            name,
+            jax.block_until_ready(ops.prepare(weight) if prepare else weight),
+        )

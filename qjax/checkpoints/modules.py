@@ -1,6 +1,7 @@
 """Which tensors of a checkpoint make a quantized matrix, and which stand alone."""
 
 import dataclasses
+import os
 import types
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,8 +9,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from qjax.checkpoints.config import read_object
-from qjax.checkpoints.shards import Stored
+from qjax.checkpoints.config import read_config, read_object
+from qjax.checkpoints.shards import Stored, scan
 from qjax.formats import FORMATS
 from qjax.tensor import QTensor
 
@@ -29,6 +30,12 @@ class Matrix:
     tensors: Mapping[str, Stored]
     format: types.ModuleType
     config: Any
+
+    @property
+    def dialect(self) -> str:
+        """Name of the format, with the version of GPTQ's."""
+        names = [name for name, module in FORMATS.items() if module is self.format]
+        return getattr(self.config, "checkpoint_format", names[0])
 
     @property
     def nbytes(self) -> int:
@@ -86,6 +93,23 @@ class Quantization:
         return matrix
 
 
+def open_parts(path: str | os.PathLike[str]) -> dict[str, Matrix | Stored]:
+    """Opens a checkpoint directory and checks all of its headers.
+
+    Args:
+      path: The directory.
+
+    Returns:
+      As `arrange`.
+
+    Raises:
+      FileNotFoundError: If the directory, a JSON file or a shard is missing.
+      ValueError: As `arrange`.
+    """
+    config, directory = read_config(path), Path(path)
+    return arrange(directory, config, scan(directory))
+
+
 def arrange(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]
 ) -> dict[str, Matrix | Stored]:
@@ -102,9 +126,31 @@ def arrange(
     Raises:
       ValueError: If the tensors are not what the quantization says, with file and name.
     """
+    parts, faults = survey(directory, config, tensors)
+    for fault in faults:
+        raise fault
+    return parts
+
+
+def survey(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]
+) -> tuple[dict[str, Matrix | Stored], list[ValueError]]:
+    """Does the work of `arrange`, and goes on where that would raise.
+
+    Args:
+      directory: As in `arrange`.
+      config: As in `arrange`.
+      tensors: As in `arrange`.
+
+    Returns:
+      The parts that are sound, and what is wrong with the others.
+
+    Raises:
+      ValueError: If the quantization as a whole makes no sense.
+    """
     quantization = _quantization(directory, config, tensors)
     if quantization is None:
-        return _plain(tensors)
+        return dict(tensors), _dense_faults(tensors)
     groups = _group(tensors, quantization.format)
     grouped = {stored.name for group in groups.values() for stored in group.values()}
     rest = {name: tensors[name] for name in tensors if name not in grouped}
@@ -113,16 +159,21 @@ def arrange(
             f"{quantization.source} says that the weights are quantized, but no tensor "
             "is; remove quantization_config if they are dense."
         )
-    arranged = _plain(rest)
+    parts: dict[str, Matrix | Stored] = dict(rest)
+    faults = _dense_faults(rest)
     for module, group in groups.items():
         for dense in {module, f"{module}.weight"} & rest.keys():
             stored = next(iter(group.values()))
-            raise ValueError(
+            message = (
                 f"{stored.file}: {module} is quantized, as there is {stored.name}, and "
                 f"dense, as there is {dense}; it must be one of them."
             )
-        arranged[module] = quantization.of(module, group)
-    return arranged
+            faults.append(ValueError(message))
+        try:
+            parts[module] = quantization.of(module, group)
+        except ValueError as fault:
+            faults.append(fault)
+    return parts, faults
 
 
 def _group(
@@ -188,11 +239,12 @@ def _entry(
     return source, {"quant_method": "gptq"} | read_object(source)
 
 
-def _plain(tensors: Mapping[str, Stored]) -> dict[str, Matrix | Stored]:
-    for stored in tensors.values():
-        if stored.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
-            raise ValueError(
-                f"{stored.file}: {stored.name}.dtype={stored.dtype} must be float16, "
-                "bfloat16 or float32; cast it, or remove it if it is no weight."
-            )
-    return dict(tensors)
+def _dense_faults(tensors: Mapping[str, Stored]) -> list[ValueError]:
+    return [
+        ValueError(
+            f"{stored.file}: {stored.name}.dtype={stored.dtype} must be float16, "
+            "bfloat16 or float32; cast it, or remove it if it is no weight."
+        )
+        for stored in tensors.values()
+        if stored.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32)
+    ]

@@ -191,6 +191,7 @@ TENSORS = ("weight", "weight.absmax", "weight.quant_map", *_NESTED)
 TENSORS += tuple(_QUANT_STATE + name for name in TABLES)
 _FLOATS = ("float16", "bfloat16", "float32")
 _BLOCKSIZES = tuple(2**i for i in range(5, 13))
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,21 +278,25 @@ class _State(typing.NamedTuple):
         sizes, offset = state.shape, state.nested_offset
         checks = {
             "quant_type": state.quant_type == config.quant_type,
-            "blocksize": state.blocksize in _BLOCKSIZES,
+            "blocksize": _is_blocksize(state.blocksize),
             "dtype": state.dtype in _FLOATS,
             "shape": isinstance(sizes, list)
             and len(sizes) == 2
             and all(type(size) is int and size > 0 for size in sizes),
-            "nested_blocksize": not nested
-            or (type(state.nested_blocksize) is int and state.nested_blocksize > 0),
-            "nested_dtype": state.nested_dtype in (None, "float32"),
-            "nested_offset": not nested
-            or (type(offset) in (int, float) and math.isfinite(np.float32(offset))),
         }
+        if nested:
+            checks["nested_blocksize"] = _is_blocksize(state.nested_blocksize)
+            checks["nested_dtype"] = state.nested_dtype == "float32"
+            number = isinstance(offset, int | float) and abs(offset) <= _LARGEST
+            checks["nested_offset"] = number
         for field, sound in checks.items():
             if not sound:
                 raise ValueError(f"{name}: {field}={entry[field]!r} is not supported.")
         return state
+
+
+def _is_blocksize(size: Any) -> bool:
+    return type(size) is int and size in _BLOCKSIZES
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:

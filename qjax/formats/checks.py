@@ -56,7 +56,7 @@ def check_shapes(
     Raises:
       ValueError: Naming the tensor, what it has and what it should have.
     """
-    for key in shapes.keys() & tensors.keys():
+    for key in (key for key in shapes if key in tensors):
         found = tuple(tensors[key].shape)
         if found != shapes[key]:
             raise ValueError(

@@ -55,13 +55,13 @@ class Dense(tensor.Layout):
 
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt32[Array, "n words"]:
         """Packs ``[k, n]`` codes; fields beyond k are 0."""
-        return pack_dense(codes, bits, axis=0).T
+        return pack_dense(codes, bits, axis=0, transpose=True)
 
     def unpack(
         self, words: Integer[Array, "n words"], bits: int
     ) -> UInt8[Array, "k n"]:
         """Unpacks as many whole fields as the words have."""
-        return unpack_dense(words.T, bits, axis=0)
+        return unpack_dense(words, bits, axis=1, transpose=True)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(words * 32 // bits, n)``."""
@@ -74,42 +74,44 @@ class Aligned(tensor.Layout):
 
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt32[Array, "n words"]:
         """Packs ``[k, n]`` codes; fields beyond k and bits beyond the fields are 0."""
-        return pack_aligned(codes, bits, axis=0).T
+        return pack_aligned(codes, bits, axis=0, transpose=True)
 
     def unpack(
         self, words: Integer[Array, "n words"], bits: int
     ) -> UInt8[Array, "k n"]:
         """Unpacks ``32 // bits`` fields a word."""
-        return unpack_aligned(words.T, bits, axis=0)
+        return unpack_aligned(words, bits, axis=1, transpose=True)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(words * (32 // bits), n)``."""
         return shape[1] * (WORD // bits), shape[0]
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "axis"))
+@functools.partial(jax.jit, static_argnames=("bits", "axis", "transpose"))
 def pack_dense(
-    codes: Integer[Array, "a b"], bits: int, axis: int
+    codes: Integer[Array, "a b"], bits: int, axis: int, transpose: bool = False
 ) -> UInt32[Array, "c d"]:
     """Packs codes into a stream along ``axis`` (0 or 1) that ends within a word."""
     length, words = codes.shape[axis], _dense_words(codes.shape[axis], bits)
     whole = pack_fields(_pad(codes, -length % block(bits)[0], axis), bits, axis)
-    return jax.lax.slice_in_dim(whole, 0, words, axis=axis)
+    packed = jax.lax.slice_in_dim(whole, 0, words, axis=axis)
+    return packed.T if transpose else packed
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "axis"))
+@functools.partial(jax.jit, static_argnames=("bits", "axis", "transpose"))
 def unpack_dense(
-    words: Integer[Array, "c d"], bits: int, axis: int
+    words: Integer[Array, "c d"], bits: int, axis: int, transpose: bool = False
 ) -> UInt8[Array, "a b"]:
     """Inverse of `pack_dense`, with all whole fields of the words."""
     length = words.shape[axis]
     codes = unpack_fields(_pad(words, -length % block(bits)[1], axis), bits, axis)
-    return jax.lax.slice_in_dim(codes, 0, length * WORD // bits, axis=axis)
+    codes = jax.lax.slice_in_dim(codes, 0, length * WORD // bits, axis=axis)
+    return codes.T if transpose else codes
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "axis"))
+@functools.partial(jax.jit, static_argnames=("bits", "axis", "transpose"))
 def pack_aligned(
-    codes: Integer[Array, "a b"], bits: int, axis: int
+    codes: Integer[Array, "a b"], bits: int, axis: int, transpose: bool = False
 ) -> UInt32[Array, "c d"]:
     """Packs codes along ``axis`` (0 or 1), ``32 // bits`` a word from bit 0 up."""
     block(bits)  # refuses other widths
@@ -121,12 +123,13 @@ def pack_aligned(
     fields = whole.reshape(whole.shape[0], -1, per_word)
     shifts = jnp.arange(per_word, dtype=jnp.uint32) * jnp.uint32(bits)
     words = (fields << shifts[None, None]).sum(-1, dtype=jnp.uint32)
-    return jnp.moveaxis(words, -1, axis)
+    packed = jnp.moveaxis(words, -1, axis)
+    return packed.T if transpose else packed
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "axis"))
+@functools.partial(jax.jit, static_argnames=("bits", "axis", "transpose"))
 def unpack_aligned(
-    words: Integer[Array, "c d"], bits: int, axis: int
+    words: Integer[Array, "c d"], bits: int, axis: int, transpose: bool = False
 ) -> UInt8[Array, "a b"]:
     """Inverse of `pack_aligned`, with the fields of padding."""
     block(bits)  # refuses other widths
@@ -136,7 +139,8 @@ def unpack_aligned(
     shifts = jnp.arange(WORD // bits, dtype=jnp.uint32) * jnp.uint32(bits)
     fields = last[..., None] >> shifts[None, None] & jnp.uint32(2**bits - 1)
     codes = fields.astype(jnp.uint8).reshape(last.shape[0], -1)
-    return jnp.moveaxis(codes, -1, axis)
+    codes = jnp.moveaxis(codes, -1, axis)
+    return codes.T if transpose else codes
 
 
 def _pad(x: Array, count: int, axis: int) -> Array:
@@ -439,12 +443,11 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     packed_points = None if points is None or points.ndim == 1 else points
     shape = None if packed_points is None else tuple(packed_points.shape)
     layout = _layout(tuple(packed.shape), shape, k, config)
-    words = jax.lax.bitcast_convert_type(jnp.asarray(packed), jnp.uint32)
-    padding = layout.extents(words.shape, config.bits)[0] - k
+    padding = layout.extents(packed.shape, config.bits)[0] - k
     zero = None if points is None else _read_zeros(points, n, config.bits, layout)
     return tensor.build(
-        (words,),
-        jnp.asarray(scale).reshape(-1, groups).T,
+        (jnp.asarray(np.asarray(packed).view(np.uint32)),),
+        jnp.asarray(scale.reshape(-1, groups).T),
         zero,
         layout=layout,
         segments=(Segment(config.bits, config.group_size, padding),),
@@ -462,9 +465,10 @@ def _read_zeros(
             raise ValueError(
                 f"weight_zero_point={int(points[0])} does not fit {bits} bits."
             )
-        return jnp.asarray(value.astype(np.uint8))[None]
+        return jnp.asarray(value.astype(np.uint8)[None])
     unpack = unpack_aligned if layout == Aligned() else unpack_dense
-    return unpack(jnp.asarray(points), bits, axis=0)[:n].T
+    zeros = unpack(jnp.asarray(points), bits, axis=0, transpose=True)
+    return zeros[:, :n]
 
 
 def _row_group(g_idx: Any, groups: int, config: Config) -> Array | None:
@@ -503,6 +507,12 @@ def to_tensors(qt: QTensor, layout: tensor.Layout | None = None) -> dict[str, An
     if layout is None:
         layout = qt.layout if qt.layout == Aligned() else Dense()
     _check_holdable(qt, layout)
+    return _write(qt, layout) | {"weight_shape": np.array([qt.n, qt.k], np.int64)}
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _write(qt: QTensor, layout: tensor.Layout) -> dict[str, Array]:
+    """Everything but ``weight_shape``, which JAX cannot hold in 64 bits."""
     (bits, size, _), q, scale = qt.segments[0], decode.codes(qt), tensor.plain(qt.scale)
     g_idx = qt.row_group
     if qt.order is not None:
@@ -511,11 +521,9 @@ def to_tensors(qt: QTensor, layout: tensor.Layout | None = None) -> dict[str, An
         inverse = jnp.argsort(qt.order)
         q, g_idx = q[inverse], None if g_idx is None else g_idx[inverse]
     whole = scale.shape == (1, 1) and qt.n > 1
-    words = layout.pack(q, bits)
-    tensors: dict[str, Any] = {
-        "weight_packed": jax.lax.bitcast_convert_type(words, jnp.int32),
+    tensors = {
+        "weight_packed": jax.lax.bitcast_convert_type(layout.pack(q, bits), jnp.int32),
         "weight_scale": scale[0] if whole else scale.T,
-        "weight_shape": np.array([qt.n, qt.k], np.int64),
     }
     if qt.zero is not None:
         zero = tensor.plain(qt.zero)

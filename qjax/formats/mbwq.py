@@ -190,7 +190,8 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
         groups, source = pairs // 2, f"q_groups.shape={(pairs,)}"
     else:
         segment = _uniform(tensors, config)
-        groups, source = -(-k // (segment.group_size or k)), str(segment)
+        groups = -(-k // (segment.group_size or k))
+        source = f"bits={segment.bits}, group_size={segment.group_size}"
     check_shapes(
         tensors,
         {"scales": (groups, n), "zeros": (groups, n), "channel_scale": (1, 1, k)},

@@ -128,6 +128,7 @@ def _unpack(words: Array) -> Array:
     return parts.transpose(1, 4, 6, 7, 3, 5, 0, 2).reshape(-1, tiles * 8)
 
 
+@functools.partial(jax.jit, static_argnames="inner_k_tiles")
 def convert_weight_to_int4pack(
     weight: Integer[Array, "n columns"], inner_k_tiles: int
 ) -> Int32[Array, "n8 kt 32 half"]:
@@ -155,6 +156,7 @@ def convert_weight_to_int4pack(
     return jax.lax.bitcast_convert_type(words, jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames="inner_k_tiles")
 def unpack_tensor_core_tiled_layout(
     packed: Integer[Array, "n8 kt 32 half"], inner_k_tiles: int
 ) -> Int32[Array, "n k"]:
@@ -173,14 +175,15 @@ def unpack_tensor_core_tiled_layout(
     Example:
       >>> codes = jnp.arange(8 * 32, dtype=jnp.int32).reshape(8, 32) % 16
       >>> packed = convert_weight_to_int4pack(codes, 2)
-      >>> packed.shape, hex(packed[0, 0, 0, 0])
-      ((1, 1, 32, 1), '-0x66ee6f78')
+      >>> packed.shape, hex(np.asarray(packed).view(np.uint32)[0, 0, 0, 0])
+      ((1, 1, 32, 1), '0x91918080')
       >>> bool((unpack_tensor_core_tiled_layout(packed, 2) == codes).all())
       True
     """
     return TensorCoreTiled(inner_k_tiles).unpack(packed, 4).T.astype(jnp.int32)
 
 
+@functools.partial(jax.jit, static_argnames=("group_size", "inner_k_tiles", "rounding"))
 def dequantize_tensor_core_tiled_layout(
     packed: Integer[Array, "n8 kt 32 half"],
     scales_and_zeros: BFloat16[Array, "groups n 2"],
@@ -212,6 +215,7 @@ def dequantize_tensor_core_tiled_layout(
     return decode.dequantize(dataclasses.replace(qt, rounding=rounding)).T
 
 
+@jax.jit
 def pack_scales_and_zeros(
     scale: BFloat16[Array, "n groups"], zero: BFloat16[Array, "n groups"]
 ) -> BFloat16[Array, "groups n 2"]:
@@ -363,6 +367,12 @@ def to_tensors(
     layout.check(4)
     unit = _K_UNIT if pad_k else 16 * inner_k_tiles
     _check_holdable(qt, 1 if pad_k else unit)
+    return _write(qt, layout, unit)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _write(qt: QTensor, layout: TensorCoreTiled, unit: int) -> dict[str, Array]:
+    """Pads k to whole units and n to whole tiles, and packs."""
     scale = tensor.plain(qt.scale)
     zero = jnp.zeros_like(scale) if qt.zero is None else tensor.plain(qt.zero)
     rows, columns = -qt.k % unit, -qt.n % 8
@@ -484,12 +494,18 @@ def from_cpu_layout(
     Raises:
       ValueError: As `unpack_cpu_layout`; or if scales and zeros do not fit.
     """
-    codes = unpack_cpu_layout(packed, capability).T
+    codes = unpack_cpu_layout(packed, capability)
+    words, scale, zero = _restream(codes, scales_and_zeros)
     return tensor.build(
-        (Stream().pack(codes, 4),),
-        scales_and_zeros[..., 0],
-        scales_and_zeros[..., 1],
+        (words,),
+        scale,
+        zero,
         layout=Stream(),
         segments=(Segment(4, group_size),),
         affine=Affine.CENTERED,
     )
+
+
+@jax.jit
+def _restream(codes: Array, parameters: Array) -> tuple[Array, Array, Array]:
+    return Stream().pack(codes.T, 4), parameters[..., 0], parameters[..., 1]

@@ -23,10 +23,12 @@ src/transformers/quantizers/quantizers_utils.py.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -62,15 +64,14 @@ class Bytes(tensor.Layout):
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> Int8[Array, "n k"]:
         """Packs ``[k, n]`` codes of 1 to 8 bits."""
         _check_bits(bits)
-        return _recode(codes.T.astype(jnp.uint8), bits).astype(jnp.int8)
+        return _signed(codes, bits)
 
     def unpack(self, words: Shaped[Array, "n k"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks int8 bytes; a byte out of the range of ``bits`` wraps around."""
         _check_bits(bits)
         if words.dtype != jnp.int8:
             raise ValueError(f"words.dtype={words.dtype} must be int8.")
-        fields = lax.bitcast_convert_type(words, jnp.uint8) + jnp.uint8(2 ** (bits - 1))
-        return (fields & jnp.uint8(2**bits - 1)).T
+        return _unsigned(words, bits)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(k, n)``."""
@@ -83,10 +84,18 @@ def _check_bits(bits: int) -> None:
         raise ValueError(f"bits={bits!r} must be an integer from 1 to 8.")
 
 
-def _recode(codes: Array, bits: int) -> Array:
-    """uint8 codes, cut to ``bits``, as int8 values around 0."""
-    centred = (codes & jnp.uint8(2**bits - 1)) - jnp.uint8(2 ** (bits - 1))
-    return lax.bitcast_convert_type(centred, jnp.int8)
+@functools.partial(jax.jit, static_argnums=1)
+def _signed(codes: Array, bits: int) -> Array:
+    """Codes, cut to ``bits``, as int8 values around 0, transposed."""
+    fields = codes.T.astype(jnp.uint8) & jnp.uint8(2**bits - 1)
+    return lax.bitcast_convert_type(fields - jnp.uint8(2 ** (bits - 1)), jnp.int8)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _unsigned(words: Array, bits: int) -> Array:
+    """Inverse of `_signed`."""
+    fields = lax.bitcast_convert_type(words, jnp.uint8) + jnp.uint8(2 ** (bits - 1))
+    return (fields & jnp.uint8(2**bits - 1)).T
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -306,7 +315,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         zero = jnp.asarray((points.T.astype(np.int16) + middle).astype(np.uint8))
     return tensor.build(
         (jnp.asarray(tensors["_weight_qdata"]),),
-        jnp.asarray(tensors["_weight_scale"]).T,
+        jnp.asarray(np.asarray(tensors["_weight_scale"]).T),
         zero,
         layout=Bytes(),
         segments=(Segment(config.bits, config.group_size),),
@@ -329,13 +338,18 @@ def to_tensors(qt: QTensor, *, zero_point: bool = True) -> dict[str, Array]:
       ValueError: If torchao cannot hold ``qt``, with the reason.
     """
     _check_holdable(qt)
+    return _write(qt, zero_point)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _write(qt: QTensor, zero_point: bool) -> dict[str, Array]:
     bits, scale = qt.segments[0].bits, tensor.plain(qt.scale)
     tensors = {
         "_weight_qdata": Bytes().pack(decode.codes(qt), bits),
         "_weight_scale": scale.T,
     }
     if qt.zero is not None:
-        tensors["_weight_zero_point"] = _recode(tensor.plain(qt.zero).T, bits)
+        tensors["_weight_zero_point"] = _signed(tensor.plain(qt.zero), bits)
     elif zero_point:
         tensors["_weight_zero_point"] = jnp.zeros(scale.T.shape, jnp.int8)
     return tensors

@@ -1,0 +1,257 @@
+"""What `save` can write: the tensors of a matrix, and the config beside them."""
+
+import collections
+import dataclasses
+import functools
+import re
+import types
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from qjax import tensor
+from qjax.formats import awq, compressed_tensors, exl2, gptq
+from qjax.tensor import QTensor
+
+# Matrices by the paths of their modules; the leaves may be abstract.
+Matrices = Mapping[str, QTensor]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dialect:
+    """How one kind of checkpoint is written.
+
+    Attributes:
+      tensors: Gives a matrix under the upstream's names; a ValueError says why not.
+      describe: Makes the ``quantization_config`` of all matrices and of the paths of
+        modules with a dense matrix.
+      refusal: Says what the values of a matrix have against it, beyond `tensors`.
+      against: Says which matrices cannot stand beside the others, and why.
+    """
+
+    tensors: Callable[[QTensor], Mapping[str, Any]]
+    describe: Callable[[Matrices, Sequence[str]], dict[str, Any]]
+    refusal: Callable[[QTensor], str | None] = lambda qt: None
+    against: Callable[[Matrices, Sequence[str]], dict[str, str]] = lambda m, d: {}
+
+
+def _gptq(checkpoint_format: gptq.Checkpoint) -> Dialect:
+    return Dialect(
+        tensors=functools.partial(gptq.to_tensors, checkpoint_format=checkpoint_format),
+        describe=functools.partial(_describe_gptq, checkpoint_format),
+        refusal=_zero_of_zero if checkpoint_format == "gptq" else lambda qt: None,
+    )
+
+
+def _zero_of_zero(qt: QTensor) -> str | None:
+    if qt.zero is None or not (tensor.plain(qt.zero) == 0).any():
+        return None
+    return (
+        "it has zeros of 0, which GPTQ v1 stores as minus one, and which decoders read "
+        "as 0 or as 2**bits; 'gptq_v2' holds them."
+    )
+
+
+def _describe_gptq(
+    checkpoint_format: str, matrices: Matrices, dense: Sequence[str]
+) -> dict[str, Any]:
+    kinds = {name: _width(qt) for name, qt in matrices.items()}
+    bits, size = _usual(kinds)
+    # Loaders leave a head dense unless "lm_head" says otherwise.
+    rules: dict[str, Any] = {
+        f"-:{_exactly(name)}": {} for name in dense if name != "lm_head"
+    }
+    rules |= {
+        f"+:{_exactly(name)}": {"bits": kind[0], "group_size": _or_all(kind[1])}
+        for name, kind in kinds.items()
+        if kind != (bits, size)
+    }
+    return {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": _or_all(size),
+        "desc_act": any(
+            qt.row_group is not None or qt.order is not None for qt in matrices.values()
+        ),
+        "sym": all(qt.zero is None for qt in matrices.values()),
+        "lm_head": "lm_head" in matrices,
+        "checkpoint_format": checkpoint_format,
+        "format": checkpoint_format,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": ["qjax"]},
+    } | ({"dynamic": rules} if rules else {})
+
+
+def _describe_awq(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    _, size = _usual({name: _width(qt) for name, qt in matrices.items()})
+    return {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": _or_all(size),
+        "version": "gemm",
+        "zero_point": True,
+        "modules_to_not_convert": list(dense) or None,
+    }
+
+
+def _against_awq(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
+    kinds = {name: _width(qt) for name, qt in matrices.items()}
+    _, size = _usual(kinds)
+    reasons = {
+        name: f"AWQ has one group size for all, here {size}, and it has {kind[1]}."
+        for name, kind in kinds.items()
+        if kind[1] != size
+    }
+    for name in matrices:
+        for part in (part for part in dense if part in name):
+            reasons[name] = (
+                f"AWQ leaves modules dense by parts of their names, and {part}, which "
+                "is dense, is a part of its."
+            )
+    return reasons
+
+
+def _describe_compressed(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    kinds = {name: _scheme(qt) for name, qt in matrices.items()}
+    usual = _usual(kinds)
+    schemes = [
+        usual,
+        *(kind for kind in dict.fromkeys(kinds.values()) if kind != usual),
+    ]
+    groups = {
+        f"group_{i}": {
+            "format": "pack-quantized",
+            "input_activations": None,
+            "output_activations": None,
+            # Paths go before classes.
+            "targets": ["Linear"]
+            if scheme == usual
+            else [name for name, kind in kinds.items() if kind == scheme],
+            "weights": {
+                "actorder": scheme.actorder,
+                "block_structure": None,
+                "dynamic": False,
+                "group_size": scheme.group_size,
+                "num_bits": scheme.bits,
+                "observer": "minmax",
+                "observer_kwargs": {},
+                "strategy": scheme.strategy,
+                "symmetric": scheme.symmetric,
+                "type": "int",
+            },
+        }
+        for i, scheme in enumerate(schemes)
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": list(dense),
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+        # The last release that packs as `Dense` and reads weight_g_idx.
+        "version": "0.19.0",
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scheme:
+    bits: int
+    group_size: int | None
+    strategy: str
+    symmetric: bool
+    actorder: str | None
+
+
+def _scheme(qt: QTensor) -> _Scheme:
+    bits, size = _width(qt)
+    whole = tuple(qt.scale.shape) == (1, 1) and qt.n > 1
+    strategy = "tensor" if whole else "channel" if size is None else "group"
+    sorted_ = qt.row_group is not None or qt.order is not None
+    return _Scheme(
+        bits=bits,
+        group_size=size if strategy == "group" else None,
+        strategy=strategy,
+        symmetric=qt.zero is None,
+        actorder="group" if sorted_ and strategy == "group" else None,
+    )
+
+
+def _describe_exl2(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    del dense  # A module is quantized if its tensors are.
+    body = {name: qt for name, qt in matrices.items() if name != "lm_head"} or matrices
+    weights = sum(qt.k * qt.n for qt in body.values())
+    mean = sum(qt.bits * qt.k * qt.n for qt in body.values()) / weights
+    head = matrices.get("lm_head")
+    return {
+        "quant_method": "exl2",
+        "bits": round(mean, 2),
+        "head_bits": 16 if head is None else round(head.bits),
+    }
+
+
+def _odd_columns(qt: QTensor) -> str | None:
+    if qt.n % 32 == 0:
+        return None
+    return (
+        f"EXL2 pads n={qt.n} to a multiple of 32 and does not write how many columns "
+        "there were."
+    )
+
+
+def _width(qt: QTensor) -> tuple[int, int | None]:
+    return qt.segments[0].bits, qt.segments[0].group_size
+
+
+def _or_all(size: int | None) -> int:
+    return -1 if size is None else size
+
+
+def _usual(kinds: Mapping[str, Any]) -> Any:
+    kinds_: Sequence[Hashable] = list(kinds.values())
+    return collections.Counter(kinds_).most_common(1)[0][0]
+
+
+def _exactly(path: str) -> str:
+    return f"^{re.escape(path)}$"
+
+
+# By the name that `save` takes.
+DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
+    {
+        "gptq": _gptq("gptq"),
+        "gptq_v2": _gptq("gptq_v2"),
+        "gptq_p": _gptq("gptq_p"),
+        "awq": Dialect(
+            tensors=awq.to_tensors, describe=_describe_awq, against=_against_awq
+        ),
+        "compressed-tensors": Dialect(
+            tensors=lambda qt: compressed_tensors.to_tensors(
+                qt, compressed_tensors.Dense()
+            ),
+            describe=_describe_compressed,
+        ),
+        "exl2": Dialect(
+            tensors=exl2.to_tensors, describe=_describe_exl2, refusal=_odd_columns
+        ),
+    }
+)
+
+
+def centered(qt: QTensor) -> QTensor:
+    """Leaves out zeros that are all the middle code, which is what symmetric means.
+
+    Args:
+      qt: Any tensor with concrete leaves.
+
+    Returns:
+      The tensor, or one that says the same without zeros.
+    """
+    if len(qt.segments) != 1 or qt.zero is None or qt.affine is not tensor.Affine.ZERO:
+        return qt
+    zero, middle = tensor.plain(qt.zero), 2 ** (qt.segments[0].bits - 1)
+    if zero.dtype != jnp.uint8 or not (zero == middle).all():
+        return qt
+    return dataclasses.replace(qt, zero=None, affine=tensor.Affine.CENTERED)

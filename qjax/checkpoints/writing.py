@@ -1,0 +1,364 @@
+"""Named weights into a directory, in the format that is asked for."""
+
+import dataclasses
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+from safetensors import SafetensorError
+from safetensors.numpy import save_file
+
+from qjax.checkpoints import modules, progress
+from qjax.checkpoints.atomic import check_target, replacing
+from qjax.checkpoints.config import read_config
+from qjax.checkpoints.dialects import DIALECTS, Dialect, centered
+from qjax.checkpoints.shards import INDEX, SINGLE, Stored
+from qjax.tensor import QTensor
+
+SHARD_BYTES = 5_000_000_000
+# Files that say how weights were quantized, or hold weights.
+_STALE = ("config.json", "quantize_config.json", "quant_config.json", "quant_log.csv")
+_STALE += ("recipe.yaml", "measurement.json")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
+_WEIGHTS += (".index.json",)
+
+Named = Iterable[tuple[str, Any]]
+Parts = Mapping[str, modules.Matrix | Stored]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a directory will hold, found before anything is written.
+
+    Attributes:
+      dialect: How matrices are written.
+      config: For ``config.json``.
+      files: Names of the weights in each file, in their order.
+    """
+
+    dialect: Dialect
+    config: Mapping[str, Any]
+    files: Mapping[str, tuple[str, ...]]
+
+
+def save(
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, QTensor | Array],
+    config: Mapping[str, Any],
+    *,
+    format: str,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a checkpoint directory: ``config.json`` and ``model.safetensors``.
+
+    Nothing is requantized: codes, scales and zeros are those of the tensors, in the
+    layout and under the names of the format. Beside the tensors at hand, memory holds
+    one shard. The directory is written under another name and then renamed: after a
+    crash there is the old one or none.
+
+    Args:
+      path: The directory to make. The one that holds it must be there.
+      tensors: As `load` returns them, prepared or not: quantized matrices under the
+        paths of their modules, other arrays under their full names.
+      config: The model's ``config.json``, as `read_config` returns it; its
+        ``quantization_config`` is replaced by one that fits.
+      format: "gptq" (v1), "gptq_v2", "gptq_p" (planes), "awq" (gemm),
+        "compressed-tensors" (pack-quantized) or "exl2".
+      overwrite: Whether a checkpoint that is there already may be replaced.
+      shard_bytes: Size above which weights are spread over several files with a
+        ``model.safetensors.index.json``; a module stays in one file.
+
+    Raises:
+      ValueError: If the format cannot hold a tensor, or two beside each other: all
+        modules with their reasons, and nothing is written.
+      FileExistsError: If ``path`` is there without ``overwrite``, or is no checkpoint.
+      FileNotFoundError: If the directory that should hold ``path`` is not there.
+
+    Example:
+      >>> import tempfile
+      >>> w = qjax.quantize(jnp.eye(64), bits=4, group_size=32)
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     save(f"{folder}/eye", {"proj": w}, {}, format="awq")
+      ...     qjax.checkpoints.load(f"{folder}/eye", prepare=False)["proj"]
+      QTensor(64x64, 4 bits, group 32, Gemm(), (q - z) * s, float32 scale, 2.625 KiB)
+    """
+    target = check_target(path, overwrite=overwrite)
+    plan = plan_files(target, tensors.items(), config, format, shard_bytes)
+    with replacing(target, overwrite=overwrite) as fresh:
+        write_files(fresh, plan, tensors.items())
+
+
+def convert(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    format: str,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a checkpoint directory in another format, without requantizing.
+
+    Every weight is read twice, one by one: to find what cannot be held before anything
+    is written, and to write it. Tokenizer, generation config and whatever else lies in
+    the directory is copied; other weights and older descriptions of the quantization
+    are not.
+
+    Args:
+      source: The directory to read, in any format that `load` knows.
+      target: The directory to make, as in `save`.
+      format: As in `save`.
+      overwrite: As in `save`.
+      shard_bytes: As in `save`.
+
+    Raises:
+      ValueError: As `load` and `save`.
+      OSError: As `load` and `save`.
+
+    Example:
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     convert("examples/llm/checkpoint", f"{folder}/v2", format="gptq_v2")
+      ...     config = qjax.checkpoints.read_config(f"{folder}/v2")
+      >>> config["quantization_config"]["checkpoint_format"]
+      'gptq_v2'
+    """
+    goal = check_target(target, overwrite=overwrite)
+    origin = Path(os.path.realpath(source))
+    if origin != goal and (origin in goal.parents or goal in origin.parents):
+        raise ValueError(f"{source} and {target} must not lie in one another.")
+    config = read_config(origin)
+    parts = modules.open_parts(origin)
+    total = sum(part.nbytes for part in parts.values())
+    with progress.bar(total, "Checking weights") as advance:
+        # Of dense tensors the headers say all that counts.
+        read = _passing(parts, advance, dense=False)
+        plan = plan_files(goal, read, config, format, shard_bytes)
+    with (
+        replacing(goal, overwrite=overwrite) as fresh,
+        progress.bar(total, "Writing weights") as advance,
+    ):
+        write_files(fresh, plan, _passing(parts, advance, dense=True))
+        for file in sorted(origin.iterdir()):
+            if file.is_file() and not _is_stale(file.name):
+                shutil.copyfile(file, fresh / file.name)
+
+
+def _passing(
+    parts: Parts, advance: Callable[[int], None], *, dense: bool
+) -> Iterator[tuple[str, Any]]:
+    """Reads part after part, and shows it; without ``dense`` only the matrices."""
+    for name, part in parts.items():
+        yield name, part.read() if dense or isinstance(part, modules.Matrix) else part
+        advance(part.nbytes)
+
+
+def _is_stale(name: str) -> bool:
+    return name in _STALE or name.endswith(_WEIGHTS) or name.startswith(".")
+
+
+def plan_files(
+    path: Path,
+    weights: Named,
+    config: Mapping[str, Any],
+    format_: str,
+    shard_bytes: int,
+) -> Plan:
+    """Finds what a directory will hold, or why it cannot.
+
+    Args:
+      path: The directory, for messages.
+      weights: Names with matrices, or with anything that has ``shape`` and ``dtype``.
+      config: The model's ``config.json``.
+      format_: A name in `DIALECTS`.
+      shard_bytes: As in `save`.
+
+    Returns:
+      The plan.
+
+    Raises:
+      ValueError: As `save`.
+    """
+    if format_ not in DIALECTS:
+        raise ValueError(f"format={format_!r} must be one of {list(DIALECTS)}.")
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes={shard_bytes} must be positive.")
+    dialect = DIALECTS[format_]
+    matrices: dict[str, QTensor] = {}
+    stored: dict[str, dict[str, Stored]] = {}
+    reasons: dict[str, str] = {}
+    for name, weight in weights:
+        if not isinstance(weight, QTensor):
+            stored[name] = {"": _planned(path, name, weight)}
+            continue
+        try:
+            matrix, shapes = _abstract(dialect, weight)
+        except ValueError as error:
+            reasons[name] = str(error)
+            continue
+        matrices[name] = matrix
+        stored[name] = {
+            key: _planned(path, f"{name}.{key}", array) for key, array in shapes.items()
+        }
+    if not matrices and not reasons:
+        raise ValueError(f"No weight is quantized: there is nothing for {format_!r}.")
+    dense = _dense_modules(stored, matrices)
+    if matrices:
+        reasons |= dialect.against(matrices, dense)
+    if reasons:
+        raise _refusal(format_, reasons, len(matrices | reasons))
+    config = {**config, "quantization_config": dialect.describe(matrices, dense)}
+    _check_readable(path, format_, config, stored)
+    return Plan(dialect=dialect, config=config, files=_deal(stored, shard_bytes))
+
+
+def _abstract(dialect: Dialect, qt: QTensor) -> tuple[QTensor, dict[str, Any]]:
+    """The matrix, and what will be written of it, without their values."""
+    qt = centered(qt)
+    if reason := dialect.refusal(qt):
+        raise ValueError(reason)
+    shapes: dict[str, Any] = {}
+
+    def trace(qt: QTensor) -> None:
+        # What eval_shape returns would have int32 for NumPy's int64.
+        for key, array in dialect.tensors(qt).items():
+            shapes[key] = _Shaped(tuple(array.shape), np.dtype(array.dtype))
+
+    matrix = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), qt)
+    jax.eval_shape(trace, matrix)
+    return matrix, shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shaped:
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+def _planned(path: Path, name: str, array: Any) -> Stored:
+    return Stored(
+        file=path / SINGLE,
+        offset=0,
+        name=name,
+        shape=tuple(array.shape),
+        dtype=np.dtype(array.dtype),
+    )
+
+
+def _refusal(format_: str, reasons: Mapping[str, str], total: int) -> ValueError:
+    lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+    return ValueError(
+        f"{len(reasons)} of {total} matrices cannot be written as {format_!r}; nothing "
+        f"was written:{lines}"
+    )
+
+
+def _dense_modules(
+    stored: Mapping[str, Mapping[str, Stored]], matrices: Mapping[str, QTensor]
+) -> list[str]:
+    """Paths of the linear layers that stay dense, for a loader to know."""
+    dense = []
+    for name in stored.keys() - matrices.keys():
+        path = name.removesuffix(".weight")
+        last = path.rpartition(".")[2]
+        embeds = "embed" in last or last in ("wte", "wpe")
+        if path != name and len(stored[name][""].shape) == 2 and not embeds:
+            dense.append(path)
+    # A head that is tied to the embeddings has no tensor, and is dense all the same.
+    if not any(name.rpartition(".")[2] == "lm_head" for name in matrices):
+        dense.append("lm_head")
+    return sorted(set(dense))
+
+
+def _check_readable(
+    path: Path,
+    format_: str,
+    config: Mapping[str, Any],
+    stored: Mapping[str, Mapping[str, Stored]],
+) -> None:
+    """Checks that `load` will accept the headers of what will be written."""
+    tensors: dict[str, Stored] = {}
+    for part in stored.values():
+        for one in part.values():
+            if one.name in tensors:
+                raise ValueError(f"{one.name} would be written twice.")
+            tensors[one.name] = one
+    parts, faults = modules.survey(path, config, tensors)
+    if faults:
+        lines = "".join(f"\n  {fault}" for fault in faults)
+        raise ValueError(
+            f"{len(faults)} weights cannot be written as {format_!r}; nothing was "
+            f"written:{lines}"
+        )
+    if parts.keys() != stored.keys():
+        names = sorted(parts.keys() ^ stored.keys())
+        raise ValueError(f"{names} would be read as tensors of {format_!r} matrices.")
+
+
+def _deal(
+    stored: Mapping[str, Mapping[str, Stored]], shard_bytes: int
+) -> dict[str, tuple[str, ...]]:
+    """Deals the weights out to files, in their order."""
+    dealt: list[list[str]] = [[]]
+    room = shard_bytes
+    for name, part in stored.items():
+        nbytes = sum(one.nbytes for one in part.values())
+        if nbytes > room and dealt[-1]:
+            dealt.append([])
+            room = shard_bytes
+        dealt[-1].append(name)
+        room -= nbytes
+    if len(dealt) == 1:
+        return {SINGLE: tuple(dealt[0])}
+    return {
+        f"model-{i:05}-of-{len(dealt):05}.safetensors": tuple(names)
+        for i, names in enumerate(dealt, 1)
+    }
+
+
+def write_files(directory: Path, plan: Plan, weights: Named) -> None:
+    """Writes the files of a plan into an empty directory.
+
+    Args:
+      directory: The directory.
+      plan: What `plan_files` made of the same weights.
+      weights: Names with matrices or arrays, in the same order.
+    """
+    _write_json(directory / "config.json", plan.config)
+    remaining, weight_map, total = iter(weights), {}, 0
+    for file, names in plan.files.items():
+        held: dict[str, np.ndarray] = {}
+        for name, weight in itertools.islice(remaining, len(names)):
+            for key, array in _arrays(plan.dialect, name, weight):
+                held[key] = array
+        # Transformers asks for this entry.
+        try:
+            save_file(held, directory / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"{directory / file} was not written: {error}") from None
+        weight_map |= dict.fromkeys(held, file)
+        total += sum(array.nbytes for array in held.values())
+    if len(plan.files) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / INDEX, index)
+
+
+def _arrays(
+    dialect: Dialect, name: str, weight: Any
+) -> Iterator[tuple[str, np.ndarray]]:
+    if isinstance(weight, QTensor):
+        for key, array in dialect.tensors(centered(weight)).items():
+            yield f"{name}.{key}", np.asarray(array, order="C")
+    else:
+        yield name, np.asarray(weight, order="C")
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n")

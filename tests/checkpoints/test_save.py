@@ -1,0 +1,445 @@
+"""Checkpoints written and read again, moved between formats, and refused."""
+
+import json
+import os
+from pathlib import Path
+
+import chex
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import SafetensorError, safe_open
+
+import qjax
+from qjax import checkpoints
+from qjax.checkpoints import writing
+from qjax.formats import compressed_tensors, exl2, gptq
+from tests.checkpoints import tiny
+
+TESTS = Path(__file__).parents[1]
+SHIPPED = TESTS.parent / "examples/llm/checkpoint"
+A, B = "model.layers.0.q_proj", "model.layers.1.q_proj"
+
+
+def quantized(seed=0, k=64, n=32, bits=4, group=32, **kwargs):
+    w = np.random.default_rng(seed).standard_normal((k, n)).astype(np.float16)
+    return qjax.quantize(jnp.asarray(w), bits=bits, group_size=group, **kwargs)
+
+
+def act_order(seed=0):
+    tensors = dict(gptq.to_tensors(quantized(seed), "gptq_v2"))
+    order = np.random.default_rng(seed).permutation(64)
+    tensors["g_idx"] = order.astype(np.int32) // 32
+    config = gptq.Config(group_size=32, checkpoint_format="gptq_v2")
+    return gptq.from_tensors(tensors, config)
+
+
+def mixed():
+    """A matrix of 4 and 3 bits with EXL2's scales."""
+    vectors = np.load(TESTS / "golden/exl2/exl2_b43_g128.npz")
+    names = [name for name in exl2.TENSORS if name in vectors.files]
+    return exl2.from_tensors({name: vectors[name] for name in names})
+
+
+def awq_directory(path):
+    """What AutoAWQ packed, as a checkpoint."""
+    tensors = {"model.norm.weight": np.ones(4, np.float16)}
+    for i, name in enumerate(["g32__32x64__s202", "g32__32x64__s202"]):
+        vectors = np.load(TESTS / f"golden/awq/autoawq_gemm__{name}.npz")
+        for key in ("qweight", "qzeros", "scales"):
+            tensors[f"model.layers.{i}.q_proj.{key}"] = vectors[f"packed_{key}"]
+    entry = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
+    config = {"model_type": "llama", "quantization_config": entry}
+    return tiny.Checkpoint(tensors=tensors, config=config).write(path)
+
+
+def dequantized(path):
+    return {
+        name: np.asarray(qjax.dequantize(w) if isinstance(w, qjax.QTensor) else w)
+        for name, w in checkpoints.load(path, prepare=False).items()
+    }
+
+
+def entry_of(path):
+    return checkpoints.read_config(path)["quantization_config"]
+
+
+def bytes_of(path):
+    return {
+        name: (array.shape, array.dtype, array.tobytes())
+        for name, array in tiny.tensors_of(path).items()
+    }
+
+
+def test_gptq_to_compressed_tensors_and_back(tmp_path):
+    there, back = tmp_path / "ct", tmp_path / "gptq"
+    checkpoints.convert(SHIPPED, there, format="compressed-tensors")
+    checkpoints.convert(there, back, format="gptq")
+    # With act-order, in the columns that hold the groups.
+    (group,) = entry_of(there)["config_groups"].values()
+    weights = group["weights"]
+    assert (weights["symmetric"], weights["actorder"]) == (True, "group")
+    assert entry_of(there)["ignore"] == ["lm_head"]
+    assert bytes_of(back) == bytes_of(SHIPPED)
+    chex.assert_trees_all_equal(dequantized(SHIPPED), dequantized(there))
+    chex.assert_trees_all_equal(dequantized(SHIPPED), dequantized(back))
+    kept = ("bits", "group_size", "desc_act", "sym", "checkpoint_format", "lm_head")
+    for key in kept:
+        assert entry_of(back)[key] == entry_of(SHIPPED)[key], key
+    others = {"tokenizer.json", "generation_config.json", "tokenizer_config.json"}
+    assert others <= {file.name for file in back.iterdir()}
+    for file in others:
+        assert (back / file).read_bytes() == (SHIPPED / file).read_bytes()
+    assert not (back / "quantize_config.json").exists()
+
+
+@pytest.mark.parametrize("stop", ["gptq", "gptq_v2", "gptq_p", "compressed-tensors"])
+def test_awq_to_others_and_back(tmp_path, stop):
+    source = awq_directory(tmp_path / "awq")
+    checkpoints.convert(source, tmp_path / "there", format=stop)
+    checkpoints.convert(tmp_path / "there", tmp_path / "back", format="awq")
+    assert bytes_of(tmp_path / "back") == bytes_of(source)
+    for path in ("there", "back"):
+        chex.assert_trees_all_equal(dequantized(source), dequantized(tmp_path / path))
+    assert entry_of(tmp_path / "back") == {
+        "quant_method": "awq",
+        "bits": 4,
+        "group_size": 32,
+        "version": "gemm",
+        "zero_point": True,
+        "modules_to_not_convert": ["lm_head"],
+    }
+
+
+@pytest.mark.parametrize("prepare", [True, False])
+@pytest.mark.parametrize("format_", ["gptq", "gptq_v2", "gptq_p", "compressed-tensors"])
+def test_saved_is_loaded(tmp_path, format_, prepare):
+    tensors = {
+        A: act_order(),
+        f"{A}.bias": np.ones(32, np.float16),
+        B: quantized(1, bits=3, group=64),
+        "model.layers.2.q_proj": quantized(2, bits=8, group=None),
+        "model.layers.3.q_proj.weight": np.ones((32, 64), ml_dtypes.bfloat16),
+        "model.embed_tokens.weight": jnp.ones((16, 32), jnp.bfloat16),
+        "model.norm.weight": np.arange(4, dtype=np.float32),
+        "model.step": jnp.float32(2),
+    }
+    given = qjax.prepare(tensors) if prepare else tensors
+    checkpoints.save(tmp_path / "x", given, {"model_type": "llama"}, format=format_)
+    assert checkpoints.verify(tmp_path / "x") == []
+    loaded = checkpoints.load(tmp_path / "x", prepare=False)
+    assert loaded.keys() == tensors.keys()
+    for name, w in tensors.items():
+        if isinstance(w, qjax.QTensor):
+            chex.assert_trees_all_equal(qjax.codes(loaded[name]), qjax.codes(w))
+            weights = qjax.dequantize(loaded[name]), qjax.dequantize(w)
+            chex.assert_trees_all_equal(*weights)
+        else:
+            assert loaded[name].dtype == w.dtype
+            assert np.asarray(loaded[name]).tobytes() == np.asarray(w).tobytes()
+    assert entry_of(tmp_path / "x")["quant_method"] == format_.partition("_")[0]
+
+
+def test_widths_and_dense_modules_of_gptq(tmp_path):
+    tensors = {name: quantized(i) for i, name in enumerate([A, B])}
+    tensors |= {"a.b": quantized(bits=8), "lm_head": quantized(group=None)}
+    tensors |= {"model.gate.weight": np.ones((8, 4), np.float16)}
+    checkpoints.save(tmp_path / "x", tensors, {}, format="gptq")
+    entry = entry_of(tmp_path / "x")
+    assert entry["dynamic"] == {
+        r"-:^model\.gate$": {},
+        r"+:^a\.b$": {"bits": 8, "group_size": 32},
+        r"+:^lm_head$": {"bits": 4, "group_size": -1},
+    }
+    assert (entry["bits"], entry["group_size"], entry["lm_head"]) == (4, 32, True)
+    assert not entry["sym"]
+    config = gptq.Config.from_json(entry)
+    assert config.of("model.gate") is None
+    assert config.of("a.bc").bits == 4
+
+
+def test_schemes_of_compressed_tensors(tmp_path):
+    whole = {"weight_packed": np.zeros((32, 8), np.int32)}
+    whole |= {"weight_scale": np.ones(1, np.float32)}
+    whole |= {"weight_shape": np.array([32, 64])}
+    config = compressed_tensors.Config(strategy="tensor", group_size=None)
+    tensors = {
+        A: quantized(1),
+        B: quantized(2),
+        "c": act_order(),
+        "d": quantized(bits=5, group=None),
+        "e": compressed_tensors.from_tensors(whole, config),
+    }
+    checkpoints.save(tmp_path / "x", tensors, {}, format="compressed-tensors")
+    groups = entry_of(tmp_path / "x")["config_groups"].values()
+    found = [
+        (g["targets"], g["weights"]["strategy"], g["weights"]["actorder"])
+        for g in groups
+    ]
+    assert found == [
+        (["Linear"], "group", None),
+        (["c"], "group", "group"),
+        (["d"], "channel", None),
+        (["e"], "tensor", None),
+    ]
+    expected = {name: np.asarray(qjax.dequantize(w)) for name, w in tensors.items()}
+    chex.assert_trees_all_equal(dequantized(tmp_path / "x"), expected)
+
+
+@pytest.mark.parametrize("head", [False, True])
+def test_exl2(tmp_path, head):
+    tensors = {A: mixed()} | ({"lm_head": mixed()} if head else {})
+    checkpoints.save(tmp_path / "x", tensors, {}, format="exl2")
+    checkpoints.convert(tmp_path / "x", tmp_path / "y", format="exl2")
+    names = [f"{A}.{key}" for key in exl2.TENSORS if key != "q_perm"]
+    vectors = np.load(TESTS / "golden/exl2/exl2_b43_g128.npz")
+    with safe_open(tmp_path / "y/model.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt"}
+        for name in names:
+            expected = vectors[name.rpartition(".")[2]]
+            chex.assert_trees_all_equal(file.get_tensor(name), expected)
+    assert entry_of(tmp_path / "y") == {
+        "quant_method": "exl2",
+        "bits": round(mixed().bits, 2),
+        "head_bits": 3 if head else 16,
+    }
+
+
+def test_shards(tmp_path):
+    tensors = {f"a.{i}": quantized(i) for i in range(3)} | {
+        "norm.weight": np.ones(4, np.float16)
+    }
+    checkpoints.save(tmp_path / "x", tensors, {}, format="gptq", shard_bytes=3000)
+    files = sorted(file.name for file in (tmp_path / "x").iterdir())
+    assert files == [
+        "config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+    ]
+    index = json.loads((tmp_path / "x/model.safetensors.index.json").read_text())
+    stored = tiny.tensors_of(tmp_path / "x")
+    size = sum(array.nbytes for array in stored.values())
+    assert index["metadata"] == {"total_size": size}
+    assert index["weight_map"].keys() == stored.keys()
+    # A module stays in one file.
+    for i in range(3):
+        assert len({f for n, f in index["weight_map"].items() if f"a.{i}." in n}) == 1
+    checkpoints.save(tmp_path / "one", tensors, {}, format="gptq")
+    chex.assert_trees_all_equal(
+        dequantized(tmp_path / "x"), dequantized(tmp_path / "one")
+    )
+
+
+REFUSALS = {
+    "3 bits into AWQ": ("awq", quantized(bits=3), "3 bits are not among (4,)"),
+    "act-order into AWQ": ("awq", act_order(), "(act-order); GPTQ holds those"),
+    "GPTQ into EXL2": ("exl2", act_order(), "EXL2 cannot hold"),
+    "plain scales into EXL2": (
+        "exl2",
+        quantized(symmetric=True),
+        "its scales are plain numbers",
+    ),
+    "5 bits into GPTQ": ("gptq", quantized(bits=5), "'gptq_p' holds 2 to 8"),
+    "several widths into GPTQ": ("gptq_v2", mixed(), "EXL2 holds those"),
+    "several widths into compressed-tensors": (
+        "compressed-tensors",
+        mixed(),
+        "EXL2 holds those",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals_list_all_modules_and_write_nothing(tmp_path, case):
+    format_, w, reason = REFUSALS[case]
+    tensors = {A: w, "model.fine.weight": np.ones((4, 4), np.float16), B: w}
+    with pytest.raises(ValueError, match=f"2 of 2 matrices .* '{format_}'") as caught:
+        checkpoints.save(tmp_path / "x", tensors, {}, format=format_)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == [A, B]
+    assert all(reason in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_zeros_of_zero_are_not_written_as_v1(tmp_path):
+    tensors = dict(gptq.to_tensors(quantized(), "gptq_v2"))
+    tensors["qzeros"] = tensors["qzeros"] & ~15
+    config = gptq.Config(group_size=32, checkpoint_format="gptq_v2")
+    w = {A: gptq.from_tensors(tensors, config)}
+    with pytest.raises(ValueError, match="'gptq_v2' holds them"):
+        checkpoints.save(tmp_path / "x", w, {}, format="gptq")
+    checkpoints.save(tmp_path / "x", w, {}, format="gptq_v2")
+    loaded = checkpoints.load(tmp_path / "x", prepare=False)
+    chex.assert_trees_all_equal(loaded, w)
+
+
+def test_what_cannot_stand_side_by_side(tmp_path, refuses):
+    four = {"a": quantized(), "b": quantized(), "c": quantized(group=64)}
+    with refuses("c: AWQ has one group size for all, here 32, and it has 64"):
+        checkpoints.save(tmp_path / "x", four, {}, format="awq")
+    dense = {"l.gate.weight": np.ones((4, 4), np.float16)}
+    with refuses("l.gate_proj: AWQ leaves modules dense by parts of their names"):
+        pair = {"l.gate_proj": quantized()} | dense
+        checkpoints.save(tmp_path / "x", pair, {}, format="awq")
+    with refuses("l.gate is quantized"):
+        pair = {"l.gate": quantized()} | dense
+        checkpoints.save(tmp_path / "x", pair, {}, format="gptq")
+    with refuses("a.scales would be written twice"):
+        pair = {"a": quantized(), "a.scales": np.ones(4, np.float16)}
+        checkpoints.save(tmp_path / "x", pair, {}, format="gptq")
+    with refuses("b.dtype=float64 must be float16"):
+        pair = {"a": quantized(), "b": np.ones(4)}
+        checkpoints.save(tmp_path / "x", pair, {}, format="gptq")
+    with refuses("'b.weight_scale'"):
+        pair = {"a": quantized(), "b.weight_scale": np.ones(4, np.float16)}
+        checkpoints.save(tmp_path / "x", pair, {}, format="compressed-tensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments(tmp_path, refuses):
+    with refuses("format='int4' must be one of ['gptq'"):
+        checkpoints.save(tmp_path / "x", {A: quantized()}, {}, format="int4")
+    with refuses("shard_bytes=0 must be positive"):
+        checkpoints.save(
+            tmp_path / "x", {A: quantized()}, {}, format="awq", shard_bytes=0
+        )
+    with refuses("No weight is quantized"):
+        checkpoints.save(tmp_path / "x", {"a": np.ones(4)}, {}, format="awq")
+    with pytest.raises(FileNotFoundError, match="make it first"):
+        checkpoints.save(tmp_path / "x/y", {A: quantized()}, {}, format="awq")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("error", [SafetensorError("disk"), KeyboardInterrupt()])
+def test_crash_leaves_what_was_there(tmp_path, monkeypatch, there, error):
+    target = tmp_path / "x"
+    if there:
+        checkpoints.save(target, {A: quantized()}, {}, format="gptq")
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
+    written = []
+
+    def second_fails(*args, **kwargs):
+        written.append(args)
+        if len(written) == 2:
+            raise error
+        return saver(*args, **kwargs)
+
+    saver = writing.save_file
+    monkeypatch.setattr(writing, "save_file", second_fails)
+    tensors = {A: quantized(1), B: quantized(2)}
+    options = {"format": "awq", "overwrite": there, "shard_bytes": 1}
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        checkpoints.save(target, tensors, {}, **options)
+    assert len(written) == 2
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*.*")} == before
+    assert [p.name for p in tmp_path.iterdir()] == (["x"] if there else [])
+
+
+def test_failing_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
+    target, renamed = tmp_path / "x", []
+    checkpoints.save(target, {A: quantized()}, {}, format="gptq")
+    rename = Path.rename
+
+    def second_fails(self, other):
+        renamed.append(other)
+        if len(renamed) == 2:
+            raise PermissionError("no")
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(PermissionError):
+        checkpoints.save(target, {B: quantized()}, {}, format="gptq", overwrite=True)
+    assert list(checkpoints.load(target)) == [A]
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_overwrite(tmp_path):
+    target = tmp_path / "x"
+    checkpoints.save(target, {A: quantized()}, {}, format="gptq")
+    with pytest.raises(FileExistsError, match="already there"):
+        checkpoints.save(target, {B: quantized()}, {}, format="gptq")
+    (target / "tokenizer.json").write_text("{}")
+    checkpoints.save(target, {B: quantized()}, {}, format="gptq", overwrite=True)
+    assert list(checkpoints.load(target)) == [B]
+    assert not (target / "tokenizer.json").exists()
+    assert list(tmp_path.iterdir()) == [target]
+    # In its own place, with what lies beside the weights.
+    (target / "tokenizer.json").write_text("{}")
+    checkpoints.convert(target, target, format="awq", overwrite=True)
+    assert (target / "tokenizer.json").exists()
+    assert entry_of(target)["quant_method"] == "awq"
+    if os.name == "posix":
+        (tmp_path / "y").mkdir()
+        assert target.stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
+def test_only_checkpoints_are_overwritten(tmp_path):
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home/thesis.tex").write_text("")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "empty").mkdir()
+    for name in ("home", "file"):
+        with pytest.raises(FileExistsError, match="not overwritten"):
+            checkpoints.save(
+                tmp_path / name, {A: quantized()}, {}, format="gptq", overwrite=True
+            )
+    checkpoints.save(
+        tmp_path / "empty", {A: quantized()}, {}, format="gptq", overwrite=True
+    )
+    assert list(checkpoints.load(tmp_path / "empty")) == [A]
+
+
+def test_convert_into_itself_is_refused(tmp_path, refuses):
+    source = awq_directory(tmp_path / "awq")
+    with refuses("must not lie in one another"):
+        checkpoints.convert(source, source / "gptq", format="gptq")
+
+
+def test_stream_is_load(tmp_path):
+    source = awq_directory(tmp_path)
+    for prepare in (True, False):
+        streamed = dict(checkpoints.stream(source, prepare=prepare))
+        chex.assert_trees_all_equal(streamed, checkpoints.load(source, prepare=prepare))
+    (source / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError):  # before anything is asked for
+        checkpoints.stream(source)
+
+
+def test_verify_finds_everything(tmp_path):
+    checkpoint = tiny.checkpoint()
+    checkpoint.tensors["model.norm.weight"][1] = np.nan
+    checkpoint.tensors[f"{tiny.MODULE}.scales"][0, 0] = np.inf
+    checkpoint.tensors["model.step"] = np.zeros(1, np.int64)
+    for i, name in enumerate([B, "model.layers.2.q_proj", "model.layers.3.q_proj"], 1):
+        tensors = {f"{name}.{key}": v for key, v in tiny.matrix(i).items()}
+        checkpoint.tensors |= tensors
+    del checkpoint.tensors[f"{B}.qzeros"]
+    checkpoint.tensors["model.layers.2.q_proj.g_idx"][0] = 9
+    checkpoint.tensors["model.layers.3.q_proj.bias"] = np.ones(5, np.float16)
+    checkpoint.tensors["model.lost.bias"] = np.ones(5, np.float16)
+    checkpoint.write(tmp_path)
+    (tmp_path / "model-old.safetensors").write_bytes(b"")
+    faults = checkpoints.verify(tmp_path)
+    expected = [
+        "model.norm.weight holds 1 NaN or infinity",
+        "scales must be finite",
+        "model.step.dtype=int64 must be float16",
+        f"{B}: qzeros is missing",
+        "g_idx from 0 to 9 must lie in 0 to 1",
+        "model.layers.3.q_proj.bias.shape=(5,) must be (64,)",
+        "model.lost.bias belongs to no module",
+        "model-old.safetensors is not read",
+    ]
+    for piece in expected:
+        assert sum(piece in fault for fault in faults) == 1, (piece, faults)
+    assert len(faults) == len(expected)
+
+
+def test_verify_warns_of_what_may_be_wrong(tmp_path):
+    checkpoint = tiny.checkpoint()
+    checkpoint.tensors[f"{tiny.MODULE}.qzeros"][0, 0] = -1
+    with pytest.warns(UserWarning, match=f"{tiny.MODULE}: qzeros of GPTQ v1"):
+        assert checkpoints.verify(checkpoint.write(tmp_path)) == []
