@@ -189,7 +189,7 @@ class QTensor:
         return self.scale.dtype
 
     @property
-    def bits(self) -> float:
+    def bits(self) -> int | float:
         """Bits a code: the one width, or the mean over the rows of a mixed matrix."""
         widths = {segment.bits for segment in self.segments}
         if len(widths) == 1:
@@ -229,7 +229,7 @@ def matrix_shape(words: Any, layout: Layout) -> tuple[int, ...]:
     return words.shape[words.ndim - layout.rank :]
 
 
-def _readable(nbytes: float) -> str:
+def _readable(nbytes: int | float) -> str:
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:
             return f"{nbytes:.4g} {unit}"

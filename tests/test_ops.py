@@ -6,6 +6,7 @@ import itertools
 import re
 import types
 import warnings
+from pathlib import Path
 
 import chex
 import jax
@@ -852,7 +853,8 @@ class TestDispatch:
             "Planar() is moved to Stream() at every call of matmul; `qjax.prepare` "
             "does it once."
         ]
-        assert caught[0].filename == __file__
+        # It points at the caller, or where types are checked at run time, at the check.
+        assert Path(caught[0].filename).name in (Path(__file__).name, "_decorator.py")
         tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
         assert relative_error(y, matrix.matmul(x)) < tolerance
 

@@ -136,7 +136,7 @@ class Config:
             raise ValueError(f"bits={bits!r} must be a positive number.")
         if head_bits is not None and (type(head_bits) is not int or head_bits <= 0):
             raise ValueError(f"head_bits={head_bits!r} must be a positive integer.")
-        return cls(bits=bits, head_bits=head_bits)
+        return cls(bits=None if bits is None else float(bits), head_bits=head_bits)
 
     def of(self, module: str) -> "Config | None":
         """Returns the configuration of one module, or None where it is left dense.
@@ -246,13 +246,13 @@ def to_tensors(qt: QTensor) -> dict[str, Array]:
     """
     scale = _holdable(qt)
     columns = qt.n + -qt.n % _COLUMNS
-    order = np.arange(qt.k) if qt.order is None else np.asarray(qt.order)
+    order = jnp.arange(qt.k) if qt.order is None else qt.order
     return {
         "q_weight": join_words(qt, columns),
         "q_groups": write_groups(groups_of(qt)),
         "q_scale": _write_index(scale.index, columns),
         "q_scale_max": scale.maximum,
-        "q_invperm": jnp.asarray(np.argsort(order).astype(np.int32)),
+        "q_invperm": jnp.argsort(order).astype(jnp.int32),
     }
 
 

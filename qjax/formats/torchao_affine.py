@@ -44,7 +44,15 @@ class ZeroPointDomain(enum.Enum):
 
 @functools.partial(
     jax.jit,
-    static_argnames=("group_size", "mapping", "domain", "preserve_zero", "low", "high"),
+    static_argnames=(
+        "group_size",
+        "mapping",
+        "domain",
+        "preserve_zero",
+        "low",
+        "high",
+        "eps",
+    ),
 )
 def choose_qparams_affine(
     w: Float[Array, "n k"],
@@ -235,7 +243,7 @@ def _round_to(x: Array, dtype: jnp.dtype) -> Array:
     return jnp.where(jnp.isnan(rounded), jnp.nan, rounded)
 
 
-def _divide(x: Array, by: float) -> Array:
+def _divide(x: Array, by: int | float) -> Array:
     # XLA would multiply by the reciprocal of a constant; what it cannot tell to be one,
     # it divides by.
     return x / jnp.where(jnp.isnan(x), x, by)

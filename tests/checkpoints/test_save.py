@@ -292,7 +292,7 @@ def test_what_cannot_stand_side_by_side(tmp_path, refuses):
     with refuses("b.dtype=float64 must be float16"):
         pair = {"a": quantized(), "b": np.ones(4)}
         checkpoints.save(tmp_path / "x", pair, {}, format="gptq")
-    with refuses("'b.weight_scale'"):
+    with refuses("b: weight_packed is missing; found ['weight_scale']"):
         pair = {"a": quantized(), "b.weight_scale": np.ones(4, np.float16)}
         checkpoints.save(tmp_path / "x", pair, {}, format="compressed-tensors")
     assert list(tmp_path.iterdir()) == []

@@ -508,7 +508,7 @@ class TestWriting:
             },
             exl2.Config(bits=4.25, head_bits=6),
         ),
-        ({"bits": 3, "head_bits": None}, exl2.Config(bits=3)),
+        ({"bits": 3, "head_bits": None}, exl2.Config(bits=3.0)),
     ],
 )
 def test_config_from_json(entry, config):

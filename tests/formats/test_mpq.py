@@ -307,7 +307,8 @@ def test_any_matrix_round_trips(bits, group_size, seed):
         (
             small(qzeros=None, zeros=np.ones((2, 32), np.float32)),
             {},
-            "dtypes {'scales': dtype('float16'), 'zeros': dtype('float32')} must be the",
+            "dtypes {'scales': dtype('float16'), 'zeros': dtype('float32')} must be "
+            "the",
         ),
         (
             small(scales=np.ones((1, 32), np.float16)),
