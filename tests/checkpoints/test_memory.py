@@ -37,7 +37,7 @@ print(json.dumps([status("VmHWM") - before, model, largest]))
     ("act_order", "matrices"),
     # To put rows in order, `prepare` also holds the codes as bytes before and after,
     # each twice as large as the words of four bits.
-    [(False, 4), (True, 6)],
+    [(False, 4), (True, 7)],
     ids=["plain", "act-order"],
 )
 def test_peak_is_the_model_and_a_few_matrices(
