@@ -29,6 +29,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Integer, UInt8, UInt32
 
 from qjax import decode, tensor
@@ -365,6 +366,12 @@ def to_tensors(qt: QTensor, checkpoint_format: Checkpoint = "gptq") -> dict[str,
         zero = jnp.full(scale.shape, 2 ** (bits - 1), jnp.uint8)
     else:
         zero = tensor.plain(qt.zero)
+        # MPQ has zeros of 2**bits, which a field of that width cannot hold.
+        if not isinstance(zero, Tracer) and int(zero.max()) >= 2**bits:
+            raise ValueError(
+                f"GPTQ cannot hold {qt!r}: its zeros reach {int(zero.max())}, and "
+                f"{bits} bits hold up to {2**bits - 1}."
+            )
     if checkpoint_format == "gptq":
         zero = (zero - 1) & jnp.uint8(2**bits - 1)
     pack = pack_planes if config.layout == Planar() else pack_fields

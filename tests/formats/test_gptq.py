@@ -1,6 +1,7 @@
 """GPTQ against files that AutoGPTQ and GPTQModel wrote, bit for bit."""
 
 import collections
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -551,3 +552,12 @@ def test_layouts_of_configs():
 
 def test_formats_table():
     assert qjax.formats.FORMATS["gptq"] is gptq
+
+
+def test_zeros_beyond_their_field_are_refused(refuses):
+    """MPQ does not wrap stored + 1; written as four bits, 16 would become 0."""
+    qt = qjax.quantize(jnp.ones((32, 32)), bits=4, group_size=32)
+    wide = dataclasses.replace(qt, zero=jnp.full((1, 32), 16, jnp.uint8))
+    for checkpoint_format in ("gptq", "gptq_v2"):
+        with refuses("its zeros reach 16, and 4 bits hold up to 15"):
+            gptq.to_tensors(wide, checkpoint_format)
