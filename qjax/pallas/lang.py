@@ -1,0 +1,140 @@
+"""The one file that names the Pallas backend.
+
+A kernel body takes a `Lang` first: `TRITON` on the GPU, `INTERPRETED` on the CPU, where
+tensor-core products and PTX have no meaning. JAX deprecated the Triton backend in
+0.11.0; another one would be a third `Lang`.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, DTypeLike
+
+
+class Lang(Protocol):
+    """What a kernel body needs beyond jnp."""
+
+    def dot(self, a: Array, b: Array) -> Array:
+        """``a @ b`` of 16-bit floats on tensor cores, accumulated in float32."""
+        ...
+
+    def fma(self, a: Array, b: Array, c: Array) -> Array:
+        """``a * b + c`` of float32 tiles that broadcast, in one instruction."""
+        ...
+
+    def unpack(self, recipe: Any, planes: Sequence[Array]) -> Array:
+        """Applies a `qjax.pallas.unpack.Recipe` to tiles of slots."""
+        ...
+
+
+class _Triton:
+    def dot(self, a: Array, b: Array) -> Array:
+        return plt.dot(a, b)
+
+    def fma(self, a: Array, b: Array, c: Array) -> Array:
+        # XLA's Triton does not contract a product and a sum.
+        tiles = jnp.broadcast_arrays(a, b, c)
+        (out,) = plt.elementwise_inline_asm(
+            "fma.rn.f32 $0, $1, $2, $3;",
+            args=tiles,
+            pack=1,
+            constraints="=f,f,f,f",
+            result_shape_dtypes=[jax.ShapeDtypeStruct(tiles[0].shape, jnp.float32)],
+        )
+        return out
+
+    def unpack(self, recipe: Any, planes: Sequence[Array]) -> Array:
+        (out,) = plt.elementwise_inline_asm(
+            recipe.ptx,
+            args=list(planes),
+            pack=2,
+            constraints=",".join(["=r", *["r"] * len(planes)]),
+            result_shape_dtypes=[jax.ShapeDtypeStruct(planes[0].shape, recipe.dtype)],
+        )
+        return out
+
+
+class _Interpreted:
+    def dot(self, a: Array, b: Array) -> Array:
+        # Products of 16-bit floats are exact in float32.
+        return jnp.dot(
+            a.astype(jnp.float32),
+            b.astype(jnp.float32),
+            precision=jax.lax.Precision.HIGHEST,
+        )
+
+    def fma(self, a: Array, b: Array, c: Array) -> Array:
+        return a * b + c
+
+    def unpack(self, recipe: Any, planes: Sequence[Array]) -> Array:
+        return recipe.on_slots(*planes)
+
+
+TRITON: Lang = _Triton()
+INTERPRETED: Lang = _Interpreted()
+
+
+def load(ref: Any, mask: Array | None = None) -> Array:
+    """Loads a block of memory; elements that the mask leaves out are zero."""
+    return plt.load(ref, mask=mask, other=None if mask is None else 0)
+
+
+def load_row(
+    ref: Any, *index: Any, columns: Any, mask: Array | None = None
+) -> Array:
+    """Loads part of a row, given by its index on every axis but the last."""
+    # Slices of one: interpret mode takes no integers beside a slice.
+    where = (*(pl.ds(i, 1) for i in index), columns)
+    if mask is not None:
+        mask = mask.reshape((1,) * len(index) + mask.shape)
+    return load(ref.at[where], mask).reshape(-1)
+
+
+def store(ref: Any, value: Array, mask: Array | None = None) -> None:
+    """Stores a block of memory where the mask allows it."""
+    plt.store(ref, value, mask=mask)
+
+
+def launch(
+    body: Callable[..., None],
+    *operands: Array,
+    name: str,
+    grid: tuple[int, ...],
+    out_shape: Sequence[int],
+    out_dtype: DTypeLike,
+    warps: int,
+    stages: int,
+    interpret: bool,
+) -> Array:
+    """Runs a kernel body once for each point of the grid.
+
+    Args:
+      body: Takes a `Lang`, a reference to each operand, and one to the output.
+      *operands: Arrays in device memory.
+      name: Of the kernel, as profilers show it.
+      grid: Extents of the grid, up to three.
+      out_shape: Shape of the output.
+      out_dtype: Dtype of the output.
+      warps: Warps of 32 threads that share a program.
+      stages: Depth of the pipeline of asynchronous loads.
+      interpret: Whether to run the body as jnp, on any device.
+
+    Returns:
+      The output array.
+    """
+    lang = INTERPRETED if interpret else TRITON
+    # Named explicitly: the default backend differs between versions of JAX.
+    parameters = plt.CompilerParams(num_warps=warps, num_stages=stages)
+    return pl.pallas_call(
+        functools.partial(body, lang),
+        grid=grid,
+        out_shape=jax.ShapeDtypeStruct(tuple(out_shape), jnp.dtype(out_dtype)),
+        compiler_params=parameters,
+        interpret=interpret,
+        name=name,
+    )(*operands)

@@ -1,0 +1,172 @@
+"""What every kernel does with its operands: checks, steps of k, rows of float16.
+
+A *step* is the run of k between two applications of a scale: a group, or the part of a
+longer group that lies in one iteration of the kernel's loop. ``x`` is put into the
+order in which the products of a step take it, because it is small and the weight is
+not.
+"""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from qjax.formats import tiles
+from qjax.pallas import unpack
+from qjax.tensor import Affine, Grouping, QTensor
+
+# Arithmetic of the tensor cores.
+DTYPE = jnp.dtype(jnp.float16)
+# Scaled rows of x have their largest element in [2**14, 2**15).
+_TOP = 14
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a launch is cut up.
+
+    Attributes:
+      block_m: Rows of x of one program, a power of two from 8.
+      block_n: Columns of one program, a power of two from 32.
+      block_k: Rows of the weight of one iteration, a power of two from 128.
+      splits: Runs of k, each the work of another program.
+      warps: Warps of a program.
+      stages: Iterations whose words are loaded ahead.
+    """
+
+    block_m: int
+    block_n: int = 128
+    block_k: int = 128
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+class Steps(NamedTuple):
+    """The steps of k and their products.
+
+    Attributes:
+      rows: Rows of a step.
+      blocks: Blocks of the storage that a step covers, at least one.
+      sub_blocks: Sub-blocks of each of them that belong to the step.
+      joined: Sub-blocks that one product takes at once.
+    """
+
+    rows: int
+    blocks: int
+    sub_blocks: int
+    joined: int
+
+    @classmethod
+    def of(cls, bits: int, group: int, config: Config) -> "Steps":
+        """Returns the steps of a matrix whose groups have ``group`` rows."""
+        rows = math.gcd(group, config.block_k)
+        block = tiles.rows_of_block(bits)
+        blocks = max(1, rows // block)
+        sub_blocks = min(tiles.sub_blocks(bits), rows // tiles.SIDE)
+        # One product a step keeps wgmma busy. mma.sync, which eight rows of x take,
+        # needs no join, only 32 rows a product.
+        joined = sub_blocks if config.block_m > 8 else -(-2 // blocks)
+        return cls(rows, blocks, sub_blocks, joined)
+
+
+def group_rows(w: QTensor) -> int:
+    """Returns the rows of a group of a matrix that the kernels can read.
+
+    Args:
+      w: A matrix of one segment, in stored row order.
+
+    Returns:
+      The group size; for one group a column, the padded number of rows.
+
+    Raises:
+      NotImplementedError: If no kernel reads it, with the reason and a way out.
+    """
+    (segment,) = w.segments
+    if not isinstance(w.layout, tiles.Tiles):
+        raise NotImplementedError(
+            f"The kernels read Tiles, not {w.layout!r}; use qjax.prepare."
+        )
+    if w.grouping is not Grouping.ROWS or w.row_group is not None:
+        raise NotImplementedError(
+            "The kernels read scales of runs of rows; qjax.prepare turns an act-order "
+            "row_group with full groups into an order."
+        )
+    padded = w.k + segment.padding
+    size = padded if segment.group_size is None else segment.group_size
+    if size % 32:
+        raise NotImplementedError(
+            f"group_size={size} is not a multiple of 32, the rows of a kernel's step."
+        )
+    return size
+
+
+def parameters(w: QTensor) -> list[Array]:
+    """Returns the scale and zero with a value for each padded column.
+
+    The values of padded columns are never stored; they only have to be readable.
+    """
+    columns = w.n + w.padding
+
+    def whole(parameter: Array) -> Array:
+        rows, count = parameter.shape
+        if count < w.n:
+            parameter = jnp.repeat(parameter, w.n // count, axis=1)
+        return jnp.pad(
+            parameter[:, :columns], ((0, 0), (0, max(0, columns - parameter.shape[1])))
+        )
+
+    return [whole(p) for p in (w.scale, w.zero) if p is not None]
+
+
+def fit(x: Float[Array, "m k"]) -> tuple[Float[Array, "m k"], Float[Array, "m 1"]]:
+    """Scales every row by a power of two so that float16 holds it.
+
+    Exact for bfloat16 and float16 values, but for elements 2**28 times smaller than the
+    largest of their row, which lose bits or vanish: at most 2**-39 of the largest.
+
+    Args:
+      x: float32 rows.
+
+    Returns:
+      float16 rows, and the float32 factors that undo the scaling. A row with an
+      infinity or NaN is not scaled.
+    """
+    largest = jnp.abs(x).max(1, keepdims=True)
+    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    # Between normal floats, so that neither factor is flushed to zero.
+    power = jnp.clip(127 + _TOP - exponent, -126, 126)
+    power = jnp.where((exponent == 0) | (exponent == 255), 0, power)
+    two_to = lambda e: lax.bitcast_convert_type((e + 127) << 23, jnp.float32)  # noqa: E731
+    return (x * two_to(power)).astype(DTYPE), two_to(-power)
+
+
+def arrange(x: Float[Array, "m k"], steps: Steps) -> Float[Array, "m k"]:
+    """Orders k as the products take it: step, product, sub-block, block, row of it."""
+    m, k = x.shape
+    products = steps.sub_blocks // steps.joined
+    axes = (m, k // steps.rows, steps.blocks, products, steps.joined, tiles.SIDE)
+    return x.reshape(axes).transpose(0, 1, 3, 4, 2, 5).reshape(m, k)
+
+
+def start(
+    x: Float[Array, "m k"], bits: int, affine: Affine, steps: Steps
+) -> Float[Array, "steps 2 m"]:
+    """What has to be taken off the product of a step: ``-sum offset * x``, ``-sum x``.
+
+    The first sum includes the middle code of `Affine.CENTERED`.
+    """
+    m, k = x.shape
+    centre = 2 ** (bits - 1) if affine is Affine.CENTERED else 0
+    recipes = unpack.recipes(bits, DTYPE)
+    offsets = jnp.array([recipe.offset + centre for recipe in recipes], jnp.float32)
+    wide = x.astype(jnp.float32)
+    by_sub_block = wide.reshape(m, -1, len(recipes), tiles.SIDE) * offsets[:, None]
+    sums = [
+        values.reshape(m, k // steps.rows, steps.rows).sum(-1)
+        for values in (by_sub_block, wide)
+    ]
+    return -jnp.stack(sums, 1).transpose(2, 1, 0)

@@ -1,0 +1,186 @@
+"""From slots of `qjax.formats.tiles` to 16-bit floats, two at a time.
+
+A float16 whose exponent makes the last mantissa bit worth ``2**-p`` holds, when a field
+lies at bit p of the mantissa, the number ``base + q`` with ``base = 2**(10 - p)``: one
+AND and one OR turn a field of a slot into an operand of a tensor core, and one LOP3
+does it for the two slots of a register. The base is not taken off again: the kernels
+subtract ``base * x``, summed once, from the accumulator.
+
+Half of the sub-blocks hold ``-(base + 2**bits - 1 - q) = q + offset`` instead (the
+complement and the sign bit are free in the LOP3), so that the sum of ``offset * x``
+stays small when ``x`` has a mean.
+
+A `Recipe` is the plan for one sub-block. Its PTX text acts on each 16-bit slot alone,
+because Triton does not say which elements share a register; `Recipe.on_slots` is the
+same in jnp, for interpret mode and as the specification of the text.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, UInt16
+
+from qjax.formats.tiles import PLANES, POSITIONS, sub_blocks
+
+# Mantissa bits and exponent bias.
+_FLOATS = {jnp.dtype(jnp.float16): (10, 15), jnp.dtype(jnp.bfloat16): (7, 127)}
+# Fields that start at bit 2 or above keep the base at a quarter of the largest
+# possible: what the accumulator loses to it falls by four.
+_LOWEST = 2
+
+
+class View(NamedTuple):
+    """A slot, its bytes swapped or not, moved right (negative: left)."""
+
+    swap: bool
+    right: int
+
+    def start(self, position: int) -> int:
+        """Where a field that starts at ``position`` of the slot starts, unmoved."""
+        return (position + 8 * self.swap) % 16
+
+    @property
+    def cost(self) -> tuple[bool, bool, bool]:
+        """Orders views: without a shift before with one, right before left."""
+        return self.right != 0, self.right < 0, self.swap
+
+
+class Take(NamedTuple):
+    """The bits ``mask`` of a view of the slots of one plane."""
+
+    plane: int
+    view: View
+    mask: int
+
+
+class Recipe(NamedTuple):
+    """How the codes of one sub-block become floats.
+
+    Attributes:
+      dtype: float16 or bfloat16.
+      takes: Bits to take, from each plane.
+      magic: The 16-bit pattern that they are merged into.
+      negative: Whether bits are merged by exclusive or, below a sign bit.
+      offset: The float is ``code + offset``.
+    """
+
+    dtype: jnp.dtype
+    takes: tuple[Take, ...]
+    magic: int
+    negative: bool
+    offset: float
+
+    @property
+    def ptx(self) -> str:
+        """PTX with the result in $0 and one register of two slots a plane from $1."""
+        # (a & b) ^ c  or  (a & b) | c
+        table = "0x6A" if self.negative else "0xEA"
+        lines, merged = [], f"{_both(self.magic):#x}"
+        for take in self.takes:
+            source = f"${1 + take.plane}"
+            if take.view.swap:
+                lines.append(f"prmt.b32 t, {source}, {source}, 0x2301;")
+                source = "t"
+            if take.view.right:
+                op = "shr" if take.view.right > 0 else "shl"
+                lines.append(f"{op}.b32 t, {source}, {abs(take.view.right)};")
+                source = "t"
+            mask = f"{_both(take.mask):#x}"
+            lines.append(f"lop3.b32 v, {source}, {mask}, {merged}, {table};")
+            merged = "v"
+        lines[-1] = lines[-1].replace("lop3.b32 v,", "lop3.b32 $0,")
+        return "{ .reg .b32 t, v; " + " ".join(lines) + " }"
+
+    def on_slots(self, *planes: UInt16[Array, "..."]) -> Float[Array, "..."]:
+        """Does in jnp what `ptx` does."""
+        merged = jnp.uint16(self.magic)
+        for take in self.takes:
+            slots = planes[take.plane]
+            if take.view.swap:
+                slots = (slots << 8) | (slots >> 8)
+            right = take.view.right
+            slots = slots >> right if right >= 0 else slots << -right
+            bits = slots & jnp.uint16(take.mask)
+            merged = merged ^ bits if self.negative else merged | bits
+        return lax.bitcast_convert_type(merged, self.dtype)
+
+
+def _both(pattern: int) -> int:
+    return pattern | pattern << 16
+
+
+@functools.cache
+def recipes(bits: int, dtype: jnp.dtype) -> tuple[Recipe, ...]:
+    """Returns the recipe of every sub-block of a block.
+
+    Args:
+      bits: Width of a code, 1 to 8.
+      dtype: float16 or bfloat16.
+
+    Raises:
+      NotImplementedError: If the dtype cannot hold the codes above a base (8 bits in
+        bfloat16).
+
+    Example:
+      >>> [recipe.offset for recipe in recipes(4, jnp.dtype(jnp.float16))]
+      [256.0, -31.0, -271.0, 16.0]
+    """
+    built, total = [], 0.0
+    for sub_block in range(sub_blocks(bits)):
+        recipe = _recipe(bits, sub_block, jnp.dtype(dtype), negative=total > 0)
+        built.append(recipe)
+        total += recipe.offset
+    return tuple(built)
+
+
+def _recipe(bits: int, sub_block: int, dtype: jnp.dtype, negative: bool) -> Recipe:
+    mantissa, bias = _FLOATS[dtype]
+    low = bits - PLANES[bits][0]  # bits that lie below the main plane's
+    view, start = _main_view(bits, sub_block, mantissa)
+    place = start - low  # of the code in the mantissa
+    takes = []
+    for plane, width in enumerate(PLANES[bits]):
+        if plane:
+            low -= width
+            view = _low_view(bits, plane, sub_block, place + low)
+        takes.append(Take(plane, view, (2**width - 1) << (place + low)))
+    top, base = 2**bits - 1, 2.0 ** (mantissa - place)
+    magic = (bias + mantissa - place) << mantissa
+    if negative:
+        magic ^= 0x8000 | top << place
+    offset = -(base + top) if negative else base
+    return Recipe(dtype, tuple(takes), magic, negative, offset)
+
+
+def _main_view(bits: int, sub_block: int, mantissa: int) -> tuple[View, int]:
+    """The first view that puts the main plane's field into the mantissa, and where."""
+    width, positions = PLANES[bits][0], POSITIONS[bits][0]
+    position = positions[sub_block % len(positions)]
+    low = bits - width
+    least = max(low, _LOWEST if _LOWEST + width <= mantissa else 0)
+    for right in (0, 4, 2, 1, 3, *range(5, 13), -1, -2, -3):
+        for swap in (False, True):
+            view = View(swap, right)
+            start = view.start(position)
+            in_slot = start + width <= 16
+            place = start - right
+            # The low planes of 7 bits fit below bit 3 alone.
+            right_place = place == low if bits == 7 else place >= least
+            if in_slot and right_place and place + width <= mantissa:
+                return view, place
+    raise NotImplementedError(
+        f"{bits}-bit codes do not fit a mantissa of {mantissa} bits."
+    )
+
+
+def _low_view(bits: int, plane: int, sub_block: int, place: int) -> View:
+    """The cheapest view that puts a field of a low plane at bit ``place``."""
+    width, positions = PLANES[bits][plane], POSITIONS[bits][plane]
+    position = positions[sub_block % len(positions)]
+    views = [
+        View(swap, View(swap, 0).start(position) - place) for swap in (False, True)
+    ]
+    whole = [view for view in views if view.start(position) + width <= 16]
+    return min(whole, key=lambda view: view.cost)
