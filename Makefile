@@ -11,10 +11,10 @@ ARGS ?=
 bin := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint install clean FORCE
+.PHONY: help demo test test-peers gpu-check lint install clean FORCE
 
 help: ## Print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: $(VENV)/.examples ## Run a small quantized language model, end to end
 	$(bin)/python examples/llm/demo.py $(ARGS)
@@ -22,6 +22,21 @@ demo: $(VENV)/.examples ## Run a small quantized language model, end to end
 # Eight workers at most: each holds its own JAX.
 test: $(VENV)/.dev ## Run all tests and the doctests
 	$(bin)/python -m pytest --numprocesses=logical --maxprocesses=8 $(ARGS)
+
+# In an environment of its own, on the oldest Python, for which PyTorch's packages are
+# all built.
+test-peers: ## Let PyTorch's own packages read what qjax wrote
+	@$(MAKE) --no-print-directory .venv-peers/.peers VENV=.venv-peers \
+		PYTHON='$(or $(PYTHON),oldest)'
+	.venv-peers/bin/python -m pytest tests/peers $(ARGS)
+
+# In an environment of its own, on the newest Python: the counts are those of the newest
+# JAX. Without a GPU, JAX would complain of the plugin if it were not told to stay on the
+# CPU.
+gpu-check: ## Compile the GPU kernels, without a GPU, and count their instructions
+	@$(MAKE) --no-print-directory .venv-gpu/.gpu VENV=.venv-gpu \
+		PYTHON='$(or $(PYTHON),newest)'
+	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m pytest tests/gpu $(ARGS)
 
 lint: $(VENV)/.dev ## Check style, format, types and the direction of imports
 	$(bin)/ruff check
@@ -50,6 +65,16 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.made-by
 	@echo 'Installing qjax[dev] into $(VENV): some minutes the first time'
 	@$(pip_install) --editable '.[dev]'
 	@touch $@ $(VENV)/.examples
+
+$(VENV)/.peers: $(VENV)/.dev
+	@echo 'Installing qjax[peers] into $(VENV): PyTorch, and all that reads its tensors'
+	@$(pip_install) --editable '.[dev,peers]'
+	@touch $@
+
+$(VENV)/.gpu: $(VENV)/.dev
+	@echo 'Installing qjax[gpu-check] into $(VENV): the CUDA plugin of JAX, 400 MB'
+	@$(pip_install) --editable '.[dev,gpu-check]'
+	@touch $@
 
 # Always asked, but written only when the environment is made anew.
 $(VENV)/.made-by: FORCE

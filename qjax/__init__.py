@@ -1,19 +1,22 @@
 """Quantized matmul for JAX: packing formats, kernels and Flax layers."""
 
 from qjax import checkpoints, formats, layers
-from qjax.decode import codes, dequantize, relayout
+from qjax.decode import dequantize, relayout
+from qjax.formats.flattening import flatten, unflatten
 from qjax.ops import matmul, prepare, quantize
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, codes
 
 __all__ = [
     "QTensor",
     "checkpoints",
     "codes",
     "dequantize",
+    "flatten",
     "formats",
     "layers",
     "matmul",
     "prepare",
     "quantize",
     "relayout",
+    "unflatten",
 ]

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import enum
 import json
+import math
 import os
 import sys
 import warnings
@@ -29,6 +30,11 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+_PICTURES = (".png", ".svg", ".pdf")
+# As shells report a program that Ctrl-C has ended.
+_INTERRUPTED = 130
 
 
 class Format(enum.StrEnum):
@@ -118,7 +124,7 @@ def inspect(
     * A picture of a mixed model: `qjax inspect llama-exl2 --plot bits.png`
     """
     with _faults_on_stderr():
-        pyplot = None if plot is None else _pyplot()
+        pyplot = None if plot is None else _pyplot(plot)
         matrices, dense = _rows(directory)
         if plot is not None:
             _draw(pyplot, plot, matrices)
@@ -223,7 +229,9 @@ def _print_table(matrices: Sequence[Row], dense: Sequence[Row]) -> None:
         )
     # Nothing is cut off in a file or a pipe.
     width = None if sys.stdout.isatty() else 240
-    Console(width=width, highlight=False).print(table)
+    # Names are from the file: brackets and colons in them mean nothing to rich.
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    console.print(table)
 
 
 def _add(table: Table, row: Row, bits: str, group: str) -> None:
@@ -234,7 +242,12 @@ def _add(table: Table, row: Row, bits: str, group: str) -> None:
     )
 
 
-def _pyplot() -> Any:
+def _pyplot(file: Path) -> Any:
+    """Imports matplotlib, if it can draw that file; before the long work begins."""
+    if file.suffix not in _PICTURES:
+        raise ValueError(f"--plot={file} must end in {', '.join(_PICTURES)}.")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file.parent} is not a directory; make it first.")
     try:
         import matplotlib  # noqa: PLC0415  (an extra)
 
@@ -295,8 +308,9 @@ def convert(
 
     Codes, scales and zeros stay what they are; only where they lie changes. If the
     format cannot hold a matrix, all such matrices are listed with the reason, and
-    nothing is written. DST appears only when it is complete. Tokenizer and generation
-    config are copied.
+    nothing is written. DST appears only when it is complete; until then, what is done
+    is in .DST.partial, and the same command goes on after an interruption. Tokenizer
+    and generation config are copied.
 
     **Examples**
 
@@ -304,13 +318,21 @@ def convert(
     * `qjax convert llama-gptq llama-ct --to compressed-tensors --shard-gb 2`
     """
     with _faults_on_stderr():
-        checkpoints.convert(
-            source,
-            target,
-            format=to.value,
-            overwrite=overwrite,
-            shard_bytes=int(shard_gb * 1e9),
-        )
+        if not math.isfinite(shard_gb):
+            raise ValueError(f"--shard-gb={shard_gb} must be a finite number.")
+        try:
+            checkpoints.convert(
+                source,
+                target,
+                format=to.value,
+                overwrite=overwrite,
+                shard_bytes=int(shard_gb * 1e9),
+            )
+        except KeyboardInterrupt:
+            typer.echo(
+                "qjax: interrupted; the same command goes on from here.", err=True
+            )
+            raise typer.Exit(_INTERRUPTED) from None
     typer.echo(f"{target}: {to.value}")
 
 

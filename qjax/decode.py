@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float, UInt8
+from jaxtyping import Array, DTypeLike, Float
 
 from qjax.tensor import (
     Affine,
@@ -15,31 +15,10 @@ from qjax.tensor import (
     Layout,
     QTensor,
     matrix_shape,
+    over_batch,
+    segment_codes,
     split,
 )
-
-
-@jax.jit
-def codes(qt: QTensor) -> UInt8[Array, "*batch k n"]:
-    """Unpacks the integer codes, in stored row order.
-
-    Args:
-      qt: A quantized tensor, stacked or not.
-
-    Returns:
-      uint8 codes ``[*batch, k, n]``; row ``i`` is input feature ``qt.order[i]``.
-
-    Example:
-      >>> import qjax
-      >>> w = qjax.quantize(jnp.eye(32), bits=2, group_size=32)
-      >>> codes(w).shape, int(codes(w).max())
-      ((32, 32), 3)
-    """
-
-    def one(qt: QTensor) -> Array:
-        return jnp.concatenate([_segment_codes(qt, i) for i in range(len(qt.words))])
-
-    return _over_batch(one, qt)
 
 
 def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b k n"]:
@@ -76,7 +55,7 @@ def _dequantize(qt: QTensor, dtype: jnp.dtype | None) -> Array:
             stored = stored * qt.input_scale.astype(stored.dtype)[:, None]
         return stored if dtype is None else stored.astype(dtype)
 
-    return _over_batch(one, qt)
+    return over_batch(one, qt)
 
 
 def stored_weight(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "k n"]:
@@ -86,22 +65,16 @@ def stored_weight(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "
 
     Args:
       qt: One matrix.
-      dtype: As in `dequantize`.
+      dtype: None gives the upstream's dtype with the upstream's rounding. Any dtype,
+        also that one, evaluates the map in float32 and rounds the result to it: what
+        kernels want, as nothing then stands between the operations.
 
     Returns:
       ``[k, n]``: row ``i`` belongs to input feature ``qt.order[i]``.
     """
-    target = jnp.dtype(dtype or qt.dtype)
-    # In float32 the map is evaluated as it stands: nothing is rounded after it.
-    exact = target if target == qt.dtype != jnp.float32 else None
+    exact = qt.dtype if dtype is None else None
     parts = [_evaluate(part, exact) for part in split(qt)]
-    return jnp.concatenate(parts).astype(target)
-
-
-def _over_batch(function: Callable, qt: QTensor) -> Array:
-    for _ in qt.batch:
-        function = jax.vmap(function)
-    return function(qt)
+    return jnp.concatenate(parts).astype(dtype or qt.dtype)
 
 
 def _columns(parameter: Array, n: int) -> Array:
@@ -143,7 +116,7 @@ def _evaluate(part: QTensor, exact: jnp.dtype | None) -> Array:
     Where ``exact`` is a dtype, rounding the result to it once more gives what the
     upstream's arithmetic in that dtype gives.
     """
-    q = _segment_codes(part, 0)
+    q = segment_codes(part, 0)
     s = spread(part, part.scale.astype(jnp.float32))
     if part.codebook is not None:
         return jnp.take(part.codebook.astype(jnp.float32), q, axis=0) * s
@@ -152,21 +125,67 @@ def _evaluate(part: QTensor, exact: jnp.dtype | None) -> Array:
     if part.zero is None:
         return c * s
     z = spread(part, part.zero.astype(jnp.float32))
-    if part.affine is Affine.ZERO:
-        if exact is not None and part.rounding == 2:
-            return _rounded(c - z, exact) * s
+    return affine_map(c, s, z, part.affine, part.rounding, exact)
+
+
+def affine_map(
+    c: Array,
+    s: Array,
+    z: Array,
+    affine: Affine,
+    rounding: int,
+    exact: jnp.dtype | None,
+    convert: Callable[[Array, DTypeLike], Array] | None = None,
+) -> Array:
+    """Evaluates an affine map in float32, at any array of codes.
+
+    Args:
+      c: Codes as float32, less the middle one of `Affine.CENTERED`.
+      s: Their scales in float32.
+      z: Their zeros in float32.
+      affine: The map: any with a zero.
+      rounding: As in `QTensor`.
+      exact: Where it is a dtype, rounding the result to it once more gives what the
+        upstream's arithmetic in that dtype gives.
+      convert: How to round to a dtype and widen again; None takes `rounded`.
+
+    Returns:
+      float32 numbers.
+    """
+    convert = convert or rounded
+    if affine is Affine.ZERO:
+        if exact is not None and rounding == 2:
+            return convert(c - z, exact) * s
         return (c - z) * s
-    product = c * s  # exact: a code and a 16-bit scale have at most 24 bits together
-    if exact is None:
+    product = c * s  # exact for 16-bit scales: with a code they have at most 24 bits
+    if exact is not None and rounding == 2:
+        return convert(product, exact) + z
+    if exact is None or exact == jnp.float32:
         return product + z
-    if part.rounding == 2:
-        return _rounded(product, exact) + z
     return _add_to_odd(product, z)
 
 
-def _rounded(x: Array, dtype: jnp.dtype) -> Array:
-    # The barrier keeps XLA from removing the pair of conversions as excess precision.
-    return lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
+def rounded(x: Float[Array, "*any"], dtype: DTypeLike) -> Float[Array, "*any"]:
+    """Rounds float32 numbers to another dtype, and widens them again.
+
+    A compiler cannot leave that rounding out, as it may with a pair of conversions (for
+    excess precision) or a product and a sum (as one operation with one rounding).
+
+    Args:
+      x: float32 numbers.
+      dtype: The dtype to round to; float32 only fixes what ``x`` is.
+
+    Returns:
+      float32 numbers that ``dtype`` can hold.
+
+    Example:
+      >>> rounded(jnp.float32([1 / 3]), jnp.float16).tolist()
+      [0.333251953125]
+    """
+    # The barrier keeps the conversions, but not the product and the sum apart; the
+    # choice, which changes nothing, does.
+    held = lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
+    return jnp.where(jnp.isnan(held), jnp.nan, held)
 
 
 def _add_to_odd(a: Array, b: Array) -> Array:
@@ -207,7 +226,7 @@ def relayout(qt: QTensor, layout: Layout) -> QTensor:
       >>> import qjax
       >>> w = qjax.quantize(jnp.eye(64), bits=3, group_size=32)
       >>> planar = relayout(w, qjax.formats.gptq.Planar())
-      >>> bool((codes(planar) == codes(w)).all())
+      >>> bool((qjax.codes(planar) == qjax.codes(w)).all())
       True
     """
     if layout == qt.layout:
@@ -219,11 +238,11 @@ def relayout(qt: QTensor, layout: Layout) -> QTensor:
 def _relayout(qt: QTensor, layout: Layout) -> QTensor:
     def words_of(segment: int) -> Callable[[QTensor], Array]:
         bits = qt.segments[segment].bits
-        return lambda one: layout.pack(_segment_codes(one, segment), bits)
+        return lambda one: layout.pack(segment_codes(one, segment), bits)
 
     words, segments, padding = [], [], 0
     for i, (segment, rows) in enumerate(zip(qt.segments, qt.rows, strict=True)):
-        moved = _over_batch(words_of(i), qt)
+        moved = over_batch(words_of(i), qt)
         padded, columns = layout.extents(matrix_shape(moved, layout), segment.bits)
         words.append(moved)
         segments.append(segment._replace(padding=padded - rows))
@@ -235,9 +254,3 @@ def _relayout(qt: QTensor, layout: Layout) -> QTensor:
         layout=layout,
         padding=padding,
     )
-
-
-def _segment_codes(qt: QTensor, segment: int) -> Array:
-    """Codes ``[rows, n]`` of one segment of one matrix, without padding."""
-    words, bits = qt.words[segment], qt.segments[segment].bits
-    return qt.layout.unpack(words, bits)[: qt.rows[segment], : qt.n]

@@ -6,16 +6,18 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float
 
-from qjax import decode, tensor, xla
+from qjax import decode, pallas, tensor, xla
 from qjax.bits import block
-from qjax.tensor import Affine, Grouping, QTensor, Segment
+from qjax.formats.tiles import Tiles
+from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
 
 # Every implementation of the three products that `matmul` and its gradient need. One
 # raises `NotImplementedError` to decline its operands; other errors are the caller's.
@@ -23,30 +25,55 @@ _Table = Mapping[str, Callable[..., Any]]
 IMPLEMENTATIONS: Mapping[str, _Table] = {
     # x [m, k], w -> x @ W
     "matmul": {
+        "pallas": pallas.fused,
+        "pallas_dense": pallas.dense,
         "xla_fused": xla.fused,
         "xla_tiled": xla.tiled,
         "xla_dense": xla.dense,
         "xla_int8": xla.int8,
     },
     # dy [m, n], w -> dy @ W.T
-    "matmul_t": {"xla_tiled": xla.tiled_t, "xla_dense": xla.dense_t},
+    "matmul_t": {
+        "pallas": pallas.fused_t,
+        "pallas_dense": pallas.dense_t,
+        "xla_tiled": xla.tiled_t,
+        "xla_dense": xla.dense_t,
+    },
     # x [m, k], dy [m, n], w -> gradients of the float leaves of w, by name
     "leaf_grad": {
+        "pallas": pallas.fused_grad,
         "xla_grouped": xla.grouped_grad,
         "xla_tiled": xla.tiled_grad,
         "xla_dense": xla.dense_grad,
     },
 }
 
-# Up to this many rows the products stay in registers (`xla.fused`).
+# The layout that the GPU kernels read; the XLA forms read `xla.NATIVE`.
+_TILES = Tiles()
+# Up to this many rows the products of XLA's forms stay in registers (`xla.fused`).
 _FUSED_ROWS = 3
 # A weight of at most 4 MiB in float32 is formed: it stays in the cache, and one product
 # costs less than a loop over tiles.
 _SMALL = 1024 * 1024
+# Rows from which the GPU forms the weight: unpacking it for every 64 rows anew then
+# costs more than writing it once. From a model of the H200, not yet measured.
+_DENSE_ROWS = {"matmul": 129, "matmul_t": 65}
 
 
-def _order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
-    """Names of the implementations to try, best first."""
+class _Choice(NamedTuple):
+    """What the caller's operands allow.
+
+    Attributes:
+      implementation: The one that the caller named, or None.
+      kernels: Whether the activations have 16 bits, which the GPU kernels keep exactly.
+    """
+
+    implementation: str | None
+    kernels: bool
+
+
+def _xla_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
+    """Names of XLA's forms to try, best first."""
     if op == "matmul" and m <= _FUSED_ROWS:
         return ("xla_fused", "xla_tiled", "xla_dense")
     if w.k * w.n <= _SMALL:
@@ -56,26 +83,40 @@ def _order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
     return ("xla_tiled", "xla_dense")
 
 
+def _gpu_order(op: str, m: int) -> tuple[str, ...]:
+    """Names of the GPU's implementations to try, best first."""
+    if op == "leaf_grad":
+        return ("pallas",)
+    if m < _DENSE_ROWS[op]:
+        return ("pallas", "pallas_dense")
+    return ("pallas_dense", "pallas")
+
+
 def matmul(
     x: Float[Array, "*batch k"], w: QTensor, *, implementation: str | None = None
 ) -> Float[Array, "*batch n"]:
     """Computes ``x @ dequantize(w)`` without forming the weight.
 
     The weight is evaluated in float32 from widened scales and zeros, and the product is
-    accumulated in float32. Differentiable in ``x`` and in the float leaves of ``w``:
-    scale, float zero, codebook and input scale; the cotangents of integer leaves are
-    float0.
+    accumulated in float32. On an NVIDIA GPU (sm_80 and later), 16-bit activations and a
+    weight that `prepare` put into `formats.tiles.Tiles` are multiplied by a kernel that
+    unpacks the codes in registers; elsewhere, XLA compiles the product.
 
-    The dense weight is formed only if it has at most 4 MiB in float32, or if the layout
-    or grouping of ``w`` has no native path; the latter warns once. `prepare` gives
+    Differentiable in ``x`` and in the float leaves of ``w``: scale, float zero,
+    codebook and input scale; the cotangents of integer leaves are float0.
+
+    The dense weight is formed only if it has at most 4 MiB in float32, if many rows on
+    a GPU make up for it (in float16), or if the layout or grouping of ``w`` has no
+    native path; the last warns once. `prepare` gives
     ``w`` the layout that this device reads natively.
 
     Args:
       x: ``[..., k]`` bfloat16, float16 or float32 activations.
       w: ``[k, n]`` quantized weight. Stacked weights go through `jax.vmap`.
       implementation: None takes the first of `IMPLEMENTATIONS` that supports the
-        operands. A name takes that one and no other. "xla_int8" rounds the activations
-        to int8 and is never taken unless named.
+        operands. A name takes that one and no other: "pallas" never falls back, and
+        fails where there is no GPU. "xla_int8" rounds the activations to int8 and is
+        never taken unless named.
 
     Returns:
       ``[..., n]`` product in the dtype of ``x``.
@@ -90,7 +131,7 @@ def matmul(
       (2, 8)
     """
     _check_operands(x, w, implementation)
-    if w.layout != xla.NATIVE:
+    if w.layout not in (xla.NATIVE, _TILES):
         _warn_once(
             f"{w.layout!r} is moved to {xla.NATIVE!r} at every call of matmul; "
             "`qjax.prepare` does it once."
@@ -103,8 +144,8 @@ def matmul(
 @functools.partial(jax.jit, static_argnums=2)
 def _apply(x: Array, w: QTensor, implementation: str | None) -> Array:
     """Everything around the product of two matrices, one program for eager callers."""
-    with contextlib.suppress(ValueError):  # xla.dense reads any layout.
-        w = decode.relayout(w, xla.NATIVE)
+    if w.layout != _TILES:
+        w = _in_layout(w, xla.NATIVE)
     rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
     if w.input_scale is not None:
         rows = rows * w.input_scale.astype(jnp.float32)[None]
@@ -117,31 +158,42 @@ def _apply(x: Array, w: QTensor, implementation: str | None) -> Array:
         order=None,
         input_scale=None,
     )
-    y = _matmul(*_vary_together(rows, stored), implementation)
+    choice = _Choice(implementation, kernels=x.dtype != jnp.float32)
+    y = _matmul(*_vary_together(rows, stored), choice)
     return y.reshape(*x.shape[:-1], w.n).astype(x.dtype)
 
 
 # With W[k, n] = f(q[k, n], s, z) and g the cotangent of y = x W:
 #   dx = g W^T,   dW = x^T g,   ds = sum over its group of dW * df/ds, and so for z.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: Array, w: QTensor, implementation: str | None) -> Array:
-    products = (_run("matmul", implementation, xs, part) for xs, part in _parts(x, w))
-    return functools.reduce(jnp.add, products)
+def _matmul(x: Array, w: QTensor, choice: _Choice) -> Array:
+    def by_parts(x: Array, w: QTensor) -> Array:
+        products = (_run("matmul", choice, xs, part) for xs, part in _parts(x, w))
+        return functools.reduce(jnp.add, products)
+
+    # The fused kernel multiplies all segments in one launch.
+    if len(w.segments) == 1:
+        return by_parts(x, w)
+    if choice.implementation == "pallas":
+        return pallas.fused(x, w)
+    if _goes_to_kernels(w, choice) and _gpu_order("matmul", len(x))[0] == "pallas":
+        return jax.lax.platform_dependent(x, w, cuda=pallas.fused, default=by_parts)
+    return by_parts(x, w)
 
 
-def _matmul_forward(x: Array, w: QTensor, implementation: str | None) -> tuple:
-    return _matmul(x, w, implementation), (x, w)
+def _matmul_forward(x: Array, w: QTensor, choice: _Choice) -> tuple:
+    return _matmul(x, w, choice), (x, w)
 
 
 def _matmul_backward(
-    implementation: str | None, residuals: tuple[Array, QTensor], dy: Array
+    choice: _Choice, residuals: tuple[Array, QTensor], dy: Array
 ) -> tuple[Array, QTensor]:
-    del implementation  # The backward products choose their own.
+    choice = choice._replace(implementation=None)  # Named for the forward product.
     x, w = residuals
     dx, gradients = [], []
     for xs, part in _parts(x, w):
-        dx.append(_run("matmul_t", None, dy, part))
-        gradients.append(_run("leaf_grad", None, xs, dy, part))
+        dx.append(_run("matmul_t", choice, dy, part))
+        gradients.append(_run("leaf_grad", choice, xs, dy, part))
     leaves = {
         name: functools.reduce(jnp.add, group)
         if name == "codebook" or w.row_group is not None
@@ -179,17 +231,54 @@ def _parts(x: Array, w: QTensor) -> Iterator[tuple[Array, QTensor]]:
         yield x[:, end - rows : end], part
 
 
-def _run(op: str, implementation: str | None, *operands: Any) -> Any:
+def _run(op: str, choice: _Choice, *operands: Any) -> Any:
     """Runs the named implementation, or the first that does not decline."""
-    if implementation is not None:
-        return IMPLEMENTATIONS[op][implementation](*operands)
+    *rows, w = operands
+    if choice.implementation is not None:
+        return IMPLEMENTATIONS[op][choice.implementation](*operands)
+    m = rows[0].shape[0]
+
+    def on_gpu(*operands: Any) -> Any:
+        return _first(op, _gpu_order(op, m), operands)
+
+    def elsewhere(*operands: Any) -> Any:
+        native = _in_layout(operands[-1], xla.NATIVE)
+        return _first(op, _xla_order(op, m, native), (*operands[:-1], native))
+
+    if not _goes_to_kernels(w, choice):
+        return elsewhere(*operands)
+    # The platform is known when the program is lowered, not here.
+    return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=elsewhere)
+
+
+def _first(op: str, names: tuple[str, ...], operands: tuple[Any, ...]) -> Any:
     reasons = []
-    for name in _order(op, operands[0].shape[0], operands[-1]):
+    for name in names:
         try:
             return IMPLEMENTATIONS[op][name](*operands)
         except NotImplementedError as error:
             reasons.append(error)
     raise ExceptionGroup(f"no implementation of {op} takes {operands[-1]!r}", reasons)
+
+
+def _goes_to_kernels(w: QTensor, choice: _Choice) -> bool:
+    named = choice.implementation is not None
+    return w.layout == _TILES and choice.kernels and not named and _kernels_read(w)
+
+
+def _kernels_read(w: QTensor) -> bool:
+    try:
+        pallas.check(w)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def _in_layout(w: QTensor, layout: Layout) -> QTensor:
+    """Moves the codes if the layout can hold them."""
+    with contextlib.suppress(ValueError):  # xla.dense reads any layout.
+        return decode.relayout(w, layout)
+    return w
 
 
 def _check_operands(x: Array, w: QTensor, implementation: str | None) -> None:
@@ -204,6 +293,11 @@ def _check_operands(x: Array, w: QTensor, implementation: str | None) -> None:
     if not x.ndim or x.shape[-1] != w.k:
         raise ValueError(
             f"x.shape={x.shape} must end in k={w.k}, as w.shape={w.shape} is [k, n]."
+        )
+    if implementation in ("pallas", "pallas_dense") and x.dtype == jnp.float32:
+        raise NotImplementedError(
+            f"implementation={implementation!r} multiplies in float16 and declines "
+            "float32 x; cast x to bfloat16, or leave implementation out."
         )
     if implementation not in (None, *IMPLEMENTATIONS["matmul"]):
         known = list(IMPLEMENTATIONS["matmul"])
@@ -301,17 +395,21 @@ def _quantize(
     )
 
 
-def prepare(tree: Any) -> Any:
-    """Gives every `QTensor` of a tree the form that this device multiplies fastest.
+def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
+    """Gives every `QTensor` of a tree the form that its device multiplies fastest.
 
-    The codes move to the native layout, encoded scales and zeros are decoded, and an
-    act-order ``row_group`` whose groups are all full becomes an ``order``: the rows are
-    stored group by group, and ``x`` is gathered instead of the scales. Nothing is
-    requantized; other leaves pass through.
+    The codes move to the layout that is native there: `formats.tiles.Tiles` on an
+    NVIDIA GPU from sm_80 on, if the kernels read the tensor, and else
+    `formats.gptq.Stream`. Encoded scales and zeros are decoded, and an act-order
+    ``row_group`` whose groups are all full becomes an ``order``: the rows are stored
+    group by group, and ``x`` is gathered instead of the scales. Nothing is requantized;
+    other leaves pass through.
 
     Args:
       tree: A `QTensor` or any pytree that holds some. Call it once, at load: it looks
         at the values of ``row_group`` and so needs concrete arrays.
+      layout: The layout to move to, where it is not for the device that holds the
+        tensor; one that cannot hold a tensor leaves it as it is.
 
     Returns:
       The same tree with prepared tensors. A tensor that no native layout can hold stays
@@ -325,29 +423,41 @@ def prepare(tree: Any) -> Any:
       Stream()
     """
     is_qtensor = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
-    return jax.tree.map(
-        lambda leaf: _prepare(leaf) if is_qtensor(leaf) else leaf,
-        tree,
-        is_leaf=is_qtensor,
-    )
+
+    def one(leaf: Any) -> Any:
+        if not is_qtensor(leaf):
+            return leaf
+        grouped = _group_rows(leaf)
+        return _in_layout(grouped, layout or _native_layout(grouped))
+
+    return jax.tree.map(one, tree, is_leaf=is_qtensor)
 
 
-def _prepare(qt: QTensor) -> QTensor:
+def _native_layout(w: QTensor) -> Layout:
+    """The layout that the device of a tensor reads without a detour."""
+    words = w.words[0]
+    devices = jax.devices() if isinstance(words, Tracer) else words.devices()
+    # Only CUDA devices say their compute capability: "9.0" for sm_90.
+    capability = getattr(min(devices, key=lambda d: d.id), "compute_capability", "0")
+    has_kernels = int(str(capability).split(".")[0]) >= 8
+    return _TILES if has_kernels and _kernels_read(w) else xla.NATIVE
+
+
+def _group_rows(qt: QTensor) -> QTensor:
+    """Decodes scale and zero, and stores rows of full act-order groups together."""
     qt = dataclasses.replace(
         qt, scale=tensor.plain(qt.scale), zero=tensor.plain(qt.zero)
     )
-    try:
-        qt = decode.relayout(qt, xla.NATIVE)
-    except ValueError:
+    row_group = qt.row_group
+    if row_group is None or qt.batch or len(qt.segments) != 1:
         return qt
-    if qt.row_group is None or qt.batch or len(qt.segments) != 1:
-        return qt
-    counts = np.bincount(np.asarray(qt.row_group), minlength=qt.scale.shape[-2])
-    size = counts[0]
-    if size % block(qt.segments[0].bits)[0] or (counts != size).any():
-        return qt
-    rows = jnp.argsort(qt.row_group, stable=True).astype(jnp.int32)
+    qt = _in_layout(qt, xla.NATIVE)
     bits = qt.segments[0].bits
+    counts = np.bincount(np.asarray(row_group), minlength=qt.scale.shape[-2])
+    size = counts[0]
+    if qt.layout != xla.NATIVE or size % block(bits)[0] or (counts != size).any():
+        return qt
+    rows = jnp.argsort(row_group, stable=True).astype(jnp.int32)
     return dataclasses.replace(
         qt,
         words=(_permute_rows(qt.words[0], rows, bits),),

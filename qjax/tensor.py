@@ -6,12 +6,13 @@ import enum
 import functools
 import math
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Integer, UInt8
+import numpy as np
+from jaxtyping import Array, DTypeLike, Integer, UInt8
 
 from qjax.bits import block
 
@@ -58,7 +59,11 @@ class Encoded(abc.ABC):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of the decoded array."""
+        """Dtype that the weight had upstream, to which `qjax.dequantize` rounds.
+
+        That of the decoded array, unless a subclass knows better: the scales of
+        bitsandbytes decode to float32, whatever the weight was.
+        """
         return jax.eval_shape(type(self).decode, self).dtype
 
 
@@ -112,6 +117,10 @@ class QTensor:
     `jax.shard_map` and `jax.pmap` hand out leaves of other sizes under the same
     metadata. Nothing is validated here, as JAX builds pytrees of tracers, structs and
     strings; `build` does it.
+
+    `jax.device_put` moves a tensor, to one device or spread over a mesh, and it stays
+    packed. Indexing and `numpy` unpack the codes; nothing turns it into numbers by the
+    way, as `qjax.dequantize` does: ``numpy.asarray`` and `astype` refuse.
 
     Attributes:
       words: Packed codes, one array a segment, in the order of the stored rows.
@@ -205,6 +214,51 @@ class QTensor:
             for leaf in jax.tree.leaves(self)
         )
 
+    def numpy(self) -> np.ndarray:
+        """Unpacks the codes into host memory.
+
+        Returns:
+          uint8 ``[*batch, k, n]``, as `qjax.codes` gives them: row ``i`` is input
+          feature ``order[i]``.
+
+        Example:
+          >>> w = qjax.quantize(jnp.eye(32), bits=2, group_size=32)
+          >>> w.numpy().shape, w.numpy().dtype
+          ((32, 32), dtype('uint8'))
+        """
+        return np.asarray(codes(self))
+
+    def __getitem__(self, index: Any) -> Array:
+        """Unpacks the codes, and indexes them as `jax.numpy` does: uint8."""
+        return codes(self)[index]
+
+    # Otherwise Python would count indices up until one is refused, and none is.
+    __iter__ = None
+
+    def astype(self, dtype: DTypeLike) -> "QTensor":
+        """Returns the tensor itself; there is no cast to another dtype.
+
+        Args:
+          dtype: The dtype that the tensor has.
+
+        Raises:
+          ValueError: If ``dtype`` is another one.
+        """
+        if jnp.dtype(dtype) == self.dtype:
+            return self
+        raise ValueError(
+            f"dtype={jnp.dtype(dtype)}: a QTensor of {self.dtype} is packed and not "
+            "cast; qjax.dequantize(w, dtype) gives the weight in any dtype, and "
+            "qjax.codes(w) the codes in uint8."
+        )
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Refuses, with a ValueError: codes and weight could both be meant."""
+        raise ValueError(
+            "A QTensor is no array: qjax.dequantize(w) gives the weight, and "
+            "qjax.codes(w) or w.numpy() the codes."
+        )
+
     def __repr__(self) -> str:
         """Shape, bits, group size, layout, formula and bytes on one line."""
         try:
@@ -227,6 +281,41 @@ class QTensor:
 def matrix_shape(words: Any, layout: Layout) -> tuple[int, ...]:
     """Returns the shape of one matrix's words, without the batch axes."""
     return words.shape[words.ndim - layout.rank :]
+
+
+@jax.jit
+def codes(qt: QTensor) -> UInt8[Array, "*batch k n"]:
+    """Unpacks the integer codes, in stored row order.
+
+    Args:
+      qt: A quantized tensor, stacked or not.
+
+    Returns:
+      uint8 codes ``[*batch, k, n]``; row ``i`` is input feature ``qt.order[i]``.
+
+    Example:
+      >>> w = qjax.quantize(jnp.eye(32), bits=2, group_size=32)
+      >>> codes(w).shape, int(codes(w).max())
+      ((32, 32), 3)
+    """
+
+    def one(qt: QTensor) -> Array:
+        return jnp.concatenate([segment_codes(qt, i) for i in range(len(qt.words))])
+
+    return over_batch(one, qt)
+
+
+def segment_codes(qt: QTensor, segment: int) -> UInt8[Array, "rows n"]:
+    """Codes of one segment of one matrix, without padding."""
+    words, bits = qt.words[segment], qt.segments[segment].bits
+    return qt.layout.unpack(words, bits)[: qt.rows[segment], : qt.n]
+
+
+def over_batch(function: Callable[[QTensor], Array], qt: QTensor) -> Array:
+    """Calls a function of one matrix on each of stacked ones."""
+    for _ in qt.batch:
+        function = jax.vmap(function)
+    return function(qt)
 
 
 def _readable(nbytes: int | float) -> str:
@@ -302,13 +391,15 @@ def _check_parameters(qt: QTensor) -> None:
     """Checks scale and zero, and that the affine map has what it needs."""
     if qt.zero is not None and qt.affine is Affine.CODEBOOK:
         raise ValueError("zero must be None with a codebook.")
+    if len(qt.scale.shape) < 2:
+        raise ValueError(f"scale.shape={qt.scale.shape} must be [*batch, groups, n].")
     groups = sum(group_counts(qt)) if qt.row_group is None else qt.scale.shape[-2]
     for name, array in (("scale", qt.scale), ("zero", qt.zero)):
         if array is None:
             continue
         _require(f"{name}.shape[:-1]", array.shape[:-1], (*qt.batch, groups))
         columns = array.shape[-1]
-        if columns < qt.n and qt.n % columns:
+        if columns < qt.n and (columns == 0 or qt.n % columns):
             raise ValueError(
                 f"{name}.shape[-1]={columns} must be n={qt.n} or a divisor of it."
             )

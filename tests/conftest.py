@@ -8,7 +8,7 @@ import jaxtyping
 import numpy as np
 import pytest
 
-from tests import oracle
+from tests import goldens, oracle
 
 # torch made the reference logits; it is no dependency.
 collect_ignore = ["reference/make_logits.py"]
@@ -21,6 +21,16 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 def pytest_configure(config):
     config.pluginmanager.register(Everywhere(), "everywhere")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Counts the golden files; with xdist, over the reports of all workers."""
+    passed, skipped = (
+        [report.nodeid for report in terminalreporter.stats.get(outcome, [])]
+        for outcome in ("passed", "skipped")
+    )
+    for line in goldens.summary(passed, skipped):
+        terminalreporter.write_line(line)
 
 
 def pytest_runtest_setup(item):

@@ -1,88 +1,584 @@
-"""The commands on the shipped model: what they print, what they refuse."""
+"""The commands on the shipped model and others: what they print, what they refuse."""
 
+import contextlib
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import chex
+import jax
 import numpy as np
 import pytest
+from flax import nnx
+from matplotlib import pyplot
 from typer.testing import CliRunner
 
-from qjax import checkpoints
+import qjax
+from qjax import checkpoints, cli
+from qjax.checkpoints import modules, placing, progress
 from qjax.cli import app
+from qjax.formats import exl2
+from tests.checkpoints import tiny
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "examples" / "llm" / "checkpoint"
-AWQ = ROOT / "tests" / "data" / "llama_awq4_g128"
+DATA = ROOT / "tests" / "data"
+AWQ = DATA / "llama_awq4_g128"
+UP = "model.layers.0.mlp.up_proj"
+
+sys.path.insert(0, str(ROOT / "examples" / "llm"))
+
+import model  # noqa: E402
 
 
 def run(*arguments):
     return CliRunner().invoke(app, list(map(str, arguments)))
 
 
+def succeeds(*arguments):
+    done = run(*arguments)
+    assert done.exit_code == 0, done.stderr
+    return done
+
+
+def fails(*arguments, code=1):
+    """Says on stderr, in one message without a traceback, and prints nothing."""
+    done = run(*arguments)
+    assert done.exit_code == code, done.output
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def words(text):
+    """Without the lines and boxes of a terminal."""
+    return " ".join(text.translate(dict.fromkeys(map(ord, "│╭╰─╮╯"), " ")).split())
+
+
 def bytes_of(directory):
-    """Every tensor of a single-file checkpoint as the file holds it."""
+    """Every tensor of a checkpoint as the file holds it."""
     tensors = checkpoints.shards.scan(directory)
     return {name: stored.read().tobytes() for name, stored in tensors.items()}
 
 
-def test_inspect_json():
-    done = run("inspect", SHIPPED, "--json")
-    assert done.exit_code == 0, done.stderr
-    text = json.dumps(json.loads(done.stdout))
-    assert text.count('"gptq"') >= 21
-    assert "model.layers.2.mlp.down_proj" in text
+def files_of(directory):
+    return {file.name: file.read_bytes() for file in directory.iterdir()}
 
 
-def test_inspect_table():
-    done = run("inspect", SHIPPED)
-    assert done.exit_code == 0, done.stderr
-    assert "model.layers.0.self_attn.q_proj" in done.stdout
-    assert "lm_head.weight" in done.stdout
+def exl2_directory(path, name="exl2_b43_g128"):
+    """What exllamav2 packed, as a checkpoint."""
+    with np.load(ROOT / f"tests/golden/exl2/{name}.npz") as vectors:
+        names = [key for key in exl2.TENSORS if key in vectors.files]
+        tensors = {f"{UP}.{key}": vectors[key] for key in names}
+    # Derived from q_invperm when a file is read.
+    tensors.pop(f"{UP}.q_perm", None)
+    entry = {"quant_method": "exl2", "bits": 3.3, "head_bits": 16}
+    config = {"model_type": "llama", "quantization_config": entry}
+    return tiny.Checkpoint(tensors=tensors, config=config).write(path)
 
 
-def test_verify():
-    done = run("verify", SHIPPED)
-    assert done.exit_code == 0, done.stderr
-    assert done.stdout.startswith("OK: 21 matrices of gptq, 9 dense tensors")
+class TestHelp:
+    @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
+    def test_teaches_what_there_is(self, arguments):
+        done = run(*arguments)
+        # Without arguments it is an error, and says the same.
+        assert done.exit_code == (0 if arguments else 2)
+        text = words(done.output)
+        assert "Quantized checkpoints: see what is in them, check them" in text
+        assert "the exit code is 1 if something is wrong" in text
+        for command in ("inspect", "convert", "verify"):
+            assert f"qjax {command} llama-gptq" in text
+            assert f" {command} " in text
+
+    @pytest.mark.parametrize(
+        ("command", "pieces"),
+        [
+            ("inspect", ["--json", "--plot", "FILE", ".png, .svg or .pdf", "jq '"]),
+            (
+                "convert",
+                [
+                    *("--to", *cli.Format, "--overwrite", "--shard-gb", "10^9 bytes"),
+                    "without requantizing",
+                    "nothing is written",
+                    "goes on after an interruption",
+                    "qjax convert llama-awq llama-gptq --to gptq_v2",
+                ],
+            ),
+            ("verify", ["NaN and infinity", "exit code 1", "download it again"]),
+        ],
+    )
+    def test_teaches_each_command(self, command, pieces):
+        text = words(succeeds(command, "--help").stdout)
+        for piece in pieces:
+            assert piece in text, piece
+        assert "Examples" in text
+
+    def test_to_names_what_save_writes(self):
+        assert [*cli.Format] == [
+            name for name in cli.Format if name in checkpoints.writing.DIALECTS
+        ]
+        assert len(cli.Format) == len(checkpoints.writing.DIALECTS)
 
 
-def test_awq_to_gptq_and_back_is_the_same_file(tmp_path):
-    for source, target, name in (
-        (AWQ, tmp_path / "gptq", "gptq_v2"),
-        (tmp_path / "gptq", tmp_path / "awq", "awq"),
-    ):
-        done = run("convert", source, target, "--to", name)
-        assert done.exit_code == 0, done.stderr
-    assert bytes_of(tmp_path / "awq") == bytes_of(AWQ)
+class TestInspect:
+    def test_json(self):
+        summary = json.loads(succeeds("inspect", SHIPPED, "--json").stdout)
+        assert summary.keys() == {"directory", "matrices", "dense", "total"}
+        assert summary["directory"] == str(SHIPPED)
+        assert (len(summary["matrices"]), len(summary["dense"])) == (21, 9)
+        matrices = {row["name"]: row for row in summary["matrices"]}
+        # 640 * 256 codes, scales and zeros of two groups, and g_idx of 256 inputs.
+        nbytes = 640 * 256 // 2 + 2 * 640 * 2 + 2 * 640 // 2 + 256 * 4
+        assert matrices[UP] == {
+            "name": UP,
+            "shape": [256, 640],
+            "format": "gptq",
+            "bits": 4,
+            "group_size": 128,
+            "bits_per_weight": 8 * nbytes / (256 * 640),
+            "bytes": nbytes,
+        }
+        dense = {row["name"]: row for row in summary["dense"]}
+        assert dense["lm_head.weight"] == {
+            "name": "lm_head.weight",
+            "shape": [512, 256],
+            "format": "bfloat16",
+            "bits": 16,
+            "group_size": None,
+            "bits_per_weight": 16.0,
+            "bytes": 512 * 256 * 2,
+        }
+        total = summary["total"]
+        size = (SHIPPED / "model.safetensors").stat().st_size
+        assert size - 20_000 < total["bytes"] < size  # all but the header
+        assert total["bytes"] == sum(
+            row["bytes"] for row in summary["matrices"] + summary["dense"]
+        )
+        assert total["bits_per_weight"] == 8 * total["bytes"] / total["weights"]
+        weights = sum(np.prod(row["shape"]) for row in matrices.values())
+        nbytes = sum(row["bytes"] for row in matrices.values())
+        assert total["matrices"] == {
+            "weights": weights,
+            "bytes": nbytes,
+            "bits_per_weight": 8 * nbytes / weights,
+        }
+
+    def test_json_of_a_dense_model(self):
+        summary = json.loads(succeeds("inspect", DATA / "llama_bf16", "--json").stdout)
+        assert summary["matrices"] == []
+        assert summary["total"]["matrices"]["bits_per_weight"] is None
+        assert summary["total"]["bits_per_weight"] == 16
+
+    def test_json_of_mixed_bits(self, tmp_path):
+        directory = exl2_directory(tmp_path / "exl2")
+        (row,) = json.loads(succeeds("inspect", directory, "--json").stdout)["matrices"]
+        assert (row["format"], row["shape"]) == ("exl2", [384, 32])
+        # Two thirds of the rows have three bits.
+        assert row["bits"] == pytest.approx(10 / 3)
+        assert row["group_size"] == 128
+        assert row["bits_per_weight"] > row["bits"]
+
+    def test_table(self):
+        lines = succeeds("inspect", SHIPPED).stdout.splitlines()
+        (head,) = (line for line in lines if line.startswith(" name"))
+        columns = ["name", "shape", "format", "bits", "group", "bits/weight", "bytes"]
+        assert head.split() == columns
+        (up,) = (line for line in lines if UP in line)
+        assert up.split() == [UP, "256x640", "gptq", "4", "128", "4.206", "86,144"]
+        (dense,) = (line for line in lines if "lm_head.weight" in line)
+        assert dense.split()[1:4] == ["512x256", "bfloat16", "16"]
+        assert lines[-2].split()[0] == "total" or lines[-1].split()[0] == "total"
+        assert any(line.startswith(" 21 matrices") for line in lines)
+
+    def test_names_are_printed_as_they_are(self, tmp_path):
+        name = "model.[red]:smile:.weight"
+        tensors = {name: np.ones((2, 2), np.float16)}
+        tiny.Checkpoint(tensors=tensors, config={}).write(tmp_path)
+        assert name in succeeds("inspect", tmp_path).stdout
+
+    @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf"])
+    def test_plot(self, tmp_path, suffix):
+        file = tmp_path / f"bits{suffix}"
+        done = succeeds("inspect", SHIPPED, "--plot", file)
+        assert UP in done.stdout
+        magic = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
+        assert file.read_bytes().startswith(magic[suffix])
+        if suffix == ".png":
+            picture = pyplot.imread(file)
+            height, width, channels = picture.shape
+            assert (width, channels) == (9 * 150, 4)
+            assert height == pytest.approx((0.18 * 21 + 1) * 150, abs=1)
+            # White paper, two kinds of bars and black letters.
+            colors = np.unique((picture * 255).astype(np.uint8).reshape(-1, 4), axis=0)
+            assert len(colors) > 10
+            bars = (picture[..., 2] - picture[..., 0]) > 0.3
+            assert 0.2 < bars.mean() < 0.8
+        assert pyplot.get_fignums() == []
+
+    def test_plot_replaces_a_picture(self, tmp_path):
+        file = tmp_path / "bits.png"
+        file.write_bytes(b"an older picture")
+        done = succeeds("inspect", SHIPPED, "--plot", file, "--json")
+        assert json.loads(done.stdout)["total"]
+        assert pyplot.imread(file).ndim == 3
+
+    def test_plot_refusals(self, tmp_path, monkeypatch):
+        text = fails("inspect", SHIPPED, "--plot", tmp_path / "bits.docx")
+        assert f"--plot={tmp_path}/bits.docx must end in .png, .svg, .pdf" in text
+        text = fails("inspect", SHIPPED, "--plot", tmp_path / "no/bits.png")
+        assert f"{tmp_path}/no is not a directory; make it first" in text
+        text = fails("inspect", DATA / "llama_bf16", "--plot", tmp_path / "bits.png")
+        assert "--plot: no matrix of this checkpoint is quantized" in text
+        monkeypatch.setitem(sys.modules, "matplotlib", None)
+        text = fails("inspect", SHIPPED, "--plot", tmp_path / "bits.png")
+        assert "--plot needs matplotlib: pip install matplotlib" in text
+        assert list(tmp_path.iterdir()) == []
 
 
-def test_convert_says_beforehand_what_cannot_be_held(tmp_path):
-    done = run("convert", SHIPPED, tmp_path / "awq", "--to", "awq")
-    assert done.exit_code == 1
-    assert "model.layers.0.mlp.up_proj" in done.stderr
-    assert "act-order" in done.stderr
+class TestConvert:
+    def test_says_what_it_wrote(self, tmp_path):
+        done = succeeds("convert", AWQ, tmp_path / "x", "--to", "gptq_v2")
+        assert done.stdout == f"{tmp_path}/x: gptq_v2\n"
+        assert done.stderr == ""
+        assert succeeds("verify", tmp_path / "x").stdout.startswith("OK: 21 matrices")
+
+    def test_gptq_to_compressed_tensors_and_back(self, tmp_path):
+        there, back = tmp_path / "ct", tmp_path / "gptq"
+        succeeds("convert", SHIPPED, there, "--to", "compressed-tensors")
+        succeeds("convert", there, back, "--to", "gptq")
+        assert bytes_of(back) == bytes_of(SHIPPED)
+        assert_same_model([SHIPPED, there, back], "llama_gptq4_g128_actorder")
+
+    @pytest.mark.parametrize("stop", ["gptq_p", "compressed-tensors"])
+    def test_three_bits_and_back(self, tmp_path, stop):
+        source, there, back = DATA / "llama_gptq3_g64", tmp_path / "x", tmp_path / "y"
+        succeeds("convert", source, there, "--to", stop)
+        succeeds("convert", there, back, "--to", "gptq")
+        assert bytes_of(there) != bytes_of(source)
+        assert bytes_of(back) == bytes_of(source)
+
+    def test_awq_to_gptq_v2_and_back(self, tmp_path):
+        there, back = tmp_path / "gptq", tmp_path / "awq"
+        succeeds("convert", AWQ, there, "--to", "gptq_v2")
+        succeeds("convert", there, back, "--to", "awq")
+        assert bytes_of(back) == bytes_of(AWQ)
+        assert_same_model([AWQ, there, back], AWQ.name)
+
+    @pytest.mark.parametrize("name", ["exl2_b43_g128", "exl2_b6_subnormal"])
+    def test_exl2_to_exl2(self, tmp_path, name):
+        source = exl2_directory(tmp_path / "source", name)
+        succeeds("convert", source, tmp_path / "x", "--to", "exl2")
+        assert bytes_of(tmp_path / "x") == bytes_of(source)
+        loaded = checkpoints.load(tmp_path / "x", prepare=False)
+        with np.load(ROOT / f"tests/golden/exl2/{name}.npz") as vectors:
+            chex.assert_trees_all_equal(loaded[UP].numpy(), vectors["qint"])
+            found = np.asarray(qjax.dequantize(loaded[UP]))
+            chex.assert_trees_all_equal(found, vectors["w_deq"])
+
+    def test_overwrites_only_on_request(self, tmp_path):
+        target = tmp_path / "x"
+        succeeds("convert", AWQ, target, "--to", "gptq")
+        before = files_of(target)
+        text = fails("convert", AWQ, target, "--to", "gptq_v2")
+        assert f"{target} is already there; choose another name, or overwrite" in text
+        assert files_of(target) == before
+        succeeds("convert", AWQ, target, "--to", "gptq_v2", "--overwrite")
+        entry = checkpoints.read_config(target)["quantization_config"]
+        assert entry["checkpoint_format"] == "gptq_v2"
+
+    def test_never_overwrites_what_is_no_checkpoint(self, tmp_path):
+        (tmp_path / "thesis.tex").write_text("")
+        text = fails("convert", AWQ, tmp_path, "--to", "gptq", "--overwrite")
+        assert "holds no config.json; it is not overwritten" in text
+        assert [file.name for file in tmp_path.iterdir()] == ["thesis.tex"]
+
+    def test_shards(self, tmp_path):
+        options = ("--to", "gptq", "--shard-gb", "0.001")
+        succeeds("convert", SHIPPED, tmp_path / "x", *options)
+        shards = sorted((tmp_path / "x").glob("*.safetensors"))
+        assert len(shards) == 2
+        assert all(file.stat().st_size < 1_100_000 for file in shards)
+        assert bytes_of(tmp_path / "x") == bytes_of(SHIPPED)
+
+    def test_goes_on_after_an_interruption(self, tmp_path, monkeypatch):
+        fill, written = placing.fill, []
+
+        def interrupted(*arguments):
+            if len(written) == 20:
+                raise KeyboardInterrupt
+            written.append(fill(*arguments))
+            return written[-1]
+
+        command = ("convert", AWQ, tmp_path / "x", "--to", "gptq_v2")
+        monkeypatch.setattr(placing, "fill", interrupted)
+        text = fails(*command, code=130)
+        assert text == "qjax: interrupted; the same command goes on from here.\n"
+        assert [file.name for file in tmp_path.iterdir()] == [".x.partial"]
+        count = []
+        monkeypatch.setattr(placing, "fill", lambda *a: count.append(1) or fill(*a))
+        succeeds(*command)
+        assert len(count) == 30 - 20
+        assert [file.name for file in tmp_path.iterdir()] == ["x"]
+        monkeypatch.undo()
+        succeeds("convert", AWQ, tmp_path / "whole", "--to", "gptq_v2")
+        assert files_of(tmp_path / "x") == files_of(tmp_path / "whole")
+
+    def test_the_files_of_the_shell_survive_a_signal(self, tmp_path):
+        """Ctrl-C of a real process: exit code 130, one line, nothing at DST."""
+        script = (
+            "import os, signal, sys\n"
+            "from qjax import cli\n"
+            "from qjax.checkpoints import placing\n"
+            # A shell may have started the tests with the signal ignored.
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+            "placing.fill = lambda *a: os.kill(os.getpid(), signal.SIGINT)\n"
+            "cli.main()\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script, "convert", AWQ, tmp_path / "x", "--to=gptq"],
+            env=os.environ | {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode in (130, -signal.SIGINT), done.stderr
+        assert done.stderr.startswith("qjax: interrupted; the same command")
+        assert not (tmp_path / "x").exists()
+
+
+CANNOT = {
+    # source: format: how many, and why
+    "act-order into AWQ": (SHIPPED, "awq", 21, "(act-order); GPTQ holds those"),
+    "GPTQ into EXL2": (SHIPPED, "exl2", 21, "EXL2 cannot hold"),
+    "3 bits into AWQ": (
+        DATA / "llama_gptq3_g64",
+        "awq",
+        21,
+        "3 bits are not among (4,); compressed-tensors holds 1 to 8",
+    ),
+    "plain scales into EXL2": (
+        DATA / "llama_gptq3_g64",
+        "exl2",
+        21,
+        "its scales are plain numbers, not indices and maxima",
+    ),
+    "zeros into EXL2": (AWQ, "exl2", 21, "is not around the middle code; requantize"),
+    "NF4 into GPTQ": (DATA / "llama_nf4_dq", "gptq", 21, "codebook[q] * s here does"),
+    "NF4 into compressed-tensors": (
+        DATA / "llama_nf4_dq",
+        "compressed-tensors",
+        21,
+        "does not have integer zeros; requantize it",
+    ),
+    "HQQ into GPTQ": (DATA / "llama1L_hqq4_g64", "gptq_v2", 7, "integer zeros"),
+    "8 bits into AWQ": (
+        DATA / "llama1L_torchao_int8",
+        "awq",
+        7,
+        "8 bits are not among (4,)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CANNOT)
+def test_convert_says_beforehand_what_cannot_be_held(tmp_path, case):
+    source, name, count, reason = CANNOT[case]
+    lines = fails("convert", source, tmp_path / "x", "--to", name).splitlines()
+    assert lines[0] == (
+        f"qjax: {count} of {count} matrices cannot be written as '{name}'; nothing was "
+        "written:"
+    )
+    assert len(lines) == 1 + count
+    assert all(reason in line for line in lines[1:])
+    assert any(line.startswith(f"  {UP}: ") for line in lines)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify"])
-def test_a_directory_that_is_not_there(command):
-    done = run(command, "nowhere")
-    assert done.exit_code != 0
-    assert "nowhere" in done.stderr
-    assert not done.stdout
+def test_convert_of_several_widths_into_formats_of_one(tmp_path):
+    source = exl2_directory(tmp_path / "exl2")
+    for name in ("gptq", "gptq_v2", "gptq_p", "awq", "compressed-tensors"):
+        text = fails("convert", source, tmp_path / "x", "--to", name)
+        assert "1 of 1 matrices" in text
+        assert "its rows have several widths; EXL2 holds those" in text
+    assert [file.name for file in tmp_path.iterdir()] == ["exl2"]
 
 
-def test_verify_finds_a_bad_scale(tmp_path):
-    shutil.copytree(SHIPPED, tmp_path / "model")
-    file = tmp_path / "model" / "model.safetensors"
-    stored = checkpoints.shards.scan(tmp_path / "model")
-    scales = stored["model.layers.1.mlp.up_proj.scales"]
-    data = bytearray(file.read_bytes())
-    nan = np.float16(np.nan).tobytes()
-    data[scales.offset : scales.offset + 2] = nan
-    file.write_bytes(bytes(data))
-    done = run("verify", tmp_path / "model")
-    assert done.exit_code == 1
-    assert "model.layers.1.mlp.up_proj" in done.stderr + done.stdout
-    assert "finite" in done.stderr + done.stdout
+def test_convert_of_a_dense_model(tmp_path):
+    text = fails("convert", DATA / "llama_bf16", tmp_path / "x", "--to", "gptq")
+    assert text == "qjax: No weight is quantized: there is nothing for 'gptq'.\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", AWQ], "Missing argument 'DST'"),
+        (["convert", AWQ, "x"], "Missing option '--to'"),
+        (["convert", AWQ, "x", "--to", "gguf"], "'gguf' is not one of 'gptq'"),
+        (
+            ["convert", AWQ, "x", "--to", "gptq", "--shard-gb", "0"],
+            "Invalid value for '--shard-gb'",
+        ),
+        (["convert", AWQ, "x", "--to", "gptq", "--force"], "No such option"),
+        (["inspect"], "Missing argument 'DIR'"),
+        (["verify", AWQ, "more"], "unexpected extra argument"),
+        (["quantise", AWQ], "No such command 'quantise'"),
+    ],
+)
+def test_usage(arguments, message):
+    assert message in words(fails(*arguments, code=2))
+
+
+@pytest.mark.parametrize("size", ["inf", "nan"])
+def test_shards_of_no_size(tmp_path, size):
+    options = ("--to", "gptq", "--shard-gb", size)
+    done = run("convert", AWQ, tmp_path / "x", *options)
+    # Newer releases of typer refuse nan by themselves, as a wrong usage.
+    assert done.exit_code in (1, 2)
+    assert "--shard-gb" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_places_that_cannot_be(tmp_path):
+    text = fails("convert", AWQ, tmp_path / "no/x", "--to", "gptq")
+    assert f"{tmp_path}/no is not a directory; make it first" in text
+    source = shutil.copytree(AWQ, tmp_path / "awq")
+    text = fails("convert", source, source / "gptq", "--to", "gptq")
+    assert "must not lie in one another" in text
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "convert"])
+class TestBadDirectories:
+    def outcome(self, command, directory, tmp_path):
+        rest = [tmp_path / "x", "--to", "gptq"] if command == "convert" else []
+        text = fails(command, directory, *rest)
+        assert not (tmp_path / "x").exists()
+        assert text.startswith("qjax: ")
+        return text
+
+    def test_not_there(self, command, tmp_path):
+        text = self.outcome(command, tmp_path / "nowhere", tmp_path)
+        assert f"{tmp_path}/nowhere is not a directory; pass one that holds" in text
+
+    def test_no_checkpoint(self, command, tmp_path):
+        (tmp_path / "empty").mkdir()
+        text = self.outcome(command, tmp_path / "empty", tmp_path)
+        assert f"{tmp_path}/empty/config.json is missing" in text
+
+    def test_no_weights(self, command, tmp_path):
+        (tmp_path / "m").mkdir()
+        (tmp_path / "m/config.json").write_text("{}")
+        (tmp_path / "m/pytorch_model.bin").write_bytes(b"\x80")
+        text = self.outcome(command, tmp_path / "m", tmp_path)
+        assert "neither model.safetensors nor" in text
+        assert "pytorch_model.bin" in text
+
+    def test_cut_off(self, command, tmp_path):
+        source = shutil.copytree(AWQ, tmp_path / "awq")
+        os.truncate(source / "model.safetensors", 1_000_000)
+        text = self.outcome(command, source, tmp_path)
+        assert f"{source}/model.safetensors is not a sound safetensors file" in text
+        assert "Download it again" in text
+
+    def test_of_an_unknown_method(self, command, tmp_path):
+        checkpoint = tiny.checkpoint()
+        checkpoint.config["quantization_config"]["quant_method"] = "magic"
+        text = self.outcome(command, checkpoint.write(tmp_path / "m"), tmp_path)
+        assert "quant_method='magic' is not supported; it must be one of" in text
+
+
+class TestVerify:
+    def test_sound(self):
+        done = succeeds("verify", SHIPPED)
+        assert done.stdout == (
+            "OK: 21 matrices of gptq, 9 dense tensors, 1,626,496 bytes\n"
+        )
+        assert done.stderr == ""
+
+    @pytest.mark.parametrize("path", sorted(DATA.glob("*/config.json")), ids=str)
+    def test_all_test_checkpoints_are_sound(self, path):
+        assert succeeds("verify", path.parent).stdout.startswith("OK: ")
+
+    def test_a_bad_scale(self, tmp_path):
+        shutil.copytree(SHIPPED, tmp_path / "model")
+        file = tmp_path / "model" / "model.safetensors"
+        stored = checkpoints.shards.scan(tmp_path / "model")
+        scales = stored["model.layers.1.mlp.up_proj.scales"]
+        data = bytearray(file.read_bytes())
+        nan = np.float16(np.nan).tobytes()
+        data[scales.offset : scales.offset + 2] = nan
+        file.write_bytes(bytes(data))
+        done = run("verify", tmp_path / "model")
+        assert done.exit_code == 1
+        (line,) = done.stdout.splitlines()
+        assert "model.layers.1.mlp.up_proj: scales must be finite" in line
+
+    def test_warnings_are_told_and_do_no_harm(self, tmp_path):
+        checkpoint = tiny.checkpoint()
+        checkpoint.tensors[f"{tiny.MODULE}.qzeros"][0, 0] = -1
+        done = succeeds("verify", checkpoint.write(tmp_path))
+        assert done.stderr.startswith(f"qjax: warning: {tiny.MODULE}: qzeros of GPTQ")
+        assert done.stdout.startswith("OK: 1 matrices of gptq")
+
+
+class TestProgress:
+    """Every command goes through all bytes of the checkpoint, and says so."""
+
+    @pytest.fixture
+    def bars(self, monkeypatch):
+        """Label, total and steps of every bar."""
+        bars = []
+
+        @contextlib.contextmanager
+        def bar(total, label="Loading weights"):
+            bars.append((label, total, []))
+            yield bars[-1][2].append
+
+        monkeypatch.setattr(progress, "bar", bar)
+        return bars
+
+    @pytest.mark.parametrize(
+        ("command", "labels"),
+        [
+            ("inspect", ["Loading weights"]),
+            ("verify", ["Checking weights"]),
+            ("convert", ["Checking weights", "Writing weights"]),
+        ],
+    )
+    def test_goes_through_all_bytes(self, tmp_path, bars, command, labels):
+        rest = [tmp_path / "x", "--to", "gptq_v2"] if command == "convert" else []
+        succeeds(command, AWQ, *rest)
+        size = sum(part.nbytes for part in modules.open_parts(AWQ).values())
+        assert [label for label, _, _ in bars] == labels
+        for _, total, steps in bars:
+            assert total == sum(steps) == size
+            assert len(steps) == 30
+
+    def test_what_is_there_already_counts(self, tmp_path, bars, monkeypatch):
+        fill = placing.fill
+        monkeypatch.setattr(placing, "fill", lambda *a: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            checkpoints.convert(AWQ, tmp_path / "x", format="gptq")
+        monkeypatch.setattr(placing, "fill", fill)
+        bars.clear()
+        checkpoints.convert(AWQ, tmp_path / "x", format="gptq")
+        assert all(total == sum(steps) for _, total, steps in bars)
+
+
+def assert_same_model(directories, name):
+    """The same logits, close to those of the tool that quantized the model."""
+    reference = np.load(DATA / name / "reference.npz")
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        found = [logits(path, reference["prompt_ids"]) for path in directories]
+    for one in found:
+        chex.assert_trees_all_equal(one, found[0])
+        # Float32 against float32: the order of summation is all that differs.
+        chex.assert_trees_all_close(one, reference["prompt_logits"], atol=2e-4, rtol=0)
+
+
+def logits(path, ids):
+    graph, state = nnx.split(model.load(path))
+    return jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))(state, ids)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import tensor
+from qjax import decode, tensor
 from qjax.formats import gptq
 from tests import oracle
 
@@ -234,6 +234,27 @@ class TestRounding:
         chex.assert_trees_all_equal(  # exact in float64, rounded once
             np.asarray(qjax.dequantize(as_qtensor(m))), m.weight.astype(np.float32)
         )
+
+    @pytest.mark.parametrize("affine", ["OFFSET", "CENTERED"])
+    def test_two_roundings_in_float32(self, affine):
+        rng = np.random.default_rng(0)
+        s, z = rng.normal(size=(2, 40)).astype(np.float32)
+        c = np.arange(256, dtype=np.float32)[:, None]
+        c -= 128 if affine == "CENTERED" else 0
+        found = self.dequantized(affine, 2, s, z)
+        chex.assert_trees_all_equal(found, (c * s + z).astype(np.float64))
+        # One operation for the product and the sum would differ.
+        fused = (c.astype(np.float64) * s + z).astype(np.float32)
+        assert (fused != found).any()
+
+    def test_rounded_keeps_every_number(self):
+        x = jnp.float32([0.0, -0.0, 1 / 3, -65520, jnp.inf, -jnp.inf, jnp.nan, 1e-8])
+        for dtype in FLOATS.values():
+            wanted = x.astype(dtype).astype(jnp.float32)
+            chex.assert_trees_all_equal(decode.rounded(x, dtype), wanted)
+            found = jax.jit(decode.rounded, static_argnums=1)(x, np.dtype(dtype))
+            chex.assert_trees_all_equal(found, wanted)
+        assert jnp.signbit(decode.rounded(x, jnp.float16)[1])
 
     def test_subnormal_bfloat16_is_exact_or_flushed(self):
         # XLA's CPU code takes float32 below 2**-126 for 0, and bfloat16 reaches as low.

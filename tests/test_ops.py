@@ -22,7 +22,9 @@ from qjax import ops, tensor, xla
 from qjax.formats import gptq
 from qjax.xla import gradients, products, tiles
 from tests import oracle
+from tests.pairs import pairwise
 
+XLA_FORMS = [name for name in ops.IMPLEMENTATIONS["matmul"] if name[:4] == "xla_"]
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 
 # Relative to the largest output. float32: sums of up to some thousand products, each
@@ -40,37 +42,6 @@ def relative_error(found, expected) -> float:
     found = np.asarray(found).astype(np.float64)
     assert found.shape == expected.shape
     return np.abs(found - expected).max() / np.abs(expected).max()
-
-
-def pairwise(allowed, **axes) -> list[dict]:
-    """Few cases in which every value of an axis meets every value of every other.
-
-    ``allowed(case)`` says which values go together; it also takes parts of a case.
-    """
-    rng = np.random.default_rng(0)
-
-    def pairs(case):
-        return set(itertools.combinations(case.items(), 2))
-
-    def random_case(start):
-        while True:
-            case = {
-                name: start.get(name, values[rng.integers(len(values))])
-                for name, values in axes.items()
-            }
-            if allowed(case):
-                return case
-
-    missing = set()
-    for (a, xs), (b, ys) in itertools.combinations(axes.items(), 2):
-        missing |= {((a, x), (b, y)) for x in xs for y in ys if allowed({a: x, b: y})}
-    cases = []
-    while missing:
-        start = dict(min(missing, key=repr))
-        tries = [random_case(start) for _ in range(20)]
-        cases.append(max(tries, key=lambda case: len(pairs(case) & missing)))
-        missing -= pairs(cases[-1])
-    return cases
 
 
 def test_pairwise_covers_all_pairs():
@@ -508,7 +479,7 @@ class TestGradients:
         def loss(x, name):
             return (qjax.matmul(x, w, implementation=name) * jnp.asarray(dy)).sum()
 
-        for name in ops.IMPLEMENTATIONS["matmul"]:
+        for name in XLA_FORMS:
             dx = jax.grad(loss)(jnp.asarray(x), name)
             error = relative_error(dx, matrix.gradients(x, dy)["x"])
             assert error < TOLERANCE["float32"], name
@@ -691,7 +662,7 @@ class TestTransformations:
         found = np.asarray(y).transpose(1, 0, 2).reshape(2, 48)
         assert relative_error(found, matrix.matmul(x)) < TOLERANCE["float32"]
 
-    @pytest.mark.parametrize("name", [None, *ops.IMPLEMENTATIONS["matmul"]])
+    @pytest.mark.parametrize("name", [None, *XLA_FORMS])
     def test_64_bit_mode(self, name, as_qtensor):
         matrix = sample("order")
         w, x = as_qtensor(matrix), activations(5, 64)
@@ -727,8 +698,8 @@ class TestDispatch:
                 (2, 128),
                 "float32",
                 "triton",
-                "implementation='triton' must be one of ['xla_fused', 'xla_tiled', "
-                "'xla_dense', 'xla_int8']",
+                "implementation='triton' must be one of ['pallas', 'pallas_dense', "
+                "'xla_fused', 'xla_tiled', 'xla_dense', 'xla_int8']",
             ),
         ],
     )

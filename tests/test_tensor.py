@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qjax
 from qjax import tensor
-from qjax.formats import gptq
+from qjax.formats import awq, awq_v2, gptq
 from tests import oracle
 
 PARTS = [(8, 8, 8), (6, 16, 8), (3, 32, 16), (2, 32, None)]
@@ -246,6 +246,143 @@ class TestPrinting:
         assert repr(one).endswith("float16 scale, 132 MiB)")
 
 
+# What quanto's tests pack: V1 with and without its order of eight, and V2.
+PACKINGS = {
+    "V1, reordered": awq.Gemm(),
+    "V1": awq.Gemv(),
+    "V2": awq_v2.Interleaved(),
+}
+
+
+def packed(codes: np.ndarray, layout: tensor.Layout) -> qjax.QTensor:
+    """Four-bit codes with scales of one and zeros of eight."""
+    k, n = codes.shape
+    return tensor.build(
+        [layout.pack(jnp.asarray(codes), 4)],
+        jnp.ones((k // 64, n), jnp.float16),
+        jnp.full((k // 64, n), 8, jnp.uint8),
+        layout=layout,
+        segments=[tensor.Segment(4, 64)],
+    )
+
+
+def counting(k: int, n: int) -> np.ndarray:
+    """0 to 15 over and over, row by row of the transpose as torch holds it."""
+    return (np.arange(k * n) % 16).astype(np.uint8).reshape(n, k).T
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+class TestPackedTensor:
+    """What optimum-quanto's AWQPackedTensor promises.
+
+    The assertions are those of its test/tensor/weights/optimized/
+    test_awq_packed_tensor.py and of the class itself; there a tensor is unpacked when
+    it leaves the GPU, here it stays packed wherever it goes.
+    """
+
+    @pytest.mark.parametrize("k", [128, 512])
+    @pytest.mark.parametrize("n", [128, 1024])
+    @pytest.mark.parametrize("random", [True, False])
+    def test_packs(self, packing, k, n, random):
+        layout, codes = PACKINGS[packing], counting(k, n)
+        if random:
+            codes = np.random.default_rng(0).integers(16, size=(k, n), dtype=np.uint8)
+        w = packed(codes, layout)
+        assert isinstance(w, qjax.QTensor)
+        assert (w.layout, w.shape, w.bits) == (layout, (k, n), 4)
+        assert w.words[0].nbytes == k * n // 2
+        assert w.words[0].devices() == {jax.devices("cpu")[0]}
+        chex.assert_trees_all_equal(np.asarray(qjax.codes(w)), codes)
+
+    @pytest.mark.parametrize("device", range(8))
+    def test_moves_to_a_device(self, packing, device):
+        layout, codes = PACKINGS[packing], counting(256, 256)
+        w, device = packed(codes, layout), jax.devices("cpu")[device]
+        moved = jax.device_put(w, device)
+        assert isinstance(moved, qjax.QTensor)
+        assert jax.tree.structure(moved) == jax.tree.structure(w)
+        assert moved.layout == layout
+        assert {d for x in jax.tree.leaves(moved) for d in x.devices()} == {device}
+        chex.assert_trees_all_equal(jax.device_get(moved), jax.device_get(w))
+        assert qjax.codes(moved).devices() == {device}
+        chex.assert_trees_all_equal(moved.numpy(), codes)
+        back = jax.device_put(moved, jax.devices("cpu")[0])
+        chex.assert_trees_all_equal(back, w)
+
+    def test_spreads_over_devices(self, packing):
+        codes = counting(512, 256)
+        mesh = Mesh(jax.devices("cpu"), ("d",))
+        w = packed(codes, PACKINGS[packing])
+        spread = jax.device_put(w, NamedSharding(mesh, PartitionSpec("d")))
+        assert isinstance(spread, qjax.QTensor)
+        assert len(spread.words[0].devices()) == 8
+        chex.assert_trees_all_equal(jax.device_get(spread), jax.device_get(w))
+        chex.assert_trees_all_equal(spread.numpy(), codes)
+
+    def test_goes_to_the_host_and_back(self, packing):
+        w = packed(counting(128, 64), PACKINGS[packing])
+        host = jax.device_get(w)
+        assert isinstance(host, qjax.QTensor)
+        assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(host))
+        chex.assert_trees_all_equal(jax.device_put(host), w)
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.uint8, "int8"])
+    def test_is_not_cast(self, packing, dtype, refuses):
+        w = packed(counting(128, 64), PACKINGS[packing])
+        name = jnp.dtype(dtype).name
+        with refuses(
+            f"dtype={name}: a QTensor of float16 is packed and not cast; qjax"
+        ):
+            w.astype(dtype)
+        with refuses("qjax.dequantize(w) gives the weight"):
+            np.asarray(w, dtype)
+        with refuses("qjax.codes(w) or w.numpy() the codes"):
+            jnp.asarray(w, dtype)
+        assert w.astype(jnp.float16) is w
+        assert w.astype("float16") is w
+
+    def test_is_no_array(self, packing, refuses):
+        w = packed(counting(128, 64), PACKINGS[packing])
+        for function in (np.asarray, np.array, jnp.asarray, jnp.array):
+            with refuses("A QTensor is no array: qjax.dequantize(w) gives the weight"):
+                function(w)
+        for wrong in (lambda: w @ jnp.ones(64), lambda: w + 1, lambda: list(w)):
+            with pytest.raises(TypeError, match="QTensor"):
+                wrong()
+
+    def test_numpy_and_indexing_give_codes(self, packing):
+        codes = counting(128, 64)
+        w = packed(codes, PACKINGS[packing])
+        found = w.numpy()
+        assert type(found) is np.ndarray
+        assert (found.dtype, found.shape) == (np.uint8, (128, 64))
+        chex.assert_trees_all_equal(found, codes)
+        columns = (slice(None), np.array([1, 9]))
+        for index in (3, -1, slice(4, 90, 7), (5, 6), (..., 0), columns):
+            taken = w[index]
+            assert taken.dtype == jnp.uint8
+            chex.assert_trees_all_equal(np.asarray(taken), codes[index])
+        at = jax.jit(lambda w, i: w[i, 2:4])(w, 7)
+        chex.assert_trees_all_equal(np.asarray(at), codes[7, 2:4])
+
+
+def test_codes_of_mixed_and_stacked_tensors_are_in_stored_order(as_qtensor):
+    m = oracle.random(0, 88, 40, parts=PARTS, affine="CENTERED", order=True)
+    w = as_qtensor(m)
+    assert (np.asarray(w.order) != np.arange(88)).any()
+    expected = np.concatenate(
+        [
+            oracle.unpack(words, part.bits)
+            for words, part in zip(m.words, m.parts, strict=True)
+        ]
+    )
+    chex.assert_trees_all_equal(w.numpy(), expected)
+    chex.assert_trees_all_equal(np.asarray(w[10]), expected[10])
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), w)
+    chex.assert_trees_all_equal(stack.numpy(), np.stack([expected, expected]))
+    chex.assert_trees_all_equal(np.asarray(stack[1, 10:12]), expected[10:12])
+
+
 ONE = (tensor.Segment(4, 32),)
 
 
@@ -328,6 +465,11 @@ def test_build_accepts(changes):
                 "segments": ONE * 2,
             },
             "batch of words=(1,) must be ()",
+        ),
+        ({"scale": jnp.ones(16)}, "scale.shape=(16,) must be [*batch, groups, n]"),
+        (
+            {"scale": jnp.ones((2, 0))},
+            "scale.shape[-1]=0 must be n=16 or a divisor of it",
         ),
         ({"scale": jnp.ones((2, 16), jnp.int32)}, "scale.dtype=int32 must be a float"),
         ({"scale": jnp.ones((3, 16))}, "scale.shape[:-1]=(3,) must be (2,)"),

@@ -34,8 +34,10 @@ def load(
     Args:
       path: The directory: ``config.json`` beside ``model.safetensors``, or beside the
         shards that ``model.safetensors.index.json`` lists. Quantization is described by
-        ``quantization_config`` in ``config.json``, or by AutoGPTQ's
-        ``quantize_config.json``.
+        ``quantization_config`` in ``config.json``; else by the first that is there of
+        green-bit-llm's ``quant_strategy.json``, AutoGPTQ's ``quantize_config.json`` and
+        AutoAWQ's ``quant_config.json``; else, for EXL2, MBWQ and the float zeros of
+        MPQ, by names and shapes of the tensors alone.
       prepare: Whether `qjax.prepare` gives each matrix the form that this device
         multiplies fastest. False keeps the layout of the file, which `qjax.formats`
         writes back bit for bit.

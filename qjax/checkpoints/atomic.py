@@ -1,11 +1,16 @@
 """Directories that appear whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from qjax.checkpoints.journal import Journal
+
+_JOURNAL, _LOCK, _FRESH = "journal", "lock", "checkpoint"
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -59,19 +64,88 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path
       OSError: As `check_target`.
     """
     target = check_target(path, overwrite=overwrite)
-    mark = secrets.token_hex(4)
-    fresh = target.with_name(f".{target.name}.{mark}.tmp")
+    fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     fresh.mkdir()
     try:
         yield fresh
-        for file in [*fresh.iterdir(), fresh]:
-            _to_disk(file)
-        check_target(target, overwrite=overwrite)
-        _rename(fresh, target, target.with_name(f".{target.name}.{mark}.old"))
-        _to_disk(target.parent)
+        _put(fresh, target, overwrite=overwrite)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def partial_of(target: Path) -> Path:
+    """Where `resuming` keeps what it has of a directory that is not complete."""
+    return target.with_name(f".{target.name}.partial")
+
+
+@contextlib.contextmanager
+def resuming(
+    path: str | os.PathLike[str], job: str, *, overwrite: bool
+) -> Iterator[tuple[Path, Journal]]:
+    """Does what `replacing` does, and keeps what there is if it is interrupted.
+
+    Args:
+      path: As in `replacing`.
+      job: Says all that the directory depends on. What another job has left is deleted.
+      overwrite: As in `replacing`.
+
+    Yields:
+      A directory beside ``path``, with what the same job has left there; and the
+      journal of what it had finished. A ValueError in the block deletes both: the same
+      job would meet it again.
+
+    Raises:
+      FileExistsError: As `check_target`; or if the place is taken by something else, or
+        by another process.
+      FileNotFoundError: As `check_target`.
+    """
+    target = check_target(path, overwrite=overwrite)
+    partial = partial_of(target)
+    partial.mkdir(exist_ok=True)
+    strangers = {file.name for file in partial.iterdir()} - {_JOURNAL, _LOCK, _FRESH}
+    if strangers:
+        raise FileExistsError(
+            f"{partial} holds {sorted(strangers)}, which no conversion has left; move "
+            "it away."
+        )
+    with _locked(partial / _LOCK):
+        try:
+            with Journal(partial / _JOURNAL, job) as journal:
+                fresh = partial / _FRESH
+                if not journal.finished:
+                    shutil.rmtree(fresh, ignore_errors=True)
+                fresh.mkdir(exist_ok=True)
+                yield fresh, journal
+            _put(fresh, target, overwrite=overwrite)
+        except ValueError:
+            shutil.rmtree(partial)
+            raise
+        shutil.rmtree(partial)
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    with file.open("wb") as stream:
+        try:
+            # Goes with the process, however that ends.
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise FileExistsError(
+                f"{file.parent} is being written by another process; wait for it, or "
+                "choose another name."
+            ) from None
+        yield
+
+
+def _put(fresh: Path, target: Path, *, overwrite: bool) -> None:
+    """Puts a complete directory in its place, on disk."""
+    for file in [*fresh.iterdir(), fresh]:
+        _to_disk(file)
+    check_target(target, overwrite=overwrite)
+    old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+    _rename(fresh, target, old)
+    _to_disk(target.parent)
 
 
 def _rename(fresh: Path, target: Path, old: Path) -> None:

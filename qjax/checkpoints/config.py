@@ -70,7 +70,7 @@ def read_object(file: Path) -> dict[str, Any]:
     return parse_object(file.read_bytes(), file)
 
 
-def parse_object(text: bytes, file: Path) -> dict[str, Any]:
+def parse_object(text: bytes, file: Path | str) -> dict[str, Any]:
     """Parses a JSON object.
 
     Args:

@@ -7,12 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
-from qjax.checkpoints.config import read_config, read_object
+from qjax.checkpoints.config import parse_object, read_config, read_object
 from qjax.checkpoints.shards import Stored, scan
 from qjax.formats import FORMATS
 from qjax.tensor import QTensor
+
+# Files that describe a quantization where config.json does not, and the method of those
+# that do not name it: green-bit-llm's, AutoGPTQ's and AutoAWQ's.
+_BESIDE = {
+    "quant_strategy.json": "mbwq",
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
+# Where no file does: methods by tensors that only they have in one module.
+_MARKS = (
+    ("exl2", {"q_weight", "q_groups"}),
+    ("mbwq", {"qweight", "q_perm"}),
+    ("mpq", {"qweight", "zeros"}),
+    ("mpq", {"qweight", "qstatistic"}),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +68,7 @@ class Matrix:
 
     def read(self) -> QTensor:
         """Reads the matrix in the layout of the file."""
-        arrays = {name: stored.read() for name, stored in self.tensors.items()}
+        arrays = {name: _given(stored.read()) for name, stored in self.tensors.items()}
         try:
             return self.format.from_tensors(arrays, self.config)
         except ValueError as error:
@@ -60,6 +77,15 @@ class Matrix:
     def _fault(self, error: ValueError) -> ValueError:
         files = sorted({str(stored.file) for stored in self.tensors.values()})
         return ValueError(f"{', '.join(files)}: {self.name}: {error}")
+
+
+def _given(array: np.ndarray) -> np.ndarray | jax.Array:
+    """Gives an array to JAX, which takes its memory; `jnp.asarray` would copy it.
+
+    Not 64 bits, which JAX would cut to 32 before anyone has looked at the values.
+    """
+    whole = jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype
+    return jax.device_put(array) if whole else array
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +107,8 @@ class Quantization:
         stored = next(iter(tensors.values()))
         try:
             config = self.config.of(module)
+            if hasattr(config, "with_header"):
+                config = config.with_header(_header_entry(f"{module}.weight", tensors))
         except ValueError as error:
             raise ValueError(f"{self.source}: {module}: {error}") from None
         if config is None:
@@ -184,15 +212,33 @@ def _group(
     A module is quantized if it has any of them; but "weight" alone, the name that some
     formats give to their codes, is a dense weight.
     """
-    suffixes = sorted(format_.TENSORS, key=len, reverse=True)
+    longest_first = sorted(format_.TENSORS, key=len, reverse=True)
+    joints = getattr(format_, "JOINTS", ".")
     groups: dict[str, dict[str, Stored]] = {}
     for name, stored in tensors.items():
-        for suffix in suffixes:
-            module = name.removesuffix(f".{suffix}")
-            if module != name:
-                groups.setdefault(module, {})[suffix] = stored
+        for suffix in longest_first:
+            module = name.removesuffix(suffix)
+            if module != name and module[-1:] in joints and module[:-1]:
+                groups.setdefault(module[:-1], {})[suffix] = stored
                 break
     return {name: group for name, group in groups.items() if set(group) != {"weight"}}
+
+
+def _header_entry(
+    weight: str, tensors: Mapping[str, Stored]
+) -> Mapping[str, Any] | None:
+    """What the headers of a weight's files say about it, in their metadata."""
+    texts = {
+        stored.metadata[weight]: stored.file
+        for stored in tensors.values()
+        if weight in stored.metadata
+    }
+    if len(texts) > 1:
+        files = ", ".join(sorted(map(str, texts.values())))
+        raise ValueError(f"the headers of {files} say different things about {weight}.")
+    for text, file in texts.items():
+        return parse_object(text.encode(), f"{file}: metadata of {weight}")
+    return None
 
 
 def _quantization(
@@ -218,7 +264,9 @@ def _entry(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]
 ) -> tuple[Path, Mapping[str, Any] | None]:
     """Returns the JSON object that describes the quantization, if any, and its file."""
-    source, entry = directory / "config.json", config.get("quantization_config")
+    entry = config.get("quantization_config")
+    if entry is not None:
+        return directory / "config.json", entry
     packed = [
         stored
         for format_ in FORMATS.values()
@@ -226,17 +274,20 @@ def _entry(
         for stored in group.values()
         if stored.dtype.kind in "iu"  # a norm may have a "scale", too
     ]
-    if entry is not None or not packed:
-        return source, entry
-    # AutoGPTQ kept it here, at first without the name of the method.
-    source = directory / "quantize_config.json"
-    if not source.is_file():
-        stored = packed[0]
-        raise ValueError(
-            f"{stored.file}: {stored.name} is quantized, but config.json has no "
-            "quantization_config, and there is no quantize_config.json."
-        )
-    return source, {"quant_method": "gptq"} | read_object(source)
+    if not packed:
+        return directory / "config.json", None
+    for file, method in _BESIDE.items():
+        if (directory / file).is_file():
+            found = read_object(directory / file)
+            return directory / file, {"quant_method": method} | found
+    for method, mark in _MARKS:
+        groups = _group(tensors, FORMATS[method]).values()
+        if any(mark <= group.keys() for group in groups):
+            return packed[0].file, {"quant_method": method}
+    raise ValueError(
+        f"{packed[0].file}: {packed[0].name} is quantized, but config.json has no "
+        f"quantization_config, and there is none of {', '.join(_BESIDE)}."
+    )
 
 
 def _dense_faults(tensors: Mapping[str, Stored]) -> list[ValueError]:

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import mmap
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -42,6 +44,7 @@ class Stored:
       name: Its name there.
       shape: Its shape.
       dtype: Its dtype.
+      metadata: Texts in the header of the file, which all of its tensors share.
     """
 
     file: Path
@@ -49,6 +52,9 @@ class Stored:
     name: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    metadata: Mapping[str, str] = dataclasses.field(
+        default_factory=dict, repr=False, compare=False
+    )
 
     @property
     def nbytes(self) -> int:
@@ -58,13 +64,20 @@ class Stored:
     def read(self) -> np.ndarray:
         """Reads the tensor into memory of its own.
 
-        The pages of a memory map, which safetensors would give, stay resident once they
-        are touched.
+        The pages of a map of the file, which safetensors would give, stay resident once
+        they are touched. These are whole pages without a file: JAX on the CPU takes
+        them as they are, and what is let go is free at once, where `malloc` would keep
+        gaps between the tensors of a model.
         """
-        data = np.fromfile(self.file, np.uint8, self.nbytes, offset=self.offset)
-        if data.size != self.nbytes:
+        private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        pages = mmap.mmap(-1, max(self.nbytes, 1), flags=private)
+        data = np.frombuffer(pages, np.uint8, self.nbytes)
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            size = stream.readinto(data)
+        if size != self.nbytes:
             raise ValueError(
-                f"{self.file}: {self.name} has {data.size} of {self.nbytes} bytes; the "
+                f"{self.file}: {self.name} has {size} of {self.nbytes} bytes; the "
                 "file was cut while it was loaded."
             )
         return data.view(self.dtype).reshape(self.shape)
@@ -127,8 +140,13 @@ def _header(file: Path) -> dict[str, Stored]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = parse_object(stream.read(length), file)
-    header.pop("__metadata__", None)
-    return {name: _stored(file, 8 + length, name, header[name]) for name in header}
+    metadata = header.pop("__metadata__", None) or {}
+    return {
+        name: dataclasses.replace(
+            _stored(file, 8 + length, name, header[name]), metadata=metadata
+        )
+        for name in header
+    }
 
 
 def _stored(file: Path, begin: int, name: str, entry: object) -> Stored:

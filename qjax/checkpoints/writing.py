@@ -1,24 +1,23 @@
 """Named weights into a directory, in the format that is asked for."""
 
 import dataclasses
-import itertools
+import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Array
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
 
-from qjax.checkpoints import modules, progress
-from qjax.checkpoints.atomic import check_target, replacing
+from qjax.checkpoints import modules, placing, progress
+from qjax.checkpoints.atomic import check_target, replacing, resuming
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.dialects import DIALECTS, Dialect, centered
+from qjax.checkpoints.journal import Journal
 from qjax.checkpoints.shards import INDEX, SINGLE, Stored
 from qjax.tensor import QTensor
 
@@ -40,12 +39,12 @@ class Plan:
     Attributes:
       dialect: How matrices are written.
       config: For ``config.json``.
-      files: Names of the weights in each file, in their order.
+      files: What each file of weights holds, and where.
     """
 
     dialect: Dialect
     config: Mapping[str, Any]
-    files: Mapping[str, tuple[str, ...]]
+    files: Mapping[str, placing.File]
 
 
 def save(
@@ -61,7 +60,7 @@ def save(
 
     Nothing is requantized: codes, scales and zeros are those of the tensors, in the
     layout and under the names of the format. Beside the tensors at hand, memory holds
-    one shard. The directory is written under another name and then renamed: after a
+    one matrix. The directory is written under another name and then renamed: after a
     crash there is the old one or none.
 
     Args:
@@ -93,7 +92,8 @@ def save(
     target = check_target(path, overwrite=overwrite)
     plan = plan_files(target, tensors.items(), config, format, shard_bytes)
     with replacing(target, overwrite=overwrite) as fresh:
-        write_files(fresh, plan, tensors.items())
+        for _ in write_files(fresh, plan, tensors.__getitem__):
+            pass
 
 
 def convert(
@@ -110,6 +110,11 @@ def convert(
     is written, and to write it. Tokenizer, generation config and whatever else lies in
     the directory is copied; other weights and older descriptions of the quantization
     are not.
+
+    What is interrupted can be resumed: weights that are finished stay in
+    ``.NAME.partial`` beside ``target``, and the same call goes on after them, once
+    their checksums are right. If a file of ``source`` has another size or time of
+    change since, or anything else is asked for, it starts from the beginning.
 
     Args:
       source: The directory to read, in any format that `load` knows.
@@ -134,30 +139,54 @@ def convert(
     origin = Path(os.path.realpath(source))
     if origin != goal and (origin in goal.parents or goal in origin.parents):
         raise ValueError(f"{source} and {target} must not lie in one another.")
+    states = _states(origin)
     config = read_config(origin)
     parts = modules.open_parts(origin)
     total = sum(part.nbytes for part in parts.values())
     with progress.bar(total, "Checking weights") as advance:
-        # Of dense tensors the headers say all that counts.
-        read = _passing(parts, advance, dense=False)
-        plan = plan_files(goal, read, config, format, shard_bytes)
+        plan = plan_files(goal, _looked_at(parts, advance), config, format, shard_bytes)
+    job = _job(origin, states, plan)
     with (
-        replacing(goal, overwrite=overwrite) as fresh,
+        resuming(goal, job, overwrite=overwrite) as (fresh, journal),
         progress.bar(total, "Writing weights") as advance,
     ):
-        write_files(fresh, plan, _passing(parts, advance, dense=True))
-        for file in sorted(origin.iterdir()):
-            if file.is_file() and not _is_stale(file.name):
-                shutil.copyfile(file, fresh / file.name)
+        for name in write_files(fresh, plan, lambda name: parts[name].read(), journal):
+            advance(parts[name].nbytes)
+        for name in states:
+            if not _is_stale(name):
+                shutil.copyfile(origin / name, fresh / name)
+        if _states(origin) != states:
+            raise ValueError(f"{source} was changed while it was read; start again.")
 
 
-def _passing(
-    parts: Parts, advance: Callable[[int], None], *, dense: bool
+def _looked_at(
+    parts: Parts, advance: Callable[[int], None]
 ) -> Iterator[tuple[str, Any]]:
-    """Reads part after part, and shows it; without ``dense`` only the matrices."""
+    """Reads matrices; of dense tensors the headers say all that counts."""
     for name, part in parts.items():
-        yield name, part.read() if dense or isinstance(part, modules.Matrix) else part
+        yield name, part.read() if isinstance(part, modules.Matrix) else part
         advance(part.nbytes)
+
+
+def _job(source: Path, states: Mapping[str, Sequence[int]], plan: Plan) -> str:
+    """Says all that the files to be written depend on."""
+    job = {
+        "source": str(source),
+        "states": states,
+        "config": plan.config,
+        "headers": {name: file.header.hex() for name, file in plan.files.items()},
+    }
+    return hashlib.sha256(json.dumps(job, sort_keys=True).encode()).hexdigest()
+
+
+def _states(directory: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of change of the files in a directory, by which changes show."""
+    if not directory.is_dir():
+        return {}  # for `read_config` to refuse
+    statuses = {
+        file.name: file.stat() for file in directory.iterdir() if file.is_file()
+    }
+    return {name: (s.st_size, s.st_mtime_ns) for name, s in sorted(statuses.items())}
 
 
 def _is_stale(name: str) -> bool:
@@ -216,7 +245,13 @@ def plan_files(
         raise _refusal(format_, reasons, len(matrices | reasons))
     config = {**config, "quantization_config": dialect.describe(matrices, dense)}
     _check_readable(path, format_, config, stored)
-    return Plan(dialect=dialect, config=config, files=_deal(stored, shard_bytes))
+    files = {
+        file: placing.place(
+            path / file, {name: stored[name].values() for name in names}
+        )
+        for file, names in _deal(stored, shard_bytes).items()
+    }
+    return Plan(dialect=dialect, config=config, files=files)
 
 
 def _abstract(dialect: Dialect, qt: QTensor) -> tuple[QTensor, dict[str, Any]]:
@@ -323,30 +358,44 @@ def _deal(
     }
 
 
-def write_files(directory: Path, plan: Plan, weights: Named) -> None:
-    """Writes the files of a plan into an empty directory.
+def write_files(
+    directory: Path,
+    plan: Plan,
+    read: Callable[[str], Any],
+    journal: Journal | None = None,
+) -> Iterator[str]:
+    """Writes the files of a plan, weight by weight.
 
     Args:
-      directory: The directory.
+      directory: Empty, or what the same plan has left there.
       plan: What `plan_files` made of the same weights.
-      weights: Names with matrices or arrays, in the same order.
+      read: Gives the matrix or array of a name.
+      journal: The weights that are finished already, and where to add the others.
+
+    Yields:
+      The name of each weight that is in its place.
     """
     _write_json(directory / "config.json", plan.config)
-    remaining, weight_map, total = iter(weights), {}, 0
-    for file, names in plan.files.items():
-        held: dict[str, np.ndarray] = {}
-        for name, weight in itertools.islice(remaining, len(names)):
-            for key, array in _arrays(plan.dialect, name, weight):
-                held[key] = array
-        # Transformers asks for this entry.
-        try:
-            save_file(held, directory / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # such as a full disk
-            raise OSError(f"{directory / file} was not written: {error}") from None
-        weight_map |= dict.fromkeys(held, file)
-        total += sum(array.nbytes for array in held.values())
+    for file_name, file in plan.files.items():
+        with placing.opened(directory / file_name, file) as stream:
+            for name, places in file.parts.items():
+                mark = None if journal is None else journal.finished.get(name)
+                if mark is None or mark != placing.checksum(stream, places):
+                    arrays = dict(_arrays(plan.dialect, name, read(name)))
+                    mark = placing.fill(stream, places, arrays)
+                    if journal is not None:
+                        journal.add(name, mark)
+                yield name
     if len(plan.files) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        tensors = [
+            one
+            for file in plan.files.values()
+            for part in file.parts.values()
+            for one in part
+        ]
+        size = sum(one.nbytes for one in tensors)
+        weight_map = {one.name: one.file.name for one in tensors}
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         _write_json(directory / INDEX, index)
 
 

@@ -2,8 +2,10 @@
 
 A format module has a `Layout` or two, and for checkpoints
 
-* ``TENSORS``: the upstream's tensor names below a module's path,
+* ``TENSORS``: the upstream's tensor names below a module's path, and ``JOINTS`` if
+  other characters than a dot may join them to it,
 * ``Config.from_json(entry)``, and ``config.of(module)``: None where it stays dense,
+* if the header of the file says more about a weight, ``config.with_header(entry)``,
 * ``check(tensors, config)``: names, dtypes and shapes, without reading any value,
 * ``from_tensors(tensors, config)`` and ``to_tensors(qt, ...)``.
 """
@@ -22,6 +24,7 @@ from qjax.formats import (
     hqq,
     mbwq,
     mpq,
+    mxfp4,
     quanto,
     tinygemm,
     torchao,
@@ -39,12 +42,13 @@ __all__ = [
     "hqq",
     "mbwq",
     "mpq",
+    "mxfp4",
     "quanto",
     "tinygemm",
     "torchao",
 ]
 
-# By the ``quant_method`` of a checkpoint's quantization_config.
+# By the ``quant_method`` of a checkpoint's quantization_config, or qjax's name for it.
 FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
     {
         "gptq": gptq,
@@ -54,5 +58,8 @@ FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
         "bitsandbytes": bnb,
         "compressed-tensors": compressed_tensors,
         "torchao": torchao,
+        "mbwq": mbwq,
+        "mpq": mpq,
+        "mxfp4": mxfp4,
     }
 )

@@ -33,9 +33,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int32, Integer, UInt8, UInt32
 
-from qjax import decode, tensor
+from qjax import tensor
+from qjax.bits import pack_fields, transpose, unpack_fields
 from qjax.formats import awq_v2
-from qjax.formats.awq_v2 import FLOATS, finite, four_bits, refusal, zeros_width
+from qjax.formats.awq_v2 import four_bits, zeros_width
+from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words, refusal
 from qjax.tensor import Affine, Layout, QTensor, Segment
 
 
@@ -48,6 +50,7 @@ class Gemm(Layout):
     ) -> UInt32[Array, "k words"]:
         """Packs ``[k, n]`` codes; n must be a multiple of 8."""
         four_bits(bits)
+        check_codes(codes)
         return _pack(codes, reorder=True)
 
     def unpack(
@@ -55,6 +58,7 @@ class Gemm(Layout):
     ) -> UInt8[Array, "k n"]:
         """Unpacks ``[k, n / 8]`` words, int32 or uint32."""
         four_bits(bits)
+        check_words(words, 2, jnp.int32, jnp.uint32)
         return _unpack(words, reorder=True)
 
     def extents(self, shape: tuple[int, ...], bits: int = 4) -> tuple[int, int]:
@@ -72,14 +76,16 @@ class Gemv(Layout):
     ) -> UInt32[Array, "n words"]:
         """Packs ``[k, n]`` codes; k must be a multiple of 8."""
         four_bits(bits)
-        return _pack(codes.T, reorder=False)
+        check_codes(codes)
+        return transpose(pack_fields(codes, bits, axis=0), (1, 0))
 
     def unpack(
         self, words: Integer[Array, "n words"], bits: int = 4
     ) -> UInt8[Array, "k n"]:
         """Unpacks ``[n, k / 8]`` words, int32 or uint32."""
         four_bits(bits)
-        return _unpack(words, reorder=False).T
+        check_words(words, 2, jnp.int32, jnp.uint32)
+        return unpack_fields(transpose(words, (1, 0)), bits, axis=0)
 
     def extents(self, shape: tuple[int, ...], bits: int = 4) -> tuple[int, int]:
         """Returns ``(k, n)`` of ``[n, k / 8]``."""
@@ -319,7 +325,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
       scaled float zeros. The groups that pad GEMV files are left out.
 
     Raises:
-      ValueError: As `check`; or if a scale is not finite.
+      ValueError: As `check` and `awq_v2.check_padding`; or if a scale is not finite.
 
     Example:
       >>> import qjax
@@ -340,7 +346,9 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         k = 8 * words.shape[1]
         groups = k // (config.group_size or k)
         scale, zero = (p[:, :groups].T for p in (scale, zero))
-    finite("scales", scale)
+    check_finite({"scales": scale})
+    if version == "gemv":
+        awq_v2.check_padding(tensors["scales"].T, scale.shape[0])
     return tensor.build(
         (lax.bitcast_convert_type(words, jnp.uint32),),
         scale,
@@ -380,13 +388,12 @@ def to_tensors(qt: QTensor, version: Version = "gemm") -> dict[str, Array]:
     scale, zero = tensor.plain(qt.scale), tensor.plain(qt.zero)
     if zero is None:
         zero = jnp.full(scale.shape, 8, jnp.uint8)
-    q, reorder = decode.codes(qt), version == "gemm"
+    layout, reorder = (Gemm(), True) if version == "gemm" else (Gemv(), False)
     if version == "gemv":
         padding = 8 * zeros_width(qt.k, qt.segments[0].group_size) - scale.shape[0]
         scale, zero = (jnp.pad(p.T, ((0, 0), (0, padding))) for p in (scale, zero))
-        q = q.T
     return {
-        "qweight": pack(q, reorder),
+        "qweight": lax.bitcast_convert_type(layout.pack(tensor.codes(qt)), jnp.int32),
         "qzeros": pack(zero, reorder),
         "scales": scale,
     }

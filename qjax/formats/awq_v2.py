@@ -30,10 +30,10 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int16, Integer, UInt8, UInt16
 
-from qjax import decode, tensor
-from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
-
-FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
+from qjax import tensor
+from qjax.bits import transpose
+from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words, refusal
+from qjax.tensor import Affine, Layout, QTensor, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +45,7 @@ class Interleaved(Layout):
     ) -> UInt16[Array, "rows k"]:
         """Packs ``[k, n]`` codes; bits above the fourth are cut off."""
         four_bits(bits)
+        check_codes(codes)
         return _pack(codes)
 
     def unpack(
@@ -52,6 +53,7 @@ class Interleaved(Layout):
     ) -> UInt8[Array, "k n"]:
         """Unpacks ``[n / 4, k]`` words, int16 or uint16."""
         four_bits(bits)
+        check_words(words, 2, jnp.int16, jnp.uint16)
         return _unpack(words)
 
     def extents(self, shape: tuple[int, ...], bits: int = 4) -> tuple[int, int]:
@@ -73,6 +75,26 @@ def four_bits(bits: int) -> None:
 @jax.jit
 def _pack(codes: Array) -> Array:
     k, n = codes.shape
+    fields = _fields(codes, k, n).astype(jnp.uint32).reshape(k // 32, 4, 4, 2, n)
+    # Words side by side move together. The fields do not overlap: their sum is both.
+    pairs = (fields << _pair_shifts()).sum((1, 3), dtype=jnp.uint32)
+    pairs = transpose(pairs.reshape(k // 64, 8, n // 4, 4), (2, 0, 3, 1))[..., None]
+    words = pairs >> (16 * lax.broadcasted_iota(jnp.uint32, (1, 1, 1, 1, 2), 4))
+    return words.astype(jnp.uint16).reshape(n // 4, k)
+
+
+@jax.jit
+def _pack_rows(codes: Array) -> Array:
+    """`_pack` of the transpose: nothing moves far."""
+    n, k = codes.shape
+    fields = _fields(codes, k, n).astype(jnp.uint16)
+    fields = fields.reshape(n // 4, 4, k // 64, 2, 4, 8)
+    words = (fields << _row_shifts()).sum(4, dtype=jnp.uint16)
+    return words.transpose(0, 2, 1, 3, 4).reshape(n // 4, k)
+
+
+def _fields(codes: Array, k: int, n: int) -> Array:
+    """Cuts the codes to four bits, if their dtype and extents are sound."""
     if not jnp.issubdtype(codes.dtype, jnp.integer):
         raise ValueError(f"codes.dtype={codes.dtype} must be an integer dtype.")
     if k % 64 or n % 4:
@@ -80,15 +102,29 @@ def _pack(codes: Array) -> Array:
             f"codes of k={k} and n={n} must have k a multiple of 64 and n of 4; pad "
             "them, or keep another layout."
         )
-    fields = (codes & jnp.array(15, codes.dtype)).astype(jnp.uint16)
-    fields = fields.reshape(k // 64, 2, 4, 8, n // 4, 4)
-    # The fields do not overlap: their sum is the word.
-    words = (fields << _shifts(fields.ndim, axis=2)).sum(2, dtype=jnp.uint16)
-    return words.transpose(3, 0, 4, 1, 2).reshape(n // 4, k)
+    return codes & jnp.array(15, codes.dtype)
 
 
 @jax.jit
 def _unpack(words: Array) -> Array:
+    rows, k = _check_words(words)
+    pairs = lax.bitcast_convert_type(words.reshape(rows, k // 64, 4, 8, 2), jnp.uint32)
+    pairs = transpose(pairs, (1, 3, 0, 2)).reshape(k // 32, 1, 4, 1, 4 * rows)
+    fields = (pairs >> _pair_shifts()) & jnp.uint32(15)
+    return fields.astype(jnp.uint8).reshape(k, 4 * rows)
+
+
+@jax.jit
+def _unpack_rows(words: Array) -> Array:
+    """The transpose of `_unpack`."""
+    rows, k = _check_words(words)
+    logical = lax.bitcast_convert_type(words, jnp.uint16)
+    blocks = logical.reshape(rows, k // 64, 4, 2, 1, 8).transpose(0, 2, 1, 3, 4, 5)
+    fields = (blocks >> _row_shifts()) & jnp.uint16(15)
+    return fields.astype(jnp.uint8).reshape(4 * rows, k)
+
+
+def _check_words(words: Array) -> tuple[int, int]:
     if words.dtype not in (jnp.int16, jnp.uint16):
         raise ValueError(f"words.dtype={words.dtype} must be int16 or uint16.")
     rows, k = words.shape
@@ -96,17 +132,19 @@ def _unpack(words: Array) -> Array:
         raise ValueError(
             f"words.shape={words.shape} must be [n / 4, k] with k a multiple of 64."
         )
-    logical = lax.bitcast_convert_type(words, jnp.uint16)
-    blocks = logical.reshape(rows, k // 64, 4, 2, 1, 8).transpose(1, 3, 4, 5, 0, 2)
-    fields = (blocks >> _shifts(blocks.ndim, axis=2)) & jnp.uint16(15)
-    return fields.astype(jnp.uint8).reshape(k, 4 * rows)
+    return rows, k
 
 
-def _shifts(axes: int, axis: int) -> Array:
-    """0, 4, 8 and 12 along one of so many axes."""
-    shape = [1] * axes
-    shape[axis] = 4
-    return 4 * lax.broadcasted_iota(jnp.uint16, shape, axis)
+def _pair_shifts() -> Array:
+    """Where the codes of two words side by side lie, ``[1, 4, 1, 2, 1]``."""
+    shape = (1, 4, 1, 2, 1)
+    field, word = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (1, 3))
+    return 4 * field + 16 * word
+
+
+def _row_shifts() -> Array:
+    """Where the codes of a word lie, ``[1, 1, 1, 1, 4, 1]``."""
+    return 4 * lax.broadcasted_iota(jnp.uint16, (1, 1, 1, 1, 4, 1), 4)
 
 
 def pack_v2(unpacked: Integer[Array, "n k"]) -> Int16[Array, "rows k"]:
@@ -129,7 +167,7 @@ def pack_v2(unpacked: Integer[Array, "n k"]) -> Int16[Array, "rows k"]:
       >>> hex(words[0]), int(words[16])
       ('0x70', 5)
     """
-    return lax.bitcast_convert_type(_pack(unpacked.T), jnp.int16)
+    return lax.bitcast_convert_type(_pack_rows(unpacked), jnp.int16)
 
 
 def unpack_v2(packed: Integer[Array, "rows k"]) -> UInt8[Array, "n k"]:
@@ -144,7 +182,7 @@ def unpack_v2(packed: Integer[Array, "rows k"]) -> UInt8[Array, "n k"]:
     Raises:
       ValueError: If k is no multiple of 64, or for other dtypes.
     """
-    return _unpack(packed).T
+    return _unpack_rows(packed)
 
 
 @jax.jit
@@ -236,6 +274,24 @@ def check(tensors: Mapping[str, Any], group_size: int | None) -> None:
             )
 
 
+def check_padding(scale: Array | np.ndarray, groups: int) -> None:
+    """Checks that the scales of GEMV files end where they should.
+
+    Args:
+      scale: Concrete ``[groups and padding, n]``.
+      groups: Groups that the configuration says there are.
+
+    Raises:
+      ValueError: If a scale of the padding is not 0, as upstream writes it: then the
+        tensors were packed with smaller groups.
+    """
+    if np.asarray(scale)[groups:].any():
+        raise ValueError(
+            f"scales must be 0 beyond the {groups} groups that group_size gives; the "
+            "tensors were packed with smaller groups."
+        )
+
+
 def from_tensors(tensors: Mapping[str, Any], group_size: int | None) -> QTensor:
     """Reads one GEMVFast matrix; `qjax.formats.awq` calls it for checkpoints.
 
@@ -248,25 +304,15 @@ def from_tensors(tensors: Mapping[str, Any], group_size: int | None) -> QTensor:
       kernels do. The rows of zeros that pad the scales are left out.
 
     Raises:
-      ValueError: As `check`; or if a scale or zero is not finite.
+      ValueError: As `check` and `check_padding`; or if a scale or zero is not finite.
     """
     check(tensors, group_size)
     name = "scaled_zeros" if "scaled_zeros" in tensors else "qzeros"
     groups = tensors["qweight"].shape[1] // (group_size or tensors["qweight"].shape[1])
     scale, zero = (tensors[key][:groups] for key in ("scales", name))
-    for key, array in (("scales", scale), (name, zero)):
-        finite(key, array)
+    check_finite({"scales": scale, name: zero})
+    check_padding(tensors["scales"], groups)
     return _build(tensors["qweight"], scale, zero, group_size, rounding=1)
-
-
-def finite(name: str, array: Any) -> None:
-    """Refuses NaN and infinities in a concrete array.
-
-    Raises:
-      ValueError: Naming the tensor.
-    """
-    if not np.isfinite(np.asarray(array).astype(np.float32)).all():
-        raise ValueError(f"{name} must be finite; found NaN or infinity.")
 
 
 def _build(
@@ -361,35 +407,7 @@ def _parts(qt: QTensor) -> tuple[Array, Array, Array]:
         )
     if reason:
         raise ValueError(f"AWQ v2 cannot hold {qt!r}: {reason}.")
-    words = lax.bitcast_convert_type(_pack(decode.codes(qt)), jnp.int16)
+    words = lax.bitcast_convert_type(_pack(tensor.codes(qt)), jnp.int16)
     zero = tensor.plain(qt.zero)
     assert zero is not None  # build() has seen to it
     return words, tensor.plain(qt.scale), zero
-
-
-def refusal(qt: QTensor, widths: tuple[int, ...]) -> str | None:
-    """Why a format of plain groups along k cannot hold a tensor, None if it can.
-
-    Args:
-      qt: Any tensor.
-      widths: The widths of codes that the format has.
-
-    Returns:
-      The reason, for an error message.
-    """
-    if qt.batch:
-        return f"it stacks {qt.batch} matrices; write them one by one"
-    if len(qt.segments) != 1:
-        return "its rows have several widths; EXL2 holds those"
-    (segment,) = qt.segments
-    if qt.grouping is not Grouping.ROWS or qt.input_scale is not None:
-        return f"it has {qt.grouping.value} groups or an input scale"
-    if qt.row_group is not None or qt.order is not None:
-        return "its groups are not runs of inputs (act-order); GPTQ holds those"
-    if segment.bits not in widths:
-        return f"{segment.bits} bits are not among {widths}"
-    if qt.k % (segment.group_size or qt.k):
-        return f"group_size={segment.group_size} does not divide k={qt.k}"
-    if any(p.shape[-1] != qt.n for p in (qt.scale, qt.zero) if p is not None):
-        return "columns share scales or zeros"
-    return None

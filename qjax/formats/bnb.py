@@ -13,17 +13,18 @@ had. Double quantization stores absmax itself as codes of an 8-bit table in bloc
 256, ``nested_quant_map[absmax] * nested_absmax[block] + nested_offset``, where the
 product and the sum are rounded to float32.
 
+How the codes of a weight are found is in `qjax.formats.bnb_blockwise`.
+
 Source: bitsandbytes-foundation/bitsandbytes, bitsandbytes/functional.py and
 bitsandbytes/backends/default/ops.py, release 0.50.2.
 """
 
 import dataclasses
 import functools
-import json
 import math
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,20 +32,22 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Integer, UInt8
 
 from qjax import decode, tensor
+from qjax.formats.bnb_blockwise import TABLES, QuantType, quantize_blockwise
+from qjax.formats.bnb_config import BLOCKSIZES, PREFIX, Config, State
+from qjax.formats.checks import (
+    FLOATS,
+    Expected,
+    check_codes,
+    check_finite,
+    check_shapes,
+    check_tensors,
+    check_words,
+)
 from qjax.tensor import Affine, Encoded, Grouping, Layout, QTensor, Segment
 
-QuantType = Literal["nf4", "fp4"]
-_NF4_BITS = (
-    *(0xBF800000, 0xBF3239B1, 0xBF066B30, 0xBECA32A0, 0xBE91A24D, 0xBE3D353F),
-    *(0xBDBA7871, 0x00000000, 0x3DA2FAFF, 0x3E24CAE3, 0x3E7C04DD, 0x3EAD033A),
-    *(0x3EE1A4B8, 0x3F1007AB, 0x3F3913B3, 0x3F800000),
-)
-_FP4 = np.array([0, 0.0625, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
-# Code 8 of FP4 is minus zero, which the original's table gives as zero.
-TABLES: Mapping[str, np.ndarray] = {
-    "nf4": np.array(_NF4_BITS, np.uint32).view(np.float32),
-    "fp4": np.concatenate([_FP4, np.float32(0) - _FP4]),
-}
+__all__ = ["TABLES", "TENSORS", "Absmax", "Config", "Flat", "Nested", "check"]
+__all__ += ["from_tensors", "pack_nibbles", "quantize_4bit", "to_tensors"]
+__all__ += ["unpack_nibbles"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +63,14 @@ class Flat(Layout):
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt8[Array, "m 1"]:
         """Packs ``[k, n]`` codes; an odd number of them is filled up with a 0."""
         _four(bits)
+        check_codes(codes)
         if codes.shape[0] != self.k:
             raise ValueError(f"codes.shape={codes.shape} must be [k={self.k}, n].")
         return pack_nibbles(codes.T.reshape(-1))[:, None]
 
     def unpack(self, words: UInt8[Array, "m 1"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks ``[m, 1]`` words."""
+        check_words(words, 2, jnp.uint8)
         k, n = self.extents(words.shape, bits)
         return unpack_nibbles(words[:, 0])[: k * n].reshape(n, k).T
 
@@ -79,7 +84,9 @@ class Flat(Layout):
 
 def _four(bits: int) -> None:
     if bits != 4:
-        raise ValueError(f"bits={bits!r} must be 4 in pairs of codes.")
+        raise ValueError(
+            f"bits={bits!r} must be 4 in pairs of codes; gptq.Stream() holds 1 to 8."
+        )
 
 
 @jax.jit
@@ -178,125 +185,13 @@ class Absmax(Encoded):
 def _decode(codes: Array, nested: Nested, blocksize: int) -> Array:
     flat = codes.T.reshape(-1)
     product = nested.table[flat] * jnp.repeat(nested.absmax, blocksize)[: flat.size]
-    # A compiler may join the product and the sum into one operation with one rounding,
-    # across an optimization barrier too. The maximum, which changes no finite number,
-    # stands between them.
-    rounded = jnp.maximum(product, jnp.finfo(jnp.float32).min)
-    return (rounded + nested.offset).reshape(codes.shape[::-1]).T
+    scales = decode.rounded(product, jnp.float32) + nested.offset
+    return scales.reshape(codes.shape[::-1]).T
 
 
-_QUANT_STATE = "weight.quant_state.bitsandbytes__"
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 TENSORS = ("weight", "weight.absmax", "weight.quant_map", *_NESTED)
-TENSORS += tuple(_QUANT_STATE + name for name in TABLES)
-_FLOATS = ("float16", "bfloat16", "float32")
-_BLOCKSIZES = tuple(2**i for i in range(5, 13))
-_LARGEST = float(np.finfo(np.float32).max)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What a bitsandbytes ``quantization_config`` says about one module.
-
-    Block sizes, double quantization, dtypes and the storage are in the tensors.
-
-    Attributes:
-      quant_type: "nf4" or "fp4".
-      skip_modules: Paths, or parts of them such as "lm_head", that stay dense.
-    """
-
-    quant_type: QuantType = "fp4"
-    skip_modules: tuple[str, ...] = ()
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
-        """Reads the ``quantization_config`` of config.json.
-
-        Args:
-          entry: The parsed JSON object.
-
-        Returns:
-          The configuration of modules that are not skipped.
-
-        Raises:
-          ValueError: If it is not 4-bit, or a field has a wrong type or value.
-        """
-        for name in ("load_in_8bit", "_load_in_8bit"):
-            if entry.get(name):
-                raise ValueError(
-                    f"{name}=true (LLM.int8) is not read; only load_in_4bit is."
-                )
-        if entry.get("load_in_4bit", entry.get("_load_in_4bit")) is not True:
-            raise ValueError("load_in_4bit must be true; only 4-bit weights are read.")
-        quant_type = entry.get("bnb_4bit_quant_type", "fp4")
-        if not isinstance(quant_type, str) or quant_type not in TABLES:
-            raise ValueError(
-                f"bnb_4bit_quant_type={quant_type!r} must be one of {list(TABLES)}."
-            )
-        skip = entry.get("llm_int8_skip_modules") or []
-        if not isinstance(skip, list) or not all(isinstance(m, str) for m in skip):
-            raise ValueError(
-                f"llm_int8_skip_modules={skip!r} must be a list of strings."
-            )
-        return cls(
-            quant_type=typing.cast(QuantType, quant_type), skip_modules=tuple(skip)
-        )
-
-    def of(self, module: str) -> "Config | None":
-        """Returns the configuration of one module, or None where it is left dense.
-
-        Args:
-          module: The module's path, such as "model.layers.0.mlp.up_proj".
-        """
-        path = f".{module}."
-        return None if any(f".{m}." in path for m in self.skip_modules) else self
-
-
-class _State(typing.NamedTuple):
-    """The JSON object of a file's quantization state, in the order of its keys."""
-
-    quant_type: QuantType
-    blocksize: int
-    dtype: str
-    shape: list[int]
-    nested_blocksize: int | None = None
-    nested_dtype: str | None = None
-    nested_offset: float | None = None
-
-    @classmethod
-    def parse(cls, blob: np.ndarray, config: Config, *, nested: bool) -> "_State":
-        """Reads and checks the bytes of the object."""
-        name = _QUANT_STATE + config.quant_type
-        try:
-            entry = json.loads(blob.tobytes().decode())
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{name} is not valid JSON: {error}.") from None
-        keys = cls._fields if nested else cls._fields[:4]
-        if not isinstance(entry, dict) or set(entry) != set(keys):
-            raise ValueError(f"{name}={entry!r} must be an object with keys {keys}.")
-        state = cls(**entry)
-        sizes, offset = state.shape, state.nested_offset
-        checks = {
-            "quant_type": state.quant_type == config.quant_type,
-            "blocksize": _is_blocksize(state.blocksize),
-            "dtype": state.dtype in _FLOATS,
-            "shape": isinstance(sizes, list)
-            and len(sizes) == 2
-            and all(type(size) is int and size > 0 for size in sizes),
-        }
-        if nested:
-            checks["nested_blocksize"] = _is_blocksize(state.nested_blocksize)
-            checks["nested_dtype"] = state.nested_dtype == "float32"
-            number = isinstance(offset, int | float) and abs(offset) <= _LARGEST
-            checks["nested_offset"] = number
-        for field, sound in checks.items():
-            if not sound:
-                raise ValueError(f"{name}: {field}={entry[field]!r} is not supported.")
-        return state
-
-
-def _is_blocksize(size: Any) -> bool:
-    return type(size) is int and size in _BLOCKSIZES
+TENSORS += tuple(PREFIX + name for name in TABLES)
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:
@@ -315,33 +210,18 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
       ValueError: Naming the tensor, what it has and what it should have.
     """
     nested = any(name in tensors for name in _NESTED)
-    state = _QUANT_STATE + config.quant_type
-    wanted = {
-        "weight": (("uint8", *_FLOATS), (None, 1)),
-        "weight.absmax": (("uint8" if nested else "float32",), (None,)),
-        "weight.quant_map": (("float32",), (16,)),
-        state: (("uint8",), (None,)),
+    expected = {
+        "weight": Expected((jnp.uint8, *FLOATS), 2),
+        "weight.absmax": Expected((jnp.uint8 if nested else jnp.float32,), 1),
+        "weight.quant_map": Expected((jnp.float32,), 1),
+        PREFIX + config.quant_type: Expected((jnp.uint8,), 1),
     }
     if nested:
-        wanted["weight.nested_absmax"] = (("float32",), (None,))
-        wanted["weight.nested_quant_map"] = (("float32",), (256,))
-    for name in tensors:
-        if name not in wanted:
-            raise ValueError(
-                f"{name} is not a tensor of {config.quant_type}; expected "
-                f"{list(wanted)}."
-            )
-    for name, (dtypes, shape) in wanted.items():
-        if name not in tensors:
-            raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
-        found, dtype = tuple(tensors[name].shape), jnp.dtype(tensors[name].dtype).name
-        if dtype not in dtypes:
-            raise ValueError(f"{name}.dtype={dtype} must be {' or '.join(dtypes)}.")
-        if len(found) != len(shape) or any(
-            b not in (None, a) or not a for a, b in zip(found, shape, strict=True)
-        ):
-            sizes = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ValueError(f"{name}.shape={found} must be [{sizes}], not empty.")
+        expected |= dict.fromkeys(_NESTED, Expected((jnp.float32,), 1))
+    check_tensors(tensors, expected, f"bitsandbytes' {config.quant_type}")
+    rows, shapes = tensors["weight"].shape[0], {_NESTED[1]: (256,)}
+    shapes |= {"weight": (rows, 1), "weight.quant_map": (16,)}
+    check_shapes(tensors, shapes, "codes in a column and tables of 4 and 8 bits")
 
 
 def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
@@ -362,12 +242,10 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     """
     check(tensors, config)
     held = {name: np.asarray(array) for name, array in tensors.items()}
-    blob = held.pop(_QUANT_STATE + config.quant_type)
-    state = _State.parse(blob, config, nested=_NESTED[0] in held)
+    blob = held.pop(PREFIX + config.quant_type)
+    state = State.parse(blob, config.quant_type, nested=_NESTED[0] in held)
     _check_sizes(held, state)
-    for name, array in held.items():
-        if name != "weight" and not np.isfinite(array).all():
-            raise ValueError(f"{name} must be finite; found NaN or infinity.")
+    check_finite(held, [name for name in held if name != "weight"])
     (n, k), layout = state.shape, Flat(state.shape[1])
     weight, absmax = held["weight"], held["weight.absmax"]
     rows, nested = k % state.blocksize == 0, None
@@ -386,7 +264,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     return _build(words, scale, held["weight.quant_map"], layout, state)
 
 
-def _check_sizes(held: Mapping[str, np.ndarray], state: _State) -> None:
+def _check_sizes(held: Mapping[str, np.ndarray], state: State) -> None:
     """Checks the sizes that only the quantization state tells."""
     elements = math.prod(state.shape)
     blocks = -(-elements // state.blocksize)
@@ -404,7 +282,7 @@ def _check_sizes(held: Mapping[str, np.ndarray], state: _State) -> None:
 
 
 def _build(
-    words: Any, scale: Absmax, table: Any, layout: Flat, state: _State
+    words: Any, scale: Absmax, table: Any, layout: Flat, state: State
 ) -> QTensor:
     words, (n, k) = jnp.asarray(words), state.shape
     return tensor.build(
@@ -453,19 +331,18 @@ def to_tensors(
         raise ValueError(
             f"storage={stored}: {words.size} bytes are not whole numbers; write uint8."
         )
-    state = {"quant_type": scale.quant_type, "blocksize": size}
-    state |= {"dtype": jnp.dtype(dtype or qt.dtype).name, "shape": [qt.n, qt.k]}
+    weight_dtype = jnp.dtype(dtype or qt.dtype).name
+    state = State(scale.quant_type, size, weight_dtype, [qt.n, qt.k])
     tensors: dict[str, Array | np.ndarray] = {
         "weight": words.reshape(-1).view(stored)[:, None],
         "weight.absmax": scale.absmax.T.reshape(-1),
         "weight.quant_map": codebook,
     }
     if scale.nested is not None:
-        state |= {"nested_blocksize": scale.nested_blocksize, "nested_dtype": "float32"}
-        state["nested_offset"] = float(scale.nested.offset)
+        offset = float(scale.nested.offset)
+        state = State(*state[:4], scale.nested_blocksize, "float32", offset)
         tensors |= zip(_NESTED, scale.nested[:2], strict=True)
-    blob = np.frombuffer(json.dumps(state).encode(), np.uint8)
-    tensors[_QUANT_STATE + scale.quant_type] = blob
+    tensors[PREFIX + scale.quant_type] = state.to_blob()
     return tensors
 
 
@@ -499,9 +376,9 @@ def _holdable(qt: QTensor) -> int:
         reason = "its groups are strided; HQQ holds those"
     elif rows and (qt.k % size or qt.scale.shape[-1] != qt.n):
         reason = f"blocks of {size} cross columns, or columns share scales"
-    elif size not in _BLOCKSIZES:
-        reason = f"a group size of {size} is not among {_BLOCKSIZES}"
-    elif qt.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32):
+    elif size not in BLOCKSIZES:
+        reason = f"a group size of {size} is not among {BLOCKSIZES}"
+    elif qt.dtype not in FLOATS:
         reason = f"{qt.dtype} scales"
     if reason:
         raise ValueError(f"bitsandbytes cannot hold {qt!r}: {reason}.")
@@ -531,15 +408,15 @@ def quantize_4bit(
       >>> quantize_4bit(jnp.eye(64), blocksize=32)
       QTensor(64x64, 4 bits, group 32, Flat(k=64), codebook[q] * s, float32 scale, ...)
     """
-    if w.ndim != 2 or w.dtype.name not in _FLOATS or not w.size:
+    if w.ndim != 2 or w.dtype not in FLOATS or not w.size:
         raise ValueError(
             "w must be float16, bfloat16 or float32 [k, n], not empty; got "
             f"{w.dtype}{w.shape}."
         )
     if quant_type not in TABLES:
         raise ValueError(f"quant_type={quant_type!r} must be one of {list(TABLES)}.")
-    if blocksize not in _BLOCKSIZES:
-        raise ValueError(f"blocksize={blocksize} must be one of {_BLOCKSIZES}.")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize={blocksize} must be one of {BLOCKSIZES}.")
     (k, n), table = w.shape, jnp.asarray(TABLES[quant_type])
     codes, absmax = quantize_blockwise(w.T, table, blocksize)
     absmax = absmax[:, None] if k % blocksize else absmax.reshape(n, -1).T
@@ -547,91 +424,6 @@ def quantize_4bit(
     words = layout.pack(codes.T, 4)
     if k * n % 2:  # filled up with the code of zero
         words = words.at[-1].add(jnp.abs(table).argmin().astype(jnp.uint8))
-    state = _State(quant_type, blocksize, w.dtype.name, [n, k])
+    state = State(quant_type, blocksize, w.dtype.name, [n, k])
     scale = Absmax(absmax=absmax, quant_type=quant_type, weight_dtype=state.dtype)
     return _build(words, scale, table, layout, state)
-
-
-@functools.partial(jax.jit, static_argnames="blocksize")
-def quantize_blockwise(
-    a: Float[Array, "*shape"], code: Float[Array, " entries"], blocksize: int = 4096
-) -> tuple[UInt8[Array, "*shape"], Float[Array, " blocks"]]:
-    """Quantizes blocks of a flattened array to the nearest entries of a table.
-
-    Four-bit codes are those of the original on a CPU; with 256 entries its native CPU
-    kernel now and then takes the neighbour of the nearest entry.
-
-    Args:
-      a: Any float array.
-      code: At most 256 entries from -1 to 1, in any order, such as `dynamic_map`.
-      blocksize: Elements that share a scale; the last block may be short.
-
-    Returns:
-      Codes, and the largest magnitude of every block in float32. A value midway between
-      two entries takes the lower one.
-    """
-    flat = a.astype(jnp.float32).reshape(-1)
-    short = flat.size % blocksize
-    blocks = jnp.pad(flat, (0, -flat.size % blocksize)).reshape(-1, blocksize)
-    absmax = jnp.abs(blocks).max(1)
-    # The original multiplies by the reciprocal, but divides the last block if short.
-    divisor = jnp.maximum(absmax, jnp.finfo(jnp.float32).tiny)[:, None]
-    scaled = blocks * (1 / divisor)
-    if short:
-        scaled = scaled.at[-1].set(blocks[-1] / divisor[-1])
-    order = jnp.argsort(code)
-    entries = code[order]
-    middles = (entries[:-1] + entries[1:]) / 2
-    # A table's two zeros count as one entry, the first.
-    rank = jnp.searchsorted(middles, jnp.clip(scaled, -1, 1), side="left")
-    codes = order.astype(jnp.uint8)[rank]
-    return codes.reshape(-1)[: flat.size].reshape(a.shape), absmax
-
-
-@functools.partial(jax.jit, static_argnames="blocksize")
-def dequantize_blockwise(
-    codes: UInt8[Array, "*shape"],
-    absmax: Float[Array, " blocks"],
-    code: Float[Array, " entries"],
-    blocksize: int = 4096,
-) -> Float[Array, "*shape"]:
-    """Inverse of `quantize_blockwise`: ``code[codes] * absmax`` in float32.
-
-    Args:
-      codes: uint8 codes of any shape.
-      absmax: Scale of every block of the flattened codes.
-      code: The table.
-      blocksize: Elements that share a scale.
-
-    Returns:
-      float32 values in the shape of ``codes``.
-    """
-    scale = jnp.repeat(absmax, blocksize)[: codes.size].reshape(codes.shape)
-    return code[codes] * scale
-
-
-def dynamic_map() -> np.ndarray:
-    """The signed 8-bit table of the original, for `quantize_blockwise`.
-
-    Besides 0 and 1 it has, for each of seven decades, ``2**i`` magnitudes evenly spaced
-    in a tenth to one of ``10**(i - 6)``, with both signs.
-
-    Returns:
-      float32 ``[256]``, ascending.
-
-    Example:
-      >>> dynamic_map()[[0, 127, 255]].tolist()
-      [-0.992968738079071, 0.0, 1.0]
-    """
-    entries = [np.array([0, 1], np.float32)]
-    for decade in range(7):
-        # Edges lie whole steps from the nearer end, each rounded to float32 once.
-        steps, start = 2**decade, np.float64(np.float32(0.1))
-        step = np.float64((np.float32(1) - np.float32(0.1)) / np.float32(steps))
-        i = np.arange(steps + 1)
-        upper = 1 - step * (steps - i)
-        edges = np.where(2 * i < steps, start + step * i, upper).astype(np.float32)
-        middles = (edges[:-1] + edges[1:]) / np.float32(2)
-        middles *= np.float32(10.0 ** (decade - 6))
-        entries += [middles, -middles]
-    return np.sort(np.concatenate(entries))

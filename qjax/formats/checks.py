@@ -1,11 +1,16 @@
-"""Names, dtypes and shapes of a module's tensors against what a format expects."""
+"""What formats check alike: a file's tensors and configuration, and what to write."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import DTypeLike
+from jaxtyping import Array, DTypeLike
+
+from qjax.tensor import Affine, Grouping, QTensor
+
+# What scales and float zeros may be.
+FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
 
 
 class Expected(NamedTuple):
@@ -64,16 +69,173 @@ def check_shapes(
             )
 
 
-def check_finite(tensors: Mapping[str, Any], names: Sequence[str]) -> None:
+def check_finite(
+    tensors: Mapping[str, Any], names: Sequence[str] | None = None
+) -> None:
     """Checks the values of those tensors that are there.
 
     Args:
       tensors: Concrete arrays by upstream name.
-      names: Those to look at.
+      names: Those to look at; None for all.
 
     Raises:
       ValueError: If one holds NaN or infinity.
     """
-    for key in (key for key in names if key in tensors):
+    wanted = tensors if names is None else names
+    for key in (key for key in wanted if key in tensors):
         if not np.isfinite(np.asarray(tensors[key]).astype(np.float32)).all():
             raise ValueError(f"{key} must be finite; found NaN or infinity.")
+
+
+def check_codes(codes: Array) -> None:
+    """Checks what a layout is given to pack.
+
+    Args:
+      codes: Any array.
+
+    Raises:
+      ValueError: If these are not integers ``[k, n]``, at least one.
+    """
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise ValueError(f"codes.dtype={codes.dtype} must be an integer dtype.")
+    if codes.ndim != 2 or not codes.size:
+        raise ValueError(
+            f"codes.shape={codes.shape} must be [k, n], not empty; vmap packs stacks."
+        )
+
+
+def check_words(words: Array, axes: int, *dtypes: DTypeLike) -> None:
+    """Checks what a layout is given to unpack.
+
+    Args:
+      words: Any array.
+      axes: How many axes the words of one matrix have.
+      *dtypes: What they may be.
+
+    Raises:
+      ValueError: If the array is of another kind.
+    """
+    if words.dtype not in dtypes:
+        wanted = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
+        raise ValueError(f"words.dtype={words.dtype} must be {wanted}.")
+    if words.ndim != axes:
+        raise ValueError(
+            f"words.shape={words.shape} must have {axes} axes; vmap unpacks stacks."
+        )
+
+
+def check_strings(name: str, value: Any) -> tuple[str, ...]:
+    """Reads a list of strings from a configuration.
+
+    Args:
+      name: Name of the field, for messages.
+      value: What was found there.
+
+    Returns:
+      The strings.
+
+    Raises:
+      ValueError: If it is anything else.
+    """
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ValueError(f"{name}={value!r} must be a list of strings.")
+    return tuple(value)
+
+
+# What a tensor lacks that most formats need: each of these gives the reason, to follow
+# "... cannot hold it: ", or None where nothing is lacking.
+
+
+def lacks_plain_groups(qt: QTensor, widths: Collection[int]) -> str | None:
+    """Whether a tensor is one matrix of one width, its groups runs of stored rows."""
+    if qt.batch:
+        return f"it stacks {qt.batch} matrices; write them one by one"
+    if len(qt.segments) != 1:
+        return "its rows have several widths; EXL2 holds those"
+    if qt.grouping is not Grouping.ROWS or qt.input_scale is not None:
+        return f"it has {qt.grouping.value} groups or an input scale"
+    if qt.segments[0].bits not in widths:
+        return (
+            f"{qt.segments[0].bits} bits are not among {tuple(widths)}; "
+            "compressed-tensors holds 1 to 8, GPTQ's 'gptq_p' 2 to 8"
+        )
+    return None
+
+
+def lacks_input_order(qt: QTensor) -> str | None:
+    """Whether rows and their groups are in the order of the inputs."""
+    if qt.row_group is not None or qt.order is not None:
+        return "its groups are not runs of inputs (act-order); GPTQ holds those"
+    return None
+
+
+def lacks_integer_zeros(qt: QTensor) -> str | None:
+    """Whether zeros are codes, or are not needed."""
+    symmetric = qt.affine is Affine.CENTERED and qt.zero is None
+    if symmetric or (qt.zero is not None and qt.zero.dtype == jnp.uint8):
+        return None
+    return f"{qt.affine.value} here does not have integer zeros; requantize it"
+
+
+def lacks_whole_groups(qt: QTensor) -> str | None:
+    """Whether groups of rows are all of one size."""
+    size = qt.segments[0].group_size
+    if qt.k % (size or qt.k):
+        return f"group_size={size} does not divide k={qt.k}; GPTQ holds a short group"
+    return None
+
+
+def lacks_own_columns(qt: QTensor) -> str | None:
+    """Whether each column has its scales and zeros."""
+    if any(p.shape[-1] != qt.n for p in (qt.scale, qt.zero) if p is not None):
+        return "columns share scales or zeros"
+    return None
+
+
+def lacks_plain_scales(qt: QTensor) -> str | None:
+    """Whether there is a scale for each whole group and column, or one in all."""
+    if qt.zero is not None and qt.zero.shape != qt.scale.shape:
+        return f"zeros {qt.zero.shape} and scales {qt.scale.shape} differ in shape"
+    groups = qt.k // (qt.segments[0].group_size or qt.k)
+    if qt.scale.shape not in ((groups, qt.n), (1, 1)):
+        return "some columns share scales, or groups are not of one size"
+    return None
+
+
+def refusal(qt: QTensor, widths: Collection[int]) -> str | None:
+    """Why a format of plain groups along k cannot hold a tensor, None if it can.
+
+    Args:
+      qt: Any tensor.
+      widths: The widths of codes that the format has.
+
+    Returns:
+      The reason, for an error message.
+    """
+    return (
+        lacks_plain_groups(qt, widths)
+        or lacks_input_order(qt)
+        or lacks_whole_groups(qt)
+        or lacks_own_columns(qt)
+    )
+
+
+def group_size_of(k: int, groups: int) -> int | None:
+    """How many rows share a scale, where a file only has the scales.
+
+    Args:
+      k: Number of rows.
+      groups: Number of scales along them.
+
+    Returns:
+      The one power of two, which all sizes in use are, that cuts ``k`` so; ``k`` for
+      one group; None if there is none.
+
+    Example:
+      >>> group_size_of(192, 2), group_size_of(192, 3), group_size_of(192, 7)
+      (128, 64, None)
+    """
+    if groups == 1:
+        return k
+    powers = [2**i for i in range(k.bit_length())]
+    return next((size for size in powers if -(-k // size) == groups), None)

@@ -15,27 +15,50 @@ group of each input; a -1 in it says that it is not used. The weight is
 ``(q - zero) * scale``, rounded once to the dtype of the scale.
 
 Source: vllm-project/compressed-tensors, src/compressed_tensors/compressors/
-pack_quantized, quantization/lifecycle/forward.py and utils/match.py, release 0.20.0
-(`Dense` since commit 66e631f6); neuralmagic/compressed-tensors, src/compressed_tensors/
-compressors/quantized_compressors/pack_quantized.py, commit
+pack_quantized and quantization/lifecycle/forward.py, release 0.20.0 (`Dense` since
+commit 66e631f6); neuralmagic/compressed-tensors, src/compressed_tensors/compressors/
+quantized_compressors/pack_quantized.py, commit
 52792be02ec09e59f3517104e755a02d0e003fbb (`Aligned`, ``weight_g_idx``).
 """
 
 import dataclasses
 import functools
-import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Integer, UInt8, UInt32
 
-from qjax import decode, tensor
+from qjax import tensor
 from qjax.bits import WORD, block, pack_fields, unpack_fields
-from qjax.formats.checks import Expected, check_finite, check_shapes, check_tensors
+from qjax.formats.checks import (
+    FLOATS,
+    Expected,
+    check_codes,
+    check_finite,
+    check_shapes,
+    check_tensors,
+    check_words,
+    lacks_integer_zeros,
+    lacks_plain_groups,
+    lacks_plain_scales,
+    lacks_whole_groups,
+)
+from qjax.formats.compressed_tensors_config import Config
+from qjax.formats.g_idx import in_input_order
 from qjax.tensor import Affine, QTensor, Segment
+
+__all__ = [
+    "TENSORS",
+    "Aligned",
+    "Config",
+    "Dense",
+    "check",
+    "from_tensors",
+    "to_tensors",
+]
 
 TENSORS = (
     "weight_packed",
@@ -44,9 +67,6 @@ TENSORS = (
     "weight_zero_point",
     "weight_g_idx",
 )
-Strategy = Literal["group", "channel", "tensor"]
-_FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
-_DENSE_SINCE = (0, 18)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,12 +75,14 @@ class Dense(tensor.Layout):
 
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt32[Array, "n words"]:
         """Packs ``[k, n]`` codes; fields beyond k are 0."""
+        check_codes(codes)
         return pack_dense(codes, bits, axis=0, transpose=True)
 
     def unpack(
         self, words: Integer[Array, "n words"], bits: int
     ) -> UInt8[Array, "k n"]:
         """Unpacks as many whole fields as the words have."""
+        check_words(words, 2, jnp.int32, jnp.uint32)
         return unpack_dense(words, bits, axis=1, transpose=True)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
@@ -74,12 +96,14 @@ class Aligned(tensor.Layout):
 
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt32[Array, "n words"]:
         """Packs ``[k, n]`` codes; fields beyond k and bits beyond the fields are 0."""
+        check_codes(codes)
         return pack_aligned(codes, bits, axis=0, transpose=True)
 
     def unpack(
         self, words: Integer[Array, "n words"], bits: int
     ) -> UInt8[Array, "k n"]:
         """Unpacks ``32 // bits`` fields a word."""
+        check_words(words, 2, jnp.int32, jnp.uint32)
         return unpack_aligned(words, bits, axis=1, transpose=True)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
@@ -115,8 +139,6 @@ def pack_aligned(
 ) -> UInt32[Array, "c d"]:
     """Packs codes along ``axis`` (0 or 1), ``32 // bits`` a word from bit 0 up."""
     block(bits)  # refuses other widths
-    if not jnp.issubdtype(codes.dtype, jnp.integer):
-        raise ValueError(f"codes.dtype={codes.dtype} must be an integer dtype.")
     per_word = WORD // bits
     wide = jnp.moveaxis(codes, axis, -1).astype(jnp.uint32) & jnp.uint32(2**bits - 1)
     whole = _pad(wide, -wide.shape[1] % per_word, 1)
@@ -133,8 +155,6 @@ def unpack_aligned(
 ) -> UInt8[Array, "a b"]:
     """Inverse of `pack_aligned`, with the fields of padding."""
     block(bits)  # refuses other widths
-    if words.dtype not in (jnp.int32, jnp.uint32):
-        raise ValueError(f"words.dtype={words.dtype} must be int32 or uint32.")
     last = jnp.moveaxis(jax.lax.bitcast_convert_type(words, jnp.uint32), axis, -1)
     shifts = jnp.arange(WORD // bits, dtype=jnp.uint32) * jnp.uint32(bits)
     fields = last[..., None] >> shifts[None, None] & jnp.uint32(2**bits - 1)
@@ -153,174 +173,6 @@ def _dense_words(length: int, bits: int) -> int:
 
 def _aligned_words(length: int, bits: int) -> int:
     return -(-length // (WORD // bits))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What a compressed-tensors ``quantization_config`` says about one module.
-
-    Attributes:
-      bits: Width of a code, 1 to 8.
-      strategy: One scale a "group" of inputs and output, a "channel" (output), or in
-        all ("tensor").
-      group_size: Inputs of a group; None unless the strategy is "group".
-      symmetric: Whether there are no zero points.
-      act_order: Whether groups are of inputs sorted by activation (``actorder`` of
-        "group" or "dynamic"), so that ``weight_g_idx`` must be there.
-      aligned: Whether the writer was older than 0.18 and left bits unused; what counts
-        where the shapes of 3, 5, 6 or 7 bits do not tell.
-      groups: (targets, configuration) of each group, in the file's order.
-      ignore: Names, patterns and classes that stay dense.
-    """
-
-    bits: int = 4
-    strategy: Strategy = "group"
-    group_size: int | None = 128
-    symmetric: bool = True
-    act_order: bool = False
-    aligned: bool = False
-    groups: tuple[tuple[tuple[str, ...], "Config"], ...] = ()
-    ignore: tuple[str, ...] = ()
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
-        """Reads the ``quantization_config`` that llm-compressor writes.
-
-        Schemes that also quantize activations are read for their weights.
-
-        Args:
-          entry: The parsed JSON object.
-
-        Returns:
-          The configuration of the whole checkpoint; `of` gives that of a module.
-
-        Raises:
-          ValueError: If a field is missing, has a wrong type or value, or asks for a
-            variant that this format does not cover.
-        """
-        sparsity = entry.get("sparsity_config") or {}
-        if sparsity and sparsity.get("format", "dense") != "dense":
-            raise ValueError(f"sparsity_config={sparsity!r} must be dense.")
-        if entry.get("transform_config"):
-            raise ValueError(
-                "transform_config rotates weights, which is not supported."
-            )
-        groups = entry.get("config_groups")
-        if not isinstance(groups, Mapping) or not groups:
-            raise ValueError(f"config_groups={groups!r} must map names to schemes.")
-        aligned = _version(entry.get("version")) < _DENSE_SINCE
-        read = tuple(
-            _group(name, group, entry.get("format"), aligned)
-            for name, group in groups.items()
-        )
-        ignore = entry.get("ignore") or []
-        _check_targets("ignore", ignore)
-        return dataclasses.replace(read[0][1], groups=read, ignore=tuple(ignore))
-
-    def of(self, module: str) -> "Config | None":
-        """Returns the configuration of one module, or None where it is left dense.
-
-        A target is a module's path, a pattern behind "re:", or a class, of which
-        every module is taken to be a "Linear"; they go before each other in that order.
-
-        Args:
-          module: The module's path, such as "model.layers.0.mlp.up_proj".
-        """
-        if any(_matches(target, module) for target in self.ignore):
-            return None
-        if not self.groups:
-            return dataclasses.replace(self, ignore=())
-        found = [
-            (_matches(target, module), target, config)
-            for targets, config in self.groups
-            for target in targets
-        ]
-        rank = min(found, key=lambda match: (match[0] or 4, match[1]))
-        return rank[2] if rank[0] else None
-
-
-def _matches(target: str, module: str) -> int:
-    """0: no match; 1, 2, 3: as a path, a pattern, a class."""
-    if target == module:
-        return 1
-    if target.startswith("re:"):
-        return 2 if re.match(target[3:], module) else 0
-    return 3 if target in ("Linear", "Module") else 0
-
-
-def _check_targets(name: str, targets: Any) -> None:
-    if not isinstance(targets, list) or not all(isinstance(t, str) for t in targets):
-        raise ValueError(f"{name}={targets!r} must be a list of strings.")
-    for target in targets:
-        try:
-            re.compile(target.removeprefix("re:"))
-        except (re.error, OverflowError, RecursionError) as error:
-            if target.startswith("re:"):
-                raise ValueError(
-                    f"{name}: {target!r} is no pattern: {error}."
-                ) from None
-
-
-def _version(text: Any) -> tuple[int, ...]:
-    """A release as numbers; one that is not there is taken for the newest."""
-    numbers = re.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
-    return tuple(map(int, numbers.groups())) if numbers else _DENSE_SINCE
-
-
-def _group(
-    name: str, group: Any, format_: Any, aligned: bool
-) -> tuple[tuple[str, ...], Config]:
-    """Reads one entry of ``config_groups``."""
-    where = f"config_groups[{name!r}]"
-    if isinstance(group, list):  # a preset by name
-        bits = re.fullmatch(r"W([2-8])A16(_ASYM)?", name.upper())
-        if not bits:
-            raise ValueError(f"{where} is no preset that is known; write its weights.")
-        _check_targets(where, group)
-        symmetric = bits[2] is None
-        return tuple(group), Config(
-            bits=int(bits[1]), symmetric=symmetric, aligned=aligned
-        )
-    weights = group.get("weights") if isinstance(group, Mapping) else None
-    if not isinstance(weights, Mapping):
-        # No TypeError, here and below: the file is wrong, not the type of an argument.
-        raise ValueError(  # noqa: TRY004
-            f"{where}.weights={weights!r} must be an object."
-        )
-    format_ = group.get("format") or format_
-    if format_ != "pack-quantized":
-        raise ValueError(f"{where}: format={format_!r} must be 'pack-quantized'.")
-    _check_targets(f"{where}.targets", group.get("targets"))
-    bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
-    if type(bits) is not int or not 1 <= bits <= 8 or kind != "int":
-        raise ValueError(f"{where}: {bits!r} bits of {kind!r} must be 1 to 8 of 'int'.")
-    if weights.get("dynamic"):
-        raise ValueError(f"{where}: dynamic={weights['dynamic']!r} must be false.")
-    symmetric = weights.get("symmetric", True)
-    if not isinstance(symmetric, bool):
-        raise ValueError(  # noqa: TRY004
-            f"{where}: symmetric={symmetric!r} must be true or false."
-        )
-    actorder = weights.get("actorder")
-    if actorder not in (None, True, False, "weight", "static", "group", "dynamic"):
-        raise ValueError(f"{where}: actorder={actorder!r} is not known.")
-    size, strategy = weights.get("group_size"), weights.get("strategy")
-    if strategy is None:
-        strategy = {None: "tensor", -1: "channel"}.get(size, "group")
-    if strategy not in ("group", "channel", "tensor"):
-        raise ValueError(
-            f"{where}: strategy={strategy!r} must be 'group', 'channel' or 'tensor'."
-        )
-    if strategy == "group" and (type(size) is not int or size < 1):
-        raise ValueError(f"{where}: group_size={size!r} must be positive.")
-    return tuple(group["targets"]), Config(
-        bits=bits,
-        strategy=strategy,
-        group_size=size if strategy == "group" else None,
-        symmetric=symmetric,
-        act_order=actorder is True or actorder in ("group", "dynamic"),
-        aligned=aligned,
-    )
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:
@@ -346,7 +198,7 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     whole, grouped = config.strategy == "tensor", config.strategy == "group"
     expected = {
         "weight_packed": Expected((jnp.int32,), 2),
-        "weight_scale": Expected(_FLOATS, 1 if whole else 2),
+        "weight_scale": Expected(FLOATS, 1 if whole else 2),
         "weight_shape": Expected((np.int64, np.int32), 1),
     }
     if not config.symmetric:
@@ -502,24 +354,22 @@ def to_tensors(qt: QTensor, layout: tensor.Layout | None = None) -> dict[str, An
       they are needed ``weight_zero_point`` and ``weight_g_idx``.
 
     Raises:
-      ValueError: If compressed-tensors cannot hold ``qt``, with the reason.
+      ValueError: If compressed-tensors cannot hold ``qt``, with the reason; or
+        ``layout`` is another.
     """
     if layout is None:
         layout = qt.layout if qt.layout == Aligned() else Dense()
-    _check_holdable(qt, layout)
+    if layout not in (Dense(), Aligned()):
+        raise ValueError(f"layout={layout!r} must be Dense() or Aligned().")
+    _check_holdable(qt)
     return _write(qt, layout) | {"weight_shape": np.array([qt.n, qt.k], np.int64)}
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def _write(qt: QTensor, layout: tensor.Layout) -> dict[str, Array]:
     """Everything but ``weight_shape``, which JAX cannot hold in 64 bits."""
-    (bits, size, _), q, scale = qt.segments[0], decode.codes(qt), tensor.plain(qt.scale)
-    g_idx = qt.row_group
-    if qt.order is not None:
-        if g_idx is None and size is not None:
-            g_idx = jnp.arange(qt.k, dtype=jnp.int32) // size
-        inverse = jnp.argsort(qt.order)
-        q, g_idx = q[inverse], None if g_idx is None else g_idx[inverse]
+    (bits, size, _), scale = qt.segments[0], tensor.plain(qt.scale)
+    q, g_idx = in_input_order(qt)
     whole = scale.shape == (1, 1) and qt.n > 1
     tensors = {
         "weight_packed": jax.lax.bitcast_convert_type(layout.pack(q, bits), jnp.int32),
@@ -533,31 +383,18 @@ def _write(qt: QTensor, layout: tensor.Layout) -> dict[str, Array]:
             if whole
             else jax.lax.bitcast_convert_type(pack(zero.T, bits, axis=0), jnp.int32)
         )
-    if g_idx is not None:
+    if qt.row_group is not None or (qt.order is not None and size is not None):
         tensors["weight_g_idx"] = g_idx
     return tensors
 
 
-def _check_holdable(qt: QTensor, layout: tensor.Layout) -> None:
-    reason, size = None, qt.segments[0].group_size
-    if layout not in (Dense(), Aligned()):
-        reason = f"layout={layout!r} must be Dense() or Aligned()"
-    elif qt.batch:
-        reason = f"it stacks {qt.batch} matrices; write them one by one"
-    elif len(qt.segments) != 1:
-        reason = "its rows have several widths; EXL2 holds those"
-    elif qt.grouping is not tensor.Grouping.ROWS or qt.input_scale is not None:
-        reason = f"it has {qt.grouping.value} groups or an input scale"
-    elif not (
-        (qt.affine is Affine.CENTERED and qt.zero is None)
-        or (qt.zero is not None and qt.zero.dtype == jnp.uint8)
-    ):
-        reason = f"{qt.affine.value} here does not have integer zeros; requantize it"
-    elif qt.k % (size or qt.k):
-        reason = f"k={qt.k} is not a multiple of the group size {size}"
-    elif qt.zero is not None and qt.zero.shape != qt.scale.shape:
-        reason = f"zeros {qt.zero.shape} and scales {qt.scale.shape} differ in shape"
-    elif qt.scale.shape not in ((qt.k // (size or qt.k), qt.n), (1, 1)):
-        reason = "some columns share scales, or its groups are not of one size"
+def _check_holdable(qt: QTensor) -> None:
+    """Says why compressed-tensors cannot hold the tensor, if it cannot."""
+    reason = (
+        lacks_plain_groups(qt, range(1, 9))
+        or lacks_integer_zeros(qt)
+        or lacks_whole_groups(qt)
+        or lacks_plain_scales(qt)
+    )
     if reason:
         raise ValueError(f"compressed-tensors cannot hold {qt!r}: {reason}.")

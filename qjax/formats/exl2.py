@@ -34,6 +34,7 @@ from jaxtyping import Array, Float, Int32
 
 from qjax import tensor
 from qjax.bits import pack_fields, unpack_fields
+from qjax.decode import rounded
 from qjax.formats.checks import Expected, check_finite, check_shapes, check_tensors
 from qjax.formats.gptq import Stream
 from qjax.formats.q_groups import (
@@ -88,15 +89,10 @@ class Scale(Encoded):
 
 @jax.jit
 def _decode(index: Array, maximum: Array) -> Array:
-    step = _rounded(maximum.astype(jnp.float32) / 256)[..., None]
+    step = rounded(maximum.astype(jnp.float32) / 256, jnp.float16)[..., None]
     root = index.astype(jnp.float32) + 1
     # Exact in float32: 9 and at most 11 bits.
-    return _rounded(root * root * step.astype(jnp.float32))
-
-
-def _rounded(x: Array) -> Array:
-    # The barrier keeps XLA from removing the pair of conversions as excess precision.
-    return jax.lax.optimization_barrier(x.astype(jnp.float16))
+    return rounded(root * root * step, jnp.float16).astype(jnp.float16)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,8 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, UInt8, UInt16
 
 from qjax import decode, tensor
-from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
+from qjax.formats.checks import check_codes, check_finite, check_words, refusal
+from qjax.tensor import Affine, Layout, QTensor, Segment
 
 _TOP = 15  # the largest code
 
@@ -45,13 +46,19 @@ class Blocks(Layout):
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt16[Array, "n g w"]:
         """Packs ``[k, n]`` codes of four bits."""
         _four(bits)
+        check_codes(codes)
         k, n = codes.shape
-        _check_group_size(self.group_size, k)
+        if codes.size % 16:
+            raise ValueError(
+                f"codes.shape={codes.shape} must have k * n a multiple of 16; pad."
+            )
+        _check_group_size(self.group_size, k, "codes.shape[0]")
         words = encode_int4(codes.T.reshape(-1))
         return words.reshape(n, k // self.group_size, -1)
 
     def unpack(self, words: Integer[Array, "n g w"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks ``[n, k / group_size, group_size / 4]`` words."""
+        check_words(words, 3, jnp.int16, jnp.uint16)
         k, n = self.extents(words.shape, bits)
         return decode_int4(words.reshape(-1)).reshape(n, k).T
 
@@ -68,14 +75,15 @@ class Blocks(Layout):
 
 def _four(bits: int) -> None:
     if bits != 4:
-        raise ValueError(f"bits={bits!r} must be 4 in FlexGen's words.")
+        raise ValueError(
+            f"bits={bits!r} must be 4 in FlexGen's words; gptq.Stream() holds 1 to 8."
+        )
 
 
-def _check_group_size(group_size: int, k: int) -> None:
+def _check_group_size(group_size: int, k: int, name: str) -> None:
     if group_size < 4 or group_size % 4 or k % group_size:
         raise ValueError(
-            f"group_size={group_size} must be a multiple of 4 that divides the length "
-            f"{k} of a row."
+            f"group_size={group_size} must be a multiple of 4 that divides {name}={k}."
         )
 
 
@@ -161,7 +169,7 @@ def group_quantize_compress(
             f"weight must be float16 or float32 [n, k]; got {weight.dtype}"
             f"{weight.shape}; cast it."
         )
-    _check_group_size(group_size, weight.shape[1])
+    _check_group_size(group_size, weight.shape[1], "weight.shape[1]")
     return _compress(weight, group_size)
 
 
@@ -191,8 +199,7 @@ def _compress(weight: Array, group_size: int) -> tuple[Array, Array, Array]:
 
 def _round(x: Array) -> Array:
     """Rounds float32 to float16 values, but leaves what is too large for them."""
-    # The barrier keeps XLA from removing the conversions as excess precision.
-    half = jax.lax.optimization_barrier(x.astype(jnp.float16)).astype(jnp.float32)
+    half = decode.rounded(x, jnp.float16)
     return jnp.where(jnp.isfinite(half), half, x)
 
 
@@ -259,15 +266,15 @@ def _qtensor(packed: Array, scale: Array, bias: Array) -> QTensor:
 
 
 def from_compressed(
-    packed: Integer[Array, "n g w"],
-    scale: Float[Array, "n g 1"],
-    bias: Float[Array, "n g 1"],
+    packed: Integer[Array | np.ndarray, "n g w"],
+    scale: Float[Array | np.ndarray, "n g 1"],
+    bias: Float[Array | np.ndarray, "n g 1"],
 ) -> QTensor:
     """Reads what `group_quantize_compress`, here or in the original, returns.
 
     Args:
-      packed: int16 or uint16 ``[n, k / group_size, group_size / 4]``.
-      scale: ``[n, k / group_size, 1]`` float16 or float32.
+      packed: int16 or uint16 ``[n, k / group_size, group_size / 4]``, concrete.
+      scale: ``[n, k / group_size, 1]`` float16 or float32, concrete.
       bias: Like ``scale``.
 
     Returns:
@@ -278,9 +285,7 @@ def from_compressed(
     Raises:
       ValueError: If shapes or dtypes do not fit, or a scale or bias is not finite.
     """
-    for name, array in (("scale", scale), ("bias", bias)):
-        if not np.isfinite(np.asarray(array)).all():
-            raise ValueError(f"{name} must be finite; found NaN or infinity.")
+    check_finite({"scale": scale, "bias": bias})
     return _qtensor(jnp.asarray(packed), jnp.asarray(scale), jnp.asarray(bias))
 
 
@@ -297,21 +302,11 @@ def to_compressed(qt: QTensor) -> tuple[Array, Array, Array]:
     Raises:
       ValueError: If FlexGen cannot hold ``qt``, with the reason.
     """
-    size, reason = qt.segments[0].group_size or qt.k, None
-    if qt.batch:
-        reason = f"it stacks {qt.batch} matrices; write them one by one"
-    elif len(qt.segments) != 1 or qt.segments[0].bits != 4:
-        reason = "its codes have other widths than 4"
-    elif any(v is not None for v in (qt.order, qt.row_group, qt.input_scale)):
-        reason = "it has an order of rows or an input scale; GPTQ holds an order"
-    elif qt.affine is not Affine.OFFSET:
-        reason = f"{qt.affine.value} is no multiple of the scale plus a bias"
-    elif qt.grouping is not Grouping.ROWS or any(
-        p is not None and p.shape[-1] != qt.n for p in (qt.scale, qt.zero)
-    ):
-        reason = "columns share scales or zeros"
-    elif qt.scale.dtype not in (jnp.float16, jnp.float32):
-        reason = f"{qt.scale.dtype} scales; only float16 and float32 are held"
+    size, reason = qt.segments[0].group_size or qt.k, refusal(qt, (4,))
+    if qt.affine is not Affine.OFFSET:
+        reason = reason or f"{qt.affine.value} is no multiple of the scale plus a bias"
+    if qt.scale.dtype not in (jnp.float16, jnp.float32):
+        reason = reason or f"{qt.scale.dtype} scales; only float16 and float32 are held"
     if reason:
         raise ValueError(f"FlexGen cannot hold {qt!r}: {reason}.")
     words = decode.relayout(qt, Blocks(size)).words[0]

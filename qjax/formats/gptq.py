@@ -21,20 +21,32 @@ f4c327a17eb3e24524d5a97a3d682e3696ae6a28.
 import dataclasses
 import functools
 import operator
-import re
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Integer, UInt8, UInt32
 
-from qjax import decode, tensor
+from qjax import tensor
 from qjax.bits import block, pack_fields, unpack_fields
-from qjax.tensor import Affine, Layout, QTensor, Segment
+from qjax.formats.checks import (
+    FLOATS,
+    Expected,
+    check_codes,
+    check_finite,
+    check_shapes,
+    check_tensors,
+    check_words,
+    lacks_integer_zeros,
+    lacks_own_columns,
+    lacks_plain_groups,
+)
+from qjax.formats.g_idx import in_input_order, read_g_idx
+from qjax.formats.patterns import check_pattern, matches
+from qjax.tensor import Layout, QTensor, Segment
 
 # Planes of a width as (bits of the plane, its lowest bit of the code), low plane first.
 PLANES = {3: ((2, 0), (1, 2)), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4))}
@@ -47,10 +59,12 @@ class Stream(Layout):
 
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt32[Array, "rows n"]:
         """Packs ``[k, n]`` codes; k must fill whole words."""
+        check_codes(codes)
         return pack_fields(codes, bits, axis=0)
 
     def unpack(self, words: Integer[Array, "rows n"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks ``[k * bits / 32, n]`` words."""
+        check_words(words, 2, jnp.int32, jnp.uint32)
         return unpack_fields(words, bits, axis=0)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
@@ -67,10 +81,12 @@ class Planar(Layout):
 
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt32[Array, "rows n"]:
         """Packs ``[k, n]`` codes; k must be a multiple of 32."""
+        check_codes(codes)
         return pack_planes(codes, bits, axis=0)
 
     def unpack(self, words: Integer[Array, "rows n"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks ``[k * bits / 32, n]`` words."""
+        check_words(words, 2, jnp.int32, jnp.uint32)
         return unpack_planes(words, bits, axis=0)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
@@ -122,7 +138,13 @@ def unpack_planes(
 
 
 Checkpoint = Literal["gptq", "gptq_v2", "gptq_p"]
-TENSORS = ("qweight", "qzeros", "scales", "g_idx")
+_EXPECTED = {
+    "qweight": Expected((jnp.int32,), 2),
+    "qzeros": Expected((jnp.int32,), 2),
+    "scales": Expected(FLOATS, 2),
+    "g_idx": Expected((jnp.int32,), 1, optional=True),
+}
+TENSORS = tuple(_EXPECTED)
 _BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gptq_p": tuple(range(2, 9))}
 # GPTQModel turns v2 zeros into v1 by one subtraction on the whole word for these.
 _WORDWISE = (2, 4, 8)
@@ -140,6 +162,7 @@ class Config:
       wordwise_zeros: The v1 zeros were made by subtracting from whole words, as
         GPTQModel does for asymmetric weights: a zero of 0 has borrowed from its
         neighbour. Reading adds to whole words again; the default reads field by field.
+      act_order: The groups are no runs of rows (``desc_act``): ``g_idx`` must be there.
       dynamic: GPTQModel's per-module overrides: patterns of module paths in order, each
         with its configuration, or None where the module is left dense.
     """
@@ -148,6 +171,7 @@ class Config:
     group_size: int | None = 128
     checkpoint_format: Checkpoint = "gptq"
     wordwise_zeros: bool = False
+    act_order: bool = False
     dynamic: tuple[tuple[str, "Config | None"], ...] = ()
 
     @classmethod
@@ -192,6 +216,7 @@ class Config:
             group_size=None if group_size == -1 else group_size,
             checkpoint_format=name,
             wordwise_zeros=by_gptqmodel and not entry.get("sym", True),
+            act_order=bool(entry.get("desc_act")),
             dynamic=_read_dynamic(entry),
         )
 
@@ -202,7 +227,7 @@ class Config:
           module: The module's path, such as "model.layers.0.mlp.up_proj".
         """
         for pattern, config in self.dynamic:
-            if re.match(pattern, module):
+            if matches(pattern, module):
                 return config
         return self
 
@@ -225,10 +250,7 @@ def _read_dynamic(
     rules = []
     for signed, overrides in dynamic.items():
         pattern = signed.removeprefix("-:").removeprefix("+:")
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"dynamic[{signed!r}] is no pattern: {error}.") from None
+        check_pattern(f"dynamic[{signed!r}]", pattern)
         if signed.startswith("-:"):
             rules.append((pattern, None))
             continue
@@ -246,27 +268,14 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     Args:
       tensors: Arrays or anything with ``shape`` and ``dtype``, by upstream name:
         ``qweight`` int32 ``[k * bits / 32, n]``, ``qzeros`` int32
-        ``[groups, n * bits / 32]``, ``scales`` float ``[groups, n]``, and optionally
-        ``g_idx`` int32 ``[k]``.
+        ``[groups, n * bits / 32]``, ``scales`` float ``[groups, n]``, and ``g_idx``
+        int32 ``[k]``, optional where the groups are runs of rows.
       config: The module's configuration.
 
     Raises:
       ValueError: Naming the tensor, what it has and what it should have.
     """
-    for name in ("qweight", "qzeros", "scales"):
-        if name not in tensors:
-            raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
-    for name, array in tensors.items():
-        if name not in TENSORS:
-            raise ValueError(f"{name} is not a GPTQ tensor; expected {TENSORS}.")
-        kinds = (jnp.float16, jnp.bfloat16, jnp.float32)
-        kinds = kinds if name == "scales" else (jnp.int32,)
-        if array.dtype not in kinds:
-            wanted = " or ".join(jnp.dtype(kind).name for kind in kinds)
-            raise ValueError(f"{name}.dtype={array.dtype} must be {wanted}.")
-        axes = 1 if name == "g_idx" else 2
-        if len(array.shape) != axes:
-            raise ValueError(f"{name}.shape={array.shape} must have {axes} axes.")
+    check_tensors(tensors, _EXPECTED, "GPTQ")
     codes_per_block, words_per_block = block(config.bits)
     rows, n = tensors["qweight"].shape
     if not rows or not n or rows % words_per_block or n % codes_per_block:
@@ -276,18 +285,18 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
         )
     k = rows * 32 // config.bits
     groups = 1 if config.group_size is None else -(-k // config.group_size)
+    if config.act_order and groups > 1 and "g_idx" not in tensors:
+        raise ValueError(
+            "g_idx is missing, and desc_act says that groups are no runs of rows; "
+            f"found {sorted(tensors)}."
+        )
     shapes = {
         "scales": (groups, n),
         "qzeros": (groups, n * config.bits // 32),
         "g_idx": (k,),
     }
-    for name, shape in shapes.items():
-        if name in tensors and tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"{name}.shape={tuple(tensors[name].shape)} must be {shape}, from "
-                f"qweight.shape={(rows, n)}, bits={config.bits} and "
-                f"group_size={config.group_size}."
-            )
+    source = f"qweight.shape={(rows, n)}, bits={config.bits} and "
+    check_shapes(tensors, shapes, source + f"group_size={config.group_size}")
 
 
 def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
@@ -313,28 +322,16 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
       QTensor(64x64, 4 bits, group 32, Stream(), (q - z) * s, float32 scale, 2.625 KiB)
     """
     check(tensors, config)
-    scales, groups = np.asarray(tensors["scales"]), tensors["scales"].shape[0]
-    if not np.isfinite(scales.astype(np.float32)).all():
-        raise ValueError("scales must be finite; found NaN or infinity.")
-    segment = Segment(config.bits, config.group_size)
-    row_group = None
-    if "g_idx" in tensors:
-        g_idx = np.asarray(tensors["g_idx"])
-        if g_idx.min() < 0 or g_idx.max() >= groups:
-            raise ValueError(
-                f"g_idx from {g_idx.min()} to {g_idx.max()} must lie in 0 to "
-                f"{groups - 1}, as scales has {groups} groups."
-            )
-        if (g_idx != np.arange(g_idx.size) // (config.group_size or g_idx.size)).any():
-            row_group = jnp.asarray(g_idx)
+    check_finite(tensors, ["scales"])
+    groups, size = tensors["scales"].shape[0], config.group_size
     words = jax.lax.bitcast_convert_type(jnp.asarray(tensors["qweight"]), jnp.uint32)
     return tensor.build(
         (words,),
         jnp.asarray(tensors["scales"]),
         _read_zeros(jnp.asarray(tensors["qzeros"]), config),
         layout=config.layout,
-        segments=(segment,),
-        row_group=row_group,
+        segments=(Segment(config.bits, size),),
+        row_group=read_g_idx(tensors.get("g_idx"), size, groups),
     )
 
 
@@ -354,13 +351,7 @@ def to_tensors(qt: QTensor, checkpoint_format: Checkpoint = "gptq") -> dict[str,
     """
     bits = _holdable(qt, checkpoint_format)
     config = Config(bits=bits, checkpoint_format=checkpoint_format)
-    group_size, g_idx = qt.segments[0].group_size, qt.row_group
-    if g_idx is None:
-        g_idx = jnp.arange(qt.k, dtype=jnp.int32) // (group_size or qt.k)
-    scale, q = tensor.plain(qt.scale), decode.codes(qt)
-    if qt.order is not None:
-        inverse = jnp.argsort(qt.order)
-        g_idx, q = g_idx[inverse], q[inverse]
+    scale, (q, g_idx) = tensor.plain(qt.scale), in_input_order(qt)
     words = config.layout.pack(q, bits)
     if qt.zero is None:
         zero = jnp.full(scale.shape, 2 ** (bits - 1), jnp.uint8)
@@ -386,30 +377,17 @@ def to_tensors(qt: QTensor, checkpoint_format: Checkpoint = "gptq") -> dict[str,
 
 def _holdable(qt: QTensor, checkpoint_format: Checkpoint) -> int:
     """Returns the width of the codes, or says why GPTQ cannot hold the tensor."""
-    reason = None
-    if qt.batch:
-        reason = f"it stacks {qt.batch} matrices; write them one by one"
-    elif len(qt.segments) != 1:
-        reason = "its rows have several widths; EXL2 holds those"
-    elif qt.grouping is not tensor.Grouping.ROWS or qt.input_scale is not None:
-        reason = f"it has {qt.grouping.value} groups or an input scale"
-    elif not (
-        (qt.affine is Affine.CENTERED and qt.zero is None)
-        or (qt.zero is not None and qt.zero.dtype == jnp.uint8)
-    ):
-        reason = f"{qt.affine.value} here does not have integer zeros; requantize it"
-    elif qt.segments[0].bits not in _BITS[checkpoint_format]:
-        reason = (
-            f"{qt.segments[0].bits} bits are not among {_BITS[checkpoint_format]} of "
-            f"{checkpoint_format!r}; 'gptq_p' holds 2 to 8"
-        )
-    elif any(p.shape[-1] != qt.n for p in (qt.scale, qt.zero) if p is not None):
-        reason = "columns share scales or zeros"
-    elif qt.n % block(qt.segments[0].bits)[0]:
-        reason = f"n={qt.n} does not fill whole words of zeros"
+    bits = qt.segments[0].bits
+    reason = (
+        lacks_plain_groups(qt, _BITS[checkpoint_format])
+        or lacks_integer_zeros(qt)
+        or lacks_own_columns(qt)
+    )
+    if reason is None and qt.n % block(bits)[0]:
+        reason = f"n={qt.n} does not fill whole words of zeros; pad its columns"
     if reason:
-        raise ValueError(f"GPTQ cannot hold {qt!r}: {reason}.")
-    return qt.segments[0].bits
+        raise ValueError(f"GPTQ ({checkpoint_format}) cannot hold {qt!r}: {reason}.")
+    return bits
 
 
 def _read_zeros(qzeros: Array, config: Config) -> UInt8[Array, "groups n"]:

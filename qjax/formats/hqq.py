@@ -30,13 +30,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Integer, UInt8
+from jaxtyping import Array, DTypeLike, Integer, UInt8
 
 from qjax import decode, tensor
+from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words
+from qjax.formats.hqq_config import FIELDS, Config, metadata
 from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
 
-# Fields of a word, by the width of a code.
-_FIELDS = {1: 8, 2: 4, 3: 10, 4: 2, 5: 1, 6: 1, 8: 1}
+__all__ = ["TENSORS", "Config", "Slabs", "check", "from_tensors", "pack_slabs"]
+__all__ += ["to_tensors", "unpack_slabs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,19 +58,22 @@ class Slabs(Layout):
 
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> Array:
         """Packs ``[k, n]`` codes; whole groups must fill whole words."""
-        if codes.shape[0] != self.k or codes.size % self.group_size:
+        check_codes(codes)
+        # Only axis 1 cuts slabs between groups, and three bits are filled up.
+        groups = _fields(bits) if self.axis and bits != 3 else 1
+        if codes.shape[0] != self.k or codes.size % (groups * self.group_size):
             raise ValueError(
                 f"codes.shape={codes.shape} must be [k={self.k}, n] with k * n a "
-                f"multiple of group_size={self.group_size}."
+                f"multiple of {groups} times group_size={self.group_size}."
             )
         view = (-1, self.group_size) if self.axis else (self.group_size, -1)
         return pack_slabs(codes.T.reshape(view), bits)
 
     def unpack(self, words: Integer[Array, "d c"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks ``[D, C]`` words; n counts what fills up three-bit words."""
+        codes = unpack_slabs(words, bits)
         k, n = self.extents(words.shape, bits)
-        rows = unpack_slabs(words, bits)
-        return rows.reshape(-1)[: k * n].reshape(n, k).T
+        return codes.reshape(-1)[: k * n].reshape(n, k).T
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns k, and n with the columns that fill up three-bit words."""
@@ -86,9 +91,16 @@ class Slabs(Layout):
 
 
 def _fields(bits: int) -> int:
-    if bits not in _FIELDS:
-        raise ValueError(f"bits={bits!r} must be one of {tuple(_FIELDS)}.")
-    return _FIELDS[bits]
+    if bits not in FIELDS:
+        raise ValueError(
+            f"bits={bits!r} must be one of {tuple(FIELDS)}; gptq.Stream() holds 1 to 8."
+        )
+    return FIELDS[bits]
+
+
+def _containers(bits: int) -> tuple[DTypeLike, ...]:
+    """What words may be, and last what they are made as."""
+    return (jnp.int32, jnp.uint32) if bits == 3 else (jnp.uint8,)
 
 
 @functools.partial(jax.jit, static_argnames="bits")
@@ -118,7 +130,7 @@ def pack_slabs(view: Integer[Array, "r c"], bits: int) -> Integer[Array, "d c"]:
             f"view.shape[0]={rows} must be a multiple of {fields}, the {bits}-bit "
             "codes of a word; choose another group_size."
         )
-    container = jnp.uint32 if bits == 3 else jnp.uint8
+    container = _containers(bits)[-1]
     slabs = (view.astype(container) & (2**bits - 1)).reshape(fields, -1, columns)
     shifted = [slab << bits * (fields - 1 - i) for i, slab in enumerate(slabs)]
     return functools.reduce(operator.or_, shifted)
@@ -139,11 +151,8 @@ def unpack_slabs(words: Integer[Array, "d c"], bits: int) -> UInt8[Array, "r c"]
       ValueError: If the width or the dtype is another.
     """
     fields = _fields(bits)
-    container = (jnp.int32, jnp.uint32) if bits == 3 else (jnp.uint8,)
-    if words.dtype not in container:
-        names = " or ".join(jnp.dtype(dtype).name for dtype in container)
-        raise ValueError(f"words.dtype={words.dtype} must be {names} for {bits} bits.")
-    unsigned = jax.lax.bitcast_convert_type(words, container[-1])
+    check_words(words, 2, *_containers(bits))
+    unsigned = jax.lax.bitcast_convert_type(words, _containers(bits)[-1])
     shifts = jnp.arange(fields - 1, -1, -1, dtype=unsigned.dtype) * bits
     slabs = (unsigned[None] >> shifts[:, None, None]) & (2**bits - 1)
     return slabs.astype(jnp.uint8).reshape(-1, words.shape[1])
@@ -155,149 +164,6 @@ TENSORS += ("compute_dtype", "channel_wise", "optimize", "round_zero", "offload_
 TENSORS += ("stores_quant_config", "encoded_state_dict")
 # What a layer cannot be read without; the other names only repeat the configuration.
 _NEEDED = ("W_q", "scale", "zero", "shape")
-_WIDTHS = {8: 8, 6: 6, 5: 5, 4: 4, 3: 3, 2: 2, 1.58: 2, 1: 1}
-_FLAGS = ("view_as_float", "channel_wise", "optimize", "round_zero")
-_FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What an HQQ ``quantization_config`` says about one module.
-
-    Attributes:
-      nbits: 8, 6, 5, 4, 3, 2, 1.58 (codes 0 to 2, packed in two bits) or 1.
-      group_size: Elements that share a scale; None for no grouping, one scale a row
-        (axis 1) or column (axis 0) of the ``[n, k]`` weight.
-      axis: 1 where groups are runs of the flattened weight, 0 where they are strided.
-      view_as_float: Whether the words are saved as if they were floats.
-      channel_wise: Written back as it is; False would be one scale a matrix.
-      optimize: How the codes were found; written back as it is.
-      round_zero: Likewise.
-      offload_meta: Likewise.
-      skip_modules: Tags or paths of modules that stay dense. A tag is a path without
-        "model", "layers" and numbers, such as "self_attn.q_proj".
-      tagged: The configurations by tag, where modules differ; others stay dense.
-    """
-
-    nbits: int | float = 4
-    group_size: int | None = 64
-    axis: int = 1
-    view_as_float: bool = False
-    channel_wise: bool = True
-    optimize: bool = True
-    round_zero: bool = False
-    offload_meta: bool = False
-    skip_modules: tuple[str, ...] = ()
-    tagged: tuple[tuple[str, "Config"], ...] = ()
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
-        """Reads the ``quantization_config`` of config.json.
-
-        Args:
-          entry: The parsed JSON object, with ``quant_config`` (one for all modules, or
-            one a tag) and ``skip_modules``.
-
-        Returns:
-          The configuration; `of` gives that of one module.
-
-        Raises:
-          ValueError: If a field is missing, has a wrong type or value, or asks for
-            quantized scales or zeros.
-        """
-        skip = entry.get("skip_modules") or []
-        if not isinstance(skip, list) or not all(isinstance(m, str) for m in skip):
-            raise ValueError(f"skip_modules={skip!r} must be a list of strings.")
-        quant = entry.get("quant_config")
-        if not isinstance(quant, Mapping) or not quant:
-            raise ValueError(f"quant_config={quant!r} must be an object.")
-        if "weight_quant_params" in quant:
-            return cls(**_parameters(quant), skip_modules=tuple(skip))
-        for tag, one in quant.items():
-            if not isinstance(one, Mapping) or "weight_quant_params" not in one:
-                raise ValueError(f"quant_config[{tag!r}] has no weight_quant_params.")
-        tagged = tuple((tag, cls(**_parameters(one))) for tag, one in quant.items())
-        return cls(skip_modules=tuple(skip), tagged=tagged)
-
-    def of(self, module: str) -> "Config | None":
-        """Returns the configuration of one module, or None where it is left dense.
-
-        Args:
-          module: The module's path, such as "model.layers.0.mlp.up_proj".
-        """
-        parts = [p for p in module.split(".") if p not in ("model", "layers")]
-        tag = ".".join(p for p in parts if not p.isnumeric())
-        if module in self.skip_modules or tag in self.skip_modules:
-            return None
-        return dict(self.tagged).get(tag) if self.tagged else self
-
-    @property
-    def bits(self) -> int:
-        """Width of a packed code."""
-        return _WIDTHS[self.nbits]
-
-
-def _parameters(quant: Mapping[str, Any]) -> dict[str, Any]:
-    """Checks one ``quant_config`` and gives the arguments of `Config`."""
-    for name in ("scale_quant_params", "zero_quant_params"):
-        if quant.get(name) is not None:
-            raise ValueError(
-                f"{name}={quant[name]!r} must be null: quantized scales and zeros are "
-                "not read; quantize with quant_scale=False and quant_zero=False."
-            )
-    weight = quant["weight_quant_params"]
-    if not isinstance(weight, Mapping):
-        # No TypeError: the file is wrong, not the type of an argument.
-        raise ValueError(  # noqa: TRY004
-            f"weight_quant_params={weight!r} must be an object."
-        )
-    nbits, axis = weight.get("nbits"), weight.get("axis", 0)
-    group_size = weight.get("group_size")
-    if type(nbits) not in (int, float) or nbits not in _WIDTHS:
-        raise ValueError(f"nbits={nbits!r} must be one of {tuple(_WIDTHS)}.")
-    if type(axis) is not int or axis not in (0, 1):
-        raise ValueError(f"axis={axis!r} must be 0 or 1.")
-    positive = type(group_size) is int and group_size > 0
-    if not positive and group_size is not None:
-        raise ValueError(f"group_size={group_size!r} must be positive or null.")
-    if nbits == 3 and group_size is None:
-        raise ValueError("group_size=null with nbits=3, which HQQ cannot unpack.")
-    flags = {name: weight[name] for name in _FLAGS if name in weight}
-    flags["offload_meta"] = quant.get("offload_meta", False)
-    for name, flag in flags.items():
-        if type(flag) is not bool:
-            raise ValueError(f"{name}={flag!r} must be true or false.")
-    if not flags.get("channel_wise", True):
-        raise ValueError("channel_wise=false, one scale a matrix, is not supported.")
-    return {"nbits": nbits, "group_size": group_size, "axis": axis, **flags}
-
-
-def _metadata(
-    config: Config, dtype: Any, shape: tuple[int, int]
-) -> dict[str, np.ndarray]:
-    """The tensors in which a saved layer repeats its configuration."""
-    container = "int32" if config.bits == 3 else "uint8"
-    texts = {
-        "packing": f"{8 // _FIELDS[config.bits]}bit_u8"
-        if config.bits != 3
-        else "3bit_32",
-        "unpack_view_dtype": f"torch.{container}",
-        "compute_dtype": f"torch.{jnp.dtype(dtype).name}",
-    }
-    flags = {name: getattr(config, name) for name in (*_FLAGS, "offload_meta")}
-    flags |= {"quant_scale": False, "quant_zero": False}
-    flags |= {"stores_quant_config": True, "encoded_state_dict": True}
-    nbits = np.float32 if isinstance(config.nbits, float) else np.int32
-    tensors = {
-        "shape": np.array(shape, np.int64),
-        "nbits": np.asarray(config.nbits, nbits),
-        "axis": np.asarray(config.axis, np.int32),
-        **{k: np.frombuffer(text.encode(), np.uint8) for k, text in texts.items()},
-        **{k: np.asarray(flag, np.uint8) for k, flag in flags.items()},
-    }
-    if config.group_size is not None:
-        tensors["group_size"] = np.asarray(config.group_size, np.int32)
-    return tensors
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:
@@ -318,11 +184,11 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
         if name not in tensors:
             raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
     scale, words, bits = tensors["scale"], tensors["W_q"], config.bits
-    if scale.dtype not in _FLOATS:
+    if scale.dtype not in FLOATS:
         raise ValueError(
             f"scale.dtype={scale.dtype} must be float16 or bfloat16 or float32."
         )
-    for name, array in _metadata(config, scale.dtype, (1, 1)).items():
+    for name, array in metadata(config, scale.dtype, (1, 1)).items():
         if name in tensors:
             _same(f"{name}.dtype", tensors[name].dtype, array.dtype)
             _same(f"{name}.shape", tuple(tensors[name].shape), array.shape)
@@ -341,14 +207,14 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
         # Only the scales tell how many of the last ten rows are there.
         held = scale.shape[0] if -(-scale.shape[0] // 10) == rows else rows * 10
     else:
-        held = rows * _FIELDS[bits]
+        held = rows * FIELDS[bits]
     wanted = (held, 1) if config.axis == 1 else (1, columns)
     for name in ("scale", "zero"):
         _same(f"{name}.shape", tuple(tensors[name].shape), wanted)
     if config.group_size is not None and config.axis == 1:
         _same("columns of W_q", columns, config.group_size)
     elif config.group_size is not None:
-        _same("rows of W_q", rows, -(-config.group_size // _FIELDS[bits]))
+        _same("rows of W_q", rows, -(-config.group_size // FIELDS[bits]))
 
 
 def _same(name: str, found: Any, wanted: Any) -> None:
@@ -375,19 +241,17 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     check(tensors, config)
     n, k = (int(extent) for extent in np.asarray(tensors["shape"]))
     scale, zero = np.asarray(tensors["scale"]), np.asarray(tensors["zero"])
-    for name, array in _metadata(config, scale.dtype, (n, k)).items():
+    for name, array in metadata(config, scale.dtype, (n, k)).items():
         found = np.asarray(tensors.get(name, array))
         if not np.array_equal(found, array):
             wanted, found = (
                 bytes(a).decode("latin-1") if a.ndim else a for a in (array, found)
             )
             raise ValueError(f"{name}={found} must be {wanted}, as the configuration.")
-    for name, array in (("scale", scale), ("zero", zero)):
-        if not np.isfinite(array.astype(np.float32)).all():
-            raise ValueError(f"{name} must be finite; found NaN or infinity.")
+    check_finite(tensors, ["scale", "zero"])
     container = np.uint32 if config.bits == 3 else np.uint8
     words = np.ascontiguousarray(tensors["W_q"]).view(container)
-    if words.max() >> _FIELDS[config.bits] * config.bits:
+    if words.max() >> FIELDS[config.bits] * config.bits:
         raise ValueError(f"W_q has codes of more than {config.bits} bits.")
     layout, grouping, group_size = _arrangement(config, k, n)
     groups = scale.size
@@ -465,16 +329,16 @@ def to_tensors(
         "W_q": words.view(stored),
         "scale": scale.T.reshape(shape),
         "zero": zero.astype(scale.dtype).T.reshape(shape),
-        **_metadata(config, scale.dtype, (qt.n, qt.k)),
+        **metadata(config, scale.dtype, (qt.n, qt.k)),
     }
 
 
 def _config(qt: QTensor) -> Config:
     segment, strided = qt.segments[0], qt.grouping is Grouping.STRIDED
-    if segment.bits not in _FIELDS:
+    if segment.bits not in FIELDS:
         raise ValueError(
             f"HQQ cannot hold {qt!r}: {segment.bits} bits are not among "
-            f"{tuple(_FIELDS)}."
+            f"{tuple(FIELDS)}."
         )
     # Three bits need a group size; a whole column is one of k elements.
     size = qt.k if segment.group_size is None else segment.group_size

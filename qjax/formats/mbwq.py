@@ -34,7 +34,13 @@ import numpy as np
 from jaxtyping import Array, Float16, Int16, Int32
 
 from qjax import decode, tensor
-from qjax.formats.checks import Expected, check_finite, check_shapes, check_tensors
+from qjax.formats.checks import (
+    Expected,
+    check_finite,
+    check_shapes,
+    check_tensors,
+    group_size_of,
+)
 from qjax.formats.gptq import Stream
 from qjax.formats.q_groups import (
     check_permutation,
@@ -76,7 +82,7 @@ class Config:
     Attributes:
       bits: Width of a code without ``q_groups``; None takes it from the shapes.
       group_size: Rows that share a scale without ``q_groups``; None takes it from the
-        shapes, which needs all groups to be full.
+        shapes, as `checks.group_size_of` does.
       strategy: What ``quant_strategy.json`` says: (block, module, bits, group_size), of
         which bits 0 leaves a module dense.
     """
@@ -209,15 +215,16 @@ def _uniform(tensors: Mapping[str, Any], config: Config) -> Segment:
             f"qweight.shape[0]={height} must be k * bits / 32 with k={k} a multiple of "
             f"32 and {wanted}; rows of several widths come with q_groups."
         )
-    groups = tensors["scales"].shape[0]
     if config.group_size is not None:
         return Segment(bits, config.group_size)
-    if not groups or k % groups or k // groups < _SMALLEST_GROUP:
+    groups = tensors["scales"].shape[0]
+    size = group_size_of(k, groups)
+    if size is None or size < _SMALLEST_GROUP:
         raise ValueError(
-            f"scales.shape[0]={groups} does not cut k={k} into groups of at least "
-            f"{_SMALLEST_GROUP}; pass Config(group_size=...)."
+            f"scales.shape[0]={groups} does not cut k={k} into groups of a power of "
+            f"two, at least {_SMALLEST_GROUP}; the configuration must have group_size."
         )
-    return Segment(bits, k // groups)
+    return Segment(bits, size)
 
 
 def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QTensor:
@@ -234,7 +241,8 @@ def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QT
 
     Raises:
       ValueError: As `check` and `q_groups.read_groups`; or if a number is not finite,
-        or ``q_perm`` is neither a permutation nor, without ``q_groups``, all zeros.
+        ``q_perm`` is neither a permutation nor, without ``q_groups``, all zeros, or a
+        ``g_idx`` has other groups than the shapes were taken for.
     """
     config = config or Config()
     check(tensors, config)
@@ -246,8 +254,10 @@ def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QT
         k = sum(groups.rows)
     else:
         words = [jnp.asarray(qweight.view(np.uint32))]
-        segments = [_uniform(tensors, config)]
         k = tensors["q_perm"].shape[0]
+        segments = [_uniform(tensors, config)]
+        if config.group_size is None:
+            _check_guess(tensors.get("g_idx"), segments[0].group_size or k)
     scale = np.asarray(tensors.get("channel_scale", 1)).reshape(-1)
     return tensor.build(
         words,
@@ -259,6 +269,17 @@ def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QT
         order=_read_perm(np.asarray(tensors["q_perm"]), k, "q_groups" in tensors),
         input_scale=None if (scale == 1).all() else jnp.asarray(scale),
     )
+
+
+def _check_guess(g_idx: Any, group_size: int) -> None:
+    """The layer has no use for ``g_idx``, but saves its groups in it."""
+    if g_idx is not None:
+        rows = np.arange(len(g_idx))
+        if not np.array_equal(rows // group_size, g_idx):
+            raise ValueError(
+                f"g_idx does not have the groups of {group_size} rows that "
+                "scales.shape[0] looks like; the configuration must have group_size."
+            )
 
 
 def _read_perm(q_perm: np.ndarray, k: int, mixed: bool) -> Int32[Array, " k"] | None:

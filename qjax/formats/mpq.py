@@ -42,7 +42,14 @@ from jaxtyping import Array, Float, Int32, Integer
 
 from qjax import decode, tensor
 from qjax.bits import block, pack_fields, unpack_fields
-from qjax.formats.checks import Expected, check_finite, check_shapes, check_tensors
+from qjax.formats.checks import (
+    Expected,
+    check_finite,
+    check_shapes,
+    check_tensors,
+    group_size_of,
+)
+from qjax.formats.g_idx import in_input_order, read_g_idx
 from qjax.formats.gptq import Stream
 from qjax.tensor import Affine, Encoded, Grouping, QTensor, Segment
 
@@ -97,14 +104,9 @@ class DoubleQuantized(Encoded):
 def _decode(index: Array, zero: Array, step: Array) -> Array:
     # Either operation is exact enough in float32 for its rounding to be the only one.
     moved = index.astype(jnp.float32) - zero.astype(jnp.float32)
-    moved = _rounded(moved, step.dtype).astype(jnp.float32)
-    numbers = _rounded(moved * step.astype(jnp.float32), step.dtype)
+    product = decode.rounded(moved, step.dtype) * step.astype(jnp.float32)
+    numbers = decode.rounded(product, step.dtype).astype(step.dtype)
     return numbers.reshape(*index.shape[:-2], -1)
-
-
-def _rounded(x: Array, dtype: jnp.dtype) -> Array:
-    # The barrier keeps XLA from removing the pair of conversions as excess precision.
-    return jax.lax.optimization_barrier(x.astype(dtype))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,11 +114,12 @@ class Config:
     """Bits and group size of all modules; the tensors say the rest.
 
     Attributes:
-      bits: Width of a code: 1, 2, 4 or 8.
-      group_size: Rows that share a scale; None (-1 in JSON) for one group a column.
+      bits: Width of a code: 1, 2, 4 or 8; None takes it from the shapes.
+      group_size: Rows that share a scale, -1 for one group a column; None takes it from
+        the shapes, as `checks.group_size_of` does.
     """
 
-    bits: int = 4
+    bits: int | None = None
     group_size: int | None = None
 
     @classmethod
@@ -124,7 +127,7 @@ class Config:
         """Reads ``bits`` and ``group_size``.
 
         Upstream has no file of them: green-bit-llm takes them from the name of the
-        model, such as "...-w4a16g32".
+        model, such as "...-w4a16g32", and here the shapes say them as well.
 
         Args:
           entry: The parsed JSON object.
@@ -133,16 +136,16 @@ class Config:
           The configuration of all modules.
 
         Raises:
-          ValueError: If a field is missing or has a wrong type or value.
+          ValueError: If a field has a wrong type or value.
         """
         if entry.get("quant_method", "mpq") != "mpq":
             raise ValueError(f"quant_method={entry['quant_method']!r} must be 'mpq'.")
-        bits, group_size = entry.get("bits"), entry.get("group_size", -1)
-        if type(bits) is not int or bits not in BITS:
+        bits, size = entry.get("bits"), entry.get("group_size")
+        if bits is not None and (type(bits) is not int or bits not in BITS):
             raise ValueError(f"bits={bits!r} must be one of {BITS}.")
-        if type(group_size) is not int or not (group_size == -1 or group_size > 0):
-            raise ValueError(f"group_size={group_size!r} must be positive or -1.")
-        return cls(bits=bits, group_size=None if group_size == -1 else group_size)
+        if size is not None and (type(size) is not int or not (size == -1 or size > 0)):
+            raise ValueError(f"group_size={size!r} must be positive or -1.")
+        return cls(bits=bits, group_size=size)
 
     def of(self, module: str) -> "Config | None":
         """Returns the configuration of one module, which is that of all."""
@@ -167,16 +170,22 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
       ValueError: Naming the tensor, what it has and what it should have.
     """
     check_tensors(tensors, _EXPECTED, "MPQ")
-    (height, n), bits = tensors["qweight"].shape, config.bits
-    if bits not in BITS or not height or not n:
-        raise ValueError(
-            f"qweight.shape={(height, n)} must not be empty, and bits={bits} be one of "
-            f"{BITS}."
-        )
+    height, n = tensors["qweight"].shape
+    if not height or not n:
+        raise ValueError(f"qweight.shape={(height, n)} must not be empty.")
+    bits, size = _segment(tensors, config)[:2]
     k = height * 32 // bits
-    groups = 1 if config.group_size is None else -(-k // config.group_size)
+    groups = -(-k // (size or k))
     shapes = {"g_idx": (k,)}
-    if _has_statistic(tensors, config):
+    parts = [name for name in ("qstatistic", *_INDICES) if name in tensors]
+    if parts and len(parts) <= len(_INDICES):
+        # Otherwise scales that upstream would not look at would count.
+        raise ValueError(
+            f"qstatistic and {_INDICES} must all be there or none; found {parts}."
+        )
+    if {"qzeros", "zeros"} <= tensors.keys():
+        raise ValueError("qzeros and zeros are two kinds of zeros; one must be there.")
+    if _has_statistic(tensors, size or k):
         needed, runs = ("qstatistic", *_INDICES), tensors["qstatistic"].shape[1]
         shapes |= dict.fromkeys(_INDICES, (groups, runs, 1))
         shapes["qstatistic"] = (groups, runs, n // (runs or n))
@@ -201,9 +210,33 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     check_shapes(tensors, shapes, source)
 
 
-def _has_statistic(tensors: Mapping[str, Any], config: Config) -> bool:
-    small = config.group_size is not None and config.group_size < _PLAIN_GROUP
-    return "qstatistic" in tensors and small
+def _segment(tensors: Mapping[str, Any], config: Config) -> Segment:
+    """Width and group size, from the shapes where the configuration does not say."""
+    height, bits, size = tensors["qweight"].shape[0], config.bits, config.group_size
+    if bits is None:
+        rows = tensors["g_idx"].shape[0] if "g_idx" in tensors else 0
+        bits = height * 32 // rows if rows else None
+    if bits not in BITS:
+        raise ValueError(
+            f"bits={bits}, from the configuration or from qweight.shape[0]={height} "
+            f"words of g_idx.shape[0] rows, must be one of {BITS}."
+        )
+    if size is None:
+        k = height * 32 // bits
+        name = "qstatistic" if "qstatistic" in tensors else "scales"
+        groups = tensors[name].shape[0] if name in tensors else 1
+        size = group_size_of(k, groups)
+        if size is None:
+            raise ValueError(
+                f"{name}.shape[0]={groups} does not cut k={k} into groups of a power "
+                "of two; the configuration must have group_size."
+            )
+        size = -1 if groups == 1 else size
+    return Segment(bits, None if size == -1 else size)
+
+
+def _has_statistic(tensors: Mapping[str, Any], group_size: int) -> bool:
+    return "qstatistic" in tensors and group_size < _PLAIN_GROUP
 
 
 def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
@@ -225,8 +258,9 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     """
     check(tensors, config)
     words = np.asarray(tensors["qweight"]).view(np.uint32)
-    affine, rounding = Affine.OFFSET, 2
-    if _has_statistic(tensors, config):
+    segment, affine, rounding = _segment(tensors, config), Affine.OFFSET, 2
+    group_size = segment.group_size or words.shape[0] * 32 // segment.bits
+    if _has_statistic(tensors, group_size):
         check_finite(tensors, _INDICES)
         scale, zero = _read_statistic(tensors)
     else:
@@ -234,7 +268,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         scale = jnp.asarray(tensors["scales"])
         if "qzeros" in tensors:
             affine, rounding = Affine.ZERO, 1
-            stored = unpack_fields(jnp.asarray(tensors["qzeros"]), config.bits, axis=1)
+            stored = unpack_fields(jnp.asarray(tensors["qzeros"]), segment.bits, axis=1)
             wide = int(stored.max()) == 255
             zero = stored.astype(jnp.uint16) + 1 if wide else stored + 1
         else:
@@ -244,10 +278,10 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         scale,
         zero,
         layout=Stream(),
-        segments=[Segment(config.bits, config.group_size)],
+        segments=[segment],
         affine=affine,
         rounding=rounding,
-        row_group=_read_g_idx(tensors, config, scale.shape[0]),
+        row_group=read_g_idx(tensors.get("g_idx"), group_size, scale.shape[0]),
     )
 
 
@@ -268,21 +302,6 @@ def _read_statistic(
     return scale, zero
 
 
-def _read_g_idx(
-    tensors: Mapping[str, Any], config: Config, groups: int
-) -> Int32[Array, " k"] | None:
-    if "g_idx" not in tensors:
-        return None
-    g_idx = np.asarray(tensors["g_idx"])
-    if g_idx.min() < 0 or g_idx.max() >= groups:
-        raise ValueError(
-            f"g_idx from {g_idx.min()} to {g_idx.max()} must lie in 0 to {groups - 1}, "
-            f"as there are {groups} groups."
-        )
-    runs = np.arange(g_idx.size) // (config.group_size or g_idx.size)
-    return None if np.array_equal(g_idx, runs) else jnp.asarray(g_idx)
-
-
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one quantized matrix under the upstream's names.
 
@@ -298,16 +317,10 @@ def to_tensors(qt: QTensor) -> dict[str, Array]:
       ValueError: If MPQ cannot hold ``qt``, with the reason.
     """
     _require_holdable(qt)
-    bits, g_idx, codes = qt.segments[0].bits, qt.row_group, decode.codes(qt)
-    if g_idx is None:
-        size = qt.segments[0].group_size or qt.k
-        g_idx = jnp.arange(qt.k, dtype=jnp.int32) // size
-    if qt.order is not None:
-        inverse = jnp.argsort(qt.order)
-        g_idx, codes = g_idx[inverse], codes[inverse]
+    bits, (codes, g_idx) = qt.segments[0].bits, in_input_order(qt)
     tensors = {"qweight": _words(codes, bits, 0), "g_idx": g_idx}
     # In larger groups upstream would not look at the statistics.
-    small = (qt.segments[0].group_size or _PLAIN_GROUP) < _PLAIN_GROUP
+    small = (qt.segments[0].group_size or qt.k) < _PLAIN_GROUP
     scale, zero = qt.scale, qt.zero
     if (
         small

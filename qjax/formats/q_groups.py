@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int16, Int32, Integer
 
-from qjax import decode
+from qjax import tensor
 from qjax.bits import pack_fields
 from qjax.tensor import QTensor, Segment
 
@@ -214,7 +214,7 @@ def join_words(qt: QTensor, columns: int) -> Int32[Array, "rows columns"]:
     Returns:
       The words as a file holds them.
     """
-    codes, parts, first = decode.codes(qt), [], 0
+    codes, parts, first = tensor.codes(qt), [], 0
     for segment, count in zip(qt.segments, qt.rows, strict=True):
         part = jnp.pad(
             codes[first : first + count],

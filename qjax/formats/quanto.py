@@ -31,8 +31,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Integer, UInt8
 
-from qjax import decode, tensor
-from qjax.formats.awq_v2 import FLOATS, finite, refusal
+from qjax import tensor
+from qjax.bits import transpose, unpack_fields
+from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words, refusal
 from qjax.tensor import Affine, Layout, QTensor, Segment
 
 WIDTHS = (2, 4)
@@ -52,21 +53,29 @@ class Slabs(Layout):
 
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt8[Array, "d g"]:
         """Packs ``[k, n]`` codes, any n."""
+        check_codes(codes)
         if codes.shape[0] != self.k or self.k % self._columns:
             raise ValueError(
                 f"codes.shape[0]={codes.shape[0]} must be k={self.k}, a multiple of "
                 f"group_size={self.group_size}."
             )
+        _width(bits)
+        if self.k % 4 == 0 and codes.shape[1] % (8 // bits) == 0:
+            return _pack_columns(codes, bits).reshape(-1, self._columns)
+        # A slab begins within a column, or a word within a row.
         return pack_weights(codes.T.reshape(-1, self._columns), bits)
 
     def unpack(self, words: UInt8[Array, "d g"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks bytes; rows that pad a slab may make columns of zeros at the end."""
+        check_words(words, 2, jnp.uint8)
         k, n = self.extents(words.shape, bits)
         if words.shape[1] != self._columns or k % self._columns:
             raise ValueError(
                 f"words.shape={words.shape} must be [slab, {self._columns}], and k={k} "
                 "a multiple of that."
             )
+        if k % 4 == 0 and words.size % k == 0:
+            return _unpack_columns(words.reshape(-1, k), bits)
         rows = unpack_weights(words, bits)[: n * k // self._columns]
         return rows.reshape(n, k).T
 
@@ -83,6 +92,39 @@ class Slabs(Layout):
 def _width(bits: int) -> None:
     if bits not in WIDTHS:
         raise ValueError(f"bits={bits} must be 2 or 4, the widths that quanto packs.")
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def _pack_columns(codes: Array, bits: int) -> Array:
+    """Packs slabs of whole columns, k a multiple of 4: bytes ``[n * bits / 8, k]``."""
+    k, n = codes.shape
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise ValueError(f"codes.dtype={codes.dtype} must be an integer dtype.")
+    slabs = 8 // bits
+    fields = (codes & jnp.array(2**bits - 1, codes.dtype)).astype(jnp.uint32)
+    fields = fields.reshape(k // 4, 4, slabs, n // slabs)
+    # Four bytes move together. The fields do not overlap: their sum is all four.
+    words = (fields << _word_shifts(bits)).sum((1, 2), dtype=jnp.uint32)
+    return unpack_fields(transpose(words, (1, 0)), 8, axis=1)
+
+
+@functools.partial(jax.jit, static_argnames="bits")
+def _unpack_columns(packed: UInt8[Array, "d k"], bits: int) -> UInt8[Array, "k n"]:
+    """Inverse of `_pack_columns`."""
+    height, k = packed.shape
+    if packed.dtype != jnp.uint8:
+        raise ValueError(f"words.dtype={packed.dtype} must be uint8.")
+    words = lax.bitcast_convert_type(packed.reshape(height, k // 4, 4), jnp.uint32)
+    words = transpose(words, (1, 0)).reshape(k // 4, 1, 1, height)
+    fields = (words >> _word_shifts(bits)) & jnp.uint32(2**bits - 1)
+    return fields.astype(jnp.uint8).reshape(k, 8 // bits * height)
+
+
+def _word_shifts(bits: int) -> Array:
+    """Where the codes of four bytes lie, ``[1, 4, 8 / bits, 1]``."""
+    shape = (1, 4, 8 // bits, 1)
+    byte, slab = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (1, 2))
+    return 8 * byte + bits * slab
 
 
 def _shifts(bits: int) -> Array:
@@ -224,11 +266,11 @@ def from_tensors(tensors: Mapping[str, Any], *, bits: int, k: int) -> QTensor:
     """
     check(tensors, bits=bits, k=k)
     data, scale, shift = (jnp.asarray(tensors[name]) for name in TENSORS)
-    finite(TENSORS[1], scale)
+    check_finite({TENSORS[1]: scale})
     size = data.shape[1]
     scale, shift = (p.reshape(-1, k // size).T for p in (scale, shift))
     if shift.dtype == scale.dtype:
-        finite(TENSORS[2], shift)
+        check_finite({TENSORS[2]: shift})
         fields = {"zero": -shift, "affine": Affine.OFFSET, "rounding": 2}
     else:
         low, high = int(np.min(shift)), int(np.max(shift))
@@ -272,7 +314,7 @@ def to_tensors(qt: QTensor) -> dict[str, Array]:
     if zero is None:
         zero = jnp.full(scale.shape, 2 ** (segment.bits - 1), jnp.uint8)
     shift = zero if zero.dtype == jnp.uint8 else -zero
-    words = Slabs(qt.k, segment.group_size).pack(decode.codes(qt), segment.bits)
+    words = Slabs(qt.k, segment.group_size).pack(tensor.codes(qt), segment.bits)
     return dict(
         zip(
             TENSORS,

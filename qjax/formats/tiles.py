@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Integer, UInt8, UInt16
 
 from qjax.bits import block
+from qjax.formats.checks import check_codes, check_words
 from qjax.tensor import Layout
 
 # Widths of the planes of a code, the high bits first.
@@ -103,6 +104,7 @@ class Tiles(Layout):
         self, codes: Integer[Array, "k n"], bits: int
     ) -> UInt16[Array, "blocks units columns 256"]:
         """Packs ``[k, n]`` codes, padding both axes with zeros."""
+        check_codes(codes)
         step, columns = math.lcm(_STEP, rows_of_block(bits)), SIDE
         k, n = codes.shape
         padding = ((0, -k % step), (0, -n % columns))
@@ -113,14 +115,12 @@ class Tiles(Layout):
         self, words: UInt16[Array, "blocks units columns 256"], bits: int
     ) -> UInt8[Array, "k n"]:
         """Unpacks words into codes, padding included."""
+        check_words(words, self.rank, jnp.uint16)
         units = units_of_block(bits)
-        if words.dtype != jnp.uint16 or words.shape[1:2] + words.shape[3:] != (
-            units,
-            SLOTS,
-        ):
+        if words.shape[1] != units or words.shape[3] != SLOTS:
             raise ValueError(
-                f"words={words.dtype}{list(words.shape)} must be uint16 [blocks, "
-                f"{units}, n / {SIDE}, {SLOTS}] for {bits}-bit codes in Tiles."
+                f"words.shape={words.shape} must be [blocks, {units}, n / {SIDE}, "
+                f"{SLOTS}] for {bits}-bit codes in Tiles."
             )
         return _unpack(words, bits)
 

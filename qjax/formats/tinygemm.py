@@ -15,12 +15,10 @@ so round once, and torchao's Python rounds twice; `QTensor.rounding` chooses.
 
 A packed tensor carries no mark of its kind: AMD GPUs store another order of the same
 words in a tensor of the same shape, and the CPU operator three others
-(`unpack_cpu_layout`), by the instructions that the packing machine had.
+(`qjax.formats.tinygemm_cpu`).
 
 Source: pytorch/pytorch, aten/src/ATen/native/cuda/int4mm.cu, commit
-05f814fecfca7d2a17f28cbe7e1cb2d8d4c13230, and
-aten/src/ATen/native/cpu/int4mm_kernel.cpp, commit
-00b919af8e7bb50f52ec45fdad09304d4104464a; pytorch/ao,
+05f814fecfca7d2a17f28cbe7e1cb2d8d4c13230; pytorch/ao,
 torchao/csrc/cuda/tensor_core_tiled_layout/tensor_core_tiled_layout.cu, commit
 8940de9ce01345e44bdc063ebf7a0b2c5405a70d.
 """
@@ -28,7 +26,7 @@ torchao/csrc/cuda/tensor_core_tiled_layout/tensor_core_tiled_layout.cu, commit
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,8 +34,16 @@ from jaxtyping import Array, BFloat16, Int32, Integer, UInt8, UInt32
 
 from qjax import decode, tensor
 from qjax.bits import pack_fields, unpack_fields
-from qjax.formats.checks import Expected, check_finite, check_tensors
-from qjax.formats.gptq import Stream
+from qjax.formats.checks import (
+    Expected,
+    check_codes,
+    check_finite,
+    check_tensors,
+    check_words,
+    lacks_input_order,
+    lacks_own_columns,
+    lacks_plain_groups,
+)
 from qjax.tensor import Affine, QTensor, Segment
 
 INNER_K_TILES = (2, 4, 8)
@@ -47,9 +53,6 @@ _EXPECTED = {
     "_weight_qdata": Expected((jnp.int32, jnp.uint32), 4),
     "_weight_scale_and_zero": Expected((jnp.bfloat16,), 3),
 }
-Capability = Literal["avx512", "avx2", "default"]
-# Rows of torch's weight in a block of the CPU operator's layout.
-_CPU_BLOCK = {"avx512": 64, "avx2": 32, "default": 32}
 # torchao pads k with zeros to this. Quantized, they have these scales and zeros.
 _K_UNIT = 1024
 _PAD_SCALE, _PAD_ZERO = 2.0**-126, 2.0**-123
@@ -71,6 +74,7 @@ class TensorCoreTiled(tensor.Layout):
     ) -> UInt32[Array, "n8 kt 32 half"]:
         """Packs ``[k, n]`` codes; k must be whole tiles, n is padded with zeros."""
         self.check(bits)
+        check_codes(codes)
         k, tile = codes.shape[0], 16 * self.inner_k_tiles
         if not k or k % tile:
             raise ValueError(
@@ -84,9 +88,8 @@ class TensorCoreTiled(tensor.Layout):
     ) -> UInt8[Array, "k n"]:
         """Unpacks words; n is a multiple of 8, padding included."""
         self.check(bits)
-        if words.dtype not in (jnp.int32, jnp.uint32):
-            raise ValueError(f"words.dtype={words.dtype} must be int32 or uint32.")
-        if len(words.shape) != 4 or words.shape[2:] != (32, self.inner_k_tiles // 2):
+        check_words(words, self.rank, jnp.int32, jnp.uint32)
+        if words.shape[2:] != (32, self.inner_k_tiles // 2):
             raise ValueError(
                 f"words.shape={words.shape} must be [n / 8, k / "
                 f"{16 * self.inner_k_tiles}, 32, {self.inner_k_tiles // 2}] for "
@@ -376,7 +379,7 @@ def _write(qt: QTensor, layout: TensorCoreTiled, unit: int) -> dict[str, Array]:
     scale = tensor.plain(qt.scale)
     zero = jnp.zeros_like(scale) if qt.zero is None else tensor.plain(qt.zero)
     rows, columns = -qt.k % unit, -qt.n % 8
-    codes = jnp.pad(decode.codes(qt), ((0, rows), (0, columns)))
+    codes = jnp.pad(tensor.codes(qt), ((0, rows), (0, columns)))
     size = qt.segments[0].group_size or qt.k
     groups = (0, (qt.k + rows) // size - scale.shape[0])
     pad = functools.partial(jnp.pad, pad_width=(groups, (0, columns)))
@@ -392,120 +395,21 @@ def _write(qt: QTensor, layout: TensorCoreTiled, unit: int) -> dict[str, Array]:
 
 
 def _check_holdable(qt: QTensor, unit: int) -> None:
-    reason = None
-    if qt.batch:
-        reason = f"it stacks {qt.batch} matrices; write them one by one"
-    elif len(qt.segments) != 1 or qt.segments[0].bits != 4:
-        reason = "its codes are not 4 bits wide throughout; requantize it"
-    elif qt.grouping is not tensor.Grouping.ROWS or qt.input_scale is not None:
-        reason = f"it has {qt.grouping.value} groups or an input scale"
-    elif qt.row_group is not None or qt.order is not None:
-        reason = "its rows have an order, and tinygemm knows none; GPTQ does"
+    reason = (
+        lacks_plain_groups(qt, (4,)) or lacks_input_order(qt) or lacks_own_columns(qt)
+    )
+    size = qt.segments[0].group_size
+    if reason:
+        pass
     elif qt.affine is not Affine.CENTERED:
         reason = f"{qt.affine.value} is not (q - 8) * s + z in bfloat16; requantize it"
-    elif qt.segments[0].group_size not in GROUP_SIZES or qt.k % (
-        qt.segments[0].group_size or 1
-    ):
-        reason = (
-            f"group size {qt.segments[0].group_size} is not one of {GROUP_SIZES} that "
-            f"divides k={qt.k}"
-        )
+    elif size not in GROUP_SIZES or qt.k % size:
+        reason = f"group size {size} is not one of {GROUP_SIZES} that divides k={qt.k}"
     elif qt.dtype != jnp.bfloat16 or (
         qt.zero is not None and qt.zero.dtype != qt.dtype
     ):
         reason = "scales and zeros must be bfloat16; casting them would lose bits"
-    elif any(p.shape[-1] != qt.n for p in (qt.scale, qt.zero) if p is not None):
-        reason = "columns share scales or zeros"
     elif qt.k % unit:
         reason = f"k={qt.k} is not a multiple of {unit}; pass pad_k=True"
     if reason:
         raise ValueError(f"tinygemm cannot hold {qt!r}: {reason}.")
-
-
-def unpack_cpu_layout(
-    packed: UInt8[Array, "n half_k"], capability: Capability
-) -> UInt8[Array, "n k"]:
-    """Unpacks what ``torch._convert_weight_to_int4pack_for_cpu`` made on a machine.
-
-    The layout is that of the machine's vector instructions, not of the file, and shape
-    and dtype do not tell which: ask for ``torch.backends.cpu.get_cpu_capability()`` (or
-    the ATEN_CPU_CAPABILITY) there. qjax never writes it.
-
-    Args:
-      packed: uint8 ``[N, K / 2]``, N a multiple of 16.
-      capability: "avx512", "avx2" or "default" (x86 without either).
-
-    Returns:
-      uint8 ``[N, K]`` codes, in torch's orientation.
-
-    Raises:
-      ValueError: If the capability is unknown, or dtype or shape do not fit.
-    """
-    if capability not in _CPU_BLOCK:
-        raise ValueError(
-            f"capability={capability!r} must be one of {list(_CPU_BLOCK)}: the vector "
-            "instructions of the machine that packed the weight."
-        )
-    if packed.dtype != jnp.uint8 or len(packed.shape) != 2 or packed.shape[0] % 16:
-        raise ValueError(
-            f"packed is {packed.dtype}{packed.shape}; it must be uint8 [N, K / 2] with "
-            "N a multiple of 16."
-        )
-    return _unpack_cpu(packed, capability)
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _unpack_cpu(packed: Array, capability: Capability) -> Array:
-    (n, half), block = packed.shape, _CPU_BLOCK[capability]
-    k, whole = 2 * half, n // block * block
-    flat = packed.reshape(-1)
-    blocks = flat[: whole * half].reshape(-1, k, block // 2)
-    nibbles = [blocks & 15, blocks >> 4]
-    if capability == "default":
-        codes = jnp.stack(nibbles, axis=-1).reshape(-1, k, block)
-    else:  # the low nibbles hold the first half of the block
-        codes = jnp.concatenate(nibbles, axis=-1)
-    parts = [codes.transpose(0, 2, 1).reshape(whole, k)]
-    if whole < n:
-        rest = flat[whole * half :].reshape(k, -1)
-        pairs = jnp.stack([rest & 15, rest >> 4], axis=-1)
-        parts.append(pairs.reshape(k, -1).T)
-    return jnp.concatenate(parts)
-
-
-def from_cpu_layout(
-    packed: UInt8[Array, "n half_k"],
-    scales_and_zeros: BFloat16[Array, "groups n 2"],
-    group_size: int,
-    capability: Capability,
-) -> QTensor:
-    """Reads a weight that torch packed for a CPU into the stream of `gptq`.
-
-    Args:
-      packed: As in `unpack_cpu_layout`.
-      scales_and_zeros: bfloat16 ``[K / group_size, N, 2]``.
-      group_size: The inputs that share a scale.
-      capability: As in `unpack_cpu_layout`.
-
-    Returns:
-      ``[k, n]`` tensor. Its float32 weight is what the CPU kernels multiply by: they
-      round nothing to bfloat16.
-
-    Raises:
-      ValueError: As `unpack_cpu_layout`; or if scales and zeros do not fit.
-    """
-    codes = unpack_cpu_layout(packed, capability)
-    words, scale, zero = _restream(codes, scales_and_zeros)
-    return tensor.build(
-        (words,),
-        scale,
-        zero,
-        layout=Stream(),
-        segments=(Segment(4, group_size),),
-        affine=Affine.CENTERED,
-    )
-
-
-@jax.jit
-def _restream(codes: Array, parameters: Array) -> tuple[Array, Array, Array]:
-    return Stream().pack(codes.T, 4), parameters[..., 0], parameters[..., 1]

@@ -1,4 +1,4 @@
-"""torchao: int8 and intx weights, a byte a code, as its safetensors files hold them.
+"""torchao: int8, intx and tiled int4 weights, as its safetensors files hold them.
 
 ``_weight_qdata[n, k]`` is one signed byte a code of torch's ``[N, K]`` weight, whatever
 the width; codes of fewer bits are sign-extended:
@@ -12,19 +12,20 @@ the width; codes of fewer bits are sign-extended:
 stands beside a bfloat16 weight: ``qjax.dequantize(qt, jnp.bfloat16)`` is then what
 torchao computes.
 
-How torchao finds these values is in `qjax.formats.torchao_affine`; its int4 tensors for
-CUDA are `qjax.formats.tinygemm`.
+Its int4 tensors for CUDA, ``_weight_qdata`` with ``_weight_scale_and_zero``, are those
+of `qjax.formats.tinygemm`; only the header of the file has their shape before padding.
+How torchao finds all of these values is in `qjax.formats.torchao_affine`.
 
 Source: pytorch/ao, torchao/prototype/safetensors/safetensors_support.py,
-torchao/quantization/quantize_/workflows/int8/int8_tensor.py and
-workflows/intx/intx_unpacked_to_int8_tensor.py, torchao/quantization/quant_api.py,
+torchao/quantization/quantize_/workflows/int8/int8_tensor.py,
+workflows/intx/intx_unpacked_to_int8_tensor.py and
+workflows/int4/int4_tile_packed_to_4d_tensor.py, torchao/quantization/quant_api.py,
 release 0.18.0; huggingface/transformers,
 src/transformers/quantizers/quantizers_utils.py.
 """
 
 import dataclasses
 import functools
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,8 +35,23 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Int8, Integer, Shaped, UInt8
 
-from qjax import decode, tensor
-from qjax.formats.checks import Expected, check_finite, check_shapes, check_tensors
+from qjax import tensor
+from qjax.formats import tinygemm
+from qjax.formats.checks import (
+    Expected,
+    check_codes,
+    check_finite,
+    check_shapes,
+    check_strings,
+    check_tensors,
+    check_words,
+    lacks_input_order,
+    lacks_integer_zeros,
+    lacks_plain_groups,
+    lacks_plain_scales,
+    lacks_whole_groups,
+)
+from qjax.formats.patterns import check_pattern, matches
 from qjax.tensor import Affine, QTensor, Segment
 
 # The last three change the activations too; they are named so that they are refused.
@@ -43,6 +59,7 @@ TENSORS = (
     "_weight_qdata",
     "_weight_scale",
     "_weight_zero_point",
+    "_weight_scale_and_zero",
     "_weight_act_pre_scale",
     "_weight_act_quant_scale",
     "_weight_act_quant_zero_point",
@@ -55,6 +72,7 @@ _EXPECTED = {
 }
 _INTX = ("IntxWeightOnlyConfig",)
 _INT8 = ("Int8WeightOnlyConfig",)
+_INT4 = ("Int4WeightOnlyConfig",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,13 +82,13 @@ class Bytes(tensor.Layout):
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> Int8[Array, "n k"]:
         """Packs ``[k, n]`` codes of 1 to 8 bits."""
         _check_bits(bits)
+        check_codes(codes)
         return _signed(codes, bits)
 
     def unpack(self, words: Shaped[Array, "n k"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks int8 bytes; a byte out of the range of ``bits`` wraps around."""
         _check_bits(bits)
-        if words.dtype != jnp.int8:
-            raise ValueError(f"words.dtype={words.dtype} must be int8.")
+        check_words(words, 2, jnp.int8)
         return _unsigned(words, bits)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
@@ -106,6 +124,7 @@ class Config:
       bits: Width of a code, 1 to 8.
       group_size: Inputs that share a scale; None for one scale an output.
       per_tensor: Whether the whole weight shares one scale.
+      tiled: Whether the tensors are tinygemm's, which `with_header` has to describe.
       overrides: Configurations by module or ``re:`` pattern, as torchao's
         ``FqnToConfig`` has them; None leaves a module dense.
       ignored: Modules that transformers left dense (``modules_to_not_convert``).
@@ -114,6 +133,7 @@ class Config:
     bits: int = 8
     group_size: int | None = None
     per_tensor: bool = False
+    tiled: bool = False
     overrides: tuple[tuple[str, "Config | None"], ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -163,8 +183,8 @@ class Config:
         """
         for pattern in self.ignored:
             # A pattern ends at a dot or at the end of the name, as transformers has it.
-            prefix = re.match(rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))", module)
-            if prefix or module.endswith(pattern):
+            prefix = rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"
+            if module.endswith(pattern) or matches(prefix, module):
                 return None
         if not self.overrides:
             return dataclasses.replace(self, ignored=())
@@ -174,19 +194,50 @@ class Config:
                 return table[name]
         for name in names:
             for pattern, config in self.overrides:
-                if pattern.startswith("re:") and re.fullmatch(pattern[3:], name):
+                if pattern[:3] == "re:" and matches(pattern[3:], name, whole=True):
                     return config
         return table.get("_default")
 
+    def with_header(
+        self, entry: Mapping[str, Any] | None
+    ) -> "Config | tinygemm.Config":
+        """Adds what the safetensors header says about one weight.
+
+        Args:
+          entry: The parsed JSON of the weight's entry in the header's metadata, or None
+            if there is none.
+
+        Returns:
+          The configuration of that weight.
+
+        Raises:
+          ValueError: If the header is needed and says nothing, or something else than
+            the configuration.
+        """
+        if not self.tiled:
+            return self
+        if entry is None:
+            raise ValueError(
+                "the weight is padded, and the metadata in the safetensors header, "
+                "which would tell its shape, does not name it; save the model anew."
+            )
+        if entry.get("_type") != "Int4TilePackedTo4dTensor":
+            raise ValueError(
+                f"_type={entry.get('_type')!r} in the safetensors header must be "
+                "'Int4TilePackedTo4dTensor', from quant_type."
+            )
+        config = tinygemm.Config.from_json(_data(entry))
+        if config.group_size != self.group_size:
+            raise ValueError(
+                f"block_size=[1, {config.group_size}] in the safetensors header must "
+                f"be [1, {self.group_size}], from quant_type."
+            )
+        return config
+
 
 def _check_patterns(name: str, patterns: Any) -> None:
-    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(f"{name}={patterns!r} must be a list of strings.")
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise ValueError(f"{name}: {pattern!r} is no pattern: {error}.") from None
+    for pattern in check_strings(name, patterns):
+        check_pattern(name, pattern)
 
 
 def _data(entry: Any) -> Mapping[str, Any]:
@@ -202,29 +253,14 @@ def _data(entry: Any) -> Mapping[str, Any]:
 def _one(entry: Any) -> Config:
     """Reads the configuration of one kind of tensor."""
     data, kind = _data(entry), entry.get("_type")
-    if kind in ("Int4WeightOnlyConfig", "Int4WeightOnlyOpaqueTensorConfig"):
-        raise ValueError(
-            f"{kind} pads the weight, and only the safetensors header knows its shape: "
-            "read the tensors with qjax.formats.tinygemm."
-        )
+    if kind in _INT4:
+        return _int4(data)
     if kind not in _INT8 + _INTX:
         raise ValueError(
-            f"quant_type {kind!r} is not supported; known: {list(_INT8 + _INTX)}, "
+            f"quant_type {kind!r} is not supported; known: {[*_INT8, *_INTX, *_INT4]}, "
             "alone or in FqnToConfig."
         )
-    bits = 8
-    if kind in _INTX:
-        dtype = data.get("weight_dtype") or {}
-        name = dtype.get("_data") if isinstance(dtype, Mapping) else None
-        if name not in [f"int{width}" for width in range(1, 9)]:
-            raise ValueError(f"weight_dtype={dtype!r} must be torch.int1 to int8.")
-        bits = int(name[3:])
-        packing = data.get("intx_packing_format")
-        packing = packing.get("_data") if isinstance(packing, Mapping) else packing
-        if packing not in (None, "UNPACKED_TO_INT8", "unpacked_to_int8"):
-            raise ValueError(
-                f"intx_packing_format={packing!r} must be 'unpacked_to_int8'."
-            )
+    bits = _intx_bits(data) if kind in _INTX else 8
     if data.get("group_size") is not None:
         raise ValueError(
             f"group_size={data['group_size']!r} is of version 1 of torchao's {kind}, "
@@ -248,19 +284,58 @@ def _one(entry: Any) -> Config:
     return Config(bits=bits)
 
 
-def check(tensors: Mapping[str, Any], config: Config) -> None:
+def _intx_bits(data: Mapping[str, Any]) -> int:
+    dtype = data.get("weight_dtype")
+    name = dtype.get("_data") if isinstance(dtype, Mapping) else None
+    if name not in [f"int{width}" for width in range(1, 9)]:
+        raise ValueError(f"weight_dtype={dtype!r} must be torch.int1 to int8.")
+    _check_packing(data, "intx_packing_format", "unpacked_to_int8", optional=True)
+    return int(name[3:])
+
+
+def _int4(data: Mapping[str, Any]) -> Config:
+    _check_packing(data, "int4_packing_format", "tile_packed_to_4d")
+    tile, size = data.get("int4_tile_packed_ntile", 8), data.get("group_size")
+    if tile != 8:
+        raise ValueError(
+            f"int4_tile_packed_ntile={tile!r} must be 8: AMD GPUs, which have 16, "
+            "store another order of the same words."
+        )
+    if type(size) is not int or size not in tinygemm.GROUP_SIZES:
+        raise ValueError(
+            f"group_size={size!r} must be one of {tinygemm.GROUP_SIZES}, for int4."
+        )
+    return Config(bits=4, group_size=size, tiled=True)
+
+
+def _check_packing(
+    data: Mapping[str, Any], name: str, wanted: str, optional: bool = False
+) -> None:
+    """An enumeration is an object with the name of a member, or its value."""
+    packing = data.get(name)
+    packing = packing.get("_data") if isinstance(packing, Mapping) else packing
+    known = (wanted, wanted.upper(), *((None,) if optional else ()))
+    if packing not in known:
+        raise ValueError(f"{name}={packing!r} must be {wanted!r}.")
+
+
+def check(tensors: Mapping[str, Any], config: Config | tinygemm.Config) -> None:
     """Checks names, dtypes and shapes of one module's tensors, and no values.
 
     Args:
       tensors: Arrays or anything with ``shape`` and ``dtype``, by upstream name:
         ``_weight_qdata`` int8 ``[N, K]``, ``_weight_scale`` float ``[N, K / group]``
         (``[1, 1]`` for one scale in all), and optionally ``_weight_zero_point`` int8 of
-        the same shape.
-      config: The module's configuration.
+        the same shape. Of int4 weights those that `tinygemm.check` lists.
+      config: The module's configuration; of int4 weights what `Config.with_header` made
+        of it.
 
     Raises:
       ValueError: Naming the tensor, what it has and what it should have.
     """
+    if isinstance(config, tinygemm.Config):
+        tinygemm.check(tensors, config)
+        return
     # Tensors of activations ("_weight_act_...") have no place here.
     check_tensors(tensors, _EXPECTED, "torchao's weight-only matrices")
     shape = tuple(tensors["_weight_qdata"].shape)
@@ -278,7 +353,9 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     check_shapes(tensors, dict.fromkeys(names, wanted), source)
 
 
-def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
+def from_tensors(
+    tensors: Mapping[str, Any], config: Config | tinygemm.Config
+) -> QTensor:
     """Reads one quantized matrix.
 
     Args:
@@ -299,6 +376,8 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
       >>> qjax.dequantize(qt)[:, 0]
       Array([-64. ,   0. ,  63.5], dtype=float32)
     """
+    if isinstance(config, tinygemm.Config):
+        return tinygemm.from_tensors(tensors, config)
     check(tensors, config)
     check_finite(tensors, ["_weight_scale"])
     middle = 2 ** (config.bits - 1)
@@ -345,7 +424,7 @@ def to_tensors(qt: QTensor, *, zero_point: bool = True) -> dict[str, Array]:
 def _write(qt: QTensor, zero_point: bool) -> dict[str, Array]:
     bits, scale = qt.segments[0].bits, tensor.plain(qt.scale)
     tensors = {
-        "_weight_qdata": Bytes().pack(decode.codes(qt), bits),
+        "_weight_qdata": Bytes().pack(tensor.codes(qt), bits),
         "_weight_scale": scale.T,
     }
     if qt.zero is not None:
@@ -356,25 +435,12 @@ def _write(qt: QTensor, zero_point: bool) -> dict[str, Array]:
 
 
 def _check_holdable(qt: QTensor) -> None:
-    reason, size = None, qt.segments[0].group_size
-    if qt.batch:
-        reason = f"it stacks {qt.batch} matrices; write them one by one"
-    elif len(qt.segments) != 1:
-        reason = "its rows have several widths; EXL2 holds those"
-    elif qt.grouping is not tensor.Grouping.ROWS or qt.input_scale is not None:
-        reason = f"it has {qt.grouping.value} groups or an input scale"
-    elif qt.row_group is not None or qt.order is not None:
-        reason = "its rows have an order, and torchao knows none; GPTQ does"
-    elif not (
-        (qt.affine is Affine.CENTERED and qt.zero is None)
-        or (qt.zero is not None and qt.zero.dtype == jnp.uint8)
-    ):
-        reason = f"{qt.affine.value} here does not have integer zeros; requantize it"
-    elif qt.k % (size or qt.k):
-        reason = f"k={qt.k} is not a multiple of the group size {size}"
-    elif qt.zero is not None and qt.zero.shape != qt.scale.shape:
-        reason = f"zeros {qt.zero.shape} and scales {qt.scale.shape} differ in shape"
-    elif qt.scale.shape not in ((qt.k // (size or qt.k), qt.n), (1, 1)):
-        reason = "some columns share scales"
+    reason = (
+        lacks_plain_groups(qt, range(1, 9))
+        or lacks_input_order(qt)
+        or lacks_integer_zeros(qt)
+        or lacks_whole_groups(qt)
+        or lacks_plain_scales(qt)
+    )
     if reason:
         raise ValueError(f"torchao cannot hold {qt!r}: {reason}.")

@@ -7,7 +7,7 @@ tensor-core products and PTX have no meaning. JAX deprecated the Triton backend 
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, DTypeLike
 
+# Its name on jax 0.10.1, where the backend's module has none.
+_dot = plt.dot if hasattr(plt, "dot") else vars(pl)["dot"]
 
+
+@runtime_checkable
 class Lang(Protocol):
     """What a kernel body needs beyond jnp."""
 
@@ -34,7 +38,7 @@ class Lang(Protocol):
 
 class _Triton:
     def dot(self, a: Array, b: Array) -> Array:
-        return plt.dot(a, b)
+        return _dot(a, b)
 
     def fma(self, a: Array, b: Array, c: Array) -> Array:
         # XLA's Triton does not contract a product and a sum.
@@ -84,9 +88,7 @@ def load(ref: Any, mask: Array | None = None) -> Array:
     return plt.load(ref, mask=mask, other=None if mask is None else 0)
 
 
-def load_row(
-    ref: Any, *index: Any, columns: Any, mask: Array | None = None
-) -> Array:
+def load_row(ref: Any, *index: Any, columns: Any, mask: Array | None = None) -> Array:
     """Loads part of a row, given by its index on every axis but the last."""
     # Slices of one: interpret mode takes no integers beside a slice.
     where = (*(pl.ds(i, 1) for i in index), columns)

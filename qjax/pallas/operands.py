@@ -44,6 +44,13 @@ class Config:
     warps: int = 4
     stages: int = 3
 
+    def fitting(self, bits: int, rows: int) -> "Config":
+        """Returns this with iterations that cut ``rows`` padded rows evenly."""
+        block_k = math.gcd(self.block_k, rows)
+        return dataclasses.replace(
+            self, block_k=max(block_k, tiles.rows_of_block(bits))
+        )
+
 
 class Steps(NamedTuple):
     """The steps of k and their products.
@@ -62,7 +69,7 @@ class Steps(NamedTuple):
 
     @classmethod
     def of(cls, bits: int, group: int, config: Config) -> "Steps":
-        """Returns the steps of a matrix whose groups have ``group`` rows."""
+        """Returns the steps of a segment whose groups have ``group`` rows."""
         rows = math.gcd(group, config.block_k)
         block = tiles.rows_of_block(bits)
         blocks = max(1, rows // block)
@@ -73,35 +80,52 @@ class Steps(NamedTuple):
         return cls(rows, blocks, sub_blocks, joined)
 
 
-def group_rows(w: QTensor) -> int:
-    """Returns the rows of a group of a matrix that the kernels can read.
+def check(w: QTensor) -> None:
+    """Declines what no kernel reads.
 
     Args:
-      w: A matrix of one segment, in stored row order.
-
-    Returns:
-      The group size; for one group a column, the padded number of rows.
+      w: A matrix or a stack of them, in any layout: `Tiles` is what `qjax.prepare`
+        would bring it to. Leaves may be abstract.
 
     Raises:
-      NotImplementedError: If no kernel reads it, with the reason and a way out.
+      NotImplementedError: With the reason and, if there is one, a way out.
     """
-    (segment,) = w.segments
+    if w.affine is Affine.CODEBOOK:
+        raise NotImplementedError("The kernels multiply affine codes, no codebook.")
+    if w.grouping is not Grouping.ROWS:
+        raise NotImplementedError(
+            f"The kernels read scales of runs of rows, not {w.grouping.value} groups."
+        )
+    if w.row_group is not None:
+        raise NotImplementedError(
+            "The kernels do not gather scales by row_group (act-order); qjax.prepare "
+            "turns one whose groups are full into an order of the rows."
+        )
+    for segment in w.segments:
+        if (segment.group_size or 32) % 32:
+            raise NotImplementedError(
+                f"group_size={segment.group_size} is not a multiple of 32, the rows "
+                "of a kernel's step."
+            )
+
+
+def group_rows(w: QTensor) -> list[int]:
+    """Checks a matrix and returns the rows of a group, for every segment.
+
+    One group a column has as many as the padded segment.
+
+    Raises:
+      NotImplementedError: As `check`, and for layouts other than `Tiles`.
+    """
+    check(w)
     if not isinstance(w.layout, tiles.Tiles):
         raise NotImplementedError(
             f"The kernels read Tiles, not {w.layout!r}; use qjax.prepare."
         )
-    if w.grouping is not Grouping.ROWS or w.row_group is not None:
-        raise NotImplementedError(
-            "The kernels read scales of runs of rows; qjax.prepare turns an act-order "
-            "row_group with full groups into an order."
-        )
-    padded = w.k + segment.padding
-    size = padded if segment.group_size is None else segment.group_size
-    if size % 32:
-        raise NotImplementedError(
-            f"group_size={size} is not a multiple of 32, the rows of a kernel's step."
-        )
-    return size
+    return [
+        segment.group_size or rows + segment.padding
+        for segment, rows in zip(w.segments, w.rows, strict=True)
+    ]
 
 
 def parameters(w: QTensor) -> list[Array]:
@@ -112,7 +136,7 @@ def parameters(w: QTensor) -> list[Array]:
     columns = w.n + w.padding
 
     def whole(parameter: Array) -> Array:
-        rows, count = parameter.shape
+        count = parameter.shape[1]
         if count < w.n:
             parameter = jnp.repeat(parameter, w.n // count, axis=1)
         return jnp.pad(
@@ -135,13 +159,21 @@ def fit(x: Float[Array, "m k"]) -> tuple[Float[Array, "m k"], Float[Array, "m 1"
       float16 rows, and the float32 factors that undo the scaling. A row with an
       infinity or NaN is not scaled.
     """
-    largest = jnp.abs(x).max(1, keepdims=True)
-    exponent = lax.bitcast_convert_type(largest, jnp.int32) >> 23
-    # Between normal floats, so that neither factor is flushed to zero.
-    power = jnp.clip(127 + _TOP - exponent, -126, 126)
-    power = jnp.where((exponent == 0) | (exponent == 255), 0, power)
+    factor, inverse = bring_to(jnp.abs(x).max(1, keepdims=True), _TOP)
+    return (x * factor).astype(DTYPE), inverse
+
+
+def bring_to(largest: Float[Array, "..."], exponent: int) -> tuple[Array, Array]:
+    """Powers of two that bring numbers to ``[2**exponent, 2**(exponent + 1))``, undone.
+
+    Both are normal, so that neither is flushed to zero: very small numbers end lower.
+    Zeros, infinities and NaN give ones.
+    """
+    biased = lax.bitcast_convert_type(largest, jnp.int32) >> 23
+    power = jnp.clip(127 + exponent - biased, -126, 126)
+    power = jnp.where((biased == 0) | (biased == 255), 0, power)
     two_to = lambda e: lax.bitcast_convert_type((e + 127) << 23, jnp.float32)  # noqa: E731
-    return (x * two_to(power)).astype(DTYPE), two_to(-power)
+    return two_to(power), two_to(-power)
 
 
 def arrange(x: Float[Array, "m k"], steps: Steps) -> Float[Array, "m k"]:
@@ -164,7 +196,8 @@ def start(
     recipes = unpack.recipes(bits, DTYPE)
     offsets = jnp.array([recipe.offset + centre for recipe in recipes], jnp.float32)
     wide = x.astype(jnp.float32)
-    by_sub_block = wide.reshape(m, -1, len(recipes), tiles.SIDE) * offsets[:, None]
+    by_sub_block = wide.reshape(m, -1, len(recipes), tiles.SIDE)
+    by_sub_block *= offsets[None, None, :, None]
     sums = [
         values.reshape(m, k // steps.rows, steps.rows).sum(-1)
         for values in (by_sub_block, wide)

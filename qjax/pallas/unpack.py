@@ -75,7 +75,7 @@ class Recipe(NamedTuple):
     @property
     def ptx(self) -> str:
         """PTX with the result in $0 and one register of two slots a plane from $1."""
-        # (a & b) ^ c  or  (a & b) | c
+        # The truth tables of taking bits and merging them by XOR or OR.
         table = "0x6A" if self.negative else "0xEA"
         lines, merged = [], f"{_both(self.magic):#x}"
         for take in self.takes:

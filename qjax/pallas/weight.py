@@ -1,7 +1,7 @@
 """A matrix in `Tiles` as a kernel's body reads it: sub-blocks of ``q + offset``."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -12,8 +12,37 @@ from qjax.pallas import lang, unpack
 from qjax.pallas.operands import DTYPE, Steps
 
 
+class Place(NamedTuple):
+    """Sixteen rows of each of some blocks: the same sub-block of all of them."""
+
+    blocks: Any  # a slice of the storage
+    width: int  # how many blocks
+    sub_block: int
+
+    @property
+    def rows(self) -> tuple[Any, ...]:
+        """Index into an array whose k is cut into (blocks, sub-blocks, 16)."""
+        return self.blocks, pl.ds(self.sub_block, 1), slice(None)
+
+
+def places(bits: int, block: Array, row: int, steps: Steps) -> list[Place]:
+    """Returns the sub-blocks of a step.
+
+    Args:
+      bits: Width of a code.
+      block: The block of the storage at which the iteration starts.
+      row: Row of the iteration at which the step starts.
+      steps: What a step is.
+    """
+    first, within = divmod(row, tiles.rows_of_block(bits))
+    start = within // tiles.SIDE
+    blocks = pl.ds(block + first, steps.blocks)
+    sub_blocks = range(start, start + steps.sub_blocks)
+    return [Place(blocks, steps.blocks, i) for i in sub_blocks]
+
+
 class Columns:
-    """The columns of the weight that a program owns.
+    """Some columns of the weight.
 
     Attributes:
       slice: Of the columns.
@@ -28,57 +57,64 @@ class Columns:
         self._units = pl.ds(start // tiles.SIDE, width // tiles.SIDE)
         self._width = width
         self.slice = pl.ds(start, width)
-        units = words_ref.shape[2]
         self.inside = self._units_inside = None
+        units = words_ref.shape[2]
         if units * tiles.SIDE % width:
             self.inside = start + jnp.arange(width) < units * tiles.SIDE
             unit = start // tiles.SIDE + jnp.arange(width // tiles.SIDE)
-            self._units_inside = (unit < units)[None, None, :, None]
+            self._units_inside = unit < units
 
-    def step(self, block: Array, row: int, steps: Steps) -> list[Float[Array, "n k"]]:
-        """Reads one step.
+    def offset(self, place: Place) -> float:
+        """What the operand of a sub-block has beyond the codes."""
+        return self._recipes[place.sub_block].offset
 
-        Args:
-          block: The block of the storage at which the iteration starts.
-          row: Row of the iteration at which the step starts.
-          steps: What a step is.
-
-        Returns:
-          The operand of every product of the step, ``[columns, rows]``.
-        """
-        first, within = divmod(row, tiles.rows_of_block(self._bits))
-        start = within // tiles.SIDE
-        fields = [
-            self._sub_block(block + first, steps.blocks, index)
-            for index in range(start, start + steps.sub_blocks)
-        ]
-        return [
-            _join(fields[i : i + steps.joined])
-            for i in range(0, len(fields), steps.joined)
-        ]
-
-    def _sub_block(self, block: Array, count: int, index: int) -> Array:
-        """A sub-block of ``count`` blocks, side by side."""
+    def operand(self, place: Place) -> Float[Array, "n k"]:
+        """Reads a sub-block as ``q + offset``, ``[columns, blocks * 16]``."""
         planes, unit = [], 0
         for positions in tiles.POSITIONS[self._bits]:
-            planes.append(self._slots(block, count, unit + index // len(positions)))
+            planes.append(self._slots(place, unit + place.sub_block // len(positions)))
             unit += tiles.sub_blocks(self._bits) // len(positions)
-        return self._lang.unpack(self._recipes[index], planes)
+        return self._lang.unpack(self._recipes[place.sub_block], planes)
 
-    def _slots(self, block: Array, count: int, unit: int) -> Array:
-        """Units ``[columns, 16 * count]`` in the order of the A operand.
+    def add_product(
+        self,
+        x_ref: Any,
+        rows: Any,
+        k: Array,
+        sub_blocks: Sequence[Place],
+        joined: int,
+        acc: Float[Array, "n m"],
+    ) -> Float[Array, "n m"]:
+        """Adds the product of a step, offsets included, on tensor cores.
+
+        Args:
+          x_ref: Rows of x in the order of `operands.arrange`.
+          rows: A slice of them.
+          k: Where the step starts in that order.
+          sub_blocks: Of the step.
+          joined: Sub-blocks that one product takes.
+          acc: float32 accumulator.
+        """
+        for i in range(0, len(sub_blocks), joined):
+            operand = _join([self.operand(p) for p in sub_blocks[i : i + joined]])
+            xs = x_ref[rows, pl.ds(k, operand.shape[1])]
+            acc += self._lang.dot(operand, xs.T)
+            k += operand.shape[1]
+        return acc
+
+    def _slots(self, place: Place, unit: int) -> Array:
+        """Units in the order of the A operand.
 
         The compiler merges the loads of sub-blocks that share a unit.
         """
-        where = (pl.ds(block, count), pl.ds(unit, 1), self._units, slice(None))
+        where = (place.blocks, pl.ds(unit, 1), self._units, slice(None))
         inside = self._units_inside
         if inside is not None:
-            inside = jnp.broadcast_to(
-                inside, (count, 1, self._units.size, tiles.SLOTS)
-            )
+            shape = (place.width, 1, inside.size, tiles.SLOTS)
+            inside = jnp.broadcast_to(inside[None, None, :, None], shape)
         slots = lang.load(self._words_ref.at[where], inside)
         # block, column unit, n2 n1 n0, k2 k1, k3, n3, k0
-        axes = slots.reshape(count, -1, 8, 4, 2, 2, 2)
+        axes = slots.reshape(place.width, -1, 8, 4, 2, 2, 2)
         return axes.transpose(1, 5, 2, 0, 4, 3, 6).reshape(self._width, -1)
 
 

@@ -10,28 +10,40 @@ from hypothesis import strategies as st
 
 import qjax
 from qjax import checkpoints
-from tests.checkpoints import tiny
+from qjax.formats import tinygemm
+from tests.checkpoints import assembled, tiny
 
 INDEX = "model.safetensors.index.json"
 
 
-def shapes(weights):
+def kinds(directory):
     """Without the names: a changed letter in a header makes another valid name."""
-    kinds = [
-        (isinstance(w, qjax.QTensor), w.shape, str(w.dtype)) for w in weights.values()
-    ]
-    return sorted(kinds)
+    return sorted(map(kind, checkpoints.load(directory, prepare=False).values()))
 
 
-@pytest.fixture(scope="module", params=["one file", "shards"])
+def kind(w):
+    packed = isinstance(w, qjax.QTensor)
+    # Where the padding of tiles begins only the header says.
+    tiled = packed and isinstance(w.layout, tinygemm.TensorCoreTiled)
+    return packed, w.words[0].shape if tiled else w.shape, str(w.dtype)
+
+
+# Dialects that say much in JSON, beside the file or in its header.
+TEXTS = ["mbwq layer-mix", "mbwq channel-mix", "mpq, double quantized", "torchao tiled"]
+
+
+@pytest.fixture(scope="module", params=["one file", "shards", *TEXTS])
 def sound(request, tmp_path_factory):
-    """Files of a valid directory, and the shapes it loads to."""
-    checkpoint = tiny.checkpoint()
+    """Files of a valid directory, and the kinds of what it loads to."""
+    if request.param in TEXTS:
+        checkpoint = assembled.DIALECTS[request.param]().checkpoint
+    else:
+        checkpoint = tiny.checkpoint()
     if request.param == "shards":
         checkpoint.shard()
     directory = checkpoint.write(tmp_path_factory.mktemp("sound"))
     files = {path.name: path.read_bytes() for path in directory.iterdir()}
-    return files, shapes(checkpoints.load(directory))
+    return files, kinds(directory)
 
 
 def damaged(data: bytes, draw) -> bytes:
@@ -46,7 +58,7 @@ def damaged(data: bytes, draw) -> bytes:
 
 
 @hypothesis.settings(
-    max_examples=60,
+    max_examples=40,
     deadline=None,  # a first load compiles
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
 )
@@ -68,7 +80,7 @@ def test_damage_is_refused_or_harmless(sound, data):
             # Zeros of GPTQ v1 with all bits set are read with a warning.
             warnings.simplefilter("ignore", UserWarning)
             try:
-                outcome = shapes(checkpoints.load(directory))
+                outcome = kinds(directory)
             except (ValueError, FileNotFoundError) as error:
                 outcome = str(error)
     assert outcome == expected or directory in outcome

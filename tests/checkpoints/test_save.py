@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors import SafetensorError, safe_open
+from safetensors import numpy as safetensors
+from safetensors import safe_open
 
 import qjax
 from qjax import checkpoints
-from qjax.checkpoints import writing
+from qjax.checkpoints import placing
 from qjax.formats import compressed_tensors, exl2, gptq
 from tests.checkpoints import tiny
 
@@ -232,6 +233,21 @@ def test_shards(tmp_path):
     )
 
 
+def test_files_are_those_of_safetensors(tmp_path):
+    """The same header and the same places as the library's own writer gives."""
+    tensors = {"a": quantized(), "b.bias": np.ones(3, np.float16)}
+    checkpoints.save(tmp_path / "x", tensors, {}, format="gptq")
+    file = tmp_path / "x/model.safetensors"
+    held = tiny.tensors_of(tmp_path / "x")
+    assert file.read_bytes() == safetensors.save(held, metadata={"format": "pt"})
+    odd = {"a": quantized(), "é.bias": np.array(3, np.float32)}
+    odd |= {"b.bias": np.ones((0,), np.float32)}
+    checkpoints.save(tmp_path / "y", odd, {}, format="gptq")
+    loaded = safetensors.load_file(tmp_path / "y/model.safetensors")
+    assert loaded["b.bias"].shape == (0,)
+    assert (loaded["é.bias"].shape, loaded["é.bias"]) == ((), 3)
+
+
 REFUSALS = {
     "3 bits into AWQ": ("awq", quantized(bits=3), "3 bits are not among (4,)"),
     "act-order into AWQ": ("awq", act_order(), "(act-order); GPTQ holds those"),
@@ -241,7 +257,7 @@ REFUSALS = {
         quantized(symmetric=True),
         "its scales are plain numbers",
     ),
-    "5 bits into GPTQ": ("gptq", quantized(bits=5), "'gptq_p' holds 2 to 8"),
+    "5 bits into GPTQ": ("gptq", quantized(bits=5), "GPTQ's 'gptq_p' 2 to 8"),
     "several widths into GPTQ": ("gptq_v2", mixed(), "EXL2 holds those"),
     "several widths into compressed-tensors": (
         "compressed-tensors",
@@ -312,28 +328,33 @@ def test_arguments(tmp_path, refuses):
     assert list(tmp_path.iterdir()) == []
 
 
+def failing_at(monkeypatch, count, error):
+    """Lets the ``count``-th weight to be written fail; returns those written."""
+    fill, written = placing.fill, []
+
+    def failing(stream, places, arrays):
+        if len(written) == count - 1:
+            raise error
+        written.append(stream.name)
+        return fill(stream, places, arrays)
+
+    monkeypatch.setattr(placing, "fill", failing)
+    return written
+
+
 @pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize("error", [SafetensorError("disk"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_crash_leaves_what_was_there(tmp_path, monkeypatch, there, error):
     target = tmp_path / "x"
     if there:
         checkpoints.save(target, {A: quantized()}, {}, format="gptq")
     before = {file: file.read_bytes() for file in tmp_path.rglob("*.*")}
-    written = []
-
-    def second_fails(*args, **kwargs):
-        written.append(args)
-        if len(written) == 2:
-            raise error
-        return saver(*args, **kwargs)
-
-    saver = writing.save_file
-    monkeypatch.setattr(writing, "save_file", second_fails)
+    written = failing_at(monkeypatch, 2, error)
     tensors = {A: quantized(1), B: quantized(2)}
     options = {"format": "awq", "overwrite": there, "shard_bytes": 1}
     with pytest.raises((OSError, KeyboardInterrupt)):
         checkpoints.save(target, tensors, {}, **options)
-    assert len(written) == 2
+    assert len(written) == 1
     assert {file: file.read_bytes() for file in tmp_path.rglob("*.*")} == before
     assert [p.name for p in tmp_path.iterdir()] == (["x"] if there else [])
 

@@ -32,23 +32,28 @@ class Checkpoint:
       tensors: By full name.
       config: For config.json.
       shards: Names of the tensors in each shard; None writes one file.
+      files: Other JSON files, by name.
+      metadata: For the header of each safetensors file.
       after: What to do with the directory once it is written.
     """
 
     tensors: dict[str, np.ndarray]
     config: dict
     shards: dict[str, list[str]] | None = None
+    files: dict[str, dict] = dataclasses.field(default_factory=dict)
+    metadata: dict[str, str] | None = None
     after: list[Callable[[Path], object]] = dataclasses.field(default_factory=list)
 
     def write(self, directory: Path) -> Path:
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "config.json").write_text(json.dumps(self.config))
+        for file, entry in {"config.json": self.config, **self.files}.items():
+            (directory / file).write_text(json.dumps(entry))
         if self.shards is None:
-            save_file(self.tensors, directory / "model.safetensors")
+            save_file(self.tensors, directory / "model.safetensors", self.metadata)
         else:
             for file, names in self.shards.items():
                 held = {name: self.tensors[name] for name in names}
-                save_file(held, directory / file)
+                save_file(held, directory / file, self.metadata)
             weight_map = {n: file for file, names in self.shards.items() for n in names}
             index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
             (directory / "model.safetensors.index.json").write_text(json.dumps(index))

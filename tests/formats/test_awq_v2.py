@@ -209,7 +209,7 @@ def test_llm_awq_in_bfloat16(as_qtensor):
 def test_one_group():
     tensors = {
         "qweight": np.zeros((2, 128), np.int16),
-        "scales": np.ones((8, 8), np.float16),
+        "scales": np.pad(np.ones((1, 8), np.float16), ((0, 7), (0, 0))),
         "qzeros": np.ones((8, 8), np.float16),
     }
     qt = awq_v2.from_tensors(tensors, None)
@@ -325,6 +325,11 @@ def small_tensors(**changes) -> dict:
         "scales": np.ones((16, 8), np.float16),
     } | changes
     return {name: array for name, array in tensors.items() if array is not None}
+
+
+def test_groups_beyond_the_last_are_refused(refuses):
+    with refuses("scales must be 0 beyond the 2 groups that group_size gives"):
+        awq_v2.from_tensors(small_tensors(), 64)
 
 
 @pytest.mark.parametrize(

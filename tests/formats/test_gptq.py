@@ -276,7 +276,10 @@ def test_check_accepts(tensors):
     ("changes", "message"),
     [
         ({"qzeros": None}, "qzeros is missing; found ['g_idx', 'qweight', 'scales']"),
-        ({"zeros": np.zeros(1)}, "zeros is not a GPTQ tensor"),
+        (
+            {"zeros": np.zeros(1)},
+            "zeros is no tensor of GPTQ; those are ['qweight', 'qzeros', 'sc",
+        ),
         (
             {"qweight": np.zeros((8, 16), np.int64)},
             "qweight.dtype=int64 must be int32",
@@ -316,7 +319,7 @@ def test_check_accepts(tensors):
         ),
         (
             {"g_idx": np.arange(64, dtype=np.int32)},
-            "g_idx from 0 to 63 must lie in 0 to 1, as scales has 2 groups",
+            "g_idx from 0 to 63 must lie in 0 to 1, as there are 2 groups",
         ),
         (
             {"g_idx": np.arange(-1, 63, dtype=np.int32)},
@@ -356,7 +359,11 @@ class TestWriting:
     @pytest.mark.parametrize(
         ("changes", "checkpoint_format", "reason"),
         [
-            ({"bits": 5}, "gptq", "5 bits are not among (2, 3, 4, 8) of 'gptq'"),
+            (
+                {"bits": 5},
+                "gptq",
+                "5 bits are not among (2, 3, 4, 8); compressed-tensors holds 1 to 8",
+            ),
             ({"bits": 1}, "gptq_p", "1 bits are not among (2, 3, 4, 5, 6, 7, 8)"),
             (
                 {"parts": [(4, 32, 32), (2, 32, 32)]},
@@ -453,7 +460,7 @@ class TestWriting:
         ),
         (
             {"bits": 4, "group_size": 32, "pack_dtype": "int32", "desc_act": True},
-            gptq.Config(group_size=32),
+            gptq.Config(group_size=32, act_order=True),
         ),
     ],
 )
@@ -489,7 +496,7 @@ def test_config_from_json(entry, config):
         ({"bits": 4, "pack_dtype": "int16"}, "pack_dtype='int16' must be 'int32'"),
         ({"bits": 4, "dynamic": {"a": 1}}, "must map patterns to objects"),
         ({"bits": 4, "dynamic": ["a"]}, "must map patterns to objects"),
-        ({"bits": 4, "dynamic": {"+:(": {}}}, "dynamic['+:('] is no pattern"),
+        ({"bits": 4, "dynamic": {"+:(": {}}}, "dynamic['+:(']: '(' is no pattern"),
     ],
 )
 def test_config_refuses(entry, message, refuses):
@@ -520,8 +527,10 @@ def test_config_of_a_module():
         "model.layers.4.mlp.down_proj": (3, 128),
     }
     for module, (bits, group_size) in cases.items():
+        found = config.of(module)
+        assert found.act_order == (bits == 2)
         expected = gptq.Config(bits=bits, group_size=group_size, wordwise_zeros=True)
-        assert config.of(module) == expected
+        assert dataclasses.replace(found, act_order=False) == expected
 
 
 def test_config_of_a_module_refuses_a_bad_override(refuses):

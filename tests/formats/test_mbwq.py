@@ -294,9 +294,36 @@ def test_ignores_what_the_layer_ignores():
         "g_idx": np.zeros(64, np.int32),
         "wf": np.zeros((1, 8), np.int32),
     }
+    config = mbwq.Config(group_size=32)
     chex.assert_trees_all_equal(
-        mbwq.from_tensors(small(**rest)), mbwq.from_tensors(small())
+        mbwq.from_tensors(small(**rest), config), mbwq.from_tensors(small(), config)
     )
+
+
+@pytest.mark.parametrize(("k", "groups", "size"), [(64, 2, 32), (96, 1, 96)])
+@pytest.mark.parametrize("saved", [True, False])
+def test_group_sizes_from_the_shapes(k, groups, size, saved):
+    made = small(
+        qweight=np.zeros((k // 8, 8), np.int32),
+        scales=np.ones((groups, 8), np.float16),
+        zeros=np.zeros((groups, 8), np.float16),
+        q_perm=np.zeros(k, np.int16),
+        channel_scale=None,
+        g_idx=np.arange(k, dtype=np.int32) // size if saved else None,
+    )
+    qt, other = (
+        mbwq.from_tensors(made, mbwq.Config(group_size=s)) for s in (None, size)
+    )
+    chex.assert_trees_all_equal(qt, other)
+
+
+def test_a_last_group_that_is_short_from_the_shapes():
+    made = small(
+        qweight=np.zeros((12, 8), np.int32),
+        q_perm=np.zeros(96, np.int16),
+        channel_scale=None,
+    )
+    assert mbwq.from_tensors(made).segments == (tensor.Segment(4, 64),)
 
 
 def test_channel_scale_may_be_missing():
@@ -354,8 +381,13 @@ def test_channel_scale_may_be_missing():
         (
             small(scales=np.ones((3, 8), np.float16)),
             {},
-            "scales.shape[0]=3 does not cut k=64 into groups of at least 32; pass "
-            "Config(group_size=...)",
+            "scales.shape[0]=3 does not cut k=64 into groups of a power of two, at "
+            "least 32; the configuration must have group_size",
+        ),
+        (
+            small(g_idx=np.arange(64, dtype=np.int32) // 48),
+            {},
+            "g_idx does not have the groups of 32 rows that scales.shape[0] looks like",
         ),
         (
             small(scales=np.ones((4, 8), np.float16)),

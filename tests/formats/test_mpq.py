@@ -89,6 +89,14 @@ def test_writes_the_same_tensors(name):
     )
 
 
+@pytest.mark.parametrize("name", [name for name in FILES if "nogidx" not in name])
+def test_the_shapes_say_what_a_configuration_says(name):
+    data = load(name)
+    tensors = statistic_of(data) if name in DOUBLE else tensors_of(data)
+    qt = mpq.from_tensors(tensors, mpq.Config())
+    chex.assert_trees_all_equal(qt, mpq.from_tensors(tensors, config_of(data)))
+
+
 @pytest.mark.parametrize("name", GPTQ)
 def test_a_stored_zero_of_all_ones_is_not_wrapped(name):
     data, qt = load(name), read(name)
@@ -184,23 +192,35 @@ class TestDoubleQuantized:
         # From groups of 256 rows on.
         data = load(DOUBLE[1])
         tensors = statistic_of(data, g_idx=np.zeros(256, np.int32))
-        tensors |= {"scales": data["scales"][:1], "zeros": data["zeros"][:1]}
-        for size in (256, None):
+        names = ("scales", "zeros", "qstatistic", *INDICES)
+        tensors |= {name: data[name][:1] for name in names}
+        for size in (256, -1, None):
             qt = mpq.from_tensors(tensors, mpq.Config(bits=4, group_size=size))
             assert isinstance(qt.scale, jax.Array)
 
     def test_a_statistic_is_not_written_where_it_is_ignored(self):
-        data = load(DOUBLE[0])
+        data = load(DOUBLE[1])
         qt = mpq.from_tensors(statistic_of(data), config_of(data))
         one = jax.tree.map(lambda leaf: leaf[:1], (qt.scale, qt.zero))
         wide = tensor.build(
             qt.words,
             *one,
             layout=qt.layout,
-            segments=[tensor.Segment(2, None)],
+            segments=[tensor.Segment(4, None)],
             affine=qt.affine,
         )
         assert "qstatistic" not in mpq.to_tensors(wide)
+
+    def test_one_small_group_a_column_has_a_statistic(self):
+        # Upstream compares the rows that there are with 256.
+        data = load(DOUBLE[0])
+        tensors = statistic_of(data, g_idx=np.zeros(128, np.int32))
+        names = ("qstatistic", *INDICES)
+        tensors |= {name: data[name][:1] for name in names}
+        for size in (128, -1, None):
+            qt = mpq.from_tensors(tensors, mpq.Config(bits=2, group_size=size))
+            assert isinstance(qt.scale, mpq.DoubleQuantized)
+        same_tensors(mpq.to_tensors(qt), tensors)
 
     def test_stacks(self):
         data = load(DOUBLE[0])
@@ -280,7 +300,13 @@ def test_any_matrix_round_trips(bits, group_size, seed):
             {},
             "zeros is missing; found ['g_idx', 'qweight', 'scales",
         ),
-        (double(qzeros_scales=None), {}, "qzeros_scales is missing; found"),
+        (small(zeros=np.ones((2, 32), np.float16)), {}, "qzeros and zeros are two"),
+        (double(qzeros_scales=None), {}, "must all be there or none; found ['qstat"),
+        (
+            double(qstatistic=None, scales=np.ones((2, 32), np.float16)),
+            {},
+            "must all be there or none; found ['qzeros_zeros',",
+        ),
         (small(qscales=np.zeros(1)), {}, "qscales is no tensor of MPQ; those are"),
         (
             small(qweight=np.zeros((8, 32), np.uint32)),
@@ -293,7 +319,28 @@ def test_any_matrix_round_trips(bits, group_size, seed):
             "scales.dtype=float64 must be float16 or bfloat16 or float32",
         ),
         (small(g_idx=np.zeros((1, 64), np.int32)), {}, "must have 1 axes"),
-        (small(), {"bits": 3}, "and bits=3 be one of (1, 2, 4, 8)"),
+        (small(), {"bits": 3}, "bits=3, from the configuration or from qweight.shape"),
+        (small(g_idx=None), {"bits": None}, "bits=None, from the configuration or"),
+        (
+            small(qweight=np.zeros((6, 32), np.int32)),
+            {"bits": None},
+            "qweight.shape[0]=6 words of g_idx.shape[0] rows, must be one of",
+        ),
+        (
+            small(g_idx=np.zeros(63, np.int32)),
+            {"bits": None},
+            "g_idx.shape=(63,) must be (64,)",
+        ),
+        (
+            small(scales=np.ones((3, 32), np.float16)),
+            {"group_size": None},
+            "scales.shape[0]=3 does not cut k=64 into groups of a power of two; the",
+        ),
+        (
+            small(),
+            {"group_size": -1},
+            "scales.shape=(2, 32) must be (1, 32), from qweight.shape=(8, 32)",
+        ),
         (
             small(qweight=np.zeros((0, 32), np.int32)),
             {},
@@ -428,8 +475,9 @@ class TestWriting:
 @pytest.mark.parametrize(
     ("entry", "config"),
     [
+        ({}, mpq.Config()),
         ({"bits": 4}, mpq.Config(bits=4, group_size=None)),
-        ({"bits": 2, "group_size": -1}, mpq.Config(bits=2, group_size=None)),
+        ({"bits": 2, "group_size": -1}, mpq.Config(bits=2, group_size=-1)),
         ({"bits": 1, "group_size": 32}, mpq.Config(bits=1, group_size=32)),
     ],
 )
@@ -441,7 +489,7 @@ def test_config_from_json(entry, config):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({}, "bits=None must be one of (1, 2, 4, 8)"),
+        ({"bits": "4"}, "bits='4' must be one of (1, 2, 4, 8)"),
         ({"bits": True}, "bits=True must be one of"),
         ({"bits": 3}, "bits=3 must be one of"),
         ({"bits": 4, "group_size": 0}, "group_size=0 must be positive or -1"),

@@ -152,6 +152,8 @@ def test_bytes_worked_by_hand():
 
 @pytest.mark.parametrize("bits", [2, 4])
 @hypothesis.given(st.integers(1, 7), st.integers(1, 3), st.integers(1, 3))
+@hypothesis.example(8, 2, 4)  # slabs of whole columns, and words within a row
+@hypothesis.example(7, 2, 4)
 @hypothesis.settings(deadline=None, max_examples=6)
 def test_round_trip(bits, n, groups, width):
     k, layout = groups * width, quanto.Slabs(groups * width, width)
@@ -202,6 +204,14 @@ def test_codes_out_of_range_do_not_damage_their_neighbours():
         (
             lambda: quanto.Slabs(12, 8).pack(jnp.zeros((12, 2), jnp.uint8), 4),
             "codes.shape[0]=12 must be k=12, a multiple of group_size=8",
+        ),
+        (
+            lambda: quanto.Slabs(16, 8).pack(jnp.zeros((16, 4)), 4),
+            "codes.dtype=float32 must be an integer dtype",
+        ),
+        (
+            lambda: quanto.Slabs(16, 8).unpack(jnp.zeros((4, 8), jnp.int8), 4),
+            "words.dtype=int8 must be uint8",
         ),
         (
             lambda: quanto.Slabs(16, 8).unpack(jnp.zeros((2, 4), jnp.uint8), 4),

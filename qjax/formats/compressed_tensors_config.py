@@ -1,0 +1,188 @@
+"""The ``quantization_config`` that llm-compressor and compressed-tensors write.
+
+Source: vllm-project/compressed-tensors, src/compressed_tensors/quantization/
+quant_config.py, quant_scheme.py and utils/match.py, release 0.20.0.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from qjax.formats.checks import check_strings
+from qjax.formats.patterns import check_pattern, matches
+
+Strategy = Literal["group", "channel", "tensor"]
+# The release from which on codes are one stream.
+_DENSE_SINCE = (0, 18)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a compressed-tensors ``quantization_config`` says about one module.
+
+    Attributes:
+      bits: Width of a code, 1 to 8.
+      strategy: One scale a "group" of inputs and output, a "channel" (output), or in
+        all ("tensor").
+      group_size: Inputs of a group; None unless the strategy is "group".
+      symmetric: Whether there are no zero points.
+      act_order: Whether groups are of inputs sorted by activation (``actorder`` of
+        "group" or "dynamic"), so that ``weight_g_idx`` must be there.
+      aligned: Whether the writer was older than 0.18 and left bits unused; what counts
+        where the shapes of 3, 5, 6 or 7 bits do not tell.
+      groups: (targets, configuration) of each group, in the file's order.
+      ignore: Names, patterns and classes that stay dense.
+    """
+
+    bits: int = 4
+    strategy: Strategy = "group"
+    group_size: int | None = 128
+    symmetric: bool = True
+    act_order: bool = False
+    aligned: bool = False
+    groups: tuple[tuple[tuple[str, ...], "Config"], ...] = ()
+    ignore: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
+        """Reads the ``quantization_config`` that llm-compressor writes.
+
+        Schemes that also quantize activations are read for their weights.
+
+        Args:
+          entry: The parsed JSON object.
+
+        Returns:
+          The configuration of the whole checkpoint; `of` gives that of a module.
+
+        Raises:
+          ValueError: If a field is missing, has a wrong type or value, or asks for a
+            variant that this format does not cover.
+        """
+        sparsity = entry.get("sparsity_config") or {}
+        if sparsity and sparsity.get("format", "dense") != "dense":
+            raise ValueError(f"sparsity_config={sparsity!r} must be dense.")
+        if entry.get("transform_config"):
+            raise ValueError(
+                "transform_config rotates weights, which is not supported."
+            )
+        groups = entry.get("config_groups")
+        if not isinstance(groups, Mapping) or not groups:
+            raise ValueError(f"config_groups={groups!r} must map names to schemes.")
+        aligned = _version(entry.get("version")) < _DENSE_SINCE
+        read = tuple(
+            _group(name, group, entry.get("format"), aligned)
+            for name, group in groups.items()
+        )
+        ignore = _targets("ignore", entry.get("ignore") or [])
+        return dataclasses.replace(read[0][1], groups=read, ignore=ignore)
+
+    def of(self, module: str) -> "Config | None":
+        """Returns the configuration of one module, or None where it is left dense.
+
+        A target is a module's path, a pattern behind "re:", or a class, of which
+        every module is taken to be a "Linear"; they go before each other in that order.
+
+        Args:
+          module: The module's path, such as "model.layers.0.mlp.up_proj".
+        """
+        if any(_matches(target, module) for target in self.ignore):
+            return None
+        if not self.groups:
+            return dataclasses.replace(self, ignore=())
+        found = [
+            (_matches(target, module), target, config)
+            for targets, config in self.groups
+            for target in targets
+        ]
+        rank = min(found, key=lambda match: (match[0] or 4, match[1]))
+        return rank[2] if rank[0] else None
+
+
+def _matches(target: str, module: str) -> int:
+    """0: no match; 1, 2, 3: as a path, a pattern, a class."""
+    if target == module:
+        return 1
+    if target.startswith("re:"):
+        return 2 if matches(target[3:], module) else 0
+    return 3 if target in ("Linear", "Module") else 0
+
+
+def _targets(name: str, targets: Any) -> tuple[str, ...]:
+    """Reads a list of paths, patterns and classes."""
+    for target in (strings := check_strings(name, targets)):
+        if target.startswith("re:"):
+            check_pattern(name, target.removeprefix("re:"))
+    return strings
+
+
+def _version(text: Any) -> tuple[int, ...]:
+    """A release as numbers; one that is not there is taken for the newest."""
+    numbers = re.match(r"(\d+)\.(\d+)", text) if isinstance(text, str) else None
+    return tuple(map(int, numbers.groups())) if numbers else _DENSE_SINCE
+
+
+def _group(
+    name: str, group: Any, default_format: Any, aligned: bool
+) -> tuple[tuple[str, ...], Config]:
+    """Reads one entry of ``config_groups``."""
+    where = f"config_groups[{name!r}]"
+    if isinstance(group, list):
+        return _targets(where, group), _preset(where, name, aligned)
+    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(weights, Mapping):
+        # No TypeError, here and below: the file is wrong, not the type of an argument.
+        raise ValueError(  # noqa: TRY004
+            f"{where}.weights={weights!r} must be an object."
+        )
+    format_ = group.get("format") or default_format
+    if format_ != "pack-quantized":
+        raise ValueError(f"{where}: format={format_!r} must be 'pack-quantized'.")
+    targets = _targets(f"{where}.targets", group.get("targets"))
+    try:
+        return targets, _scheme(weights, aligned)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _preset(where: str, name: str, aligned: bool) -> Config:
+    """A scheme that is only named."""
+    bits = re.fullmatch(r"W([2-8])A16(_ASYM)?", name.upper())
+    if not bits:
+        raise ValueError(f"{where} is no preset that is known; write its weights.")
+    return Config(bits=int(bits[1]), symmetric=bits[2] is None, aligned=aligned)
+
+
+def _scheme(weights: Mapping[str, Any], aligned: bool) -> Config:
+    """Reads how weights are quantized."""
+    bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
+    if type(bits) is not int or not 1 <= bits <= 8 or kind != "int":
+        raise ValueError(f"{bits!r} bits of {kind!r} must be 1 to 8 of 'int'.")
+    if weights.get("dynamic"):
+        raise ValueError(f"dynamic={weights['dynamic']!r} must be false.")
+    symmetric = weights.get("symmetric", True)
+    if not isinstance(symmetric, bool):
+        raise ValueError(  # noqa: TRY004
+            f"symmetric={symmetric!r} must be true or false."
+        )
+    actorder = weights.get("actorder")
+    if actorder not in (None, True, False, "weight", "static", "group", "dynamic"):
+        raise ValueError(f"actorder={actorder!r} is not known.")
+    size, strategy = weights.get("group_size"), weights.get("strategy")
+    if strategy is None:
+        strategy = {None: "tensor", -1: "channel"}.get(size, "group")
+    if strategy not in ("group", "channel", "tensor"):
+        raise ValueError(
+            f"strategy={strategy!r} must be 'group', 'channel' or 'tensor'."
+        )
+    if strategy == "group" and (type(size) is not int or size < 1):
+        raise ValueError(f"group_size={size!r} must be positive.")
+    return Config(
+        bits=bits,
+        strategy=strategy,
+        group_size=size if strategy == "group" else None,
+        symmetric=symmetric,
+        act_order=actorder is True or actorder in ("group", "dynamic"),
+        aligned=aligned,
+    )

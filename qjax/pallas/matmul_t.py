@@ -1,0 +1,147 @@
+"""``dy @ W.T`` from the same storage: the backward of `qjax.pallas.matmul`.
+
+A program owns an iteration's rows of the weight, ``block_m`` rows of ``dy``, and a run
+of columns. The scale is folded into ``dy``, one rounding to float16; offsets and
+integer zeros leave the codes exactly. What an added zero gives does not depend on the
+codes: it is one small product with the zeros themselves.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from qjax.formats import tiles
+from qjax.pallas import lang
+from qjax.pallas.operands import (
+    DTYPE,
+    Config,
+    Steps,
+    bring_to,
+    fit,
+    group_rows,
+    parameters,
+)
+from qjax.pallas.weight import Columns, places
+from qjax.tensor import Affine, QTensor
+
+
+def matmul_t(
+    dy: Float[Array, "m n"], w: QTensor, config: Config, *, interpret: bool = False
+) -> Float[Array, "m k"]:
+    """Multiplies rows by the transpose of a matrix of one segment in `Tiles`.
+
+    Args:
+      dy: float32 rows, n as ``w.n``.
+      w: As in `qjax.pallas.matmul.matmul`.
+      config: How to cut the launch up; ``splits`` cuts the columns of ``w``.
+      interpret: Whether to run as jnp, on any device.
+
+    Returns:
+      float32 product.
+
+    Raises:
+      NotImplementedError: If the kernel declines ``w``, with the reason.
+    """
+    (segment,), m = w.segments, dy.shape[0]
+    bits, (group,) = segment.bits, group_rows(w)
+    config = config.fitting(bits, w.k + segment.padding)
+    steps = Steps.of(bits, group, config)
+    columns = w.n + w.padding
+    width = -(-columns // config.block_n) * config.block_n
+    rows, unscale = fit(jnp.pad(dy, ((0, -m % config.block_m), (0, width - w.n))))
+    scale, *zero = parameters(w)
+    added = bool(zero) and w.affine is not Affine.ZERO
+    # All scales to at most one: float16 holds ``dy * scale`` down to 2**-28 of its
+    # largest.
+    unit, undo = bring_to(jnp.abs(scale.astype(jnp.float32)).max(), -1)
+    k = w.k + segment.padding
+    partial = lang.launch(
+        functools.partial(_body, bits, group, w.affine, steps, config),
+        rows,
+        unit.reshape(1, 1),
+        w.words[0],
+        scale,
+        *([] if added else zero),
+        name=f"matmul_t_{bits}bit_{config.block_m}",
+        grid=(len(rows) // config.block_m, k // config.block_k, config.splits),
+        out_shape=(
+            config.splits,
+            len(rows),
+            k // tiles.rows_of_block(bits),
+            tiles.sub_blocks(bits),
+            tiles.SIDE,
+        ),
+        out_dtype=jnp.float32,
+        warps=config.warps,
+        stages=config.stages,
+        interpret=interpret,
+    )
+    dx = (partial.sum(0).reshape(-1, k) * unscale)[:m, : w.k] * undo
+    if added:
+        zeros = zero[0][:, : w.n].astype(jnp.float32)
+        by_group = jnp.dot(dy, zeros.T, precision=lax.Precision.HIGHEST)
+        dx += jnp.repeat(by_group, group, axis=1)[:, : w.k]
+    return dx
+
+
+def _body(
+    bits: int,
+    group: int,
+    affine: Affine,
+    steps: Steps,
+    config: Config,
+    language: lang.Lang,
+    dy_ref: Any,
+    unit_ref: Any,
+    words_ref: Any,
+    *refs: Any,
+) -> None:
+    *parameter_refs, out_ref = refs
+    m, iteration, split = (pl.program_id(axis) for axis in range(3))
+    rows = pl.ds(m * config.block_m, config.block_m)
+    block = iteration * (config.block_k // tiles.rows_of_block(bits))
+    step_rows = range(0, config.block_k, steps.rows)
+    last_group = parameter_refs[0].shape[0] - 1
+    centre = 2 ** (bits - 1) if affine is Affine.CENTERED else 0
+    unit = lang.load_row(unit_ref, 0, columns=pl.ds(0, 1))
+
+    def add_columns(j: Array, accs: tuple[Array, ...]) -> tuple[Array, ...]:
+        columns = Columns(language, words_ref, bits, j * config.block_n, config.block_n)
+        dy = dy_ref[rows, columns.slice].astype(jnp.float32)
+        old, new = iter(accs), []
+        for row in step_rows:
+            g = jnp.minimum((iteration * config.block_k + row) // group, last_group)
+            scale, *zero = (
+                lang.load_row(ref, g, columns=columns.slice, mask=columns.inside)
+                for ref in parameter_refs
+            )
+            scaled = (dy * (scale.astype(jnp.float32) * unit)[None]).astype(DTYPE)
+            for place in places(bits, block, row, steps):
+                offset = columns.offset(place) + centre
+                codes = _codes(columns.operand(place), offset, zero)
+                new.append(next(old) + language.dot(scaled, codes))
+        return tuple(new)
+
+    per_step = jnp.zeros((config.block_m, steps.blocks * tiles.SIDE), jnp.float32)
+    count = -(-words_ref.shape[2] * tiles.SIDE // config.block_n)
+    begin = split * count // config.splits
+    end = (split + 1) * count // config.splits
+    accs = (per_step,) * (len(step_rows) * steps.sub_blocks)
+    done = iter(lax.fori_loop(begin, end, add_columns, accs))
+    for row in step_rows:
+        for place in places(bits, block, row, steps):
+            tile = next(done).reshape(1, config.block_m, place.width, 1, tiles.SIDE)
+            lang.store(out_ref.at[(pl.ds(split, 1), rows, *place.rows)], tile)
+
+
+def _codes(operand: Array, offset: float, zero: list[Array]) -> Array:
+    """Takes offset and zero off; exact but for a float zero, rounded once."""
+    if not zero:
+        return operand - jnp.asarray(offset, DTYPE)
+    if jnp.issubdtype(zero[0].dtype, jnp.integer):
+        return operand - (zero[0].astype(DTYPE) + jnp.asarray(offset, DTYPE))[:, None]
+    return operand - jnp.asarray(offset, DTYPE) - zero[0].astype(DTYPE)[:, None]

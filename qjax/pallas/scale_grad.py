@@ -1,0 +1,166 @@
+"""Gradients of scales and float zeros, reduced per group where the products arise.
+
+With ``c`` a code (less the middle one of `Affine.CENTERED`), a group's own products
+
+    a[m, g, n] = sum over the rows k of g of x[m, k] c[k, n]
+
+are what `qjax.pallas.matmul` accumulates before the scale. The kernel multiplies them
+by ``dy[m, n]`` and sums over m in registers; no gradient of the weight exists. What
+remains is one small product of ``dy`` with the sums of x over groups.
+"""
+
+import functools
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from qjax.formats import tiles
+from qjax.pallas import lang
+from qjax.pallas.operands import (
+    Config,
+    Steps,
+    arrange,
+    fit,
+    group_rows,
+    parameters,
+    start,
+)
+from qjax.pallas.weight import Columns, places
+from qjax.tensor import Affine, QTensor
+
+
+def scale_grad(
+    x: Float[Array, "m k"],
+    dy: Float[Array, "m n"],
+    w: QTensor,
+    config: Config,
+    *,
+    interpret: bool = False,
+) -> dict[str, Array]:
+    """Computes the gradients of the float leaves of a matrix in `Tiles`.
+
+    Args:
+      x: float32 activations.
+      dy: float32 cotangent of ``x @ W``.
+      w: As in `qjax.pallas.matmul.matmul`.
+      config: How to cut the launch up.
+      interpret: Whether to run as jnp, on any device.
+
+    Returns:
+      float32 gradients by field name: ``scale``, and ``zero`` where it is float.
+
+    Raises:
+      NotImplementedError: If the kernel declines ``w``, with the reason.
+    """
+    (group,), groups = group_rows(w), w.scale.shape[0]
+    products = _group_products(x, dy, w, config, interpret)
+    by_group = jnp.pad(x, ((0, 0), (0, groups * group - w.k)))
+    sums = by_group.reshape(len(x), groups, group).sum(-1)
+    added = jnp.dot(sums.T, dy, precision=lax.Precision.HIGHEST)
+    scale, *zero = (p[:, : w.n].astype(jnp.float32) for p in parameters(w))
+    if not zero:
+        gradients = {"scale": products}
+    elif w.affine is Affine.ZERO:
+        gradients = {"scale": products - zero[0] * added, "zero": -scale * added}
+    else:
+        gradients = {"scale": products, "zero": added}
+    return {
+        name: _sum_columns(gradient, getattr(w, name).shape[-1])
+        for name, gradient in gradients.items()
+        if jnp.issubdtype(getattr(w, name).dtype, jnp.floating)
+    }
+
+
+def _sum_columns(gradient: Float[Array, "g n"], count: int) -> Float[Array, "g c"]:
+    """Sums over the columns that share a value; values beyond n get no gradient."""
+    groups, n = gradient.shape
+    if count > n:
+        return jnp.pad(gradient, ((0, 0), (0, count - n)))
+    return gradient.reshape(groups, count, -1).sum(-1)
+
+
+def _group_products(
+    x: Array, dy: Array, w: QTensor, config: Config, interpret: bool
+) -> Float[Array, "g n"]:
+    """The sum over m of ``a[m, g, n] * dy[m, n]``."""
+    (segment,), m = w.segments, len(x)
+    bits, (group,) = segment.bits, group_rows(w)
+    groups = w.scale.shape[0]
+    config = config.fitting(bits, w.k + segment.padding)
+    steps = Steps.of(bits, group, config)
+    ragged, columns = -m % config.block_m, w.n + w.padding
+    rows, unscale = fit(jnp.pad(x, ((0, ragged), (0, segment.padding))))
+    cotangent = jnp.pad(dy, ((0, ragged), (0, w.padding))) * unscale
+    k = rows.shape[1]
+    by_step = lang.launch(
+        functools.partial(_body, bits, steps, config),
+        arrange(rows, steps),
+        start(rows, bits, w.affine, steps),
+        w.words[0],
+        cotangent,
+        name=f"scale_grad_{bits}bit_{config.block_m}",
+        grid=(
+            len(rows) // config.block_m,
+            -(-columns // config.block_n),
+            config.splits,
+        ),
+        out_shape=(len(rows) // config.block_m, k // steps.rows, columns),
+        out_dtype=jnp.float32,
+        warps=config.warps,
+        stages=config.stages,
+        interpret=interpret,
+    ).sum(0)[:, : w.n]
+    count = groups * group // steps.rows
+    whole = jnp.pad(by_step[:count], ((0, max(0, count - len(by_step))), (0, 0)))
+    return whole.reshape(groups, -1, w.n).sum(1)
+
+
+def _body(
+    bits: int,
+    steps: Steps,
+    config: Config,
+    language: lang.Lang,
+    x_ref: Any,
+    start_ref: Any,
+    words_ref: Any,
+    dy_ref: Any,
+    out_ref: Any,
+) -> None:
+    m, n, split = (pl.program_id(axis) for axis in range(3))
+    rows = pl.ds(m * config.block_m, config.block_m)
+    columns = Columns(language, words_ref, bits, n * config.block_n, config.block_n)
+    step_rows = range(0, config.block_k, steps.rows)
+    blocks = config.block_k // tiles.rows_of_block(bits)
+    iterations = words_ref.shape[0] // blocks
+    inside = columns.inside
+    mask = (
+        None
+        if inside is None
+        else jnp.broadcast_to(inside[None], (config.block_m, config.block_n))
+    )
+    dy = lang.load(dy_ref.at[rows, columns.slice], mask).T
+
+    def iterate(iteration: Array, done: Array) -> Array:
+        for i, row in enumerate(step_rows):
+            step = iteration * len(step_rows) + i
+            begin = lang.load_row(start_ref, step, 0, columns=rows)
+            product = columns.add_product(
+                x_ref,
+                rows,
+                iteration * config.block_k + row,
+                places(bits, iteration * blocks, row, steps),
+                steps.joined,
+                jnp.broadcast_to(begin[None], dy.shape),
+            )
+            total = (product * dy).sum(1)
+            out = out_ref.at[pl.ds(m, 1), pl.ds(step, 1), columns.slice]
+            row_mask = None if inside is None else inside[None, None]
+            lang.store(out, total[None, None], row_mask)
+        return done
+
+    begin = split * iterations // config.splits
+    end = (split + 1) * iterations // config.splits
+    lax.fori_loop(begin, end, iterate, jnp.int32(0))

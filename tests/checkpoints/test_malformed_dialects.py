@@ -1,0 +1,195 @@
+"""As test_malformed, with the errors that other dialects than GPTQ can have."""
+
+import numpy as np
+import pytest
+
+from tests.checkpoints import assembled
+from tests.checkpoints.assembled import checkpoint_of
+from tests.checkpoints.bending import SINGLE, Case, assert_refused, drop, put, write
+from tests.checkpoints.tiny import MODULE
+
+IN_FILE = f"{SINGLE}: {MODULE}: "
+STRATEGY = "quant_strategy.json"
+
+
+def mbwq(bend, *pieces, mix="layer-mix", reads=False):
+    """MBWQ as green-bit-llm has it; "layer-mix", "channel-mix" or of no strategy."""
+    return Case(bend, pieces, reads=reads, make=checkpoint_of(f"mbwq {mix}"))
+
+
+def mpq(bend, *pieces, reads=False):
+    make = checkpoint_of("mpq, double quantized")
+    return Case(bend, pieces, reads=reads, make=make)
+
+
+def tiled(bend, *pieces, reads=False):
+    return Case(bend, pieces, reads=reads, make=checkpoint_of("torchao tiled"))
+
+
+def strategy(**fields):
+    """Changes what the strategy says about the module."""
+
+    def bend(checkpoint):
+        blocks = checkpoint.files[STRATEGY]["measurement"]
+        blocks[assembled.BLOCK][assembled.NAME].update(fields)
+
+    return bend
+
+
+def metadata(text):
+    """Replaces what the header says about the weight; None says nothing."""
+
+    def bend(checkpoint):
+        del checkpoint.metadata[f"{MODULE}.weight"]
+        if text is not None:
+            checkpoint.metadata[f"{MODULE}.weight"] = text
+
+    return bend
+
+
+def described(size=64, shape=(40, 256)):
+    return metadata(assembled.in_header(size, shape)[f"{MODULE}.weight"])
+
+
+HALVES = np.ones((5, 64), np.float16)
+WORDS = assembled.golden("mbwq/mbwq_q4_g32_perm")["qweight"]
+ORDER = np.zeros(160, np.int16)
+MIXED_GROUPS = np.array([4, 0, 4, 4, 4, 8, 2, 12], np.int16)
+MBWQ_ERRORS = {
+    "strategy is no JSON": mbwq(write(STRATEGY, b"{"), f"{STRATEGY} is not valid JSON"),
+    "strategy is a list": mbwq(
+        lambda c: c.files[STRATEGY].update(measurement=[]),
+        f"{STRATEGY}: measurement=[] must be an object",
+    ),
+    "strategy has no bits": mbwq(
+        strategy(bits=[]), f"{STRATEGY}: model.layers.0.q_proj=", "must have bits"
+    ),
+    "strategy of another file": mbwq(
+        strategy(bits=[2], group_size={"2": 32}), IN_FILE, "and bits=2; rows of several"
+    ),
+    "group size of another strategy": mbwq(
+        strategy(group_size={"4": 64}), IN_FILE + "scales.shape=(5, 64) must be (3, 64)"
+    ),
+    "strategy leaves it dense": mbwq(
+        strategy(desc="Not quantized"), SINGLE, STRATEGY, f"leaves {MODULE} dense"
+    ),
+    "no q_perm": mbwq(
+        drop(f"{MODULE}.q_perm"), IN_FILE + "q_perm is missing; found ['channel_scale'"
+    ),
+    "q_perm of int32": mbwq(put(q_perm=ORDER.astype(np.int32)), "must be int16"),
+    "q_perm is no permutation": mbwq(
+        put(q_perm=ORDER + 1), IN_FILE + "q_perm must hold each of 0 to 159", reads=True
+    ),
+    "q_perm is short": mbwq(put(q_perm=ORDER[:-32]), IN_FILE + "qweight.shape[0]=20"),
+    "scales of float32": mbwq(put(scales=np.float32(HALVES)), "must be float16"),
+    "zeros are NaN": mbwq(
+        put(zeros=HALVES * np.nan), IN_FILE + "zeros must be finite", reads=True
+    ),
+    "channel_scale is short": mbwq(
+        put(channel_scale=np.ones((1, 1, 32), np.float16)), "must be (1, 1, 160)"
+    ),
+    "words are cut": mbwq(
+        put(qweight=WORDS[:-1]), IN_FILE + "qweight.shape[0]=19 must"
+    ),
+    "an asymmetric layer": mbwq(
+        put(qscales=np.ones((5, 64), np.uint8)), f"{MODULE}.qscales.dtype=uint8"
+    ),
+    "q_groups is odd": mbwq(
+        put(q_groups=MIXED_GROUPS[1:]), "must be (2 * groups,)", mix="channel-mix"
+    ),
+    "q_groups grows": mbwq(
+        put(q_groups=MIXED_GROUPS + np.int16(1)),
+        IN_FILE + "q_groups has widths [5, 5, 5, 3] and first rows [1, 5, 9, 13]",
+        **{"mix": "channel-mix", "reads": True},
+    ),
+    "q_groups is missing": mbwq(
+        drop(f"{MODULE}.q_groups"), "come with q_groups", mix="channel-mix"
+    ),
+    "q_perm is zeros with q_groups": mbwq(
+        put(q_perm=ORDER[:128]),
+        IN_FILE + "q_perm is all zeros, which means no permutation only without",
+        **{"mix": "channel-mix", "reads": True},
+    ),
+    "groups of nothing known": mbwq(
+        put(scales=HALVES[:4], zeros=HALVES[:4]),
+        IN_FILE + "scales.shape[0]=4 does not cut k=160 into groups of a power of two",
+        mix="without a strategy",
+    ),
+    "groups and g_idx disagree": mbwq(
+        put(g_idx=np.arange(160, dtype=np.int32) // 64),
+        IN_FILE + "g_idx does not have the groups of 32 rows",
+        **{"mix": "without a strategy", "reads": True},
+    ),
+}
+MPQ_ERRORS = {
+    "statistic of another shape": mpq(
+        put(qstatistic=np.ones((2, 3, 32), np.uint8)), "qstatistic.shape[1]=3 must"
+    ),
+    "no scale of the zeros": mpq(
+        drop(f"{MODULE}.qzeros_scales"), IN_FILE + "qstatistic and", "or none; found"
+    ),
+    "rows of no width": mpq(
+        put(g_idx=np.zeros(250, np.int32)), IN_FILE, "must be (256,)"
+    ),
+    "no g_idx": mpq(drop(f"{MODULE}.g_idx"), IN_FILE + "bits=None, from the config"),
+    "groups beyond the last": mpq(
+        put(g_idx=np.arange(256, dtype=np.int32)), "must lie in 0 to 1", reads=True
+    ),
+}
+TILED_ERRORS = {
+    "nothing in the header": tiled(
+        metadata(None), f"config.json: {MODULE}: the weight is padded", "save the model"
+    ),
+    "no JSON in the header": tiled(
+        metadata("{"), f"{SINGLE}: metadata of {MODULE}.weight is not valid JSON"
+    ),
+    "a list in the header": tiled(metadata("[]"), "must hold a JSON object, not list"),
+    "another tensor in the header": tiled(
+        metadata('{"_type": "Tensor"}'), "_type='Tensor' in the safetensors header must"
+    ),
+    "another group size in the header": tiled(
+        described(32), "block_size=[1, 32] in the safetensors header must be [1, 64]"
+    ),
+    "a smaller shape in the header": tiled(
+        described(shape=(32, 256)), IN_FILE + "shape=(32, 256) does not fit the padded"
+    ),
+    "a larger shape in the header": tiled(
+        described(shape=(40, 257)), IN_FILE + "shape=(40, 257) does not fit the padded"
+    ),
+    "scales of activations": tiled(
+        put(_weight_act_pre_scale=np.ones(4, np.float32)),
+        "_weight_act_pre_scale is no tensor of",
+    ),
+    "scales and zeros of float16": tiled(
+        put(_weight_scale_and_zero=np.ones((4, 40, 2), np.float16)), "must be bfloat16"
+    ),
+}
+AWQ_ERRORS = {
+    "gemv_fast in larger groups": Case(
+        lambda c: c.config["quantization_config"].update(group_size=-1),
+        (IN_FILE + "scales must be 0 beyond the 1 groups that group_size gives",),
+        make=checkpoint_of("awq gemv_fast"),
+        reads=True,
+    ),
+    "quant_config.json has three bits": Case(
+        lambda c: c.files["quant_config.json"].update(w_bit=3),
+        ("quant_config.json: bits=3 must be 4",),
+        make=checkpoint_of("awq with quant_config.json"),
+    ),
+    "quant_config.json is of a later version": Case(
+        lambda c: c.files["quant_config.json"].update(version="GEMM2"),
+        ("quant_config.json: version='GEMM2' is no AWQ layout",),
+        make=checkpoint_of("awq with quant_config.json"),
+    ),
+}
+TABLES = (MBWQ_ERRORS, MPQ_ERRORS, TILED_ERRORS, AWQ_ERRORS)
+CASES = {name: case for table in TABLES for name, case in table.items()}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_malformed(case, tmp_path, monkeypatch):
+    assert_refused(case, tmp_path, monkeypatch)
+
+
+def test_tables_have_no_two_cases_of_one_name():
+    assert len(CASES) == sum(map(len, TABLES))

@@ -1,0 +1,144 @@
+"""The launches whose compiled form is pinned."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from qjax.formats import tiles
+from qjax.pallas import configs
+from qjax.pallas.dequantize import dequantize
+from qjax.pallas.matmul import matmul
+from qjax.pallas.matmul_t import matmul_t
+from qjax.pallas.operands import Config
+from qjax.pallas.scale_grad import scale_grad
+from qjax.tensor import Affine, QTensor, Segment
+
+# Shape of the weight of the kernels' cases: an iteration is what is counted, so any
+# will do whose extents are whole blocks.
+K, N = 8192, 4096
+
+
+def weight(
+    bits: int,
+    group_size: int | None,
+    *,
+    k: int = K,
+    n: int = N,
+    affine: Affine = Affine.ZERO,
+    zero: Any = jnp.uint8,
+    scale: Any = jnp.float16,
+) -> QTensor:
+    """Returns a matrix in Tiles, of structs."""
+    struct = jax.ShapeDtypeStruct
+    groups = (1 if group_size is None else -(-k // group_size), n)
+    words = (
+        k // tiles.rows_of_block(bits),
+        tiles.units_of_block(bits),
+        n // tiles.SIDE,
+        tiles.SLOTS,
+    )
+    return QTensor(
+        words=(struct(words, jnp.uint16),),
+        scale=struct(groups, scale),
+        zero=None if zero is None else struct(groups, zero),
+        layout=tiles.Tiles(),
+        segments=(Segment(bits, group_size),),
+        affine=affine,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Matmul:
+    """A launch of `qjax.pallas.matmul`."""
+
+    bits: int
+    block_m: int = 8
+    block_k: int = 128
+    group_size: int | None = 128
+    convention: str = "zero"
+    scale: str = "float16"
+    block_n: int = 128
+    warps: int = 4
+    splits: int = 4
+
+    def __str__(self) -> str:
+        group = "column" if self.group_size is None else f"g{self.group_size}"
+        return (
+            f"matmul {self.bits}bit {group} {self.convention} {self.scale} "
+            f"m{self.block_m} n{self.block_n} k{self.block_k} w{self.warps}"
+        )
+
+    @property
+    def config(self) -> Config:
+        return Config(self.block_m, self.block_n, self.block_k, self.splits, self.warps)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the weight in one pass of the loop."""
+        return max(self.block_k, tiles.rows_of_block(self.bits))
+
+    @property
+    def weights(self) -> float:
+        """Weights of one thread in one pass of the loop."""
+        return self.rows * self.config.block_n / (32 * self.config.warps)
+
+    @property
+    def weight(self) -> QTensor:
+        affine, zero = {
+            "zero": (Affine.ZERO, jnp.uint8),
+            "offset": (Affine.OFFSET, self.scale),
+            "centered": (Affine.CENTERED, None),
+        }[self.convention]
+        return weight(
+            self.bits, self.group_size, affine=affine, zero=zero, scale=self.scale
+        )
+
+    def __call__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Returns the function to compile and its arguments."""
+        x = jax.ShapeDtypeStruct((self.block_m, K), jnp.float32)
+        return functools.partial(matmul, config=self.config), (x, self.weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """A launch of another kernel, configured as `qjax.pallas.configs` does."""
+
+    kernel: str
+    bits: int
+    m: int
+    group_size: int | None = 128
+
+    def __str__(self) -> str:
+        group = "column" if self.group_size is None else f"g{self.group_size}"
+        return f"{self.kernel} {self.bits}bit {group} m{self.m}"
+
+    @property
+    def config(self) -> Config:
+        w = weight(self.bits, self.group_size)
+        if self.kernel == "dequantize":
+            return configs.for_dequantize()
+        config = getattr(configs, f"for_{self.kernel}")(self.m, w)
+        # Few enough for a loop to be left.
+        return dataclasses.replace(config, splits=2)
+
+    @property
+    def weights(self) -> float:
+        """Weights of one thread in one pass of the loop, or in all where is none."""
+        rows = max(self.config.block_k, tiles.rows_of_block(self.bits))
+        return rows * self.config.block_n / (32 * self.config.warps)
+
+    def __call__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Returns the function to compile and its arguments."""
+        w = weight(self.bits, self.group_size)
+        x = jax.ShapeDtypeStruct((self.m, K), jnp.float32)
+        dy = jax.ShapeDtypeStruct((self.m, N), jnp.float32)
+        if self.kernel == "dequantize":
+            dtype = jnp.dtype(jnp.bfloat16)
+            return functools.partial(dequantize, dtype=dtype, config=self.config), (w,)
+        if self.kernel == "matmul_t":
+            return functools.partial(matmul_t, config=self.config), (dy, w)
+        return functools.partial(scale_grad, config=self.config), (x, dy, w)

@@ -1,0 +1,284 @@
+"""Compiles for NVIDIA GPUs on a machine without one, by XLA's own compiler.
+
+The CUDA plugin of JAX has compile-only devices: all that it would do for the named GPU
+but run. XLA dumps the PTX of every kernel; `ptxas`, pinned to the release that the
+plugin carries within it, makes of it the machine code that XLA's executable holds
+(compared once, instruction by instruction), and `nvdisasm` prints that.
+
+No autotuning happens without a device, so dense products that XLA compiles itself get
+default tilings.
+"""
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from tests.gpu import sass
+
+TOOLS = Path(sysconfig.get_path("purelib"), "nvidia/cu13/bin")
+TRITON = "__gpu$xla.gpu.triton"
+
+
+@dataclasses.dataclass(frozen=True)
+class Device:
+    """The figures of a GPU that the compiler asks for."""
+
+    name: str
+    capability: tuple[int, int]
+    cores: int
+    memory: int
+    bandwidth: int
+    l2: int
+    clock: float
+    shared_per_core: int
+    ptxas_arch: str
+
+
+DEVICES = {
+    "sm_80": Device(
+        "NVIDIA A100-SXM4-80GB",
+        capability=(8, 0),
+        cores=108,
+        memory=80 << 30,
+        bandwidth=2039 * 10**9,
+        l2=40 << 20,
+        clock=1.41,
+        shared_per_core=164 << 10,
+        ptxas_arch="sm_80",
+    ),
+    "sm_90": Device(
+        "NVIDIA H100 80GB HBM3",
+        capability=(9, 0),
+        cores=132,
+        memory=80 << 30,
+        bandwidth=3352 * 10**9,
+        l2=50 << 20,
+        clock=1.98,
+        shared_per_core=228 << 10,
+        ptxas_arch="sm_90a",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """A Pallas kernel as compiled.
+
+    Attributes:
+      name: As given to the launch.
+      ptx: What XLA's Triton made of it.
+      registers: Of a thread.
+      spills: Bytes of registers that a thread stores to local memory.
+      instructions: The whole kernel.
+      loops: Its innermost loops.
+    """
+
+    name: str
+    ptx: str
+    registers: int
+    spills: int
+    instructions: sass.Loop
+    loops: list[sass.Loop]
+
+    @property
+    def hot(self) -> sass.Loop:
+        """The loop with the most tensor-core instructions, else the longest."""
+        return max(self.loops, key=lambda loop: (loop.matrix, len(loop)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """A step of the compiled program that the device executes.
+
+    Attributes:
+      kind: XLA's name of the thunk: kCustomKernel, kGemm, kCopy, ...
+      name: Of the kernel, or of the HLO instruction.
+      grid: Of a kernel.
+      threads: Of a kernel's program.
+      captured: Whether it is recorded into a CUDA graph.
+    """
+
+    kind: str
+    name: str
+    grid: tuple[int, ...]
+    threads: int
+    captured: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A compiled function.
+
+    Attributes:
+      hlo: The optimized and scheduled HLO.
+      temporaries: Bytes of device memory beside arguments and results.
+      launches: In order of execution.
+      kernels: The Pallas kernels.
+    """
+
+    hlo: str
+    temporaries: int
+    launches: list[Launch]
+    kernels: list[Kernel]
+
+    @property
+    def kernel(self) -> Kernel:
+        """The only Pallas kernel."""
+        (kernel,) = self.kernels
+        return kernel
+
+    @property
+    def kernel_launch(self) -> Launch:
+        """The launch of the only Pallas kernel."""
+        (launch,) = (i for i in self.launches if i.name == self.kernel.name)
+        return launch
+
+
+def compile_for(f: Callable[..., Any], *avals: Any, arch: str) -> Program:
+    """Compiles ``jit(f)``.
+
+    Args:
+      f: Function of arrays and pytrees of them.
+      *avals: Its arguments as `jax.ShapeDtypeStruct`.
+      arch: One of `DEVICES`.
+
+    Returns:
+      What became of it.
+    """
+    # XLA looks ptxas up on PATH too, and writes PTX that it understands.
+    os.environ["PATH"] = f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
+    device = _device(arch)
+    placed = jax.sharding.SingleDeviceSharding(device)
+    avals = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), avals
+    )
+    target = jax.sharding.AbstractDevice(
+        device_kind=device.device_kind, num_cores=None, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=target)
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(f, out_shardings=placed).trace(*avals).lower()
+    with tempfile.TemporaryDirectory() as folder:
+        # Only PTX: the log of the Triton passes takes ten times as long as compiling.
+        options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
+        compiled = lowered.compile(compiler_options=options)
+        hlo = compiled.as_text()
+        # Written again, under a longer name, by passes that change the sequence.
+        thunks = max(Path(folder).glob("*.thunk_sequence*.txt"))
+        launches = list(_launches(thunks.read_text()))
+        texts = {path: path.read_text() for path in Path(folder).glob("*.ptx")}
+        names = _pallas_names(hlo)
+        kernels = [
+            _kernel(name, ptx, path, DEVICES[arch].ptxas_arch)
+            for path, ptx in texts.items()
+            for name in re.findall(r"\.entry (\w+)\(", ptx)
+            # Another launch of the same name gets a number.
+            if re.sub(r"__\d+$", "", name) in names
+        ]
+    temporaries = compiled.memory_analysis().temp_size_in_bytes
+    return Program(hlo, temporaries, launches, kernels)
+
+
+@functools.cache
+def _device(arch: str) -> Any:
+    device = DEVICES[arch]
+    major, minor = device.capability
+    target = f"""
+      gpu_device_info {{
+        cuda_compute_capability {{ major: {major} minor: {minor} }}
+        core_count: {device.cores}
+        fpus_per_core: {64 if major == 8 else 128}
+        clock_rate_ghz: {device.clock}
+        device_memory_size: {device.memory}
+        memory_bandwidth: {device.bandwidth}
+        l2_cache_size: {device.l2}
+        shared_memory_per_core: {device.shared_per_core}
+        shared_memory_per_block_optin: {device.shared_per_core - 1024}
+        shared_memory_per_block: {48 << 10}
+        registers_per_core_limit: 65536
+        registers_per_block_limit: 65536
+        threads_per_warp: 32
+        threads_per_block_limit: 1024
+        threads_per_core_limit: 2048
+        block_dim_limit_x: {2**31 - 1}
+        block_dim_limit_y: 65535
+        block_dim_limit_z: 65535
+      }}
+      platform_name: "CUDA"
+      dnn_version_info {{ major: 9 minor: 12 }}
+      device_description_str: "{device.name}"
+    """
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=target, topology="1x1x1"
+    )
+    (only,) = topology.devices
+    return only
+
+
+def _launches(thunks: str) -> Iterator[Launch]:
+    """Reads a dump of XLA's thunks, one a line and indented within a sequence."""
+    graph = None  # indentation of the command buffer that encloses the line
+    line = re.compile(
+        r"( *)\d+: (k\w+) \[[^\]]*\] ?(\S*)"
+        r"(?: grid: \[([\d, ]+)\] threads: \[([\d, ]+)\])?"
+    )
+    for indent, kind, name, grid, threads in line.findall(thunks):
+        if graph is not None and len(indent) <= graph:
+            graph = None
+        if kind == "kCommandBuffer":
+            graph = len(indent)
+            continue
+        counts = [tuple(map(int, s.split(", "))) if s else () for s in (grid, threads)]
+        yield Launch(kind, name, counts[0], sum(counts[1][:1]), graph is not None)
+
+
+def calls(hlo: str) -> Iterator[tuple[str, str]]:
+    """Yields the name of every Pallas kernel that is called, and the instruction."""
+    for line in hlo.splitlines():
+        if f'custom_call_target="{TRITON}"' in line:
+            (name,) = re.findall(r'op_name="[^"]*?(\w+)/pallas_call', line)
+            yield name, line
+
+
+def _pallas_names(hlo: str) -> set[str]:
+    return {name for name, _ in calls(hlo)}
+
+
+def _kernel(name: str, ptx: str, path: Path, arch: str) -> Kernel:
+    code = path.with_suffix(".cubin")
+    # The flags with which XLA calls it.
+    said = _run("ptxas", "-v", f"-arch={arch}", "--warn-on-spills", path, "-o", code)
+    disassembly = _run("nvdisasm", "-c", code)
+    return Kernel(
+        name,
+        ptx,
+        registers=int(re.search(r"Used (\d+) registers", said)[1]),
+        spills=int(re.search(r"(\d+) bytes spill stores", said)[1]),
+        instructions=sass.kernels(disassembly)[name],
+        loops=sass.loops(disassembly)[name],
+    )
+
+
+def _run(tool: str, *arguments: Any) -> str:
+    done = subprocess.run(
+        [TOOLS / tool, *arguments], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"{tool} failed: {done.stderr}")
+    return done.stdout + done.stderr
+
+
+def versions() -> dict[str, str]:
+    """What a count depends on."""
+    release = re.search(r"V([\d.]+)", _run("ptxas", "--version"))[1]
+    return {"jax": jax.__version__, "ptxas": release}

@@ -1,0 +1,122 @@
+"""Compiles in other processes, each case once a session; budgets of instructions.
+
+A fatal error of the compiler ends its process, and fails the test that asked.
+"""
+
+import concurrent.futures
+import json
+import multiprocessing
+import os
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import pytest
+
+from tests.gpu import compiler
+
+BUDGETS = Path(__file__).with_name("budgets.json")
+# Above the recorded count, the kernel has become worse; so far below it, the record
+# has become worthless.
+WORSE, BETTER = 1.03, 0.90
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--record-budgets",
+        action="store_true",
+        help="write the counts of this run into tests/gpu/budgets.json",
+    )
+
+
+def _compile(case, arch):
+    function, avals = case()
+    return compiler.compile_for(function, *avals, arch=arch)
+
+
+def _processes(count):
+    # Not forked: JAX has threads.
+    spawn = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(count, spawn)
+
+
+class Pool:
+    """Compiler processes; asks for every case of the selected tests at once."""
+
+    def __init__(self, wanted):
+        self._all = _processes(min(8, os.cpu_count()))
+        self._programs = {key: self._all.submit(_compile, *key) for key in wanted}
+
+    def __call__(self, case, arch):
+        """Returns the `compiler.Program` of a case."""
+        key = (case, arch)
+        try:
+            if key not in self._programs:
+                self._programs[key] = self._all.submit(_compile, *key)
+            return self._programs[key].result()
+        except BrokenProcessPool:
+            # Some case has ended a process, and with it the pool: which one?
+            with _processes(1) as alone:
+                self._programs[key] = alone.submit(_compile, *key)
+                if isinstance(self._programs[key].exception(), BrokenProcessPool):
+                    pytest.fail(f"The compiler dies of {case} for {arch}.")
+            return self._programs[key].result()
+
+    def close(self):
+        self._all.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="session")
+def compiled(request):
+    """``compiled(case, arch)``: what the compiler makes of it."""
+    parameters = [
+        item.callspec.params
+        for item in request.session.items
+        if hasattr(item, "callspec")
+    ]
+    wanted = {(p["case"], p["arch"]): None for p in parameters if "case" in p}
+    pool = Pool(wanted)
+    yield pool
+    pool.close()
+
+
+class Budgets:
+    """The recorded instructions a weight, and registers, of every kernel."""
+
+    def __init__(self, recording):
+        self.recording = recording
+        self.table = json.loads(BUDGETS.read_text())
+        self.new = {}
+
+    def check(self, case, arch, instructions, registers):
+        """Fails where a count has left the record; notes it where one is recording."""
+        counts = {"instructions": round(instructions, 3), "registers": registers}
+        if self.recording:
+            self.new.setdefault(str(case), {})[arch] = counts
+            return
+        recorded = self.table["kernels"].get(str(case), {}).get(arch)
+        assert recorded, f"{case} for {arch} is not recorded: {_AGAIN}"
+        ratio = instructions / recorded["instructions"]
+        assert BETTER <= ratio <= WORSE, (
+            f"{case} for {arch} takes {counts}, recorded {recorded} with "
+            f"{self.table['versions']}, now {compiler.versions()}: {_AGAIN}"
+        )
+
+    def save(self):
+        """Replaces the recorded counts of the cases that ran."""
+        kernels = {**self.table["kernels"], **self.new}
+        table = {
+            "versions": compiler.versions(),
+            "kernels": {name: kernels[name] for name in sorted(kernels)},
+        }
+        BUDGETS.write_text(json.dumps(table, indent=1) + "\n")
+
+
+_AGAIN = "find out why, or run make gpu-check ARGS=--record-budgets."
+
+
+@pytest.fixture(scope="session")
+def budgets(request):
+    budgets = Budgets(request.config.getoption("--record-budgets"))
+    yield budgets
+    if budgets.recording:
+        budgets.save()

@@ -1,0 +1,143 @@
+"""Whole programs around the kernels: `qjax.matmul`, its gradient, a decoder's step."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+
+import qjax
+from examples.llm import model
+from tests.gpu.cases import weight
+
+# A function to compile, and its arguments as structs.
+Source = tuple[Callable[..., Any], tuple[Any, ...]]
+SIDE = 4096  # of the weight
+DENSE = 2 * SIDE * SIDE  # bytes of it in 16 bits
+
+_struct = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """``qjax.matmul`` of ``m`` rows by a square matrix of 4 bits, or its gradient."""
+
+    m: int
+    gradient: bool = False
+
+    def __str__(self) -> str:
+        return f"{'gradient' if self.gradient else 'matmul'} m{self.m}"
+
+    def __call__(self) -> Source:
+        x = _struct((self.m, SIDE), jnp.bfloat16)
+        w = weight(4, 128, k=SIDE, n=SIDE)
+        return (_gradient, (x, x, w)) if self.gradient else (qjax.matmul, (x, w))
+
+
+def _gradient(x, dy, w):
+    def product(x, scale):
+        return qjax.matmul(x, dataclasses.replace(w, scale=scale))
+
+    y, pullback = jax.vjp(product, x, w.scale)
+    return y, pullback(dy)
+
+
+@dataclasses.dataclass(frozen=True)
+class Native:
+    """The same with an array of ``jnp.uint4``, dequantized and multiplied."""
+
+    m: int
+
+    def __str__(self) -> str:
+        return f"jnp.uint4 m{self.m}"
+
+    def __call__(self) -> Source:
+        scale = _struct((SIDE // 128, SIDE), jnp.bfloat16)
+        codes = _struct((SIDE, SIDE), jnp.uint4)
+        return _native, (_struct((self.m, SIDE), jnp.bfloat16), codes, scale, scale)
+
+
+def _native(x, codes, scale, zero):
+    groups = codes.astype(jnp.bfloat16).reshape(len(scale), -1, SIDE)
+    dense = ((groups - zero[:, None]) * scale[:, None]).reshape(codes.shape)
+    return jnp.dot(x, dense, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderStep:
+    """One token through the decoder of examples/llm, all matrices of 4 bits."""
+
+    layers: int = 1
+    hidden: int = 1024
+    inner: int = 2816
+    vocabulary: int = 4096
+    positions: int = 256
+
+    def __str__(self) -> str:
+        return f"decoder step of {self.layers} layers"
+
+    @property
+    def config(self) -> model.Config:
+        return model.Config(
+            vocab_size=self.vocabulary,
+            hidden_size=self.hidden,
+            num_layers=self.layers,
+            num_heads=8,
+            num_kv_heads=2,
+            head_dim=128,
+            max_length=self.positions,
+            norm_eps=1e-5,
+            frequencies=tuple(1e4 ** (-i / 64) for i in range(64)),
+            windows=(None,) * self.layers,
+            tied=False,
+        )
+
+    @property
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """Shape of every matrix by its name in the checkpoint."""
+        hidden, keys = self.hidden, 256
+        layer = {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (hidden, keys),
+            "self_attn.v_proj": (hidden, keys),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (hidden, self.inner),
+            "mlp.up_proj": (hidden, self.inner),
+            "mlp.down_proj": (self.inner, hidden),
+        }
+        shapes = {
+            f"model.layers.{i}.{name}": shape
+            for i in range(self.layers)
+            for name, shape in layer.items()
+        }
+        return {**shapes, "lm_head": (hidden, self.vocabulary)}
+
+    def __call__(self) -> Source:
+        tensors: dict[str, Any] = {
+            name: weight(4, 128, k=k, n=n) for name, (k, n) in self.matrices.items()
+        }
+        embedding = (self.vocabulary, self.hidden)
+        tensors["model.embed_tokens.weight"] = _struct(embedding, jnp.bfloat16)
+        norms = [
+            f"model.layers.{i}.{name}"
+            for i in range(self.layers)
+            for name in ("input_layernorm", "post_attention_layernorm")
+        ]
+        for name in (*norms, "model.norm"):
+            tensors[f"{name}.weight"] = _struct((self.hidden,), jnp.bfloat16)
+        cache = jax.eval_shape(
+            lambda: model.Cache.empty(self.config, 1, self.positions, jnp.bfloat16)
+        )
+        ids = _struct((1, 1), jnp.int32)
+        return functools.partial(_step, self.config), (tensors, ids, cache)
+
+
+def _step(config, tensors, ids, cache):
+    # As on a GPU, where the layers would find the matrices prepared.
+    with mock.patch.object(qjax.ops, "_native_layout", lambda w: w.layout):
+        decoder = model.Decoder(model.Weights(dict(tensors), config, jnp.bfloat16))
+    hidden, cache = decoder.forward(ids, cache)
+    return decoder.logits(hidden[:, -1]).argmax(-1), cache

@@ -1,0 +1,103 @@
+"""What surrounds the kernels in whole programs: memory, copies, launches."""
+
+import math
+import re
+
+import pytest
+
+from tests.gpu import compiler
+from tests.gpu.programs import DENSE, DecoderStep, Native, Product
+
+both = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+MIB = 1 << 20
+
+
+@pytest.fixture
+def program(case, arch, compiled):
+    return compiled(case, arch)
+
+
+def results(hlo, dtypes):
+    """The operation and the size of every array of these dtypes that is computed."""
+    line = re.compile(rf"= (?:{dtypes})\[([\d,]*)\]\S* ([\w-]+)\(")
+    return [
+        (operation, math.prod(int(n) for n in shape.split(",") if n))
+        for shape, operation in line.findall(hlo)
+    ]
+
+
+def words_stay(hlo):
+    """Whether all packed words are read from where the caller has put them."""
+    operations = {operation for operation, _ in results(hlo, "u16")}
+    return operations <= {"parameter", "bitcast", "get-tuple-element"}
+
+
+def no_dense_weight(hlo, least=DENSE // 2):
+    """Whether no float array has as many elements as a weight."""
+    floats = results(hlo, "f16|bf16|f32")
+    return all(size < least for name, size in floats if name != "parameter")
+
+
+@pytest.mark.parametrize("case", [Product(1), Product(16), Product(64)], ids=str)
+@both
+def test_matmul(program):
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo)
+    assert program.temporaries < DENSE / 3
+    (name,) = (name for name, _ in compiler.calls(program.hlo))
+    assert name.startswith("matmul_4bit")
+
+
+@pytest.mark.parametrize("case", [Product(1)], ids=str)
+@both
+def test_launches_of_a_product(program):
+    # The kernel, the sum over splits, and what prepares x: its largest element, its
+    # sums, its order. All recorded into one CUDA graph.
+    assert len(program.launches) <= 7
+    assert {launch.kind for launch in program.launches} == {"kCustomKernel"}
+    assert all(launch.captured for launch in program.launches)
+
+
+@pytest.mark.parametrize("case", [Product(16, gradient=True)], ids=str)
+@both
+def test_gradient(program):
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo)
+    assert program.temporaries < DENSE / 2
+    names = sorted(
+        re.sub(r"_4bit.*", "", name) for name, _ in compiler.calls(program.hlo)
+    )
+    assert names == ["matmul", "matmul_t", "scale_grad"]
+
+
+@pytest.mark.parametrize("case", [Product(256)], ids=str)
+@both
+def test_many_rows_form_the_weight_once(program):
+    assert words_stay(program.hlo)
+    (name,) = (name for name, _ in compiler.calls(program.hlo))
+    assert name.startswith("dequantize_4bit")
+    # float16, and no wider or second copy of it.
+    assert DENSE <= program.temporaries < 1.5 * DENSE
+
+
+@pytest.mark.parametrize("case", [Native(1)], ids=str)
+@both
+def test_uint4_forms_the_weight(program):
+    # What the kernels are for: XLA does not fuse the dequantization into the product.
+    assert program.temporaries >= DENSE == 32 * MIB
+
+
+@pytest.mark.parametrize("case", [DecoderStep()], ids=str)
+@both
+def test_decoder_step(case, program):
+    assert words_stay(program.hlo)
+    smallest = min(k * n for k, n in case.matrices.values() if k * n > MIB // 2)
+    assert no_dense_weight(program.hlo, least=smallest)
+    assert program.temporaries < MIB
+    names = [name for name, _ in compiler.calls(program.hlo)]
+    assert len(names) == len(case.matrices)
+    assert set(names) == {"matmul_4bit_8"}
+    kernels = {kernel.name for kernel in program.kernels}
+    launches = [i for i in program.launches if i.name in kernels]
+    assert len(launches) == len(case.matrices)
+    assert all(launch.captured for launch in launches)

@@ -1,0 +1,73 @@
+"""Runs the few PTX instructions of the kernels' inline text, in NumPy.
+
+Registers are arrays of uint32, one element a thread.
+"""
+
+import re
+
+import numpy as np
+
+
+def run(text: str, inputs: list[np.ndarray]) -> np.ndarray:
+    """Executes ``{ .reg .b32 t; op ...; }`` with inputs from $1; returns $0."""
+    registers = {f"${1 + i}": np.asarray(x, np.uint32) for i, x in enumerate(inputs)}
+    declared = {"$0"}
+    body = re.fullmatch(r"\{(.*)\}", text.strip(), re.DOTALL)[1]
+    for statement in filter(None, map(str.strip, body.split(";"))):
+        operation, rest = statement.split(None, 1)
+        names = [name.strip() for name in rest.split(",")]
+        if operation == ".reg":
+            # .reg .b32 t, v
+            declared.update([names[0].removeprefix(".b32").strip(), *names[1:]])
+            continue
+        target, *sources = names
+        if target not in declared:
+            raise ValueError(f"{statement!r} sets {target}, which is not declared.")
+        operands = [
+            registers[s] if s in registers else np.uint32(int(s, 0)) for s in sources
+        ]
+        result = _OPERATIONS[operation](*operands)
+        registers[target] = np.broadcast_to(result, inputs[0].shape)
+    return registers["$0"]
+
+
+def _prmt(a, b, selector):
+    """Each nibble of the selector names a byte of b:a."""
+    source = [
+        (word >> np.uint32(8 * i)) & np.uint32(255) for word in (a, b) for i in range(4)
+    ]
+    result = np.uint32(0)
+    for i in range(4):
+        byte = int(selector) >> 4 * i & 15
+        if byte > 7:
+            raise ValueError(f"selector={selector:#x} replicates a sign.")
+        result = result | source[byte] << np.uint32(8 * i)
+    return result
+
+
+def _lop3(a, b, c, table):
+    """Bit i of the table is the result where the bits of (a, b, c) spell i."""
+    result = np.uint32(0)
+    for i in range(8):
+        if int(table) >> i & 1:
+            term = (a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c)
+            result = result | term
+    return result
+
+
+def _shift(move):
+    def shift(a, distance):
+        # PTX clamps; the text has no reason to go so far.
+        if not 0 <= int(distance) < 32:
+            raise ValueError(f"distance={distance} must lie in [0, 32).")
+        return move(a, distance)
+
+    return shift
+
+
+_OPERATIONS = {
+    "prmt.b32": _prmt,
+    "lop3.b32": _lop3,
+    "shr.b32": _shift(np.right_shift),
+    "shl.b32": _shift(np.left_shift),
+}

@@ -1,0 +1,347 @@
+"""Kernels in interpret mode against the float64 oracle."""
+
+import dataclasses
+import functools
+import warnings
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import qjax
+from qjax import decode, pallas, tensor
+from qjax.formats.tiles import Tiles
+from qjax.pallas import configs, operands, products
+from qjax.pallas.dequantize import dequantize
+from qjax.pallas.matmul import matmul
+from qjax.pallas.matmul_t import matmul_t
+from qjax.pallas.operands import Config
+from qjax.pallas.scale_grad import scale_grad
+from tests import oracle
+from tests.pairs import pairwise
+
+BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
+
+MAPS = {
+    "zero": {},
+    "float_zero": {"float_zero": True},
+    "offset": {"affine": "OFFSET"},
+    "centered": {"affine": "CENTERED"},
+    "centered_zero": {"affine": "CENTERED", "float_zero": True},
+}
+SCALES = {"float16": F16, "bfloat16": BF16, "float32": F32}
+# Whole tiles of the kernels, and ragged ones: of the storage and of the tiles.
+SHAPES = {"whole": (512, 128), "ragged": (360, 136), "one unit": (96, 16)}
+GROUPS = (32, 64, 128, 256, None, 96)
+ROWS = (1, 5, 16, 33, 130)
+# Relative to the largest output: float32 sums whose terms stand up to 1024 steps of a
+# code above it, so that fewer bits lose more (`qjax.pallas.unpack`). A twentieth of
+# what rounding an operand to float16 costs.
+TOLERANCE = 5e-5
+# float16 rounds the weight, or what is multiplied by it, once: 2**-11.
+ROUNDED = 1e-3
+
+
+def in_tiles(matrix: oracle.Matrix):
+    """The matrix as a `QTensor` in `Tiles`."""
+    ends = np.cumsum([part.rows for part in matrix.parts])[:-1]
+    words, segments = [], []
+    for part, codes in zip(matrix.parts, np.split(matrix.codes, ends), strict=True):
+        words.append(Tiles().pack(jnp.asarray(codes), part.bits))
+        k, n = Tiles().extents(words[-1].shape, part.bits)
+        segment = tensor.Segment(part.bits, part.group_size, k - part.rows)
+        segments.append(segment)
+    leaves = {
+        name: None if (leaf := getattr(matrix, name)) is None else jnp.asarray(leaf)
+        for name in ("scale", "zero", "order", "input_scale")
+    }
+    return tensor.build(
+        words=tuple(words),
+        layout=Tiles(),
+        segments=tuple(segments),
+        affine=tensor.Affine[matrix.affine],
+        padding=n - matrix.codes.shape[1],
+        **leaves,
+    )
+
+
+def sample(case: dict, seed: int = 0) -> oracle.Matrix:
+    k, n = SHAPES[case["shape"]]
+    return oracle.random(
+        seed,
+        k,
+        n,
+        bits=case["bits"],
+        group_size=case["group"],
+        dtype=SCALES[case["scale"]],
+        **MAPS[case["affine"]],
+    )
+
+
+def rows(m: int, k: int, seed: int = 1):
+    """bfloat16 values, as float32."""
+    x = np.random.default_rng(seed).standard_normal((m, k))
+    return x.astype(BF16).astype(F32)
+
+
+def relative_error(found, expected) -> float:
+    expected = np.asarray(expected, np.float64)
+    found = np.asarray(found).astype(np.float64)
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+def label(case: dict) -> str:
+    return "-".join(str(value).replace(" ", "_") for value in case.values())
+
+
+AXES = {
+    "bits": range(1, 9),
+    "affine": list(MAPS),
+    "group": GROUPS,
+    "shape": list(SHAPES),
+    "scale": list(SCALES),
+}
+CASES = {
+    "matmul": pairwise(lambda case: True, **AXES, m=ROWS),
+    # The unpacking is that of matmul: fewer widths.
+    "other": pairwise(
+        lambda case: True, **AXES | {"bits": (3, 4, 8), "group": (32, 128, None)}
+    ),
+}
+
+
+def test_the_cover_is_affordable():
+    assert len(CASES["matmul"]) <= 60
+
+
+@pytest.mark.parametrize("case", CASES["matmul"], ids=label)
+def test_matmul(case):
+    matrix, m = sample(case), case["m"]
+    x = rows(m, len(matrix.codes))
+    w = in_tiles(matrix)
+    y = matmul(jnp.asarray(x), w, configs.for_matmul(m, w), interpret=True)
+    assert y.dtype == jnp.float32
+    assert relative_error(y, matrix.matmul(x)) < TOLERANCE
+
+
+@pytest.mark.parametrize("case", CASES["other"], ids=label)
+def test_dequantize_is_bit_exact(case):
+    w = in_tiles(sample(case))
+    config = configs.for_dequantize()
+    for dtype in (None, jnp.float32, jnp.bfloat16):
+        found = dequantize(w, dtype, config, interpret=True)
+        expected = decode.stored_weight(w, dtype)
+        if case["scale"] == "float32" and case["affine"] in ("offset", "centered_zero"):
+            # The product is inexact, and a compiler may or may not round it before it
+            # adds the zero.
+            chex.assert_trees_all_close(found, expected, rtol=0, atol=_last_place(w))
+        else:
+            chex.assert_trees_all_equal(found, expected)
+
+
+def _last_place(w) -> float:
+    """A unit in the last place of the largest product of a code and a scale."""
+    return float(jnp.abs(w.scale).max()) * 2**w.bits * 2.0**-23
+
+
+@pytest.mark.parametrize("case", CASES["other"], ids=label)
+def test_gradients(case):
+    matrix, m = sample(case), 5
+    w, (k, n) = in_tiles(matrix), matrix.codes.shape
+    x, dy = rows(m, k), rows(m, n, seed=2)
+    expected = matrix.gradients(x, dy)
+    config = configs.for_matmul_t(m, w)
+    dx = matmul_t(jnp.asarray(dy), w, config, interpret=True)
+    assert relative_error(dx, expected.pop("x")) < ROUNDED
+    config = configs.for_scale_grad(m, w)
+    found = scale_grad(jnp.asarray(x), jnp.asarray(dy), w, config, interpret=True)
+    assert found.keys() == expected.keys()
+    for name, gradient in found.items():
+        assert relative_error(gradient, expected[name]) < TOLERANCE, name
+
+
+MIXES = {
+    "exl2": [(5, 96, 32), (4, 256, 128), (3, 64, 64)],
+    "one width twice": [(4, 128, 128), (4, 96, 32)],
+}
+
+
+@pytest.mark.parametrize(
+    ("mix", "affine"), [("exl2", "centered"), ("one width twice", "offset")]
+)
+def test_mixed_widths_in_one_launch(mix, affine):
+    parts = MIXES[mix]
+    matrix = oracle.random(
+        0, sum(k for _, k, _ in parts), 40, parts=parts, dtype=F16, **MAPS[affine]
+    )
+    w, x = in_tiles(matrix), rows(5, len(matrix.codes))
+    y = matmul(jnp.asarray(x), w, Config(8, splits=2), interpret=True)
+    assert relative_error(y, matrix.matmul(x)) < TOLERANCE
+
+
+class TestConfigs:
+    @pytest.mark.parametrize(
+        ("block_m", "block_k", "splits"), [(8, 128, 3), (16, 256, 1), (64, 128, 2)]
+    )
+    def test_matmul_is_the_same_however_it_is_cut(self, block_m, block_k, splits):
+        matrix = oracle.random(3, 640, 48, group_size=128, dtype=F16)
+        x = rows(9, 640)
+        config = Config(block_m, 32, block_k, splits, warps=2)
+        y = matmul(jnp.asarray(x), in_tiles(matrix), config, interpret=True)
+        assert relative_error(y, matrix.matmul(x)) < TOLERANCE
+
+    def test_the_heuristic_fills_the_gpu_and_keeps_a_pipeline(self):
+        w = jax.eval_shape(lambda: in_tiles(oracle.random(0, 512, 128, dtype=F16)))
+        wide = qjax.quantize(jnp.zeros((8192, 8192), jnp.float16))
+        for m in (1, 8, 16, 64, 100):
+            config = configs.for_matmul(m, wide)
+            assert config.block_m >= min(m, 64)
+            programs = -(-m // config.block_m) * 64 * config.splits
+            assert programs >= 512
+            assert configs.for_matmul(m, w).splits == 1
+
+
+class TestRange:
+    """float16 has a narrow exponent: powers of two keep rows and scales inside."""
+
+    @pytest.mark.parametrize("magnitude", [1e-30, 1e-9, 1e9, 1e30])
+    def test_rows_of_any_magnitude(self, magnitude):
+        matrix = oracle.random(0, 128, 32, dtype=F16)
+        x = (rows(3, 128) * np.float32(magnitude)).astype(BF16).astype(F32)
+        y = matmul(jnp.asarray(x), in_tiles(matrix), Config(8), interpret=True)
+        assert relative_error(y, matrix.matmul(x)) < TOLERANCE
+
+    def test_outliers(self):
+        # One feature a thousand times the others, as in the residuals of real models.
+        matrix = oracle.random(0, 512, 64, group_size=128, dtype=F16)
+        x = rows(4, 512)
+        x[:, 7] *= 1024
+        y = matmul(jnp.asarray(x), in_tiles(matrix), Config(8), interpret=True)
+        assert relative_error(y, matrix.matmul(x)) < TOLERANCE
+
+    def test_what_vanishes_is_2_to_minus_39_of_the_largest(self):
+        x = np.array([[2.0**60, 2.0**21, -(2.0**60)]], F32)
+        fitted, undo = operands.fit(jnp.asarray(x))
+        back = np.asarray(fitted, np.float64) * np.asarray(undo, np.float64)
+        assert np.abs(back - x).max() <= 2.0**60 * 2.0**-39
+
+    @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
+    def test_infinities_and_nan_stay_in_their_rows(self, value):
+        matrix = oracle.random(0, 128, 32, dtype=F16)
+        x = rows(3, 128)
+        x[1, 5] = value
+        y = np.asarray(
+            matmul(jnp.asarray(x), in_tiles(matrix), Config(8), interpret=True)
+        )
+        assert not np.isfinite(y[1]).any()
+        assert relative_error(y[[0, 2]], matrix.matmul(x[[0, 2]])) < TOLERANCE
+
+    def test_a_row_of_zeros(self):
+        w = in_tiles(oracle.random(0, 128, 32, dtype=F16))
+        y = matmul(jnp.zeros((2, 128)), w, Config(8), interpret=True)
+        chex.assert_trees_all_equal(y, jnp.zeros((2, 32)))
+
+    @pytest.mark.parametrize("scale", [1e-30, 1e-7, 1e4, 1e30])
+    def test_scales_of_any_magnitude_in_the_backward(self, scale):
+        matrix = oracle.random(0, 128, 32, dtype=F32)
+        matrix = dataclasses.replace(matrix, scale=matrix.scale * F32(scale))
+        dy = rows(3, 32)
+        w = in_tiles(matrix)
+        dx = matmul_t(jnp.asarray(dy), w, Config(16, 64), interpret=True)
+        assert relative_error(dx, dy.astype(np.float64) @ matrix.weight.T) < ROUNDED
+
+
+class TestDispatch:
+    @pytest.fixture
+    def interpreted(self, monkeypatch):
+        """Puts the kernels, interpreted, in the place of the ones for a GPU."""
+        for name in ("matmul", "matmul_t", "scale_grad", "dequantize"):
+            kernel = functools.partial(getattr(products, name), interpret=True)
+            monkeypatch.setattr(products, name, kernel)
+
+    @pytest.mark.parametrize("name", ["pallas", "pallas_dense"])
+    def test_named_implementations(self, name, interpreted):
+        matrix = oracle.random(
+            5, 160, 40, group_size=32, dtype=F16, order=True, input_scale=True
+        )
+        w, x = in_tiles(matrix), rows(3, 160)
+        y = qjax.matmul(jnp.asarray(x, jnp.bfloat16), w, implementation=name)
+        assert y.dtype == jnp.bfloat16
+        tolerance = 2.0**-8 if name == "pallas" else 2.0**-7
+        assert relative_error(y, matrix.matmul(x)) < tolerance
+
+    def test_a_mixed_matrix_is_one_launch(self):
+        parts = MIXES["exl2"]
+        matrix = oracle.random(0, 416, 40, parts=parts, dtype=F16, affine="CENTERED")
+        x = jax.ShapeDtypeStruct((4, 416), jnp.bfloat16)
+        matmul_on_gpu = jax.jit(functools.partial(qjax.matmul, implementation="pallas"))
+        jaxpr = matmul_on_gpu.trace(x, in_tiles(matrix)).jaxpr
+        assert str(jaxpr).count("pallas_call[") == 1
+
+    def test_elsewhere_the_product_is_that_of_xla(self):
+        matrix = oracle.random(0, 128, 40, dtype=F16)
+        w, x = in_tiles(matrix), jnp.asarray(rows(3, 128), jnp.bfloat16)
+        stream = qjax.prepare(w)
+        assert stream.layout == qjax.formats.gptq.Stream()
+
+        def loss(x, w):
+            return (qjax.matmul(x, w).astype(jnp.float32) ** 2).sum()
+
+        chex.assert_trees_all_equal(qjax.matmul(x, w), qjax.matmul(x, stream))
+        chex.assert_trees_all_equal(jax.grad(loss)(x, w), jax.grad(loss)(x, stream))
+
+    def test_prepare_moves_to_the_layout_asked_for(self):
+        matrix = oracle.random(0, 128, 40, dtype=F16)
+        w = in_tiles(matrix)
+        there = qjax.prepare(qjax.prepare(w), layout=Tiles())
+        chex.assert_trees_all_equal(there, w)
+
+    @pytest.mark.parametrize("name", ["pallas", "pallas_dense"])
+    def test_float32_activations_are_declined(self, name):
+        w = in_tiles(oracle.random(0, 128, 40, dtype=F16))
+        with pytest.raises(NotImplementedError, match="float32 x; cast x to bfloat16"):
+            qjax.matmul(jnp.ones((1, 128)), w, implementation=name)
+
+    def test_a_named_kernel_never_falls_back(self):
+        w = in_tiles(oracle.random(0, 128, 40, dtype=F16))
+        x = jnp.ones((1, 128), jnp.bfloat16)
+        with pytest.raises(ValueError, match="interpret mode is supported on CPU"):
+            qjax.matmul(x, w, implementation="pallas")
+
+    @pytest.mark.parametrize(
+        ("structure", "message"),
+        [
+            ({"group_size": 16}, "group_size=16 is not a multiple of 32"),
+            ({"row_group": True}, "qjax.prepare turns one whose groups are full"),
+            ({"grouping": "FLAT"}, "not flat groups"),
+            ({"affine": "CODEBOOK"}, "no codebook"),
+        ],
+    )
+    def test_what_the_kernels_decline(self, structure, message):
+        matrix = oracle.random(0, 128, 40, dtype=F16, **structure)
+        w = tensor.build(
+            words=(jnp.asarray(matrix.words[0]),),
+            layout=qjax.formats.gptq.Stream(),
+            segments=(tensor.Segment(4, matrix.parts[0].group_size),),
+            affine=tensor.Affine[matrix.affine],
+            grouping=tensor.Grouping[matrix.grouping],
+            **{
+                name: None if leaf is None else jnp.asarray(leaf)
+                for name in ("scale", "zero", "row_group", "codebook")
+                for leaf in [getattr(matrix, name)]
+            },
+        )
+        with pytest.raises(NotImplementedError, match=message):
+            pallas.check(w)
+        x = jnp.ones((2, 128), jnp.bfloat16)
+        with pytest.raises(NotImplementedError, match=message):
+            pallas.fused(x.astype(jnp.float32), w)
+        # Not named, XLA takes it.
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Grouping 'flat'")
+            y = qjax.matmul(x, decode.relayout(w, Tiles()))
+        chex.assert_trees_all_equal(y, qjax.matmul(x, w))

@@ -1,0 +1,155 @@
+"""Lowering for an NVIDIA GPU, here on the CPU.
+
+Interpret mode runs what Triton has no instruction for; lowering tells.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qjax
+from qjax.formats import tiles
+from qjax.pallas import configs
+from qjax.pallas.dequantize import dequantize
+from qjax.pallas.matmul import matmul
+from qjax.pallas.matmul_t import matmul_t
+from qjax.pallas.operands import Config
+from qjax.pallas.scale_grad import scale_grad
+from qjax.tensor import Affine, QTensor, Segment
+
+TARGET = "__gpu$xla.gpu.triton"
+CONVENTIONS = {
+    "integer zero": (Affine.ZERO, jnp.uint8),
+    "float zero": (Affine.ZERO, jnp.float16),
+    "offset": (Affine.OFFSET, jnp.float16),
+    "centered": (Affine.CENTERED, jnp.float16),
+    "symmetric": (Affine.CENTERED, None),
+}
+struct = jax.ShapeDtypeStruct
+
+
+def weight(bits, group_size, convention="integer zero", k=512, n=256):
+    """A matrix in Tiles, of structs."""
+    affine, zero = CONVENTIONS[convention]
+    groups = (1 if group_size is None else -(-k // group_size), n)
+    padding = -k % max(128, tiles.rows_of_block(bits))
+    columns = -(-n // tiles.SIDE)
+    blocks = (k + padding) // tiles.rows_of_block(bits)
+    words = (blocks, tiles.units_of_block(bits), columns, tiles.SLOTS)
+    return QTensor(
+        words=(struct(words, jnp.uint16),),
+        scale=struct(groups, jnp.float16),
+        zero=None if zero is None else struct(groups, zero),
+        layout=tiles.Tiles(),
+        segments=(Segment(bits, group_size, padding),),
+        affine=affine,
+        padding=columns * tiles.SIDE - n,
+    )
+
+
+def lower(f, *avals):
+    """Lowers for CUDA, no matter what devices this machine has; returns the text."""
+    device = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(f).trace(*avals)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def launches(text):
+    """How many kernels were lowered; no launch may have gone to another backend."""
+    count = text.count(f"@{TARGET}") + text.count(f'"{TARGET}"')
+    assert "mosaic" not in text
+    return count
+
+
+# Each value of a column with each of another column somewhere, not their product.
+@pytest.mark.parametrize(
+    ("bits", "block_m", "block_k", "group_size", "convention"),
+    [
+        (1, 8, 256, 256, "integer zero"),
+        (1, 64, 256, 128, "offset"),
+        (2, 16, 128, 64, "float zero"),
+        (2, 32, 256, None, "symmetric"),
+        (3, 8, 256, 32, "offset"),
+        (3, 64, 256, None, "integer zero"),
+        (4, 8, 128, 128, "integer zero"),
+        (4, 16, 256, 32, "centered"),
+        (4, 32, 128, 64, "offset"),
+        (4, 64, 128, None, "float zero"),
+        (5, 16, 256, 128, "symmetric"),
+        (5, 32, 256, 256, "float zero"),
+        (6, 8, 128, 64, "centered"),
+        (6, 64, 256, 256, "symmetric"),
+        (7, 16, 256, None, "offset"),
+        (7, 32, 256, 128, "centered"),
+        (8, 8, 128, None, "centered"),
+        (8, 64, 128, 32, "symmetric"),
+    ],
+)
+def test_matmul(bits, block_m, block_k, group_size, convention):
+    x, w = struct((block_m, 512), jnp.float32), weight(bits, group_size, convention)
+    config = Config(block_m, block_k=block_k, splits=2)
+    assert launches(lower(functools.partial(matmul, config=config), x, w)) == 1
+
+
+# Triton tiles have sides that are powers of two: everything else is padded or masked.
+@pytest.mark.parametrize("bits", [3, 4])
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 300, 20), (5, 129, 200), (130, 640, 48)])
+def test_ragged(bits, m, k, n):
+    x, w = struct((m, k), jnp.float32), weight(bits, 64, k=k, n=n)
+    config = configs.for_matmul(m, w)
+    assert launches(lower(functools.partial(matmul, config=config), x, w)) == 1
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "convention", "dtype"),
+    [
+        (1, 128, "symmetric", jnp.float16),
+        (2, 64, "integer zero", jnp.bfloat16),
+        (3, 128, "offset", jnp.float32),
+        (4, 32, "float zero", jnp.bfloat16),
+        (4, 128, "integer zero", jnp.float16),
+        (5, 256, "centered", jnp.bfloat16),
+        (6, None, "integer zero", jnp.float32),
+        (7, 128, "offset", jnp.float16),
+        (8, None, "centered", jnp.bfloat16),
+    ],
+)
+def test_backward_and_dequantize(bits, group_size, convention, dtype):
+    w = weight(bits, group_size, convention)
+    x, dy = struct((16, 512), jnp.float32), struct((16, 256), jnp.float32)
+    for f, config, operands in (
+        (matmul_t, configs.for_matmul_t(16, w), (dy, w)),
+        (scale_grad, configs.for_scale_grad(16, w), (x, dy, w)),
+        (functools.partial(dequantize, dtype=dtype), configs.for_dequantize(), (w,)),
+    ):
+        assert launches(lower(functools.partial(f, config=config), *operands)) == 1
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_dispatch(dtype):
+    # The platform decides when the program is lowered, wherever it was traced.
+    x, w = struct((4, 512), dtype), weight(4, 128)
+    assert launches(lower(qjax.matmul, x, w)) == 1
+    on_cpu = jax.jit(qjax.matmul).trace(x, w).lower(lowering_platforms=("cpu",))
+    assert launches(on_cpu.as_text()) == 0
+
+
+def test_gradient():
+    x, w = struct((4, 512), jnp.bfloat16), weight(4, 128)
+
+    def gradients(x, w):
+        def loss(x, scale):
+            y = qjax.matmul(x, dataclasses.replace(w, scale=scale))
+            return y.astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1))(x, w.scale)
+
+    # matmul_t and scale_grad; the product itself is not needed.
+    assert launches(lower(gradients, x, w)) == 2
