@@ -120,7 +120,7 @@ def _evaluate(part: QTensor, exact: jnp.dtype | None) -> Array:
     s = spread(part, part.scale.astype(jnp.float32))
     if part.codebook is not None:
         return jnp.take(part.codebook.astype(jnp.float32), q, axis=0) * s
-    centre = 2 ** (part.segments[0].bits - 1) if part.affine is Affine.CENTERED else 0
+    centre = part.affine.centre(part.segments[0].bits)
     c = (q.astype(jnp.int32) - centre).astype(jnp.float32)
     if part.zero is None:
         return c * s

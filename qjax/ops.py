@@ -107,8 +107,8 @@ def matmul(
 
     The dense weight is formed only if it has at most 4 MiB in float32, if many rows on
     a GPU make up for it (in float16), or if the layout or grouping of ``w`` has no
-    native path; the last warns once. `prepare` gives
-    ``w`` the layout that this device reads natively.
+    native path; the last warns once. `prepare` gives ``w`` the layout that this device
+    reads natively.
 
     Args:
       x: ``[..., k]`` bfloat16, float16 or float32 activations.

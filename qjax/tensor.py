@@ -75,6 +75,10 @@ class Affine(enum.Enum):
     CENTERED = "(q - 2^(bits-1)) * s + z"  # tinygemm; EXL2 and symmetric without z
     CODEBOOK = "codebook[q] * s"  # NF4, FP4, MXFP4
 
+    def centre(self, bits: int) -> int:
+        """Returns the code that the formula takes off: the middle one, or 0."""
+        return 2 ** (bits - 1) if self is Affine.CENTERED else 0
+
 
 class Grouping(enum.Enum):
     """Which elements share a scale."""

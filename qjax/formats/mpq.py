@@ -43,6 +43,7 @@ from jaxtyping import Array, Float, Int32, Integer
 from qjax import decode, tensor
 from qjax.bits import block, pack_fields, unpack_fields
 from qjax.formats.checks import (
+    FLOATS,
     Expected,
     check_finite,
     check_shapes,
@@ -54,16 +55,15 @@ from qjax.formats.gptq import Stream
 from qjax.tensor import Affine, Encoded, Grouping, QTensor, Segment
 
 BITS = (1, 2, 4, 8)
-_FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
 _INDICES = ("qzeros_zeros", "qzeros_scales", "qscales_zeros", "qscales_scales")
 _EXPECTED = {
     "qweight": Expected((jnp.int32,), 2),
     "g_idx": Expected((jnp.int32,), 1, optional=True),
     "qzeros": Expected((jnp.int32,), 2, optional=True),
-    "scales": Expected(_FLOATS, 2, optional=True),
-    "zeros": Expected(_FLOATS, 2, optional=True),
+    "scales": Expected(FLOATS, 2, optional=True),
+    "zeros": Expected(FLOATS, 2, optional=True),
     "qstatistic": Expected((jnp.uint8,), 3, optional=True),
-    **{name: Expected(_FLOATS, 3, optional=True) for name in _INDICES},
+    **{name: Expected(FLOATS, 3, optional=True) for name in _INDICES},
     "wf": Expected((jnp.int32,), 2, optional=True),  # a table of shifts
 }
 TENSORS = tuple(_EXPECTED)

@@ -33,6 +33,7 @@ from jaxtyping import Array, Float, Integer, UInt8
 
 from qjax import tensor
 from qjax.bits import transpose, unpack_fields
+from qjax.decode import rounded
 from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words, refusal
 from qjax.tensor import Affine, Layout, QTensor, Segment
 
@@ -339,8 +340,8 @@ def pack_scale_shift(
       every step rounded. Lossy: `unpack_scale_shift` need not give the shift back.
     """
     if not jnp.issubdtype(shift.dtype, jnp.floating):
-        shift = _rounded(_wide(scale) * _wide(shift), scale)
-    middle = _wide(_rounded(8 * _wide(scale), scale)) - _wide(shift)
+        shift = rounded(_wide(scale) * _wide(shift), scale.dtype)
+    middle = rounded(8 * _wide(scale), scale.dtype) - _wide(shift)
     return jnp.stack([scale, middle.astype(scale.dtype)], axis=-1)
 
 
@@ -357,14 +358,9 @@ def unpack_scale_shift(
       The scale, and ``8 * scale - value of code 8``, rounded.
     """
     scale, middle = scale_shift[..., 0], scale_shift[..., 1]
-    shift = _wide(_rounded(8 * _wide(scale), scale)) - _wide(middle)
+    shift = rounded(8 * _wide(scale), scale.dtype) - _wide(middle)
     return scale, shift.astype(scale.dtype)
 
 
 def _wide(x: Array) -> Array:
     return x.astype(jnp.float32)
-
-
-def _rounded(x: Array, like: Array) -> Array:
-    # The barrier keeps XLA from removing the pair of conversions as excess precision.
-    return lax.optimization_barrier(x.astype(like.dtype))

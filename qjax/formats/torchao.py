@@ -38,6 +38,7 @@ from jaxtyping import Array, Int8, Integer, Shaped, UInt8
 from qjax import tensor
 from qjax.formats import tinygemm
 from qjax.formats.checks import (
+    FLOATS,
     Expected,
     check_codes,
     check_finite,
@@ -64,10 +65,9 @@ TENSORS = (
     "_weight_act_quant_scale",
     "_weight_act_quant_zero_point",
 )
-_FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
 _EXPECTED = {
     "_weight_qdata": Expected((jnp.int8,), 2),
-    "_weight_scale": Expected(_FLOATS, 2),
+    "_weight_scale": Expected(FLOATS, 2),
     "_weight_zero_point": Expected((jnp.int8,), 2, optional=True),
 }
 _INTX = ("IntxWeightOnlyConfig",)

@@ -21,10 +21,10 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float, Integer, Shaped
 
-_FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
+from qjax.decode import rounded
+from qjax.formats.checks import FLOATS
 
 
 class MappingType(enum.Enum):
@@ -101,7 +101,7 @@ def choose_qparams_affine(
     least, most = groups.min(-1), groups.max(-1)
     if mapping is not MappingType.ASYMMETRIC or (preserve_zero and not is_float):
         least, most = jnp.minimum(least, 0), jnp.maximum(most, 0)
-    round_ = functools.partial(_round_to, dtype=dtype)
+    round_ = functools.partial(rounded, dtype=dtype)
     scale = round_(_scale(least, most, mapping, low, high, round_))
     scale = jnp.maximum(scale, round_(jnp.float32(eps)))
     middle = (high + low + 1) / 2
@@ -164,7 +164,7 @@ def quantize_affine(
       ValueError: If the shapes do not fit or ``w`` is not float.
     """
     _check_groups(w, group_size, scale, zero)
-    round_ = functools.partial(_round_to, dtype=w.dtype)
+    round_ = functools.partial(rounded, dtype=w.dtype)
     groups = w.astype(jnp.float32).reshape(*scale.shape, group_size)
     s, z = (p.astype(jnp.float32)[..., None] for p in (scale, zero))
     if domain is ZeroPointDomain.FLOAT:
@@ -213,7 +213,7 @@ def dequantize_affine(
     groups = codes.astype(jnp.float32).reshape(*scale.shape, group_size)
     s, z = (p.astype(jnp.float32)[..., None] for p in (scale, zero))
     if domain is ZeroPointDomain.FLOAT:
-        weight = _round_to((groups - (high + low + 1) / 2) * s, dtype) + z
+        weight = rounded((groups - (high + low + 1) / 2) * s, dtype) + z
     else:
         weight = (groups - z) * s
     return weight.astype(dtype).reshape(codes.shape)
@@ -222,7 +222,7 @@ def dequantize_affine(
 def _check_groups(
     w: Array, group_size: int, *parameters: Array, floating: bool = True
 ) -> None:
-    if floating and w.dtype not in _FLOATS:
+    if floating and w.dtype not in FLOATS:
         raise ValueError(f"w.dtype={w.dtype} must be float16, bfloat16 or float32.")
     if len(w.shape) != 2 or group_size < 1 or w.shape[1] % group_size:
         raise ValueError(
@@ -234,13 +234,6 @@ def _check_groups(
             raise ValueError(
                 f"scale and zero must have shape {wanted}; found {parameter.shape}."
             )
-
-
-def _round_to(x: Array, dtype: jnp.dtype) -> Array:
-    # The barrier keeps XLA from removing the pair of conversions as excess precision,
-    # the select a product and a sum from becoming one operation with one rounding.
-    rounded = lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
-    return jnp.where(jnp.isnan(rounded), jnp.nan, rounded)
 
 
 def _divide(x: Array, by: int | float) -> Array:

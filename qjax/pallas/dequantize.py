@@ -80,7 +80,7 @@ def _body(
     columns = Columns(language, words_ref, bits, n * config.block_n, config.block_n)
     last_group = parameter_refs[0].shape[0] - 1
     block = iteration * (config.block_k // tiles.rows_of_block(bits))
-    centre = 2 ** (bits - 1) if affine is Affine.CENTERED else 0
+    centre = affine.centre(bits)
     for row in range(0, config.block_k, steps.rows):
         g = jnp.minimum((iteration * config.block_k + row) // group, last_group)
         scale, *zero = (
@@ -110,7 +110,4 @@ def _store(out_ref: Any, place: Place, columns: Columns, values: Array) -> None:
     """Writes a sub-block ``[columns, blocks * 16]`` as rows of the weight."""
     axes = values.reshape(-1, place.width, tiles.SIDE).transpose(1, 2, 0)
     tile = axes.reshape(place.width, 1, tiles.SIDE, -1)
-    mask = columns.inside
-    if mask is not None:
-        mask = jnp.broadcast_to(mask, tile.shape)
-    lang.store(out_ref.at[(*place.rows, columns.slice)], tile, mask)
+    lang.store(out_ref.at[(*place.rows, columns.slice)], tile, columns.inside)

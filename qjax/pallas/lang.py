@@ -98,7 +98,9 @@ def load_row(ref: Any, *index: Any, columns: Any, mask: Array | None = None) -> 
 
 
 def store(ref: Any, value: Array, mask: Array | None = None) -> None:
-    """Stores a block of memory where the mask allows it."""
+    """Stores a block of memory where the mask, broadcast to it, allows it."""
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, value.shape)
     plt.store(ref, value, mask=mask)
 
 

@@ -93,7 +93,7 @@ def matmul(
     cuts = [row for _, row, *_ in bounds[1:]]
     xs = jnp.split(rows, cuts, axis=1)
     starts = [
-        start(part, run.bits, w.affine, run.steps)
+        start(part, run.bits, w.affine, run.steps, zeros=w.zero is not None)
         for part, run in zip(xs, runs, strict=True)
     ]
     arranged = [arrange(part, run.steps) for part, run in zip(xs, runs, strict=True)]
@@ -175,14 +175,10 @@ def _body(
     program = _Program(language, affine, rows, x_ref, start_ref, parameter_refs)
     acc = jnp.zeros((config.block_n, config.block_m), jnp.float32)
     for run, bounds, columns in zip(runs, table, segments, strict=True):
-        begin = split * bounds.iterations // config.splits
-        end = (split + 1) * bounds.iterations // config.splits
+        begin, end = config.share(split, bounds.iterations)
         acc = program.add_segment(acc, run, bounds, columns, begin, end)
     out = out_ref.at[split, rows, segments[0].slice]
-    inside = segments[0].inside
-    if inside is not None:
-        inside = jnp.broadcast_to(inside[None], acc.T.shape)
-    lang.store(out, acc.T, inside)
+    lang.store(out, acc.T, segments[0].inside)
 
 
 def _read(table_ref: Any, segment: int) -> Bounds:

@@ -20,10 +20,10 @@ from qjax.pallas.operands import (
     DTYPE,
     Config,
     Steps,
-    bring_to,
     fit,
     group_rows,
     parameters,
+    unit_of,
 )
 from qjax.pallas.weight import Columns, places
 from qjax.tensor import Affine, QTensor
@@ -55,9 +55,7 @@ def matmul_t(
     rows, unscale = fit(jnp.pad(dy, ((0, -m % config.block_m), (0, width - w.n))))
     scale, *zero = parameters(w)
     added = bool(zero) and w.affine is not Affine.ZERO
-    # All scales to at most one: float16 holds ``dy * scale`` down to 2**-28 of its
-    # largest.
-    unit, undo = bring_to(jnp.abs(scale.astype(jnp.float32)).max(), -1)
+    unit, undo = unit_of(scale)
     k = w.k + segment.padding
     partial = lang.launch(
         functools.partial(_body, bits, group, w.affine, steps, config),
@@ -106,7 +104,7 @@ def _body(
     block = iteration * (config.block_k // tiles.rows_of_block(bits))
     step_rows = range(0, config.block_k, steps.rows)
     last_group = parameter_refs[0].shape[0] - 1
-    centre = 2 ** (bits - 1) if affine is Affine.CENTERED else 0
+    centre = affine.centre(bits)
     unit = lang.load_row(unit_ref, 0, columns=pl.ds(0, 1))
 
     def add_columns(j: Array, accs: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -128,8 +126,7 @@ def _body(
 
     per_step = jnp.zeros((config.block_m, steps.blocks * tiles.SIDE), jnp.float32)
     count = -(-words_ref.shape[2] * tiles.SIDE // config.block_n)
-    begin = split * count // config.splits
-    end = (split + 1) * count // config.splits
+    begin, end = config.share(split, count)
     accs = (per_step,) * (len(step_rows) * steps.sub_blocks)
     done = iter(lax.fori_loop(begin, end, add_columns, accs))
     for row in step_rows:

@@ -8,7 +8,7 @@ not.
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -50,6 +50,10 @@ class Config:
         return dataclasses.replace(
             self, block_k=max(block_k, tiles.rows_of_block(bits))
         )
+
+    def share(self, split: Array, count: Any) -> tuple[Any, Any]:
+        """Returns where the iterations of a split begin and end, of ``count``."""
+        return split * count // self.splits, (split + 1) * count // self.splits
 
 
 class Steps(NamedTuple):
@@ -163,6 +167,15 @@ def fit(x: Float[Array, "m k"]) -> tuple[Float[Array, "m k"], Float[Array, "m 1"
     return (x * factor).astype(DTYPE), inverse
 
 
+def unit_of(scale: Float[Array, "..."]) -> tuple[Array, Array]:
+    """One power of two that brings all scales to at most one, and its inverse.
+
+    float16 then holds what is multiplied by them, whatever their range, down to 2**-28
+    of its largest.
+    """
+    return bring_to(jnp.abs(scale.astype(jnp.float32)).max(), -1)
+
+
 def bring_to(largest: Float[Array, "..."], exponent: int) -> tuple[Array, Array]:
     """Powers of two that bring numbers to ``[2**exponent, 2**(exponent + 1))``, undone.
 
@@ -185,14 +198,15 @@ def arrange(x: Float[Array, "m k"], steps: Steps) -> Float[Array, "m k"]:
 
 
 def start(
-    x: Float[Array, "m k"], bits: int, affine: Affine, steps: Steps
-) -> Float[Array, "steps 2 m"]:
-    """What has to be taken off the product of a step: ``-sum offset * x``, ``-sum x``.
+    x: Float[Array, "m k"], bits: int, affine: Affine, steps: Steps, *, zeros: bool
+) -> Float[Array, "steps sums m"]:
+    """What has to be taken off the product of a step: ``-sum offset * x``.
 
-    The first sum includes the middle code of `Affine.CENTERED`.
+    The sum includes the middle code of `Affine.CENTERED`. For ``zeros``, ``-sum x``
+    comes after it.
     """
     m, k = x.shape
-    centre = 2 ** (bits - 1) if affine is Affine.CENTERED else 0
+    centre = affine.centre(bits)
     recipes = unpack.recipes(bits, DTYPE)
     offsets = jnp.array([recipe.offset + centre for recipe in recipes], jnp.float32)
     wide = x.astype(jnp.float32)
@@ -200,6 +214,6 @@ def start(
     by_sub_block *= offsets[None, None, :, None]
     sums = [
         values.reshape(m, k // steps.rows, steps.rows).sum(-1)
-        for values in (by_sub_block, wide)
+        for values in ((by_sub_block, wide) if zeros else (by_sub_block,))
     ]
     return -jnp.stack(sums, 1).transpose(2, 1, 0)

@@ -10,7 +10,7 @@ from qjax.pallas import configs
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
-from qjax.pallas.operands import DTYPE, bring_to, fit
+from qjax.pallas.operands import DTYPE, fit, unit_of
 from qjax.pallas.scale_grad import scale_grad
 from qjax.tensor import Affine, QTensor
 
@@ -43,9 +43,7 @@ def dense_t(dy: Float[Array, "m n"], w: QTensor) -> Float[Array, "m k"]:
 
 
 def _through_dense(rows: Array, w: QTensor, axes: tuple) -> Array:
-    # One power of two brings all scales to at most one, so that float16 holds the
-    # weight whatever the range of its scales.
-    unit, undo = bring_to(jnp.abs(w.scale.astype(jnp.float32)).max(), -1)
+    unit, undo = unit_of(w.scale)
     scaled = dataclasses.replace(w, scale=w.scale.astype(jnp.float32) * unit)
     if w.zero is not None and w.affine is not Affine.ZERO:
         scaled = dataclasses.replace(scaled, zero=w.zero.astype(jnp.float32) * unit)

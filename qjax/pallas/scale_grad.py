@@ -98,7 +98,7 @@ def _group_products(
     by_step = lang.launch(
         functools.partial(_body, bits, steps, config),
         arrange(rows, steps),
-        start(rows, bits, w.affine, steps),
+        start(rows, bits, w.affine, steps, zeros=False),
         w.words[0],
         cotangent,
         name=f"scale_grad_{bits}bit_{config.block_m}",
@@ -135,12 +135,9 @@ def _body(
     step_rows = range(0, config.block_k, steps.rows)
     blocks = config.block_k // tiles.rows_of_block(bits)
     iterations = words_ref.shape[0] // blocks
-    inside = columns.inside
-    mask = (
-        None
-        if inside is None
-        else jnp.broadcast_to(inside[None], (config.block_m, config.block_n))
-    )
+    mask = columns.inside
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, (config.block_m, config.block_n))
     dy = lang.load(dy_ref.at[rows, columns.slice], mask).T
 
     def iterate(iteration: Array, done: Array) -> Array:
@@ -157,10 +154,8 @@ def _body(
             )
             total = (product * dy).sum(1)
             out = out_ref.at[pl.ds(m, 1), pl.ds(step, 1), columns.slice]
-            row_mask = None if inside is None else inside[None, None]
-            lang.store(out, total[None, None], row_mask)
+            lang.store(out, total[None, None], columns.inside)
         return done
 
-    begin = split * iterations // config.splits
-    end = (split + 1) * iterations // config.splits
+    begin, end = config.share(split, iterations)
     lax.fori_loop(begin, end, iterate, jnp.int32(0))
