@@ -192,6 +192,26 @@ def transpose(words: Array, axes: tuple[int, ...]) -> Array:
     return lax.optimization_barrier(moved.reshape(-1)).reshape(moved.shape)
 
 
+@jax.jit
+def transpose_codes(codes: Integer[Array, "a b"]) -> UInt8[Array, "b a"]:
+    """Transposes a matrix of codes as words of four, where they fill whole words.
+
+    Args:
+      codes: ``[a, b]`` integers from 0 to 255; higher bits are cut off.
+
+    Returns:
+      ``codes.T`` as uint8.
+
+    Example:
+      >>> transpose_codes(jnp.arange(8, dtype=jnp.uint8).reshape(4, 2))[1]
+      Array([1, 3, 5, 7], dtype=uint8)
+    """
+    if codes.shape[0] % 4:
+        return codes.T.astype(jnp.uint8)
+    words = transpose(pack_fields(codes, 8, axis=0), (1, 0))
+    return unpack_fields(words, 8, axis=1)
+
+
 def _shift(value: Array, left: int) -> Array:
     """Logical shift of uint32 by a static distance, left or (negative) right."""
     return value << jnp.uint32(left) if left >= 0 else value >> jnp.uint32(-left)

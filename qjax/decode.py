@@ -20,6 +20,9 @@ from qjax.tensor import (
     split,
 )
 
+# Patterns of float32: all but the sign, and one step of the exponent.
+_SIZE, _ONE = 2**31 - 1, 2**23
+
 
 def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b k n"]:
     """Computes the dense weight.
@@ -119,7 +122,8 @@ def _evaluate(part: QTensor, exact: jnp.dtype | None) -> Array:
     q = segment_codes(part, 0)
     s = spread(part, part.scale.astype(jnp.float32))
     if part.codebook is not None:
-        return jnp.take(part.codebook.astype(jnp.float32), q, axis=0) * s
+        numbers = jnp.take(part.codebook.astype(jnp.float32), q, axis=0)
+        return numbers * s if exact is None else _times(numbers, s)
     centre = part.affine.centre(part.segments[0].bits)
     c = (q.astype(jnp.int32) - centre).astype(jnp.float32)
     if part.zero is None:
@@ -186,6 +190,31 @@ def rounded(x: Float[Array, "*any"], dtype: DTypeLike) -> Float[Array, "*any"]:
     # choice, which changes nothing, does.
     held = lax.optimization_barrier(x.astype(dtype)).astype(jnp.float32)
     return jnp.where(jnp.isnan(held), jnp.nan, held)
+
+
+@jax.custom_jvp
+def _times(a: Array, b: Array) -> Array:
+    """``a * b`` in float32, also where ``b`` or the product is subnormal.
+
+    XLA on a CPU takes subnormal numbers for 0. Where ``b`` is tiny, the product is
+    taken 2**100 times too large, and its exponent is put right in its bits; what falls
+    off the end of a subnormal product is cut off (nothing, if ``b`` is a power of two).
+    """
+    pattern = lax.bitcast_convert_type(b, jnp.int32)
+    size = pattern & _SIZE
+    raised = lax.bitcast_convert_type(pattern + 100 * _ONE, jnp.float32)
+    subnormal = (jnp.sign(pattern) * size).astype(jnp.float32) * jnp.float32(2.0**-49)
+    product = a * jnp.where(size < _ONE, subnormal, raised)
+    pattern = lax.bitcast_convert_type(product, jnp.int32)
+    size = pattern & _SIZE
+    below = 1 - (size // _ONE - 100)  # places under the last of the normal numbers
+    shifted = ((size % _ONE) | _ONE) >> jnp.clip(below, 0, 31)
+    size = jnp.where(below > 0, shifted, size - 100 * _ONE)
+    lowered = lax.bitcast_convert_type(size | (pattern & ~_SIZE), jnp.float32)
+    return jnp.where(jnp.abs(b) < 2.0**-64, lowered, a * b)
+
+
+_times.defjvps(lambda da, _, a, b: da * b, lambda db, _, a, b: a * db)
 
 
 def _add_to_odd(a: Array, b: Array) -> Array:

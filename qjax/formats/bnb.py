@@ -32,6 +32,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Integer, UInt8
 
 from qjax import decode, tensor
+from qjax.bits import transpose_codes
 from qjax.formats.bnb_blockwise import TABLES, QuantType, quantize_blockwise
 from qjax.formats.bnb_config import BLOCKSIZES, PREFIX, Config, State
 from qjax.formats.checks import (
@@ -66,13 +67,13 @@ class Flat(Layout):
         check_codes(codes)
         if codes.shape[0] != self.k:
             raise ValueError(f"codes.shape={codes.shape} must be [k={self.k}, n].")
-        return pack_nibbles(codes.T.reshape(-1))[:, None]
+        return pack_nibbles(transpose_codes(codes).reshape(-1))[:, None]
 
     def unpack(self, words: UInt8[Array, "m 1"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks ``[m, 1]`` words."""
         check_words(words, 2, jnp.uint8)
         k, n = self.extents(words.shape, bits)
-        return unpack_nibbles(words[:, 0])[: k * n].reshape(n, k).T
+        return transpose_codes(unpack_nibbles(words[:, 0])[: k * n].reshape(n, k))
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(k, 2 * m // k)``."""

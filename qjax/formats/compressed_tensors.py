@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Array, Integer, UInt8, UInt32
 
 from qjax import tensor
-from qjax.bits import WORD, block, pack_fields, unpack_fields
+from qjax.bits import WORD, block, pack_fields, transpose, unpack_fields
 from qjax.formats.checks import (
     FLOATS,
     Expected,
@@ -76,14 +76,14 @@ class Dense(tensor.Layout):
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt32[Array, "n words"]:
         """Packs ``[k, n]`` codes; fields beyond k are 0."""
         check_codes(codes)
-        return pack_dense(codes, bits, axis=0, transpose=True)
+        return transpose(pack_dense(codes, bits, axis=0), (1, 0))
 
     def unpack(
         self, words: Integer[Array, "n words"], bits: int
     ) -> UInt8[Array, "k n"]:
         """Unpacks as many whole fields as the words have."""
         check_words(words, 2, jnp.int32, jnp.uint32)
-        return unpack_dense(words, bits, axis=1, transpose=True)
+        return unpack_dense(transpose(words, (1, 0)), bits, axis=0)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(words * 32 // bits, n)``."""
@@ -97,45 +97,43 @@ class Aligned(tensor.Layout):
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt32[Array, "n words"]:
         """Packs ``[k, n]`` codes; fields beyond k and bits beyond the fields are 0."""
         check_codes(codes)
-        return pack_aligned(codes, bits, axis=0, transpose=True)
+        return transpose(pack_aligned(codes, bits, axis=0), (1, 0))
 
     def unpack(
         self, words: Integer[Array, "n words"], bits: int
     ) -> UInt8[Array, "k n"]:
         """Unpacks ``32 // bits`` fields a word."""
         check_words(words, 2, jnp.int32, jnp.uint32)
-        return unpack_aligned(words, bits, axis=1, transpose=True)
+        return unpack_aligned(transpose(words, (1, 0)), bits, axis=0)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(words * (32 // bits), n)``."""
         return shape[1] * (WORD // bits), shape[0]
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "axis", "transpose"))
+@functools.partial(jax.jit, static_argnames=("bits", "axis"))
 def pack_dense(
-    codes: Integer[Array, "a b"], bits: int, axis: int, transpose: bool = False
+    codes: Integer[Array, "a b"], bits: int, axis: int
 ) -> UInt32[Array, "c d"]:
     """Packs codes into a stream along ``axis`` (0 or 1) that ends within a word."""
     length, words = codes.shape[axis], _dense_words(codes.shape[axis], bits)
     whole = pack_fields(_pad(codes, -length % block(bits)[0], axis), bits, axis)
-    packed = jax.lax.slice_in_dim(whole, 0, words, axis=axis)
-    return packed.T if transpose else packed
+    return jax.lax.slice_in_dim(whole, 0, words, axis=axis)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "axis", "transpose"))
+@functools.partial(jax.jit, static_argnames=("bits", "axis"))
 def unpack_dense(
-    words: Integer[Array, "c d"], bits: int, axis: int, transpose: bool = False
+    words: Integer[Array, "c d"], bits: int, axis: int
 ) -> UInt8[Array, "a b"]:
     """Inverse of `pack_dense`, with all whole fields of the words."""
     length = words.shape[axis]
     codes = unpack_fields(_pad(words, -length % block(bits)[1], axis), bits, axis)
-    codes = jax.lax.slice_in_dim(codes, 0, length * WORD // bits, axis=axis)
-    return codes.T if transpose else codes
+    return jax.lax.slice_in_dim(codes, 0, length * WORD // bits, axis=axis)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "axis", "transpose"))
+@functools.partial(jax.jit, static_argnames=("bits", "axis"))
 def pack_aligned(
-    codes: Integer[Array, "a b"], bits: int, axis: int, transpose: bool = False
+    codes: Integer[Array, "a b"], bits: int, axis: int
 ) -> UInt32[Array, "c d"]:
     """Packs codes along ``axis`` (0 or 1), ``32 // bits`` a word from bit 0 up."""
     block(bits)  # refuses other widths
@@ -145,13 +143,12 @@ def pack_aligned(
     fields = whole.reshape(whole.shape[0], -1, per_word)
     shifts = jnp.arange(per_word, dtype=jnp.uint32) * jnp.uint32(bits)
     words = (fields << shifts[None, None]).sum(-1, dtype=jnp.uint32)
-    packed = jnp.moveaxis(words, -1, axis)
-    return packed.T if transpose else packed
+    return jnp.moveaxis(words, -1, axis)
 
 
-@functools.partial(jax.jit, static_argnames=("bits", "axis", "transpose"))
+@functools.partial(jax.jit, static_argnames=("bits", "axis"))
 def unpack_aligned(
-    words: Integer[Array, "c d"], bits: int, axis: int, transpose: bool = False
+    words: Integer[Array, "c d"], bits: int, axis: int
 ) -> UInt8[Array, "a b"]:
     """Inverse of `pack_aligned`, with the fields of padding."""
     block(bits)  # refuses other widths
@@ -159,8 +156,7 @@ def unpack_aligned(
     shifts = jnp.arange(WORD // bits, dtype=jnp.uint32) * jnp.uint32(bits)
     fields = last[..., None] >> shifts[None, None] & jnp.uint32(2**bits - 1)
     codes = fields.astype(jnp.uint8).reshape(last.shape[0], -1)
-    codes = jnp.moveaxis(codes, -1, axis)
-    return codes.T if transpose else codes
+    return jnp.moveaxis(codes, -1, axis)
 
 
 def _pad(x: Array, count: int, axis: int) -> Array:
@@ -319,7 +315,7 @@ def _read_zeros(
             )
         return jnp.asarray(value.astype(np.uint8)[None])
     unpack = unpack_aligned if layout == Aligned() else unpack_dense
-    zeros = unpack(jnp.asarray(points), bits, axis=0, transpose=True)
+    zeros = unpack(jnp.asarray(points), bits, axis=0).T
     return zeros[:, :n]
 
 

@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer, UInt8, UInt16
 
 from qjax import decode, tensor
+from qjax.bits import transpose_codes
 from qjax.formats.checks import check_codes, check_finite, check_words, refusal
 from qjax.tensor import Affine, Layout, QTensor, Segment
 
@@ -53,14 +54,14 @@ class Blocks(Layout):
                 f"codes.shape={codes.shape} must have k * n a multiple of 16; pad."
             )
         _check_group_size(self.group_size, k, "codes.shape[0]")
-        words = encode_int4(codes.T.reshape(-1))
+        words = encode_int4(transpose_codes(codes).reshape(-1))
         return words.reshape(n, k // self.group_size, -1)
 
     def unpack(self, words: Integer[Array, "n g w"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks ``[n, k / group_size, group_size / 4]`` words."""
         check_words(words, 3, jnp.int16, jnp.uint16)
         k, n = self.extents(words.shape, bits)
-        return decode_int4(words.reshape(-1)).reshape(n, k).T
+        return transpose_codes(decode_int4(words.reshape(-1)).reshape(n, k))
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(shape[1] * group_size, shape[0])``."""

@@ -33,6 +33,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Integer, UInt8
 
 from qjax import decode, tensor
+from qjax.bits import transpose_codes
 from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words
 from qjax.formats.hqq_config import FIELDS, Config, metadata
 from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
@@ -67,13 +68,13 @@ class Slabs(Layout):
                 f"multiple of {groups} times group_size={self.group_size}."
             )
         view = (-1, self.group_size) if self.axis else (self.group_size, -1)
-        return pack_slabs(codes.T.reshape(view), bits)
+        return pack_slabs(transpose_codes(codes).reshape(view), bits)
 
     def unpack(self, words: Integer[Array, "d c"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks ``[D, C]`` words; n counts what fills up three-bit words."""
         codes = unpack_slabs(words, bits)
         k, n = self.extents(words.shape, bits)
-        return codes.reshape(-1)[: k * n].reshape(n, k).T
+        return transpose_codes(codes.reshape(-1)[: k * n].reshape(n, k))
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns k, and n with the columns that fill up three-bit words."""

@@ -34,6 +34,7 @@ from jax import lax
 from jaxtyping import Array, BFloat16, Float, Integer, UInt8
 
 from qjax import decode, tensor
+from qjax.bits import transpose_codes
 from qjax.formats.checks import check_codes, check_shapes, check_strings, check_words
 from qjax.formats.patterns import check_pattern, matches
 from qjax.tensor import Affine, Encoded, Grouping, Layout, QTensor, Segment
@@ -85,7 +86,7 @@ def _four(bits: int) -> None:
 
 @jax.jit
 def _pack(codes: Array) -> Array:
-    fields = codes.T.reshape(codes.shape[1], -1, BLOCK // 2, 2).astype(jnp.uint8)
+    fields = transpose_codes(codes).reshape(codes.shape[1], -1, BLOCK // 2, 2)
     fields = fields & jnp.uint8(15)
     return fields[..., 0] | (fields[..., 1] << 4)
 
@@ -93,7 +94,7 @@ def _pack(codes: Array) -> Array:
 @jax.jit
 def _unpack(words: Array) -> Array:
     fields = jnp.stack([words & jnp.uint8(15), words >> 4], axis=-1)
-    return fields.reshape(words.shape[0], -1).T
+    return transpose_codes(fields.reshape(words.shape[0], -1))
 
 
 @jax.tree_util.register_dataclass
@@ -215,9 +216,8 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
 def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QTensor:
     """Reads one quantized matrix, or a stack of them.
 
-    Weights whose magnitude is below 2**-126 are subnormal in bfloat16 and float32. XLA
-    on a CPU takes such numbers for 0, `qjax.dequantize` included, and likewise all of a
-    block whose exponent is 0. What is written back is not touched by that.
+    Weights whose magnitude is below 2**-126 are subnormal in bfloat16 and float32.
+    `qjax.dequantize` gives them exactly; products on a CPU take them for 0.
 
     Args:
       tensors: Concrete arrays by upstream name, as `check` lists them.

@@ -32,7 +32,7 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, UInt8
 
 from qjax import tensor
-from qjax.bits import transpose, unpack_fields
+from qjax.bits import transpose, transpose_codes, unpack_fields
 from qjax.decode import rounded
 from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words, refusal
 from qjax.tensor import Affine, Layout, QTensor, Segment
@@ -64,7 +64,7 @@ class Slabs(Layout):
         if self.k % 4 == 0 and codes.shape[1] % (8 // bits) == 0:
             return _pack_columns(codes, bits).reshape(-1, self._columns)
         # A slab begins within a column, or a word within a row.
-        return pack_weights(codes.T.reshape(-1, self._columns), bits)
+        return pack_weights(transpose_codes(codes).reshape(-1, self._columns), bits)
 
     def unpack(self, words: UInt8[Array, "d g"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks bytes; rows that pad a slab may make columns of zeros at the end."""
@@ -78,7 +78,7 @@ class Slabs(Layout):
         if k % 4 == 0 and words.size % k == 0:
             return _unpack_columns(words.reshape(-1, k), bits)
         rows = unpack_weights(words, bits)[: n * k // self._columns]
-        return rows.reshape(n, k).T
+        return transpose_codes(rows.reshape(n, k))
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns k and the n that the rows of all slabs make, whole columns."""

@@ -36,6 +36,7 @@ from jax import lax
 from jaxtyping import Array, Int8, Integer, Shaped, UInt8
 
 from qjax import tensor
+from qjax.bits import transpose_codes
 from qjax.formats import tinygemm
 from qjax.formats.checks import (
     FLOATS,
@@ -105,7 +106,7 @@ def _check_bits(bits: int) -> None:
 @functools.partial(jax.jit, static_argnums=1)
 def _signed(codes: Array, bits: int) -> Array:
     """Codes, cut to ``bits``, as int8 values around 0, transposed."""
-    fields = codes.T.astype(jnp.uint8) & jnp.uint8(2**bits - 1)
+    fields = transpose_codes(codes) & jnp.uint8(2**bits - 1)
     return lax.bitcast_convert_type(fields - jnp.uint8(2 ** (bits - 1)), jnp.int8)
 
 
@@ -113,7 +114,7 @@ def _signed(codes: Array, bits: int) -> Array:
 def _unsigned(words: Array, bits: int) -> Array:
     """Inverse of `_signed`."""
     fields = lax.bitcast_convert_type(words, jnp.uint8) + jnp.uint8(2 ** (bits - 1))
-    return (fields & jnp.uint8(2**bits - 1)).T
+    return transpose_codes(fields & jnp.uint8(2**bits - 1))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
