@@ -11,7 +11,7 @@ ARGS ?=
 bin := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers gpu-check lint install clean FORCE
+.PHONY: help demo test test-peers test-gpu bench-gpu gpu-check lint install clean FORCE
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -29,6 +29,20 @@ test-peers: ## Let PyTorch's own packages read what qjax wrote
 	@$(MAKE) --no-print-directory .venv-peers/.peers VENV=.venv-peers \
 		PYTHON='$(or $(PYTHON),oldest)'
 	.venv-peers/bin/python -m pytest tests/peers $(ARGS)
+
+# In an environment of its own, on the newest Python, with the libraries of CUDA.
+test-gpu: ## Run the tests of the kernels compiled, on an NVIDIA GPU
+	@$(need_gpu)
+	@$(in_cuda) .venv-cuda/.cuda
+	.venv-cuda/bin/python -m pytest tests/pallas/test_kernels.py --on-gpu $(ARGS)
+
+# PyTorch's peers have an environment of theirs.
+bench-gpu: ## Time products and decoding on an NVIDIA GPU, beside peers
+	@$(need_gpu)
+	@$(in_cuda) .venv-cuda/.bench
+	.venv-cuda/bin/python benchmarks/gpu_matmul.py \
+		--peer-python .venv-cuda-torch/bin/python $(ARGS)
+	.venv-cuda/bin/python benchmarks/gpu_decode.py
 
 # In an environment of its own, on the newest Python: the counts are those of the newest
 # JAX. Without a GPU, JAX would complain of the plugin if it were not told to stay on the
@@ -69,6 +83,25 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.made-by
 $(VENV)/.peers: $(VENV)/.dev
 	@echo 'Installing qjax[peers] into $(VENV): PyTorch, and all that reads its tensors'
 	@$(pip_install) --editable '.[dev,peers]'
+	@touch $@
+
+need_gpu = nvidia-smi --list-gpus >/dev/null 2>&1 || \
+	{ echo 'make $@: this needs an NVIDIA GPU, and nvidia-smi finds none.' >&2; exit 1; }
+in_cuda = $(MAKE) --no-print-directory VENV=.venv-cuda PYTHON='$(or $(PYTHON),newest)'
+
+$(VENV)/.cuda: $(VENV)/.dev
+	@echo 'Installing qjax[cuda] into $(VENV): the libraries of CUDA, some gigabytes'
+	@$(pip_install) --editable '.[dev,cuda]'
+	@touch $@
+
+# One by one: a peer that does not install here is listed with its error, and the others
+# are measured.
+$(VENV)/.bench: $(VENV)/.cuda benchmarks/peers-jax.txt benchmarks/peers-torch.txt
+	@echo 'Installing the peers of benchmarks/peers-*.txt: PyTorch, some gigabytes'
+	@scripts/make-venv .venv-cuda-torch '$(PYTHON)'
+	@for peer in $$(cat benchmarks/peers-jax.txt); do $(pip_install) "$$peer" || true; done
+	@for peer in $$(cat benchmarks/peers-torch.txt); do .venv-cuda-torch/bin/python -m pip \
+		--disable-pip-version-check install --quiet "$$peer" || true; done
 	@touch $@
 
 $(VENV)/.gpu: $(VENV)/.dev

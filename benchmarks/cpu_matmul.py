@@ -13,17 +13,17 @@ float64 before they are timed. Prints a table and writes it, as JSON, to
 
 import argparse
 import importlib.metadata
-import json
 import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
+from harness import Worker
 
 GROUP = 128
 SHAPES = [(4096, 4096), (4096, 11008)]
@@ -172,44 +172,30 @@ LIBRARIES = {
 
 
 def work(library: str) -> None:
-    """Serves one library: a request a line on stdin, an answer a line on stdout."""
+    """Serves one library."""
     engines: dict[str, Engine] = {}
-    for line in sys.stdin:
-        request = json.loads(line)
-        if "shape" in request:
-            data = operands(*request["shape"])
-            exact = data["x"].astype(np.float64) @ dense(data).astype(np.float64)
-            engines, answer = LIBRARIES[library](data), {}
-            for name, (run, nbytes, temporaries) in engines.items():
-                error = np.abs(np.asarray(run(0)) - exact).max() / np.abs(exact).max()
-                answer[name] = {
-                    "weight_bytes": nbytes,
-                    "temp_bytes": temporaries,
-                    "error": float(error),
-                }
-        else:
+
+    def answer(request: dict[str, Any]) -> Any:
+        if "shape" not in request:
             run = engines[request["engine"]][0]
             started = time.perf_counter()
             run(request["call"])
-            answer = time.perf_counter() - started
-        print(json.dumps(answer), flush=True)
+            return time.perf_counter() - started
+        data = operands(*request["shape"])
+        exact = data["x"].astype(np.float64) @ dense(data).astype(np.float64)
+        engines.clear()
+        engines.update(LIBRARIES[library](data))
+        figures = {}
+        for name, (run, nbytes, temporaries) in engines.items():
+            error = np.abs(np.asarray(run(0)) - exact).max() / np.abs(exact).max()
+            figures[name] = {
+                "weight_bytes": nbytes,
+                "temp_bytes": temporaries,
+                "error": float(error),
+            }
+        return figures
 
-
-class Worker:
-    """A process that runs one library."""
-
-    def __init__(self, library: str, python: str) -> None:
-        self.process = subprocess.Popen(
-            [python, __file__, "--work", library],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def ask(self, **request: Any) -> Any:
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+    harness.serve(answer)
 
 
 def measure(workers: list[Worker], shape: tuple[int, int, int], calls: int) -> dict:
@@ -255,15 +241,6 @@ def has(python: str, library: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-def versions(python: str, libraries: list[str]) -> dict[str, str]:
-    code = (
-        "import importlib.metadata as m, json, sys;"
-        "print(json.dumps({n: m.version(n) for n in sys.argv[1:]}))"
-    )
-    command = [python, "-c", code, *libraries]
-    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peer-python", default=sys.executable)
@@ -274,18 +251,16 @@ def main() -> None:
         work(arguments.work)
         return
     peers = [p for p in ("torch", "onnxruntime") if has(arguments.peer_python, p)]
-    workers = [Worker("jax", sys.executable)]
-    workers += [Worker(peer, arguments.peer_python) for peer in peers]
-    cpu = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
+    cpu_only = {"JAX_PLATFORMS": "cpu"}
+    workers = [Worker(__file__, "jax", **cpu_only)]
+    workers += [
+        Worker(__file__, peer, arguments.peer_python, **cpu_only) for peer in peers
     ]
     report = {
-        "cpu": f"{len(cpu)} x {cpu[0]}",
+        "cpu": harness.cpu(),
         "python": platform.python_version(),
-        "versions": versions(sys.executable, ["jax", "jaxlib", "numpy"])
-        | versions(arguments.peer_python, peers),
+        "versions": harness.versions(sys.executable, ["jax", "jaxlib", "numpy"])
+        | harness.versions(arguments.peer_python, peers),
         "group_size": GROUP,
         "calls": arguments.calls,
         "results": {},
@@ -296,10 +271,7 @@ def main() -> None:
             results = measure(workers, (m, k, n), arguments.calls)
             report["results"][f"{m}x{k}x{n}"] = results
             print(table((m, k, n), results), flush=True)
-    name = f"cpu_matmul-jax{importlib.metadata.version('jax')}.json"
-    target = Path(__file__).parent / "results" / name
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(report, indent=1) + "\n")
+    harness.write(f"cpu_matmul-jax{importlib.metadata.version('jax')}", report)
 
 
 if __name__ == "__main__":

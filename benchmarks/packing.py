@@ -32,85 +32,60 @@ import time
 from pathlib import Path
 from typing import Any
 
+import harness
 import numpy as np
+from harness import Worker
 from packing_engines import GROUP, LIBRARIES, Engine, K, N, Rows
 
 PATIENCE = 10.0  # an engine with so many seconds behind it is called no more
 
 
-def status(field: str) -> int:
-    """A figure of this process in bytes, from /proc."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{field}:"):
-            return 1024 * int(line.split()[1])
-    raise KeyError(field)
-
-
-def reason(error: Exception) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines() or ["(no message)"]
-    return f"{type(error).__name__}: {lines[0][:120]}"
-
-
 def work(library: str) -> None:
-    """Serves one library: a request a line on stdin, an answer a line on stdout."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what the libraries print is no answer
+    """Serves one library."""
     engines: dict[str, Engine] = {}
     rows: Rows = {}
-    for line in sys.stdin:
-        request, answer = json.loads(line), {}
-        if "row" in request:
-            engines.clear()
-            for name, make in rows.get(tuple(request["row"]), {}).items():
-                try:
-                    engines[name] = make()
-                    run, check = engines[name]
-                    answer[name] = {"check": check(run())}
-                except Exception as error:
-                    engines.pop(name, None)
-                    answer[name] = {"error": reason(error)}
-        elif "time" in request:
-            run = engines[request["time"]][0]
-            started, busy = time.perf_counter(), time.process_time()
-            result = run()
-            answer = time.perf_counter() - started, time.process_time() - busy
-            del result
-        elif "memory" in request:
-            run, before = engines[request["memory"]][0], status("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark
-            result = run()
-            answer = status("VmHWM") - before
-            del result
-        else:
+
+    def open_row(row: tuple[str, str]) -> dict[str, Any]:
+        engines.clear()
+        checks = {}
+        for name, make in rows.get(row, {}).items():
             try:
-                rows = LIBRARIES[library]()
-                answer = {"rows": list(rows)}
+                run, check = make()
+                checks[name] = {"check": check(run())}
+                engines[name] = run, check
             except Exception as error:
-                answer = {"rows": [], "error": reason(error)}
-        print(json.dumps(answer), file=answers, flush=True)
+                checks[name] = {"error": harness.reason(error)}
+        return checks
 
+    def seconds_of(run: Any) -> tuple[float, float]:
+        started, busy = time.perf_counter(), time.process_time()
+        result = run()
+        seconds = time.perf_counter() - started, time.process_time() - busy
+        del result
+        return seconds
 
-class Worker:
-    """A process that runs one library."""
+    def memory_of(run: Any) -> int:
+        before = harness.resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark
+        result = run()
+        peak = harness.resident("VmHWM") - before
+        del result
+        return peak
 
-    def __init__(self, library: str, python: str, **environment: str) -> None:
-        self.library = library
-        self.process = subprocess.Popen(
-            [python, __file__, "--work", library],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment,
-        )
-        self.opened = self.ask()
+    def answer(request: dict[str, Any]) -> Any:
+        if "row" in request:
+            return open_row(tuple(request["row"]))
+        if "time" in request:
+            return seconds_of(engines[request["time"]][0])
+        if "memory" in request:
+            return memory_of(engines[request["memory"]][0])
+        try:
+            rows.update(LIBRARIES[library]())
+            return {"rows": list(rows)}
+        except Exception as error:
+            return {"rows": [], "error": harness.reason(error)}
 
-    def ask(self, **request: Any) -> Any:
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps(request) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+    harness.serve(answer)
 
 
 def measure(
@@ -300,17 +275,6 @@ def load_table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def versions(python: str, names: list[str]) -> dict[str, str]:
-    """Versions of the packages that an interpreter has."""
-    code = (
-        "import importlib.metadata as m, json, sys;"
-        "have = {d.name.lower() for d in m.distributions()};"
-        "print(json.dumps({n: m.version(n) for n in sys.argv[1:] if n in have}))"
-    )
-    command = [python, "-c", code, *names]
-    return json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--peer-python", default=sys.executable)
@@ -321,19 +285,14 @@ def main() -> None:
     if arguments.work:
         work(arguments.work)
         return
-    cpu = [
-        line.split(":")[1].strip()
-        for line in Path("/proc/cpuinfo").read_text().splitlines()
-        if line.startswith("model name")
-    ]
     peers = ["torch", "optimum-quanto", "hqq", "torchao"]
     report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "cpu": f"{len(cpu)} x {cpu[0]}",
+        "cpu": harness.cpu(),
         "load_average_before": os.getloadavg()[0],
         "python": platform.python_version(),
-        "versions": versions(sys.executable, ["jax", "jaxlib", "numpy"])
-        | versions(arguments.peer_python, peers),
+        "versions": harness.versions(sys.executable, ["jax", "jaxlib", "numpy"])
+        | harness.versions(arguments.peer_python, peers),
         "matrix": [K, N],
         "group_size": GROUP,
         "calls": arguments.calls,
@@ -346,34 +305,34 @@ def main() -> None:
         report["load"] = loads(5)
         print(load_table(report["load"]), flush=True)
     report["load_average_after"] = os.getloadavg()[0]
-    name = f"packing-jax{importlib.metadata.version('jax')}.json"
-    target = Path(__file__).parent / "results" / name
-    target.parent.mkdir(exist_ok=True)
-    target.write_text(json.dumps(report, indent=1) + "\n")
+    harness.write(f"packing-jax{importlib.metadata.version('jax')}", report)
 
 
 def pack(report: dict[str, Any], peer_python: str, calls: int) -> None:
     """Measures all rows of all libraries into the report."""
 
     def start(**environment: str) -> list[Worker]:
+        environment["JAX_PLATFORMS"] = "cpu"
+        pythons = {"qjax": sys.executable}
         return [
-            Worker(
-                name, sys.executable if name == "qjax" else peer_python, **environment
-            )
+            Worker(__file__, name, pythons.get(name, peer_python), **environment)
             for name in LIBRARIES
         ]
 
     # glibc keeps what was freed once; with a fixed threshold it gives it back, so that
     # a call's memory is its own. Timed calls keep glibc's default.
     workers, gauges = start(), start(MALLOC_MMAP_THRESHOLD_="65536")
+    opened = [worker.ask() for worker in workers]
+    for gauge in gauges:
+        gauge.ask()
     report["not_run"] = {
-        worker.library: worker.opened["error"]
-        for worker in workers
-        if "error" in worker.opened
+        worker.library: answer["error"]
+        for worker, answer in zip(workers, opened, strict=True)
+        if "error" in answer
     }
     for library, error in report["not_run"].items():
         print(f"{library} does not run: {error}")
-    rows = [tuple(row) for worker in workers for row in worker.opened["rows"]]
+    rows = [tuple(row) for answer in opened for row in answer["rows"]]
     for op in ("pack", "unpack", "relayout", "quantize"):
         results = {
             name: measure(workers, gauges, [op, name], calls)

@@ -1,4 +1,4 @@
-"""The command line: looks at checkpoint directories, converts and verifies them."""
+"""The command line: checkpoint directories, and configurations for this GPU."""
 
 import contextlib
 import dataclasses
@@ -6,6 +6,7 @@ import enum
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
@@ -19,8 +20,9 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qjax import checkpoints
+from qjax import checkpoints, tune
 from qjax.checkpoints import modules, progress
+from qjax.pallas import tables
 from qjax.tensor import QTensor
 
 app = typer.Typer(
@@ -35,6 +37,10 @@ app = typer.Typer(
 _PICTURES = (".png", ".svg", ".pdf")
 # As shells report a program that Ctrl-C has ended.
 _INTERRUPTED = 130
+
+
+# What `tune` measures.
+Operation = enum.StrEnum("Operation", tables.OPS)
 
 
 class Format(enum.StrEnum):
@@ -71,6 +77,7 @@ def _qjax() -> None:
     * Is the download sound: `qjax verify llama-gptq`
     * GPTQ files for vLLM's compressed-tensors:
       `qjax convert llama-gptq llama-ct --to compressed-tensors`
+    * Kernels as fast as this GPU allows: `qjax tune llama-gptq`
     """
 
 
@@ -365,6 +372,103 @@ def verify(directory: Directory) -> None:
     )
 
 
+_SHAPE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
+
+
+@app.command("tune")
+def _tune(
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DIR]",
+            show_default=False,
+            help="A checkpoint, whose quantized matrices are tuned for.",
+        ),
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KxN", help="Tune for a matrix of K inputs and N outputs, too."
+        ),
+    ] = None,
+    bits: Annotated[
+        list[int] | None,
+        typer.Option(min=2, max=8, help="Width of the codes of --shape. [default: 4]"),
+    ] = None,
+    group_size: Annotated[
+        int, typer.Option(min=0, help="Rows that share a scale in --shape; 0 for all.")
+    ] = 128,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(
+            min=1,
+            max=tables.bucket(2**31),
+            help="Rows of the activations, rounded up to a power of two. "
+            f"[default: {', '.join(map(str, tune.ROWS))}]",
+        ),
+    ] = None,
+    op: Annotated[
+        list[Operation] | None,
+        typer.Option(help="Operation. [default: matmul and dequantize]"),
+    ] = None,
+) -> None:
+    """Measure which launches of the kernels are fastest on this GPU.
+
+    Without it, a heuristic configures them. Each combination of matrix, operation and
+    rows takes some tens of compilations, a minute or so; every result is kept at once,
+    known ones are not measured again, and the same command goes on after an
+    interruption. Programs that start later use the results.
+
+    They are kept in one JSON file a device in `$QJAX_TABLES`, or else in
+    `~/.cache/qjax/tables`. Deleting the file forgets them. Needs an NVIDIA GPU of
+    compute capability 8.0 or later, otherwise idle. Training also uses matmul_t and
+    scale_grad.
+
+    **Examples**
+
+    * For a model: `qjax tune llama-gptq`
+    * For one matrix, generating text: `qjax tune --shape 4096x14336 --rows 1`
+    * For training: `qjax tune llama-gptq --op matmul --op dequantize --op matmul_t
+      --op scale_grad`
+    """
+    with _faults_on_stderr():
+        shapes = [_extents(text) for text in shape or []]
+        if directory is None and not shapes:
+            raise ValueError(
+                "nothing to tune for: name a checkpoint, or a --shape KxN."
+            )
+        device = tune.gpu()
+        weights = [
+            tune.uniform(k, n, width, group_size or None)
+            for k, n in shapes
+            for width in bits or [4]
+        ]
+        weights += tune.of_checkpoint(directory) if directory is not None else []
+        todo = tune.jobs(weights, op or ("matmul", "dequantize"), rows or tune.ROWS)
+        file = tables.user_directory() / tables.file_name(device)
+        table = tune.known(device, file)
+        lacking = [job for job in todo if job.key not in table.entries]
+        try:
+            with tune.bar(len(todo)) as begin:
+                save = tune.saver(file)
+                tune.fill(table, todo, tune.Gauge(), save=save, begin=begin)
+        except KeyboardInterrupt:
+            typer.echo(
+                "qjax: interrupted; the same command goes on from here.", err=True
+            )
+            raise typer.Exit(_INTERRUPTED) from None
+    typer.echo(
+        f"{file}: {len(lacking)} measured, {len(todo) - len(lacking)} were known"
+    )
+
+
+def _extents(text: str) -> tuple[int, int]:
+    found = _SHAPE.fullmatch(text)
+    if found is None:
+        raise ValueError(f"--shape={text} must be KxN, such as 4096x14336.")
+    return int(found[1]), int(found[2])
+
+
 @contextlib.contextmanager
 def _faults_on_stderr() -> Iterator[None]:
     """Errors of the user's files as a message with exit code 1, without a traceback."""
@@ -382,7 +486,7 @@ def _faults_on_stderr() -> Iterator[None]:
 
 def main() -> None:
     """Runs the command line."""
-    if not os.environ.get("JAX_PLATFORMS"):
+    if not os.environ.get("JAX_PLATFORMS") and sys.argv[1:2] != ["tune"]:
         # Words are moved, not multiplied: the GPU is left to others.
         jax.config.update("jax_platforms", "cpu")
     app()

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Integer
 
 from qjax import decode, pallas, tensor, xla
 from qjax.bits import block
@@ -21,6 +21,7 @@ from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
 
 # Every implementation of the three products that `matmul` and its gradient need. One
 # raises `NotImplementedError` to decline its operands; other errors are the caller's.
+# Those of the GPU take the index of a matrix in a stack, too.
 _Table = Mapping[str, Callable[..., Any]]
 IMPLEMENTATIONS: Mapping[str, _Table] = {
     # x [m, k], w -> x @ W
@@ -48,16 +49,12 @@ IMPLEMENTATIONS: Mapping[str, _Table] = {
     },
 }
 
-# The layout that the GPU kernels read; the XLA forms read `xla.NATIVE`.
-_TILES = Tiles()
+_ON_GPU = ("pallas", "pallas_dense")
 # Up to this many rows the products of XLA's forms stay in registers (`xla.fused`).
 _FUSED_ROWS = 3
 # A weight of at most 4 MiB in float32 is formed: it stays in the cache, and one product
 # costs less than a loop over tiles.
 _SMALL = 1024 * 1024
-# Rows from which the GPU forms the weight: unpacking it for every 64 rows anew then
-# costs more than writing it once. From a model of the H200, not yet measured.
-_DENSE_ROWS = {"matmul": 129, "matmul_t": 65}
 
 
 class _Choice(NamedTuple):
@@ -83,17 +80,21 @@ def _xla_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
     return ("xla_tiled", "xla_dense")
 
 
-def _gpu_order(op: str, m: int) -> tuple[str, ...]:
+def _gpu_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
     """Names of the GPU's implementations to try, best first."""
     if op == "leaf_grad":
         return ("pallas",)
-    if m < _DENSE_ROWS[op]:
+    if m < pallas.dense_rows(op, w):
         return ("pallas", "pallas_dense")
     return ("pallas_dense", "pallas")
 
 
 def matmul(
-    x: Float[Array, "*batch k"], w: QTensor, *, implementation: str | None = None
+    x: Float[Array, "*batch k"],
+    w: QTensor,
+    *,
+    index: int | Integer[Array, ""] | None = None,
+    implementation: str | None = None,
 ) -> Float[Array, "*batch n"]:
     """Computes ``x @ dequantize(w)`` without forming the weight.
 
@@ -112,7 +113,10 @@ def matmul(
 
     Args:
       x: ``[..., k]`` bfloat16, float16 or float32 activations.
-      w: ``[k, n]`` quantized weight. Stacked weights go through `jax.vmap`.
+      w: ``[k, n]`` quantized weight; with ``index`` a stack ``[count, k, n]``.
+      index: Which matrix of a stack, as of layers or experts, from 0. It may be traced,
+        and is then clamped. The GPU kernels read that matrix where it lies, without a
+        copy; products with all of a stack go through `jax.vmap`.
       implementation: None takes the first of `IMPLEMENTATIONS` that supports the
         operands. A name takes that one and no other: "pallas" never falls back, and
         fails where there is no GPU. "xla_int8" rounds the activations to int8 and is
@@ -130,27 +134,32 @@ def matmul(
       >>> matmul(jnp.ones((2, 64)), w).shape
       (2, 8)
     """
-    _check_operands(x, w, implementation)
-    if w.layout not in (xla.NATIVE, _TILES):
+    _check_operands(x, w, index, implementation)
+    if w.layout != xla.NATIVE and not isinstance(w.layout, Tiles):
         _warn_once(
             f"{w.layout!r} is moved to {xla.NATIVE!r} at every call of matmul; "
             "`qjax.prepare` does it once."
         )
     if w.grouping is not Grouping.ROWS:
         _warn_once(f"Grouping {w.grouping.value!r} makes matmul form the dense weight.")
-    return _apply(x, w, implementation)
+    return _apply(x, w, index, implementation)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _apply(x: Array, w: QTensor, implementation: str | None) -> Array:
+@functools.partial(jax.jit, static_argnums=3)
+def _apply(
+    x: Array, w: QTensor, index: Array | None, implementation: str | None
+) -> Array:
     """Everything around the product of two matrices, one program for eager callers."""
-    if w.layout != _TILES:
-        w = _in_layout(w, xla.NATIVE)
-    rows = x.astype(jnp.float32).reshape(-1, x.shape[-1])
-    if w.input_scale is not None:
-        rows = rows * w.input_scale.astype(jnp.float32)[None]
-    if w.order is not None:
-        rows = jnp.take(rows, w.order, axis=1, unique_indices=True)
+    if index is not None:
+        index = jnp.clip(index, 0, w.batch[0] - 1).astype(jnp.int32)
+    if not isinstance(w.layout, Tiles):
+        w, index = _in_layout(pallas.one_of(w, index), xla.NATIVE), None
+    rows = x.reshape(-1, x.shape[-1])
+    input_scale, order = pallas.one_of((w.input_scale, w.order), index)
+    if input_scale is not None:
+        rows = rows.astype(jnp.float32) * input_scale.astype(jnp.float32)[None]
+    if order is not None:
+        rows = jnp.take(rows, order, axis=1, unique_indices=True)
     stored = dataclasses.replace(
         w,
         scale=tensor.plain(w.scale),
@@ -159,41 +168,50 @@ def _apply(x: Array, w: QTensor, implementation: str | None) -> Array:
         input_scale=None,
     )
     choice = _Choice(implementation, kernels=x.dtype != jnp.float32)
-    y = _matmul(*_vary_together(rows, stored), choice)
+    y = _matmul(*_vary_together(rows, stored, index), choice)
     return y.reshape(*x.shape[:-1], w.n).astype(x.dtype)
 
 
 # With W[k, n] = f(q[k, n], s, z) and g the cotangent of y = x W:
 #   dx = g W^T,   dW = x^T g,   ds = sum over its group of dW * df/ds, and so for z.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _matmul(x: Array, w: QTensor, choice: _Choice) -> Array:
-    def by_parts(x: Array, w: QTensor) -> Array:
-        products = (_run("matmul", choice, xs, part) for xs, part in _parts(x, w))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _matmul(x: Array, w: QTensor, index: Array | None, choice: _Choice) -> Array:
+    def by_parts(x: Array, w: QTensor, index: Array | None) -> Array:
+        products = (
+            _run("matmul", choice, xs, part, index) for xs, part in _parts(x, w)
+        )
         return functools.reduce(jnp.add, products)
 
     # The fused kernel multiplies all segments in one launch.
     if len(w.segments) == 1:
-        return by_parts(x, w)
+        return by_parts(x, w, index)
     if choice.implementation == "pallas":
-        return pallas.fused(x, w)
-    if _goes_to_kernels(w, choice) and _gpu_order("matmul", len(x))[0] == "pallas":
-        return jax.lax.platform_dependent(x, w, cuda=pallas.fused, default=by_parts)
-    return by_parts(x, w)
+        return pallas.fused(x, w, index)
+    fused = (
+        _goes_to_kernels(w, choice) and _gpu_order("matmul", len(x), w)[0] == "pallas"
+    )
+    if fused:
+        return jax.lax.platform_dependent(
+            x, w, index, cuda=pallas.fused, default=by_parts
+        )
+    return by_parts(x, w, index)
 
 
-def _matmul_forward(x: Array, w: QTensor, choice: _Choice) -> tuple:
-    return _matmul(x, w, choice), (x, w)
+def _matmul_forward(
+    x: Array, w: QTensor, index: Array | None, choice: _Choice
+) -> tuple:
+    return _matmul(x, w, index, choice), (x, w, index)
 
 
 def _matmul_backward(
-    choice: _Choice, residuals: tuple[Array, QTensor], dy: Array
-) -> tuple[Array, QTensor]:
+    choice: _Choice, residuals: tuple[Array, QTensor, Array | None], dy: Array
+) -> tuple[Array, QTensor, np.ndarray | None]:
     choice = choice._replace(implementation=None)  # Named for the forward product.
-    x, w = residuals
-    dx, gradients = [], []
+    x, w, index = residuals
+    by_part, gradients = [], []
     for xs, part in _parts(x, w):
-        dx.append(_run("matmul_t", choice, dy, part))
-        gradients.append(_run("leaf_grad", choice, xs, dy, part))
+        by_part.append(_run("matmul_t", choice, dy, part, index))
+        gradients.append(_run("leaf_grad", choice, xs, dy, part, index))
     leaves = {
         name: functools.reduce(jnp.add, group)
         if name == "codebook" or w.row_group is not None
@@ -203,7 +221,15 @@ def _matmul_backward(
     }
     dw = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), w)
     cast = {name: leaves[name].astype(getattr(w, name).dtype) for name in leaves}
-    return jnp.concatenate(dx, axis=1), dataclasses.replace(dw, **cast)
+    dx = jnp.concatenate(by_part, axis=1).astype(x.dtype)
+    if index is None:
+        return dx, dataclasses.replace(dw, **cast), None
+    spread = {
+        name: jnp.zeros_like(getattr(w, name)).at[index].set(gradient)
+        for name, gradient in cast.items()
+    }
+    no_cotangent = np.zeros((), jax.dtypes.float0)
+    return dx, dataclasses.replace(dw, **spread), no_cotangent
 
 
 _matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -232,20 +258,30 @@ def _parts(x: Array, w: QTensor) -> Iterator[tuple[Array, QTensor]]:
 
 
 def _run(op: str, choice: _Choice, *operands: Any) -> Any:
-    """Runs the named implementation, or the first that does not decline."""
-    *rows, w = operands
-    if choice.implementation is not None:
-        return IMPLEMENTATIONS[op][choice.implementation](*operands)
-    m = rows[0].shape[0]
+    """Runs the named implementation, or the first that does not decline.
+
+    The operands are rows, the weight, and the index of one in a stack, or None.
+    """
+    *rows, w, index = operands
+    name, m = choice.implementation, rows[0].shape[0]
+    if name in _ON_GPU:
+        return IMPLEMENTATIONS[op][name](*operands)
+    if name is not None:
+        wide = [row.astype(jnp.float32) for row in rows]
+        return IMPLEMENTATIONS[op][name](*wide, pallas.one_of(w, index))
 
     def on_gpu(*operands: Any) -> Any:
-        return _first(op, _gpu_order(op, m), operands)
+        return _first(op, _gpu_order(op, m, w), operands)
 
     def elsewhere(*operands: Any) -> Any:
-        native = _in_layout(operands[-1], xla.NATIVE)
-        return _first(op, _xla_order(op, m, native), (*operands[:-1], native))
+        *rows, w, index = operands
+        native = _in_layout(pallas.one_of(w, index), xla.NATIVE)
+        wide = [row.astype(jnp.float32) for row in rows]
+        return _first(op, _xla_order(op, m, native), (*wide, native))
 
-    if not _goes_to_kernels(w, choice):
+    # What the entries of a codebook are worth is summed by XLA.
+    by_codebook = op == "leaf_grad" and w.codebook is not None
+    if by_codebook or not _goes_to_kernels(w, choice):
         return elsewhere(*operands)
     # The platform is known when the program is lowered, not here.
     return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=elsewhere)
@@ -263,7 +299,9 @@ def _first(op: str, names: tuple[str, ...], operands: tuple[Any, ...]) -> Any:
 
 def _goes_to_kernels(w: QTensor, choice: _Choice) -> bool:
     named = choice.implementation is not None
-    return w.layout == _TILES and choice.kernels and not named and _kernels_read(w)
+    if w.layout != pallas.layout_of(w) or not choice.kernels or named:
+        return False
+    return _kernels_read(w)
 
 
 def _kernels_read(w: QTensor) -> bool:
@@ -281,10 +319,15 @@ def _in_layout(w: QTensor, layout: Layout) -> QTensor:
     return w
 
 
-def _check_operands(x: Array, w: QTensor, implementation: str | None) -> None:
-    if w.batch:
+def _check_operands(
+    x: Array, w: QTensor, index: Any, implementation: str | None
+) -> None:
+    if index is not None:
+        _check_index(w, index)
+    elif w.batch:
         raise ValueError(
-            f"w.shape={w.shape} is a stack; map over it: jax.vmap(qjax.matmul)(x, w)."
+            f"w.shape={w.shape} is a stack; pass index=, or map over it: "
+            "jax.vmap(qjax.matmul)(x, w)."
         )
     if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(
@@ -294,7 +337,7 @@ def _check_operands(x: Array, w: QTensor, implementation: str | None) -> None:
         raise ValueError(
             f"x.shape={x.shape} must end in k={w.k}, as w.shape={w.shape} is [k, n]."
         )
-    if implementation in ("pallas", "pallas_dense") and x.dtype == jnp.float32:
+    if implementation in _ON_GPU and x.dtype == jnp.float32:
         raise NotImplementedError(
             f"implementation={implementation!r} multiplies in float16 and declines "
             "float32 x; cast x to bfloat16, or leave implementation out."
@@ -302,6 +345,18 @@ def _check_operands(x: Array, w: QTensor, implementation: str | None) -> None:
     if implementation not in (None, *IMPLEMENTATIONS["matmul"]):
         known = list(IMPLEMENTATIONS["matmul"])
         raise ValueError(f"implementation={implementation!r} must be one of {known}.")
+
+
+def _check_index(w: QTensor, index: Any) -> None:
+    if len(w.batch) != 1:
+        raise ValueError(
+            f"index={index!r} is of a stack [count, k, n]; w.shape={w.shape}."
+        )
+    array = index if isinstance(index, Array) else np.asarray(index)
+    if array.shape or not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"index={index!r} must be one integer.")
+    if not isinstance(index, Tracer) and not 0 <= int(index) < w.batch[0]:
+        raise ValueError(f"index={index} must lie in [0, {w.batch[0]}).")
 
 
 @functools.lru_cache
@@ -440,7 +495,7 @@ def _native_layout(w: QTensor) -> Layout:
     # Only CUDA devices say their compute capability: "9.0" for sm_90.
     capability = getattr(min(devices, key=lambda d: d.id), "compute_capability", "0")
     has_kernels = int(str(capability).split(".")[0]) >= 8
-    return _TILES if has_kernels and _kernels_read(w) else xla.NATIVE
+    return pallas.layout_of(w) if has_kernels and _kernels_read(w) else xla.NATIVE
 
 
 def _group_rows(qt: QTensor) -> QTensor:

@@ -459,13 +459,13 @@ def _ceil_div(count: int, size: int | None) -> int:
 
 
 def split(qt: QTensor) -> list[QTensor]:
-    """Cuts one matrix into its segments, each a matrix of one width.
+    """Cuts a matrix into its segments, each a matrix of one width.
 
     The parts have stored row order: ``order`` and ``input_scale`` are left to the
     caller, and encoded scales are decoded.
 
     Args:
-      qt: One matrix.
+      qt: A matrix, or a stack of them.
 
     Returns:
       One single-segment `QTensor` a segment, from the first stored row to the last.
@@ -477,14 +477,14 @@ def split(qt: QTensor) -> list[QTensor]:
         if qt.row_group is None:
             row_group, held = None, slice(group, group + groups)
         else:
-            row_group, held = qt.row_group[row : row + rows], slice(None)
+            row_group, held = qt.row_group[..., row : row + rows], slice(None)
         parts.append(
             dataclasses.replace(
                 qt,
                 words=(words,),
                 segments=(segment,),
-                scale=scale[held],
-                zero=None if zero is None else zero[held],
+                scale=scale[..., held, :],
+                zero=None if zero is None else zero[..., held, :],
                 row_group=row_group,
                 order=None,
                 input_scale=None,

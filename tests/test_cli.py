@@ -90,7 +90,7 @@ class TestHelp:
         text = words(done.output)
         assert "Quantized checkpoints: see what is in them, check them" in text
         assert "the exit code is 1 if something is wrong" in text
-        for command in ("inspect", "convert", "verify"):
+        for command in ("inspect", "convert", "verify", "tune"):
             assert f"qjax {command} llama-gptq" in text
             assert f" {command} " in text
 
@@ -109,6 +109,16 @@ class TestHelp:
                 ],
             ),
             ("verify", ["NaN and infinity", "exit code 1", "download it again"]),
+            (
+                "tune",
+                [
+                    *("--shape", "KxN", "--bits", "--rows", *cli.Operation),
+                    "goes on after an interruption",
+                    "compute capability 8.0 or later",
+                    "$QJAX_TABLES",
+                    "qjax tune llama-gptq",
+                ],
+            ),
         ],
     )
     def test_teaches_each_command(self, command, pieces):

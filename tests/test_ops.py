@@ -20,6 +20,7 @@ from jax.sharding import PartitionSpec as P
 import qjax
 from qjax import ops, tensor, xla
 from qjax.formats import gptq
+from qjax.formats.tiles import Tiles
 from qjax.xla import gradients, products, tiles
 from tests import oracle
 from tests.pairs import pairwise
@@ -583,6 +584,41 @@ class TestTransformations:
             relative_error(found, expected) < 3 * TOLERANCE["float32"]
         )  # three layers
 
+    @pytest.mark.parametrize("layout", [xla.NATIVE, Tiles()], ids=str)
+    def test_by_index(self, layout, as_qtensor):
+        each = [
+            oracle.random(i, 128, 48, group_size=32, order=True, input_scale=True)
+            for i in range(3)
+        ]
+        stack = jax.tree.map(
+            lambda *leaves: jnp.stack(leaves),
+            *(as_qtensor(matrix, layout) for matrix in each),
+        )
+        x = activations(4, 128)
+        run = jax.jit(lambda x, w, i: qjax.matmul(x, w, index=i))
+        for i, matrix in enumerate(each):
+            found = run(jnp.asarray(x), stack, i)
+            assert relative_error(found, matrix.matmul(x)) < TOLERANCE["float32"]
+        # Traced, it is clamped, as all of JAX's dynamic indices are.
+        last = qjax.matmul(jnp.asarray(x), stack, index=2)
+        chex.assert_trees_all_equal(run(jnp.asarray(x), stack, 7), last)
+
+    def test_gradients_by_index(self, as_qtensor):
+        each = [oracle.random(i, 64, 40, float_zero=True) for i in range(3)]
+        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(as_qtensor, each))
+        x, dy = activations(4, 64), activations(4, 40)
+
+        def loss(x, scale, zero):
+            w = dataclasses.replace(stack, scale=scale, zero=zero)
+            return (qjax.matmul(x, w, index=1) * dy).sum()
+
+        found = jax.grad(loss, (0, 1, 2))(jnp.asarray(x), stack.scale, stack.zero)
+        expected = each[1].gradients(x, dy)
+        assert relative_error(found[0], expected["x"]) < TOLERANCE["float32"]
+        for gradient, name in zip(found[1:], ("scale", "zero"), strict=True):
+            assert relative_error(gradient[1], expected[name]) < TOLERANCE["float32"]
+            assert not gradient[jnp.array([0, 2])].any()
+
     # The specs of x and of all leaves of w, of y, and what the shards of y need.
     SHARDED = types.MappingProxyType(
         {
@@ -711,10 +747,30 @@ class TestDispatch:
     def test_refuses_stacks(self, refuses):
         stack = qjax.quantize(jnp.ones((3, 64, 8)), group_size=32)
         message = (
-            "w.shape=(3, 64, 8) is a stack; map over it: jax.vmap(qjax.matmul)(x, w)"
+            "w.shape=(3, 64, 8) is a stack; pass index=, or map over it: "
+            "jax.vmap(qjax.matmul)(x, w)"
         )
         with refuses(message):
             qjax.matmul(jnp.ones((3, 2, 64)), stack)
+
+    @pytest.mark.parametrize(
+        ("index", "message"),
+        [
+            (3, "index=3 must lie in [0, 3)"),
+            (-1, "index=-1 must lie in [0, 3)"),
+            (1.0, "index=1.0 must be one integer"),
+            ([0, 1], "index=[0, 1] must be one integer"),
+        ],
+    )
+    def test_refuses_an_index(self, index, message, refuses):
+        stack = qjax.quantize(jnp.ones((3, 64, 8)), group_size=32)
+        with refuses(message):
+            qjax.matmul(jnp.ones((2, 64)), stack, index=index)
+
+    def test_refuses_an_index_of_one_matrix(self, refuses):
+        w = qjax.quantize(jnp.ones((64, 8)), group_size=32)
+        with refuses("index=0 is of a stack [count, k, n]; w.shape=(64, 8)"):
+            qjax.matmul(jnp.ones((2, 64)), w, index=0)
 
     @pytest.mark.parametrize(
         ("name", "structure", "affine", "bits", "reason"),

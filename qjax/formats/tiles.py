@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import math
 import operator
+import typing
 
 import jax
 import jax.numpy as jnp
@@ -61,6 +62,8 @@ POSITIONS = {
     ),
     8: ((2, 10),),
 }
+# The same where codes are looked up in a table: a field is a nibble of its slot.
+NIBBLES = ((0, 4, 8, 12),)
 SIDE = 16  # of a unit, in columns and in rows of a sub-block
 SLOTS = SIDE * SIDE
 # Rows are padded to whole steps of the kernels' loops.
@@ -83,7 +86,7 @@ def units_of_block(bits: int) -> int:
     return sub_blocks(bits) * bits // 16
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Tiles(Layout):
     """Tensor-core order: words uint16 ``[blocks, units, n / 16, 256]``.
 
@@ -92,29 +95,37 @@ class Tiles(Layout):
     and of the block, columns to one of 16: exactly ``bits`` bits a padded weight. A
     matrix may be cut anywhere between blocks along k and between units along n.
 
+    Attributes:
+      nibbles: Whether the four fields of a slot of 4-bit codes lie at bits 0, 4, 8 and
+        12. Byte permutations read them there (`qjax.pallas.lookup`): the kernels want
+        codes of a codebook so, and codes of an affine map not so.
+
     Example:
       >>> words = Tiles().pack(jnp.ones((300, 20), jnp.uint8), 3)
       >>> words.shape, Tiles().extents(words.shape, 3)
       ((2, 3, 2, 256), (512, 32))
     """
 
-    rank = 4
+    nibbles: bool = False
+    rank: typing.ClassVar[int] = 4
 
     def pack(
         self, codes: Integer[Array, "k n"], bits: int
     ) -> UInt16[Array, "blocks units columns 256"]:
         """Packs ``[k, n]`` codes, padding both axes with zeros."""
+        self._check(bits)
         check_codes(codes)
         step, columns = math.lcm(_STEP, rows_of_block(bits)), SIDE
         k, n = codes.shape
         padding = ((0, -k % step), (0, -n % columns))
         padded = jnp.pad(codes.astype(jnp.uint16), padding)
-        return _pack(padded & jnp.uint16(2**bits - 1), bits)
+        return _pack(padded & jnp.uint16(2**bits - 1), bits, self.nibbles)
 
     def unpack(
         self, words: UInt16[Array, "blocks units columns 256"], bits: int
     ) -> UInt8[Array, "k n"]:
         """Unpacks words into codes, padding included."""
+        self._check(bits)
         check_words(words, self.rank, jnp.uint16)
         units = units_of_block(bits)
         if words.shape[1] != units or words.shape[3] != SLOTS:
@@ -122,18 +133,32 @@ class Tiles(Layout):
                 f"words.shape={words.shape} must be [blocks, {units}, n / {SIDE}, "
                 f"{SLOTS}] for {bits}-bit codes in Tiles."
             )
-        return _unpack(words, bits)
+        return _unpack(words, bits, self.nibbles)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(blocks * rows_of_block(bits), 16 * columns)``."""
         return shape[0] * rows_of_block(bits), shape[2] * SIDE
 
+    def __repr__(self) -> str:
+        """The constructor, without what is the default."""
+        return f"Tiles({'nibbles=True' if self.nibbles else ''})"
 
-@functools.partial(jax.jit, static_argnums=1)
-def _pack(codes: Array, bits: int) -> Array:
+    def _check(self, bits: int) -> None:
+        if self.nibbles and bits != 4:
+            raise ValueError(
+                f"bits={bits!r} must be 4 in Tiles(nibbles=True); Tiles() holds 1 to 8."
+            )
+
+
+def _positions(bits: int, nibbles: bool) -> tuple[tuple[int, ...], ...]:
+    return NIBBLES if nibbles else POSITIONS[bits]
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _pack(codes: Array, bits: int, nibbles: bool) -> Array:
     blocks, columns = codes.shape[0] // rows_of_block(bits), codes.shape[1] // SIDE
     planes, low = [], bits
-    for width, positions in zip(PLANES[bits], POSITIONS[bits], strict=True):
+    for width, positions in zip(PLANES[bits], _positions(bits, nibbles), strict=True):
         low -= width
         plane = (codes >> low) & (2**width - 1)
         # block, unit, field, k3, k2 k1, k0, columns, n3, n2 n1 n0
@@ -145,11 +170,11 @@ def _pack(codes: Array, bits: int) -> Array:
     return jnp.concatenate(planes, axis=1)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _unpack(words: Array, bits: int) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _unpack(words: Array, bits: int, nibbles: bool) -> Array:
     blocks, _, columns, _ = words.shape
     codes, unit, low = jnp.uint16(0), 0, bits
-    for width, positions in zip(PLANES[bits], POSITIONS[bits], strict=True):
+    for width, positions in zip(PLANES[bits], _positions(bits, nibbles), strict=True):
         low -= width
         count = sub_blocks(bits) // len(positions)
         slots = words[:, unit : unit + count]

@@ -1,5 +1,13 @@
-"""How launches are cut up: a heuristic that knows no measurements."""
+"""How launches are cut up: as measured on the GPU at hand, or by a heuristic.
 
+`qjax.pallas.tables` holds what `qjax tune` measured. A shape that was not measured
+takes the tile of the nearest one that was, with splits by the heuristic; widths, groups
+or devices that were not, and programs compiled without a GPU, take the heuristic alone.
+"""
+
+import dataclasses
+
+from qjax.pallas import tables
 from qjax.pallas.operands import Config
 from qjax.tensor import QTensor
 
@@ -8,45 +16,95 @@ _PROGRAMS = 528
 # Iterations of a program below which its pipeline of loads does not pay.
 _ITERATIONS = 4
 _BLOCK_N = 128
+# Rows from which forming the weight is faster: unpacking it for every 64 rows anew then
+# costs more than writing it once. From a model of the H200, not yet measured.
+_DENSE_ROWS = {"matmul": 129, "matmul_t": 65}
 
 
 def for_matmul(m: int, w: QTensor) -> Config:
-    """Configures ``x @ W``: the fewest rows that hold m, up to 64, where registers end.
-
-    Iterations of 256 rows need fewer instructions a weight, and have the registers for
-    it as long as m is small and steps are few.
-    """
-    block_m = _power_of_two(m, 8, 64)
-    few_steps = all((s.group_size or w.k) >= 128 for s in w.segments)
-    block_k = 256 if block_m <= 16 and few_steps else 128
-    programs = _ceil(m, block_m) * _ceil(w.n, _BLOCK_N)
-    splits = _splits(programs, w.k // block_k)
-    return Config(block_m, _BLOCK_N, block_k, splits)
+    """Configures ``x @ W``."""
+    return _resolve("matmul", m, w)
 
 
 def for_matmul_t(m: int, w: QTensor) -> Config:
     """Configures ``dy @ W.T``: its programs own rows of the weight and walk along n."""
-    block_m = _power_of_two(m, 16, 64)
-    block_n = 128 if block_m == 16 else 64
-    programs = _ceil(m, block_m) * _ceil(w.k, 128)
-    splits = _splits(programs, w.n // block_n)
-    return Config(block_m, block_n, 128, splits)
+    return _resolve("matmul_t", m, w)
 
 
 def for_scale_grad(m: int, w: QTensor) -> Config:
     """Configures the gradients of scales: programs write every step that they visit."""
-    block_m = _power_of_two(m, 8, 32)
-    programs = _ceil(m, block_m) * _ceil(w.n, _BLOCK_N)
-    return Config(block_m, _BLOCK_N, 128, _splits(programs, w.k // 128))
+    return _resolve("scale_grad", m, w)
 
 
-def for_dequantize() -> Config:
-    """Configures `dequantize`: one iteration a program, nothing to pipeline."""
-    return Config(block_m=8, stages=1)
+def for_dequantize(w: QTensor | None = None) -> Config:
+    """Configures `dequantize`; without the weight, by the heuristic."""
+    return _DEQUANTIZE if w is None else _resolve("dequantize", 1, w)
 
 
-def _splits(programs: int, iterations: int) -> int:
-    return max(1, min(_ceil(_PROGRAMS, programs), iterations // _ITERATIONS))
+def dense_rows(op: str, w: QTensor) -> int:
+    """Rows from which a product goes through the dense weight.
+
+    Args:
+      op: "matmul" or "matmul_t".
+      w: The weight. Unless its very shape and widths were measured, it is what a model
+        of the H200 says.
+    """
+    device = tables.device_kind()
+    measured = None
+    if device is not None:
+        key = tables.Key.of(op, 1, w)
+        measured = tables.of_device(device).dense_rows(key)
+    return _DENSE_ROWS[op] if measured is None else measured
+
+
+def heuristic(op: str, m: int, w: QTensor) -> Config:
+    """Configures an operation of `tables.OPS` without any measurement.
+
+    The fewest rows that hold m, up to where registers end. In ``x @ W``, iterations of
+    256 rows need fewer instructions a weight, and have the registers for it as long as
+    m is small and steps are few.
+    """
+    if op == "dequantize":
+        return _DEQUANTIZE
+    if op == "matmul":
+        block_m = _power_of_two(m, 8, 64)
+        # A step of a codebook has no offsets to take off.
+        least = 128 if w.codebook is None else 64
+        few_steps = all((s.group_size or w.k) >= least for s in w.segments)
+        block_k = 256 if block_m <= 16 and few_steps else 128
+        config = Config(block_m, _BLOCK_N, block_k)
+    elif op == "matmul_t":
+        block_m = _power_of_two(m, 16, 64)
+        config = Config(block_m, 128 if block_m == 16 else 64, 128)
+    else:
+        config = Config(_power_of_two(m, 8, 32), _BLOCK_N, 128)
+    return _split(op, m, w, config)
+
+
+# One iteration a program, nothing to pipeline.
+_DEQUANTIZE = Config(block_m=8, stages=1)
+
+
+def _resolve(op: str, m: int, w: QTensor) -> Config:
+    device = tables.device_kind()
+    key = tables.Key.of(op, m, w)
+    found = None if device is None else tables.of_device(device).nearest(key)
+    if found is None:
+        return heuristic(op, m, w)
+    measured, entry = found
+    if (measured.k, measured.n) == (w.k, w.n):
+        return entry.config
+    return _split(op, m, w, entry.config)
+
+
+def _split(op: str, m: int, w: QTensor, config: Config) -> Config:
+    """Splits the axis that programs walk along until they keep a GPU busy."""
+    along_k, along_n = (w.k, config.block_k), (w.n, config.block_n)
+    walked, owned = (along_n, along_k) if op == "matmul_t" else (along_k, along_n)
+    programs = _ceil(m, config.block_m) * _ceil(*owned)
+    iterations = walked[0] // walked[1]
+    splits = max(1, min(_ceil(_PROGRAMS, programs), iterations // _ITERATIONS))
+    return dataclasses.replace(config, splits=splits)
 
 
 def _power_of_two(m: int, least: int, most: int) -> int:

@@ -5,18 +5,63 @@ compiler is free to round it, or not, before the sum.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax import decode
 from qjax.formats import tiles
-from qjax.pallas import lang
-from qjax.pallas.operands import Config, Steps, group_rows, parameters
+from qjax.pallas import lang, lookup
+from qjax.pallas.operands import (
+    DTYPE,
+    Config,
+    Steps,
+    bring_to,
+    group_rows,
+    joined_words,
+    origin,
+    parameters,
+    read_origin,
+    read_table,
+)
 from qjax.pallas.weight import Columns, Place, places
 from qjax.tensor import Affine, QTensor
+
+# Exponent of the largest entry of a table: float16 goes up to 15, and down to -24.
+_TOP = 14
+
+
+class Operands(NamedTuple):
+    """What a launch takes: arrays, or references to them.
+
+    Attributes:
+      unit: By which scales are multiplied, ``[1, 1]``, or None.
+      origin: Of the matrix in a stack.
+      tables: Of a codebook: some whose entries add up to it, and their unit.
+      words: Of the one segment.
+      parameters: Scale, and zero if there is one.
+    """
+
+    unit: Any
+    origin: Any
+    tables: list[Any]
+    words: Any
+    parameters: list[Any]
+
+
+class _Task(NamedTuple):
+    """What a kernel is compiled for, beside `Config`."""
+
+    bits: int
+    group: int  # rows
+    groups: int
+    steps: Steps
+    affine: Affine
+    rounding: int
+    exact: jnp.dtype | None
 
 
 def dequantize(
@@ -24,6 +69,8 @@ def dequantize(
     dtype: DTypeLike | None,
     config: Config,
     *,
+    index: Array | None = None,
+    unit: Array | None = None,
     interpret: bool = False,
 ) -> Float[Array, "k n"]:
     """Forms the weight of one segment in stored row order.
@@ -32,6 +79,9 @@ def dequantize(
       w: As in `qjax.pallas.matmul.matmul`.
       dtype: As in `qjax.dequantize`.
       config: How to cut the launch up; ``block_m`` and ``splits`` mean nothing here.
+      index: Which matrix of ``w``, where that is a stack ``[count, k, n]``.
+      unit: By which the weight is multiplied first, for a product. The entries of a
+        codebook are then rounded to float16, as `qjax.pallas.matmul.matmul` does.
       interpret: Whether to run as jnp, on any device.
 
     Returns:
@@ -45,17 +95,35 @@ def dequantize(
     config = config.fitting(bits, w.k + segment.padding)
     steps = Steps.of(bits, group, config)
     k, n = w.k + segment.padding, w.n + w.padding
-    sub_blocks, exact = tiles.sub_blocks(bits), w.dtype if dtype is None else None
+    task = _Task(
+        bits,
+        group,
+        w.scale.shape[-2],
+        steps,
+        w.affine,
+        w.rounding,
+        exact=w.dtype if dtype is None else None,
+    )
     dense = lang.launch(
-        functools.partial(
-            _body, bits, group, steps, config, w.affine, w.rounding, exact
+        functools.partial(_body, task, config),
+        Operands(
+            unit=None if unit is None else unit.reshape(1, 1),
+            origin=origin(w, index),
+            tables=_tables(w, index, exact=unit is None),
+            words=joined_words(w)[0],
+            parameters=parameters(w),
         ),
-        w.words[0],
-        *parameters(w),
         name=f"dequantize_{bits}bit",
         grid=(k // config.block_k, -(-n // config.block_n)),
-        out_shape=(k // tiles.rows_of_block(bits), sub_blocks, tiles.SIDE, n),
-        out_dtype=dtype or w.dtype,
+        out=jax.ShapeDtypeStruct(
+            (
+                k // tiles.rows_of_block(bits),
+                tiles.sub_blocks(bits),
+                tiles.SIDE,
+                n,
+            ),
+            dtype or w.dtype,
+        ),
         warps=config.warps,
         stages=config.stages,
         interpret=interpret,
@@ -63,42 +131,73 @@ def dequantize(
     return dense.reshape(k, n)[: w.k, : w.n]
 
 
+def _tables(w: QTensor, index: Array | None, *, exact: bool) -> list[Array]:
+    """Tables of float16 whose entries add up to the codebook, and their unit.
+
+    Each holds what those before have left: three times eleven bits, where float32 has
+    24. If they need not be exact, one will do.
+    """
+    if w.codebook is None:
+        return []
+    codebook = (w.codebook if index is None else w.codebook[index]).astype(jnp.float32)
+    factor, unit = bring_to(jnp.abs(codebook).max(), _TOP)
+    rest, tables = codebook * factor, []
+    for _ in range(3 if exact else 1):
+        entries = rest.astype(DTYPE)
+        tables.append(lookup.table(entries))
+        rest -= entries.astype(jnp.float32)
+    return [*tables, unit.reshape(1, 1)]
+
+
 def _body(
-    bits: int,
-    group: int,
-    steps: Steps,
-    config: Config,
-    affine: Affine,
-    rounding: int,
-    exact: jnp.dtype | None,
-    language: lang.Lang,
-    words_ref: Any,
-    *refs: Any,
+    task: _Task, config: Config, language: lang.Lang, refs: Operands, out_ref: Any
 ) -> None:
-    *parameter_refs, out_ref = refs
     iteration, n = pl.program_id(0), pl.program_id(1)
-    columns = Columns(language, words_ref, bits, n * config.block_n, config.block_n)
-    last_group = parameter_refs[0].shape[0] - 1
-    block = iteration * (config.block_k // tiles.rows_of_block(bits))
-    centre = affine.centre(bits)
-    for row in range(0, config.block_k, steps.rows):
-        g = jnp.minimum((iteration * config.block_k + row) // group, last_group)
+    columns = Columns(
+        language, refs.words, task.bits, n * config.block_n, config.block_n
+    )
+    matrix, centre = read_origin(refs.origin), task.affine.centre(task.bits)
+    tables = [read_table(ref) for ref in refs.tables[:-1]]
+    blocks = config.block_k // tiles.rows_of_block(task.bits)
+    for row in range(0, config.block_k, task.steps.rows):
+        g = (iteration * config.block_k + row) // task.group
+        g = matrix.group + jnp.minimum(g, task.groups - 1)
         scale, *zero = (
             lang.load_row(ref, g, columns=columns.slice, mask=columns.inside).astype(
                 jnp.float32
             )[:, None]
-            for ref in parameter_refs
+            for ref in refs.parameters
         )
-        for place in places(bits, block, row, steps):
-            above = columns.offset(place) + centre
-            c = columns.operand(place).astype(jnp.float32) - above
-            if zero:
-                values = decode.affine_map(
-                    c, scale, zero[0], affine, rounding, exact, _convert
-                )
+        if refs.unit is not None:
+            (unit,) = lang.scalars(refs.unit, 0, 1)
+            scale = scale * unit
+            if task.affine is not Affine.ZERO:
+                zero = [z * unit for z in zero]
+        block = matrix.block + iteration * blocks
+        stored = places(task.bits, block, row, task.steps)
+        written = places(task.bits, iteration * blocks, row, task.steps)
+        for place, target in zip(stored, written, strict=True):
+            if tables:
+                entries = [columns.entry(place, t).astype(jnp.float32) for t in tables]
+                (entry,) = lang.scalars(refs.tables[-1], 0, 1)
+                values = sum(entries[1:], entries[0]) * entry * scale
             else:
-                values = c * scale
-            _store(out_ref, place, columns, values.astype(out_ref.dtype))
+                above = columns.offset(place) + centre
+                c = columns.operand(place).astype(jnp.float32) - above
+                values = (
+                    c * scale
+                    if not zero
+                    else decode.affine_map(
+                        c,
+                        scale,
+                        zero[0],
+                        task.affine,
+                        task.rounding,
+                        task.exact,
+                        _convert,
+                    )
+                )
+            _store(out_ref, target, columns, values.astype(out_ref.dtype))
 
 
 def _convert(x: Array, dtype: DTypeLike) -> Array:

@@ -13,7 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
-from jaxtyping import Array, DTypeLike
+from jaxtyping import Array
+
+from qjax.pallas import lookup
 
 # Its name on jax 0.10.1, where the backend's module has none.
 _dot = plt.dot if hasattr(plt, "dot") else vars(pl)["dot"]
@@ -33,6 +35,10 @@ class Lang(Protocol):
 
     def unpack(self, recipe: Any, planes: Sequence[Array]) -> Array:
         """Applies a `qjax.pallas.unpack.Recipe` to tiles of slots."""
+        ...
+
+    def look_up(self, slots: Array, table: Sequence[Array], sub_block: int) -> Array:
+        """Looks the codes of a sub-block up in a `qjax.pallas.lookup.table`."""
         ...
 
 
@@ -62,6 +68,18 @@ class _Triton:
         )
         return out
 
+    def look_up(self, slots: Array, table: Sequence[Array], sub_block: int) -> Array:
+        words = [jnp.broadcast_to(word, slots.shape) for word in table]
+        (out,) = plt.elementwise_inline_asm(
+            lookup.ptx(sub_block),
+            args=[slots, *words],
+            pack=2,
+            # Two slots share a register, and two registers hold a word for them.
+            constraints=",".join(["=r", "r", *["r", "r"] * len(words)]),
+            result_shape_dtypes=[jax.ShapeDtypeStruct(slots.shape, jnp.float16)],
+        )
+        return out
+
 
 class _Interpreted:
     def dot(self, a: Array, b: Array) -> Array:
@@ -77,6 +95,9 @@ class _Interpreted:
 
     def unpack(self, recipe: Any, planes: Sequence[Array]) -> Array:
         return recipe.on_slots(*planes)
+
+    def look_up(self, slots: Array, table: Sequence[Array], sub_block: int) -> Array:
+        return lookup.on_slots(slots, table, sub_block)
 
 
 TRITON: Lang = _Triton()
@@ -97,6 +118,11 @@ def load_row(ref: Any, *index: Any, columns: Any, mask: Array | None = None) -> 
     return load(ref.at[where], mask).reshape(-1)
 
 
+def scalars(ref: Any, row: Any, count: int) -> list[Array]:
+    """Loads the first ``count`` elements of a row of a matrix, each as a scalar."""
+    return [load_row(ref, row, columns=pl.ds(i, 1)).sum() for i in range(count)]
+
+
 def store(ref: Any, value: Array, mask: Array | None = None) -> None:
     """Stores a block of memory where the mask, broadcast to it, allows it."""
     if mask is not None:
@@ -106,38 +132,45 @@ def store(ref: Any, value: Array, mask: Array | None = None) -> None:
 
 def launch(
     body: Callable[..., None],
-    *operands: Array,
+    *operands: Any,
     name: str,
     grid: tuple[int, ...],
-    out_shape: Sequence[int],
-    out_dtype: DTypeLike,
+    out: Any,
     warps: int,
     stages: int,
     interpret: bool,
-) -> Array:
+) -> Any:
     """Runs a kernel body once for each point of the grid.
 
     Args:
-      body: Takes a `Lang`, a reference to each operand, and one to the output.
-      *operands: Arrays in device memory.
+      body: Takes a `Lang`, and references to each operand and to the output.
+      *operands: Trees of arrays in device memory.
       name: Of the kernel, as profilers show it.
       grid: Extents of the grid, up to three.
-      out_shape: Shape of the output.
-      out_dtype: Dtype of the output.
+      out: Tree of `jax.ShapeDtypeStruct`: the output.
       warps: Warps of 32 threads that share a program.
       stages: Depth of the pipeline of asynchronous loads.
       interpret: Whether to run the body as jnp, on any device.
 
     Returns:
-      The output array.
+      The output, a tree of arrays.
     """
     lang = INTERPRETED if interpret else TRITON
+    # Inside `jax.shard_map` the output varies over what any operand varies over.
+    types = [jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(operands)]
+    varying = max(types, key=lambda one: len(one.varying))
+    out = jax.tree.map(
+        lambda one: jax.ShapeDtypeStruct(
+            one.shape, one.dtype, manual_axis_type=varying
+        ),
+        out,
+    )
     # Named explicitly: the default backend differs between versions of JAX.
     parameters = plt.CompilerParams(num_warps=warps, num_stages=stages)
     return pl.pallas_call(
         functools.partial(body, lang),
         grid=grid,
-        out_shape=jax.ShapeDtypeStruct(tuple(out_shape), jnp.dtype(out_dtype)),
+        out_shape=out,
         compiler_params=parameters,
         interpret=interpret,
         name=name,

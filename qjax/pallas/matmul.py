@@ -21,22 +21,27 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang
+from qjax.pallas import lang, rows
 from qjax.pallas.operands import (
     Config,
     Steps,
     arrange,
+    codebook_table,
     fit,
     group_rows,
+    joined_words,
     parameters,
+    read_table,
     start,
 )
+from qjax.pallas.rows import Rows
 from qjax.pallas.weight import Columns, places
 from qjax.tensor import Affine, QTensor, group_counts
 
@@ -57,6 +62,7 @@ class Bounds(NamedTuple):
       iterations: How many it takes.
       row: Its first row in the padded x.
       step: Its first step.
+      block: Its first block in the storage.
       group: Its first group.
       last_group: The last one that has a scale.
     """
@@ -64,21 +70,49 @@ class Bounds(NamedTuple):
     iterations: Any
     row: Any
     step: Any
+    block: Any
     group: Any
     last_group: Any
 
 
+class Operands(NamedTuple):
+    """What a launch takes: arrays, or references to them.
+
+    Attributes:
+      x: Rows in the order of `operands.arrange`.
+      start: What the accumulators start at; None with a codebook.
+      bounds: Of every segment, where the kernel is not compiled for them.
+      table: Of a codebook.
+      words: Of every segment.
+      parameters: Scale, and zero if there is one.
+    """
+
+    x: Any
+    start: Any
+    bounds: Any
+    table: Any
+    words: list[Any]
+    parameters: list[Any]
+
+
 def matmul(
-    x: Float[Array, "m k"], w: QTensor, config: Config, *, interpret: bool = False
+    x: Float[Array, "m k"],
+    w: QTensor,
+    config: Config,
+    *,
+    index: Array | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "m n"]:
     """Multiplies rows by a matrix in `Tiles`, uniform or mixed.
 
     Args:
-      x: float32 rows, k as ``w.k``. Every row is scaled by a power of two and rounded
-        to float16, which is exact for bfloat16 and float16 values (`operands.fit`).
-      w: Affine codes in stored row order, groups of a multiple of 32 rows or one a
-        column.
+      x: Rows of any float dtype, k as ``w.k``. Every row is scaled by a power of two
+        and rounded to float16, which is exact for bfloat16 and float16 values
+        (`operands.fit`).
+      w: Codes in stored row order, groups of a multiple of 32 rows or one a column.
+        The entries of a codebook are rounded to float16.
       config: How to cut the launch up.
+      index: Which matrix of ``w``, where that is a stack ``[count, k, n]``.
       interpret: Whether to run as jnp, on any device.
 
     Returns:
@@ -89,59 +123,99 @@ def matmul(
     """
     runs, bounds = zip(*_segments(w, config), strict=True)
     m, columns = len(x), w.n + w.padding
-    rows, unscale = fit(_pad(x, w, -m % config.block_m))
-    cuts = [row for _, row, *_ in bounds[1:]]
-    xs = jnp.split(rows, cuts, axis=1)
-    starts = [
-        start(part, run.bits, w.affine, run.steps, zeros=w.zero is not None)
-        for part, run in zip(xs, runs, strict=True)
-    ]
-    arranged = [arrange(part, run.steps) for part, run in zip(xs, runs, strict=True)]
-    uniform = len(runs) == 1
+    entries, unit = codebook_table(w, index)
+    prepared = _prepare(x, w, runs, config, interpret)
+    compiled_for = bounds[0] if len(runs) == 1 and index is None else None
     widths = "_".join(str(run.bits) for run in runs)
     partial = lang.launch(
-        functools.partial(
-            _body, runs, bounds[0] if uniform else None, w.affine, config
+        functools.partial(_body, runs, compiled_for, w.affine, config),
+        Operands(
+            x=prepared.x,
+            start=prepared.start,
+            bounds=_placed(bounds, w, index) if compiled_for is None else None,
+            table=entries,
+            words=joined_words(w),
+            parameters=parameters(w),
         ),
-        jnp.concatenate(arranged, axis=1),
-        jnp.concatenate(starts),
-        *([] if uniform else [jnp.array(bounds, jnp.int32)]),
-        *w.words,
-        *parameters(w),
         name=f"matmul_{widths}bit_{config.block_m}",
         grid=(
-            len(rows) // config.block_m,
+            len(prepared.x) // config.block_m,
             -(-columns // config.block_n),
             config.splits,
         ),
-        out_shape=(config.splits, len(rows), columns),
-        out_dtype=jnp.float32,
+        out=jax.ShapeDtypeStruct(
+            (config.splits, len(prepared.x), columns), jnp.float32
+        ),
         warps=config.warps,
         stages=config.stages,
         interpret=interpret,
     )
-    return (partial.sum(0) * unscale)[:m, : w.n]
+    return (partial.sum(0) * (prepared.unscale * unit))[:m, : w.n]
 
 
 def _segments(w: QTensor, config: Config) -> Iterator[tuple[Run, Bounds]]:
     row = step = group = 0
     groups = zip(group_rows(w), group_counts(w), strict=True)
-    for segment, rows, (size, count) in zip(w.segments, w.rows, groups, strict=True):
-        padded = rows + segment.padding
+    for segment, held, (size, count) in zip(w.segments, w.rows, groups, strict=True):
+        padded = held + segment.padding
         fitting = config.fitting(segment.bits, padded)
         steps, block_k = Steps.of(segment.bits, size, fitting), fitting.block_k
         yield (
             Run(segment.bits, size, block_k, steps),
-            Bounds(padded // block_k, row, step, group, group + count - 1),
+            Bounds(padded // block_k, row, step, 0, group, group + count - 1),
         )
         row, step, group = row + padded, step + padded // steps.rows, group + count
 
 
-def _pad(x: Array, w: QTensor, rows: int) -> Array:
+def _placed(bounds: Sequence[Bounds], w: QTensor, index: Array | None) -> Array:
+    """The bounds of segments as a table, for the matrix ``index`` of a stack."""
+    table = jnp.array(bounds, jnp.int32)
+    if index is None:
+        return table
+    groups = w.scale.shape[-2]
+    strides = [
+        Bounds(0, 0, 0, words.shape[-4], groups, groups)._asdict().values()
+        for words in w.words
+    ]
+    return table + index * jnp.array([[*row] for row in strides], jnp.int32)
+
+
+def _prepare(
+    x: Array, w: QTensor, runs: Sequence[Run], config: Config, interpret: bool
+) -> Rows:
+    """Pads, scales, orders and sums rows: in one launch where all of k is alike."""
+    # No offset stands beside the entries of a codebook.
+    sums = 0 if w.codebook is not None else 1 if w.zero is None else 2
+    k = w.k + sum(segment.padding for segment in w.segments)
+    if len(runs) == 1 and rows.fits(k):
+        (run,) = runs
+        options = {"sums": sums, "block_m": config.block_m, "interpret": interpret}
+        return rows.prepare(_pad(x, w, 0), run.bits, w.affine, run.steps, **options)
+    fitted, unscale = fit(_pad(x, w, -len(x) % config.block_m))
+    ends = itertools.accumulate(
+        held + segment.padding for held, segment in zip(w.rows, w.segments, strict=True)
+    )
+    parts = [
+        (part, run)
+        for part, run in zip(jnp.split(fitted, [*ends][:-1], axis=1), runs, strict=True)
+    ]
+    arranged = [arrange(part, run.steps) for part, run in parts]
+    starts = [
+        start(part, run.bits, w.affine, run.steps, zeros=sums == 2)
+        for part, run in parts
+    ]
+    return Rows(
+        jnp.concatenate(arranged, axis=1),
+        unscale,
+        jnp.concatenate(starts) if sums else None,
+    )
+
+
+def _pad(x: Array, w: QTensor, count: int) -> Array:
     """Pads the rows of x, and the columns as the segments are padded."""
     ends = list(itertools.accumulate(w.rows))
     parts = [
-        jnp.pad(part, ((0, rows), (0, segment.padding)))
+        jnp.pad(part, ((0, count), (0, segment.padding)))
         for part, segment in zip(
             jnp.split(x, ends[:-1], axis=1), w.segments, strict=True
         )
@@ -151,42 +225,35 @@ def _pad(x: Array, w: QTensor, rows: int) -> Array:
 
 def _body(
     runs: Sequence[Run],
-    uniform: Bounds | None,
+    compiled_for: Bounds | None,
     affine: Affine,
     config: Config,
     language: lang.Lang,
-    x_ref: Any,
-    start_ref: Any,
-    *refs: Any,
+    refs: Operands,
+    out_ref: Any,
 ) -> None:
-    *inputs, out_ref = refs
-    if uniform is None:
-        table_ref, *inputs = inputs
-        table = [_read(table_ref, i) for i in range(len(runs))]
+    if compiled_for is None:
+        count = len(Bounds._fields)
+        bounds = [
+            Bounds(*lang.scalars(refs.bounds, i, count)) for i in range(len(runs))
+        ]
     else:
-        table = [uniform]
+        bounds = [compiled_for]
     m, n, split = (pl.program_id(axis) for axis in range(3))
-    rows = pl.ds(m * config.block_m, config.block_m)
-    words_refs, parameter_refs = inputs[: len(runs)], inputs[len(runs) :]
+    x_rows = pl.ds(m * config.block_m, config.block_m)
+    start = n * config.block_n
+    entries = None if refs.table is None else read_table(refs.table)
     segments = [
-        Columns(language, ref, run.bits, n * config.block_n, config.block_n)
-        for run, ref in zip(runs, words_refs, strict=True)
+        Columns(language, ref, run.bits, start, config.block_n, entries)
+        for run, ref in zip(runs, refs.words, strict=True)
     ]
-    program = _Program(language, affine, rows, x_ref, start_ref, parameter_refs)
+    program = _Program(language, affine, x_rows, refs)
     acc = jnp.zeros((config.block_n, config.block_m), jnp.float32)
-    for run, bounds, columns in zip(runs, table, segments, strict=True):
-        begin, end = config.share(split, bounds.iterations)
-        acc = program.add_segment(acc, run, bounds, columns, begin, end)
-    out = out_ref.at[split, rows, segments[0].slice]
+    for run, bound, columns in zip(runs, bounds, segments, strict=True):
+        begin, end = config.share(split, bound.iterations)
+        acc = program.add_segment(acc, run, bound, columns, begin, end)
+    out = out_ref.at[split, x_rows, segments[0].slice]
     lang.store(out, acc.T, segments[0].inside)
-
-
-def _read(table_ref: Any, segment: int) -> Bounds:
-    bounds = [
-        lang.load_row(table_ref, segment, columns=pl.ds(i, 1)).sum()
-        for i in range(len(Bounds._fields))
-    ]
-    return Bounds(*bounds)
 
 
 class _Program(NamedTuple):
@@ -195,9 +262,7 @@ class _Program(NamedTuple):
     language: lang.Lang
     affine: Affine
     rows: Any  # of x, a slice
-    x_ref: Any
-    start_ref: Any
-    parameter_refs: Sequence[Any]
+    refs: Operands
 
     def add_segment(
         self,
@@ -232,10 +297,10 @@ class _Program(NamedTuple):
             for row, (sums, scale_and_zero) in zip(step_rows, loaded, strict=True):
                 product = functools.partial(
                     columns.add_product,
-                    self.x_ref,
+                    self.refs.x,
                     self.rows,
                     bounds.row + iteration * run.block_k + row,
-                    places(run.bits, iteration * blocks, row, run.steps),
+                    places(run.bits, bounds.block + iteration * blocks, row, run.steps),
                     run.steps.joined,
                 )
                 acc = self._add_step(acc, product, sums, scale_and_zero)
@@ -248,13 +313,15 @@ class _Program(NamedTuple):
     ) -> tuple[list[Array], list[Array]]:
         # Past the last group there is only padding, where x is zero.
         group = jnp.minimum(group, last_group)
+        # No offset stands beside the entries of a codebook.
+        count = 0 if self.refs.start is None else len(self.refs.parameters)
         sums = [
-            lang.load_row(self.start_ref, step, i, columns=self.rows)
-            for i in range(len(self.parameter_refs))
+            lang.load_row(self.refs.start, step, i, columns=self.rows)
+            for i in range(count)
         ]
         scale_and_zero = [
             lang.load_row(ref, group, columns=columns.slice, mask=columns.inside)
-            for ref in self.parameter_refs
+            for ref in self.refs.parameters
         ]
         return sums, scale_and_zero
 
@@ -268,7 +335,7 @@ class _Program(NamedTuple):
         """Adds the product of a step, less offsets and zeros, scaled."""
         fma = self.language.fma
         scale, *zero = (p.astype(jnp.float32)[:, None] for p in scale_and_zero)
-        begin, *minus_sum = (s[None] for s in sums)
+        begin, *minus_sum = [s[None] for s in sums] or [jnp.zeros_like(acc)]
         if zero and self.affine is Affine.ZERO:
             begin = fma(zero[0], minus_sum[0], begin)
         acc = fma(product(jnp.broadcast_to(begin, acc.shape)), scale, acc)

@@ -7,8 +7,9 @@ codes: it is one small product with the zeros themselves.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -20,17 +21,48 @@ from qjax.pallas.operands import (
     DTYPE,
     Config,
     Steps,
+    codebook_table,
     fit,
     group_rows,
+    joined_words,
+    one_of,
+    origin,
     parameters,
+    read_origin,
+    read_table,
     unit_of,
 )
 from qjax.pallas.weight import Columns, places
 from qjax.tensor import Affine, QTensor
 
 
+class Operands(NamedTuple):
+    """What a launch takes: arrays, or references to them.
+
+    Attributes:
+      dy: Padded rows.
+      unit: By which scales are multiplied, ``[1, 1]``.
+      origin: Of the matrix in a stack.
+      table: Of a codebook.
+      words: Of the one segment.
+      parameters: Scale, and the zero that is taken off the codes.
+    """
+
+    dy: Any
+    unit: Any
+    origin: Any
+    table: Any
+    words: Any
+    parameters: list[Any]
+
+
 def matmul_t(
-    dy: Float[Array, "m n"], w: QTensor, config: Config, *, interpret: bool = False
+    dy: Float[Array, "m n"],
+    w: QTensor,
+    config: Config,
+    *,
+    index: Array | None = None,
+    interpret: bool = False,
 ) -> Float[Array, "m k"]:
     """Multiplies rows by the transpose of a matrix of one segment in `Tiles`.
 
@@ -38,6 +70,7 @@ def matmul_t(
       dy: float32 rows, n as ``w.n``.
       w: As in `qjax.pallas.matmul.matmul`.
       config: How to cut the launch up; ``splits`` cuts the columns of ``w``.
+      index: Which matrix of ``w``, where that is a stack ``[count, k, n]``.
       interpret: Whether to run as jnp, on any device.
 
     Returns:
@@ -55,32 +88,43 @@ def matmul_t(
     rows, unscale = fit(jnp.pad(dy, ((0, -m % config.block_m), (0, width - w.n))))
     scale, *zero = parameters(w)
     added = bool(zero) and w.affine is not Affine.ZERO
-    unit, undo = unit_of(scale)
+    unit, undo = unit_of(one_of(w.scale, index))
+    entries, entry = codebook_table(w, index)
     k = w.k + segment.padding
     partial = lang.launch(
-        functools.partial(_body, bits, group, w.affine, steps, config),
-        rows,
-        unit.reshape(1, 1),
-        w.words[0],
-        scale,
-        *([] if added else zero),
+        functools.partial(
+            _body, bits, group, w.scale.shape[-2], w.affine, steps, config
+        ),
+        Operands(
+            dy=rows,
+            unit=unit.reshape(1, 1),
+            origin=origin(w, index),
+            table=entries,
+            words=joined_words(w)[0],
+            parameters=[scale] if added else [scale, *zero],
+        ),
         name=f"matmul_t_{bits}bit_{config.block_m}",
         grid=(len(rows) // config.block_m, k // config.block_k, config.splits),
-        out_shape=(
-            config.splits,
-            len(rows),
-            k // tiles.rows_of_block(bits),
-            tiles.sub_blocks(bits),
-            tiles.SIDE,
+        out=jax.ShapeDtypeStruct(
+            (
+                config.splits,
+                len(rows),
+                k // tiles.rows_of_block(bits),
+                tiles.sub_blocks(bits),
+                tiles.SIDE,
+            ),
+            jnp.float32,
         ),
-        out_dtype=jnp.float32,
         warps=config.warps,
         stages=config.stages,
         interpret=interpret,
     )
-    dx = (partial.sum(0).reshape(-1, k) * unscale)[:m, : w.k] * undo
+    dx = (partial.sum(0).reshape(-1, k) * unscale)[:m, : w.k] * (undo * entry)
     if added:
         zeros = zero[0][:, : w.n].astype(jnp.float32)
+        if index is not None:
+            groups = w.scale.shape[-2]
+            zeros = lax.dynamic_slice_in_dim(zeros, index * groups, groups)
         by_group = jnp.dot(dy, zeros.T, precision=lax.Precision.HIGHEST)
         dx += jnp.repeat(by_group, group, axis=1)[:, : w.k]
     return dx
@@ -89,43 +133,45 @@ def matmul_t(
 def _body(
     bits: int,
     group: int,
+    groups: int,
     affine: Affine,
     steps: Steps,
     config: Config,
     language: lang.Lang,
-    dy_ref: Any,
-    unit_ref: Any,
-    words_ref: Any,
-    *refs: Any,
+    refs: Operands,
+    out_ref: Any,
 ) -> None:
-    *parameter_refs, out_ref = refs
     m, iteration, split = (pl.program_id(axis) for axis in range(3))
     rows = pl.ds(m * config.block_m, config.block_m)
+    matrix = read_origin(refs.origin)
+    entries = None if refs.table is None else read_table(refs.table)
     block = iteration * (config.block_k // tiles.rows_of_block(bits))
     step_rows = range(0, config.block_k, steps.rows)
-    last_group = parameter_refs[0].shape[0] - 1
     centre = affine.centre(bits)
-    unit = lang.load_row(unit_ref, 0, columns=pl.ds(0, 1))
+    unit = lang.load_row(refs.unit, 0, columns=pl.ds(0, 1))
 
     def add_columns(j: Array, accs: tuple[Array, ...]) -> tuple[Array, ...]:
-        columns = Columns(language, words_ref, bits, j * config.block_n, config.block_n)
-        dy = dy_ref[rows, columns.slice].astype(jnp.float32)
+        columns = Columns(
+            language, refs.words, bits, j * config.block_n, config.block_n, entries
+        )
+        dy = refs.dy[rows, columns.slice].astype(jnp.float32)
         old, new = iter(accs), []
         for row in step_rows:
-            g = jnp.minimum((iteration * config.block_k + row) // group, last_group)
+            g = (iteration * config.block_k + row) // group
+            g = matrix.group + jnp.minimum(g, groups - 1)
             scale, *zero = (
                 lang.load_row(ref, g, columns=columns.slice, mask=columns.inside)
-                for ref in parameter_refs
+                for ref in refs.parameters
             )
             scaled = (dy * (scale.astype(jnp.float32) * unit)[None]).astype(DTYPE)
-            for place in places(bits, block, row, steps):
+            for place in places(bits, matrix.block + block, row, steps):
                 offset = columns.offset(place) + centre
                 codes = _codes(columns.operand(place), offset, zero)
                 new.append(next(old) + language.dot(scaled, codes))
         return tuple(new)
 
     per_step = jnp.zeros((config.block_m, steps.blocks * tiles.SIDE), jnp.float32)
-    count = -(-words_ref.shape[2] * tiles.SIDE // config.block_n)
+    count = -(-refs.words.shape[2] * tiles.SIDE // config.block_n)
     begin, end = config.share(split, count)
     accs = (per_step,) * (len(step_rows) * steps.sub_blocks)
     done = iter(lax.fori_loop(begin, end, add_columns, accs))
@@ -137,6 +183,8 @@ def _body(
 
 def _codes(operand: Array, offset: float, zero: list[Array]) -> Array:
     """Takes offset and zero off; exact but for a float zero, rounded once."""
+    if not offset and not zero:
+        return operand
     if not zero:
         return operand - jnp.asarray(offset, DTYPE)
     if jnp.issubdtype(zero[0].dtype, jnp.integer):

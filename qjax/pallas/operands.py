@@ -8,20 +8,22 @@ not.
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qjax.formats import tiles
-from qjax.pallas import unpack
+from qjax.pallas import lang, lookup, unpack
 from qjax.tensor import Affine, Grouping, QTensor
 
 # Arithmetic of the tensor cores.
 DTYPE = jnp.dtype(jnp.float16)
 # Scaled rows of x have their largest element in [2**14, 2**15).
-_TOP = 14
+TOP = 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,8 +96,10 @@ def check(w: QTensor) -> None:
     Raises:
       NotImplementedError: With the reason and, if there is one, a way out.
     """
-    if w.affine is Affine.CODEBOOK:
-        raise NotImplementedError("The kernels multiply affine codes, no codebook.")
+    if w.codebook is not None and w.codebook.shape[-1] != lookup.ENTRIES:
+        raise NotImplementedError(
+            f"The kernels look up 4-bit codes; codebook.shape={w.codebook.shape}."
+        )
     if w.grouping is not Grouping.ROWS:
         raise NotImplementedError(
             f"The kernels read scales of runs of rows, not {w.grouping.value} groups."
@@ -113,6 +117,11 @@ def check(w: QTensor) -> None:
             )
 
 
+def layout_of(w: QTensor) -> tiles.Tiles:
+    """Returns the layout in which the kernels read a matrix."""
+    return tiles.Tiles(nibbles=w.affine is Affine.CODEBOOK)
+
+
 def group_rows(w: QTensor) -> list[int]:
     """Checks a matrix and returns the rows of a group, for every segment.
 
@@ -122,9 +131,9 @@ def group_rows(w: QTensor) -> list[int]:
       NotImplementedError: As `check`, and for layouts other than `Tiles`.
     """
     check(w)
-    if not isinstance(w.layout, tiles.Tiles):
+    if w.layout != layout_of(w):
         raise NotImplementedError(
-            f"The kernels read Tiles, not {w.layout!r}; use qjax.prepare."
+            f"The kernels read {layout_of(w)!r}, not {w.layout!r}; use qjax.prepare."
         )
     return [
         segment.group_size or rows + segment.padding
@@ -132,14 +141,48 @@ def group_rows(w: QTensor) -> list[int]:
     ]
 
 
+_Tree = TypeVar("_Tree")
+
+
+def one_of(tree: _Tree, index: Array | None) -> _Tree:
+    """Returns entry ``index`` of stacked leaves, or leaves that are no stack."""
+    return tree if index is None else jax.tree.map(lambda leaf: leaf[index], tree)
+
+
+class Origin(NamedTuple):
+    """Where a matrix lies in its stack: the first of its blocks, and of its groups."""
+
+    block: Any = 0
+    group: Any = 0
+
+
+def origin(w: QTensor, index: Array | None) -> Array | None:
+    """The `Origin` of the matrix ``index`` of a stack of one segment, ``[1, 2]``."""
+    if index is None:
+        return None
+    return index * jnp.array([[w.words[0].shape[-4], w.scale.shape[-2]]], jnp.int32)
+
+
+def read_origin(ref: Any) -> Origin:
+    """Reads, in a kernel's body, what `origin` has returned."""
+    return Origin() if ref is None else Origin(*lang.scalars(ref, 0, 2))
+
+
+def joined_words(w: QTensor) -> list[Array]:
+    """Returns the words of every segment, those of a stack one after another."""
+    return [array.reshape(-1, *array.shape[-3:]) for array in w.words]
+
+
 def parameters(w: QTensor) -> list[Array]:
     """Returns the scale and zero with a value for each padded column.
 
-    The values of padded columns are never stored; they only have to be readable.
+    Those of a stack come one after another. The values of padded columns are never
+    stored; they only have to be readable.
     """
     columns = w.n + w.padding
 
     def whole(parameter: Array) -> Array:
+        parameter = parameter.reshape(-1, parameter.shape[-1])
         count = parameter.shape[1]
         if count < w.n:
             parameter = jnp.repeat(parameter, w.n // count, axis=1)
@@ -150,6 +193,37 @@ def parameters(w: QTensor) -> list[Array]:
     return [whole(p) for p in (w.scale, w.zero) if p is not None]
 
 
+def codebook_table(
+    w: QTensor, index: Array | None
+) -> tuple[Array | None, float | Array]:
+    """The `lookup.table` of a codebook in float16, and the unit of its entries.
+
+    The unit is a power of two: the largest entry lies in [1, 2). Without a codebook,
+    there is no table, and the unit of the codes is 1.
+    """
+    if w.codebook is None:
+        return None, 1.0
+    codebook = w.codebook if index is None else w.codebook[index]
+    wide = codebook.astype(jnp.float32)
+    factor, unit = bring_to(jnp.abs(wide).max(), 0)
+    return lookup.table((wide * factor).astype(DTYPE)), unit
+
+
+def read_table(ref: Any) -> list[Array]:
+    """Reads, in a kernel's body, the words of a `lookup.table`."""
+    # A maximum of floats over the lanes leaves every word in a register of its own. Of
+    # integers, or of words loaded alone, the assembler knows that all lanes have the
+    # same: it keeps them in uniform registers, from which PRMT does not read, and moves
+    # them for every use, one more instruction for each weight.
+    lanes = pl.ds(0, lookup.LANES)
+    halves = [
+        lang.load_row(ref, i, columns=lanes).max().astype(jnp.uint32)
+        for i in range(2 * lookup.WORDS)
+    ]
+    pairs = zip(halves[::2], halves[1::2], strict=True)
+    return [low | high << 16 for low, high in pairs]
+
+
 def fit(x: Float[Array, "m k"]) -> tuple[Float[Array, "m k"], Float[Array, "m 1"]]:
     """Scales every row by a power of two so that float16 holds it.
 
@@ -157,14 +231,15 @@ def fit(x: Float[Array, "m k"]) -> tuple[Float[Array, "m k"], Float[Array, "m 1"
     largest of their row, which lose bits or vanish: at most 2**-39 of the largest.
 
     Args:
-      x: float32 rows.
+      x: Rows of any float dtype.
 
     Returns:
       float16 rows, and the float32 factors that undo the scaling. A row with an
       infinity or NaN is not scaled.
     """
-    factor, inverse = bring_to(jnp.abs(x).max(1, keepdims=True), _TOP)
-    return (x * factor).astype(DTYPE), inverse
+    wide = x.astype(jnp.float32)
+    factor, inverse = bring_to(jnp.abs(wide).max(1, keepdims=True), TOP)
+    return (wide * factor).astype(DTYPE), inverse
 
 
 def unit_of(scale: Float[Array, "..."]) -> tuple[Array, Array]:

@@ -1,7 +1,5 @@
 """The products that `qjax.matmul` and its gradient need, each launch configured."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -10,44 +8,53 @@ from qjax.pallas import configs
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
-from qjax.pallas.operands import DTYPE, fit, unit_of
+from qjax.pallas.operands import DTYPE, fit, one_of, unit_of
 from qjax.pallas.scale_grad import scale_grad
-from qjax.tensor import Affine, QTensor
+from qjax.tensor import QTensor
 
 
-def fused(x: Float[Array, "m k"], w: QTensor) -> Float[Array, "m n"]:
+def fused(
+    x: Float[Array, "m k"], w: QTensor, index: Array | None = None
+) -> Float[Array, "m n"]:
     """``x @ W``, the weight unpacked in registers and stored nowhere."""
-    return matmul(x, w, configs.for_matmul(len(x), w))
+    return matmul(x, w, configs.for_matmul(len(x), w), index=index)
 
 
-def fused_t(dy: Float[Array, "m n"], w: QTensor) -> Float[Array, "m k"]:
+def fused_t(
+    dy: Float[Array, "m n"], w: QTensor, index: Array | None = None
+) -> Float[Array, "m k"]:
     """``dy @ W.T``, the weight unpacked in registers and stored nowhere."""
-    return matmul_t(dy, w, configs.for_matmul_t(len(dy), w))
+    return matmul_t(dy, w, configs.for_matmul_t(len(dy), w), index=index)
 
 
 def fused_grad(
-    x: Float[Array, "m k"], dy: Float[Array, "m n"], w: QTensor
+    x: Float[Array, "m k"],
+    dy: Float[Array, "m n"],
+    w: QTensor,
+    index: Array | None = None,
 ) -> dict[str, Array]:
     """Gradients of scale and float zero, reduced in registers."""
-    return scale_grad(x, dy, w, configs.for_scale_grad(len(x), w))
+    return scale_grad(x, dy, w, configs.for_scale_grad(len(x), w), index=index)
 
 
-def dense(x: Float[Array, "m k"], w: QTensor) -> Float[Array, "m n"]:
+def dense(
+    x: Float[Array, "m k"], w: QTensor, index: Array | None = None
+) -> Float[Array, "m n"]:
     """``x @ W`` for many rows: forms the weight in float16, then multiplies."""
-    return _through_dense(x, w, (((1,), (0,)), ((), ())))
+    return _through_dense(x, w, index, (((1,), (0,)), ((), ())))
 
 
-def dense_t(dy: Float[Array, "m n"], w: QTensor) -> Float[Array, "m k"]:
+def dense_t(
+    dy: Float[Array, "m n"], w: QTensor, index: Array | None = None
+) -> Float[Array, "m k"]:
     """``dy @ W.T`` for many rows: forms the weight in float16, then multiplies."""
-    return _through_dense(dy, w, (((1,), (1,)), ((), ())))
+    return _through_dense(dy, w, index, (((1,), (1,)), ((), ())))
 
 
-def _through_dense(rows: Array, w: QTensor, axes: tuple) -> Array:
-    unit, undo = unit_of(w.scale)
-    scaled = dataclasses.replace(w, scale=w.scale.astype(jnp.float32) * unit)
-    if w.zero is not None and w.affine is not Affine.ZERO:
-        scaled = dataclasses.replace(scaled, zero=w.zero.astype(jnp.float32) * unit)
-    weight = dequantize(scaled, DTYPE, configs.for_dequantize())
+def _through_dense(rows: Array, w: QTensor, index: Array | None, axes: tuple) -> Array:
+    unit, undo = unit_of(one_of(w.scale, index))
+    config = configs.for_dequantize(w)
+    weight = dequantize(w, DTYPE, config, index=index, unit=unit)
     x, unscale = fit(rows)
     y = lax.dot_general(x, weight, axes, preferred_element_type=jnp.float32)
     return y * (unscale * undo)

@@ -10,8 +10,9 @@ remains is one small product of ``dy`` with the sums of x over groups.
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -25,11 +26,33 @@ from qjax.pallas.operands import (
     arrange,
     fit,
     group_rows,
+    joined_words,
+    one_of,
+    origin,
     parameters,
+    read_origin,
     start,
 )
 from qjax.pallas.weight import Columns, places
 from qjax.tensor import Affine, QTensor
+
+
+class Operands(NamedTuple):
+    """What a launch takes: arrays, or references to them.
+
+    Attributes:
+      x: Rows in the order of `operands.arrange`.
+      start: What the accumulators start at.
+      dy: Padded rows.
+      origin: Of the matrix in a stack.
+      words: Of the one segment.
+    """
+
+    x: Any
+    start: Any
+    dy: Any
+    origin: Any
+    words: Any
 
 
 def scale_grad(
@@ -38,29 +61,37 @@ def scale_grad(
     w: QTensor,
     config: Config,
     *,
+    index: Array | None = None,
     interpret: bool = False,
 ) -> dict[str, Array]:
     """Computes the gradients of the float leaves of a matrix in `Tiles`.
 
     Args:
-      x: float32 activations.
+      x: Activations of any float dtype.
       dy: float32 cotangent of ``x @ W``.
       w: As in `qjax.pallas.matmul.matmul`.
       config: How to cut the launch up.
+      index: Which matrix of ``w``, where that is a stack ``[count, k, n]``.
       interpret: Whether to run as jnp, on any device.
 
     Returns:
-      float32 gradients by field name: ``scale``, and ``zero`` where it is float.
+      float32 gradients by field name: ``scale``, and ``zero`` where it is float; of one
+      matrix.
 
     Raises:
       NotImplementedError: If the kernel declines ``w``, with the reason.
     """
-    (group,), groups = group_rows(w), w.scale.shape[0]
-    products = _group_products(x, dy, w, config, interpret)
+    if w.codebook is not None:
+        raise NotImplementedError("The kernel has no gradient of a codebook.")
+    x = x.astype(jnp.float32)
+    (group,), groups = group_rows(w), w.scale.shape[-2]
+    products = _group_products(x, dy, w, config, index, interpret)
     by_group = jnp.pad(x, ((0, 0), (0, groups * group - w.k)))
     sums = by_group.reshape(len(x), groups, group).sum(-1)
     added = jnp.dot(sums.T, dy, precision=lax.Precision.HIGHEST)
-    scale, *zero = (p[:, : w.n].astype(jnp.float32) for p in parameters(w))
+    scale, *zero = (
+        p[:, : w.n].astype(jnp.float32) for p in parameters(one_of(w, index))
+    )
     if not zero:
         gradients = {"scale": products}
     elif w.affine is Affine.ZERO:
@@ -83,12 +114,17 @@ def _sum_columns(gradient: Float[Array, "g n"], count: int) -> Float[Array, "g c
 
 
 def _group_products(
-    x: Array, dy: Array, w: QTensor, config: Config, interpret: bool
+    x: Array,
+    dy: Array,
+    w: QTensor,
+    config: Config,
+    index: Array | None,
+    interpret: bool,
 ) -> Float[Array, "g n"]:
     """The sum over m of ``a[m, g, n] * dy[m, n]``."""
     (segment,), m = w.segments, len(x)
     bits, (group,) = segment.bits, group_rows(w)
-    groups = w.scale.shape[0]
+    groups = w.scale.shape[-2]
     config = config.fitting(bits, w.k + segment.padding)
     steps = Steps.of(bits, group, config)
     ragged, columns = -m % config.block_m, w.n + w.padding
@@ -96,19 +132,23 @@ def _group_products(
     cotangent = jnp.pad(dy, ((0, ragged), (0, w.padding))) * unscale
     k = rows.shape[1]
     by_step = lang.launch(
-        functools.partial(_body, bits, steps, config),
-        arrange(rows, steps),
-        start(rows, bits, w.affine, steps, zeros=False),
-        w.words[0],
-        cotangent,
+        functools.partial(_body, bits, steps, config, k // config.block_k),
+        Operands(
+            x=arrange(rows, steps),
+            start=start(rows, bits, w.affine, steps, zeros=False),
+            dy=cotangent,
+            origin=origin(w, index),
+            words=joined_words(w)[0],
+        ),
         name=f"scale_grad_{bits}bit_{config.block_m}",
         grid=(
             len(rows) // config.block_m,
             -(-columns // config.block_n),
             config.splits,
         ),
-        out_shape=(len(rows) // config.block_m, k // steps.rows, columns),
-        out_dtype=jnp.float32,
+        out=jax.ShapeDtypeStruct(
+            (len(rows) // config.block_m, k // steps.rows, columns), jnp.float32
+        ),
         warps=config.warps,
         stages=config.stages,
         interpret=interpret,
@@ -122,33 +162,31 @@ def _body(
     bits: int,
     steps: Steps,
     config: Config,
+    iterations: int,
     language: lang.Lang,
-    x_ref: Any,
-    start_ref: Any,
-    words_ref: Any,
-    dy_ref: Any,
+    refs: Operands,
     out_ref: Any,
 ) -> None:
     m, n, split = (pl.program_id(axis) for axis in range(3))
     rows = pl.ds(m * config.block_m, config.block_m)
-    columns = Columns(language, words_ref, bits, n * config.block_n, config.block_n)
+    columns = Columns(language, refs.words, bits, n * config.block_n, config.block_n)
     step_rows = range(0, config.block_k, steps.rows)
     blocks = config.block_k // tiles.rows_of_block(bits)
-    iterations = words_ref.shape[0] // blocks
+    first_block = read_origin(refs.origin).block
     mask = columns.inside
     if mask is not None:
         mask = jnp.broadcast_to(mask, (config.block_m, config.block_n))
-    dy = lang.load(dy_ref.at[rows, columns.slice], mask).T
+    dy = lang.load(refs.dy.at[rows, columns.slice], mask).T
 
     def iterate(iteration: Array, done: Array) -> Array:
         for i, row in enumerate(step_rows):
             step = iteration * len(step_rows) + i
-            begin = lang.load_row(start_ref, step, 0, columns=rows)
+            begin = lang.load_row(refs.start, step, 0, columns=rows)
             product = columns.add_product(
-                x_ref,
+                refs.x,
                 rows,
                 iteration * config.block_k + row,
-                places(bits, iteration * blocks, row, steps),
+                places(bits, first_block + iteration * blocks, row, steps),
                 steps.joined,
                 jnp.broadcast_to(begin[None], dy.shape),
             )

@@ -50,10 +50,26 @@ class Columns:
     """
 
     def __init__(
-        self, language: lang.Lang, words_ref: Any, bits: int, start: Array, width: int
+        self,
+        language: lang.Lang,
+        words_ref: Any,
+        bits: int,
+        start: Array,
+        width: int,
+        table: Sequence[Array] | None = None,
     ):
+        """Describes ``width`` columns from ``start``.
+
+        Args:
+          language: What the body is written in.
+          words_ref: The storage.
+          bits: Width of a code.
+          start: The first column.
+          width: How many, a power of two.
+          table: Words of `lookup.table` where codes stand for its entries.
+        """
         self._lang, self._words_ref, self._bits = language, words_ref, bits
-        self._recipes = unpack.recipes(bits, DTYPE)
+        self._recipes, self._table = unpack.recipes(bits, DTYPE), table
         self._units = pl.ds(start // tiles.SIDE, width // tiles.SIDE)
         self._width = width
         self.slice = pl.ds(start, width)
@@ -65,16 +81,22 @@ class Columns:
             self._units_inside = unit < units
 
     def offset(self, place: Place) -> float:
-        """What the operand of a sub-block has beyond the codes."""
-        return self._recipes[place.sub_block].offset
+        """What the operand of a sub-block has beyond the codes, or the entries."""
+        return 0.0 if self._table is not None else self._recipes[place.sub_block].offset
 
     def operand(self, place: Place) -> Float[Array, "n k"]:
         """Reads a sub-block as ``q + offset``, ``[columns, blocks * 16]``."""
+        if self._table is not None:
+            return self.entry(place, self._table)
         planes, unit = [], 0
         for positions in tiles.POSITIONS[self._bits]:
             planes.append(self._slots(place, unit + place.sub_block // len(positions)))
             unit += tiles.sub_blocks(self._bits) // len(positions)
         return self._lang.unpack(self._recipes[place.sub_block], planes)
+
+    def entry(self, place: Place, table: Sequence[Array]) -> Float[Array, "n k"]:
+        """Reads a sub-block of codes in nibbles as entries of a `lookup.table`."""
+        return self._lang.look_up(self._slots(place, 0), table, place.sub_block)
 
     def add_product(
         self,

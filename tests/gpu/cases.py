@@ -45,7 +45,8 @@ def weight(
         words=(struct(words, jnp.uint16),),
         scale=struct(groups, scale),
         zero=None if zero is None else struct(groups, zero),
-        layout=tiles.Tiles(),
+        codebook=struct((16,), jnp.float32) if affine is Affine.CODEBOOK else None,
+        layout=tiles.Tiles(nibbles=affine is Affine.CODEBOOK),
         segments=(Segment(bits, group_size),),
         affine=affine,
     )
@@ -92,6 +93,7 @@ class Matmul:
             "zero": (Affine.ZERO, jnp.uint8),
             "offset": (Affine.OFFSET, self.scale),
             "centered": (Affine.CENTERED, None),
+            "codebook": (Affine.CODEBOOK, None),
         }[self.convention]
         return weight(
             self.bits, self.group_size, affine=affine, zero=zero, scale=self.scale
@@ -111,14 +113,22 @@ class Other:
     bits: int
     m: int
     group_size: int | None = 128
+    codebook: bool = False
 
     def __str__(self) -> str:
         group = "column" if self.group_size is None else f"g{self.group_size}"
-        return f"{self.kernel} {self.bits}bit {group} m{self.m}"
+        codes = "codebook" if self.codebook else f"{self.bits}bit"
+        return f"{self.kernel} {codes} {group} m{self.m}"
+
+    @property
+    def weight(self) -> QTensor:
+        if self.codebook:
+            return weight(4, self.group_size, affine=Affine.CODEBOOK, zero=None)
+        return weight(self.bits, self.group_size)
 
     @property
     def config(self) -> Config:
-        w = weight(self.bits, self.group_size)
+        w = self.weight
         if self.kernel == "dequantize":
             return configs.for_dequantize()
         config = getattr(configs, f"for_{self.kernel}")(self.m, w)
@@ -133,7 +143,7 @@ class Other:
 
     def __call__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Returns the function to compile and its arguments."""
-        w = weight(self.bits, self.group_size)
+        w = self.weight
         x = jax.ShapeDtypeStruct((self.m, K), jnp.float32)
         dy = jax.ShapeDtypeStruct((self.m, N), jnp.float32)
         if self.kernel == "dequantize":

@@ -133,13 +133,13 @@ class Program:
 
     @property
     def kernel(self) -> Kernel:
-        """The only Pallas kernel."""
-        (kernel,) = self.kernels
+        """The only Pallas kernel that reads a weight."""
+        (kernel,) = (k for k in self.kernels if not k.name.startswith("rows_"))
         return kernel
 
     @property
     def kernel_launch(self) -> Launch:
-        """The launch of the only Pallas kernel."""
+        """The launch of `kernel`."""
         (launch,) = (i for i in self.launches if i.name == self.kernel.name)
         return launch
 

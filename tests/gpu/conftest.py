@@ -73,7 +73,9 @@ def compiled(request):
         for item in request.session.items
         if hasattr(item, "callspec")
     ]
-    wanted = {(p["case"], p["arch"]): None for p in parameters if "case" in p}
+    wanted = {
+        (p["case"], p["arch"]): None for p in parameters if {"case", "arch"} <= p.keys()
+    }
     pool = Pool(wanted)
     yield pool
     pool.close()

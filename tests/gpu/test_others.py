@@ -8,7 +8,9 @@ both = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 CASES = [
     *(Other("dequantize", bits, 1) for bits in (1, 2, 3, 4, 5, 6, 7, 8)),
     Other("dequantize", 4, 1, 32),
+    Other("dequantize", 4, 1, 64, codebook=True),
     Other("matmul_t", 4, 16),
+    Other("matmul_t", 4, 16, 64, codebook=True),
     Other("matmul_t", 4, 64),
     Other("matmul_t", 8, 16),
     Other("matmul_t", 3, 16),

@@ -32,16 +32,16 @@ def run(text: str, inputs: list[np.ndarray]) -> np.ndarray:
 
 
 def _prmt(a, b, selector):
-    """Each nibble of the selector names a byte of b:a."""
+    """Each of four nibbles names a byte of b:a; its high bit asks for the sign."""
     source = [
         (word >> np.uint32(8 * i)) & np.uint32(255) for word in (a, b) for i in range(4)
     ]
+    source += [byte // 128 * np.uint32(255) for byte in source]
     result = np.uint32(0)
     for i in range(4):
-        byte = int(selector) >> 4 * i & 15
-        if byte > 7:
-            raise ValueError(f"selector={selector:#x} replicates a sign.")
-        result = result | source[byte] << np.uint32(8 * i)
+        nibble = (selector >> np.uint32(4 * i)) & np.uint32(15)
+        byte = np.choose(nibble, np.broadcast_arrays(*source))
+        result = result | byte << np.uint32(8 * i)
     return result
 
 
@@ -66,6 +66,7 @@ def _shift(move):
 
 
 _OPERATIONS = {
+    "and.b32": np.bitwise_and,
     "prmt.b32": _prmt,
     "lop3.b32": _lop3,
     "shr.b32": _shift(np.right_shift),

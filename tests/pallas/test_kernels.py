@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import warnings
 
 import chex
@@ -19,6 +20,7 @@ from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
 from qjax.pallas.operands import Config
+from qjax.pallas.rows import prepare
 from qjax.pallas.scale_grad import scale_grad
 from tests import oracle
 from tests.pairs import pairwise
@@ -32,6 +34,7 @@ MAPS = {
     "centered": {"affine": "CENTERED"},
     "centered_zero": {"affine": "CENTERED", "float_zero": True},
 }
+CODEBOOK = {"codebook": {"affine": "CODEBOOK"}}
 SCALES = {"float16": F16, "bfloat16": BF16, "float32": F32}
 # Whole tiles of the kernels, and ragged ones: of the storage and of the tiles.
 SHAPES = {"whole": (512, 128), "ragged": (360, 136), "one unit": (96, 16)}
@@ -48,19 +51,20 @@ ROUNDED = 1e-3
 def in_tiles(matrix: oracle.Matrix):
     """The matrix as a `QTensor` in `Tiles`."""
     ends = np.cumsum([part.rows for part in matrix.parts])[:-1]
+    layout = Tiles(nibbles=matrix.affine == "CODEBOOK")
     words, segments = [], []
     for part, codes in zip(matrix.parts, np.split(matrix.codes, ends), strict=True):
-        words.append(Tiles().pack(jnp.asarray(codes), part.bits))
-        k, n = Tiles().extents(words[-1].shape, part.bits)
+        words.append(layout.pack(jnp.asarray(codes), part.bits))
+        k, n = layout.extents(words[-1].shape, part.bits)
         segment = tensor.Segment(part.bits, part.group_size, k - part.rows)
         segments.append(segment)
     leaves = {
         name: None if (leaf := getattr(matrix, name)) is None else jnp.asarray(leaf)
-        for name in ("scale", "zero", "order", "input_scale")
+        for name in ("scale", "zero", "order", "input_scale", "codebook")
     }
     return tensor.build(
         words=tuple(words),
-        layout=Tiles(),
+        layout=layout,
         segments=tuple(segments),
         affine=tensor.Affine[matrix.affine],
         padding=n - matrix.codes.shape[1],
@@ -77,7 +81,7 @@ def sample(case: dict, seed: int = 0) -> oracle.Matrix:
         bits=case["bits"],
         group_size=case["group"],
         dtype=SCALES[case["scale"]],
-        **MAPS[case["affine"]],
+        **(MAPS | CODEBOOK)[case["affine"]],
     )
 
 
@@ -105,20 +109,35 @@ AXES = {
     "shape": list(SHAPES),
     "scale": list(SCALES),
 }
-CASES = {
-    "matmul": pairwise(lambda case: True, **AXES, m=ROWS),
-    # The unpacking is that of matmul: fewer widths.
-    "other": pairwise(
-        lambda case: True, **AXES | {"bits": (3, 4, 8), "group": (32, 128, None)}
-    ),
+# The unpacking is that of matmul: fewer widths.
+OTHER = AXES | {"bits": (3, 4, 8), "group": (32, 128, None)}
+# What the ``case`` of a test is made of.
+COVERED = {
+    "test_matmul": AXES | {"m": ROWS},
+    "test_dequantize_is_bit_exact": OTHER,
+    "test_gradients": OTHER,
+    "test_codebooks": AXES
+    | {"bits": [4], "affine": ["codebook"], "scale": ["float32", "bfloat16"]}
+    | {"m": (1, 33)},
 }
 
 
+def pytest_generate_tests(metafunc):
+    axes = COVERED.get(metafunc.function.__name__)
+    if axes is None:
+        return
+    if metafunc.config.getoption("--every-case", default=False):
+        products = itertools.product(*axes.values())
+        cases = [dict(zip(axes, values, strict=True)) for values in products]
+    else:
+        cases = pairwise(lambda case: True, **axes)
+    metafunc.parametrize("case", cases, ids=label)
+
+
 def test_the_cover_is_affordable():
-    assert len(CASES["matmul"]) <= 60
+    assert len(pairwise(lambda case: True, **COVERED["test_matmul"])) <= 60
 
 
-@pytest.mark.parametrize("case", CASES["matmul"], ids=label)
 def test_matmul(case):
     matrix, m = sample(case), case["m"]
     x = rows(m, len(matrix.codes))
@@ -128,7 +147,6 @@ def test_matmul(case):
     assert relative_error(y, matrix.matmul(x)) < TOLERANCE
 
 
-@pytest.mark.parametrize("case", CASES["other"], ids=label)
 def test_dequantize_is_bit_exact(case):
     w = in_tiles(sample(case))
     config = configs.for_dequantize()
@@ -148,7 +166,6 @@ def _last_place(w) -> float:
     return float(jnp.abs(w.scale).max()) * 2**w.bits * 2.0**-23
 
 
-@pytest.mark.parametrize("case", CASES["other"], ids=label)
 def test_gradients(case):
     matrix, m = sample(case), 5
     w, (k, n) = in_tiles(matrix), matrix.codes.shape
@@ -162,6 +179,109 @@ def test_gradients(case):
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert relative_error(gradient, expected[name]) < TOLERANCE, name
+
+
+# Widths whose blocks are larger and smaller than a step, k of any number of steps.
+@pytest.mark.parametrize(
+    ("bits", "k", "group", "block_k", "affine", "sums"),
+    [
+        (4, 768, 128, 128, "ZERO", 2),
+        (3, 512, 64, 256, "CENTERED", 1),
+        (4, 512, 32, 256, "OFFSET", 2),
+        (8, 256, 32, 128, "ZERO", 2),
+        (4, 256, 64, 256, "CODEBOOK", 0),
+        (1, 1280, 256, 256, "ZERO", 2),
+    ],
+)
+def test_rows_are_those_of_jnp(bits, k, group, block_k, affine, sums):
+    x = jnp.asarray(rows(5, k) * F32(1e6), jnp.bfloat16)
+    affine = tensor.Affine[affine]
+    steps = operands.Steps.of(bits, group, Config(8, block_k=block_k).fitting(bits, k))
+    found = prepare(x, bits, affine, steps, sums=sums, block_m=8, interpret=True)
+    fitted, unscale = operands.fit(jnp.pad(x, ((0, 3), (0, 0))))
+    chex.assert_trees_all_equal(found.x, operands.arrange(fitted, steps))
+    chex.assert_trees_all_equal(found.unscale, unscale)
+    if not sums:
+        assert found.start is None
+        return
+    expected = operands.start(fitted, bits, affine, steps, zeros=sums == 2)
+    chex.assert_trees_all_close(
+        found.start, expected, rtol=0, atol=1e-6 * float(jnp.abs(expected).max())
+    )
+
+
+def test_codebooks(case):
+    matrix, m = sample(case), case["m"]
+    w, (k, n) = in_tiles(matrix), matrix.codes.shape
+    x, dy = rows(m, k), rows(m, n, seed=2)
+    y = matmul(jnp.asarray(x), w, configs.for_matmul(m, w), interpret=True)
+    assert relative_error(y, matrix.matmul(x)) < ROUNDED
+    config = configs.for_matmul_t(m, w)
+    dx = matmul_t(jnp.asarray(dy), w, config, interpret=True)
+    assert relative_error(dx, matrix.gradients(x, dy)["x"]) < ROUNDED
+    for dtype in (None, jnp.float32, jnp.bfloat16):
+        found = dequantize(w, dtype, configs.for_dequantize(), interpret=True)
+        chex.assert_trees_all_equal(found, decode.stored_weight(w, dtype))
+
+
+def test_entries_of_a_codebook_are_rounded_to_float16():
+    # Against the same product with the rounded codebook, nothing is lost.
+    matrix = oracle.random(0, 256, 48, group_size=64, affine="CODEBOOK")
+    largest = np.abs(matrix.codebook).max()
+    rounded = (matrix.codebook / 2 ** np.floor(np.log2(largest))).astype(F16)
+    same = dataclasses.replace(matrix, codebook=rounded.astype(F32))
+    x = rows(5, 256)
+    y = matmul(jnp.asarray(x), in_tiles(same), Config(8), interpret=True)
+    assert relative_error(y, same.matmul(x)) < 1e-6
+
+
+@pytest.fixture(scope="module", params=["zero", "offset", "codebook"])
+def stack(request):
+    maps = MAPS | CODEBOOK
+    matrices = [
+        oracle.random(i, 384, 80, group_size=64, dtype=F16, **maps[request.param])
+        for i in range(3)
+    ]
+    each = list(map(in_tiles, matrices))
+    return each, jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+
+
+class TestStacks:
+    """Matrices of a stack by index, read where they lie."""
+
+    @pytest.mark.parametrize("index", [0, 2])
+    def test_every_kernel(self, stack, index):
+        each, stacked = stack
+        one, i = each[index], jnp.int32(index)
+        x, dy = jnp.asarray(rows(5, 384)), jnp.asarray(rows(5, 80, seed=2))
+        config = Config(16, 32, 128, splits=2)
+        kernels = [
+            functools.partial(matmul, x, config=config),
+            functools.partial(matmul_t, dy, config=config),
+            functools.partial(dequantize, dtype=None, config=Config(8)),
+        ]
+        if one.codebook is None:
+            kernels.append(functools.partial(scale_grad, x, dy, config=Config(8)))
+        for kernel in kernels:
+            chex.assert_trees_all_close(
+                kernel(w=stacked, index=i, interpret=True),
+                kernel(w=one, interpret=True),
+                rtol=1e-6,
+            )
+
+    def test_mixed_widths(self):
+        parts = MIXES["exl2"]
+        matrices = [
+            oracle.random(i, 416, 40, parts=parts, dtype=F16, affine="CENTERED")
+            for i in range(2)
+        ]
+        each = list(map(in_tiles, matrices))
+        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *each)
+        x = rows(5, 416)
+        y = matmul(
+            jnp.asarray(x), stacked, Config(8), index=jnp.int32(1), interpret=True
+        )
+        assert relative_error(y, matrices[1].matmul(x)) < TOLERANCE
 
 
 MIXES = {
@@ -198,11 +318,11 @@ class TestConfigs:
         w = jax.eval_shape(lambda: in_tiles(oracle.random(0, 512, 128, dtype=F16)))
         wide = qjax.quantize(jnp.zeros((8192, 8192), jnp.float16))
         for m in (1, 8, 16, 64, 100):
-            config = configs.for_matmul(m, wide)
+            config = configs.heuristic("matmul", m, wide)
             assert config.block_m >= min(m, 64)
             programs = -(-m // config.block_m) * 64 * config.splits
             assert programs >= 512
-            assert configs.for_matmul(m, w).splits == 1
+            assert configs.heuristic("matmul", m, w).splits == 1
 
 
 class TestRange:
@@ -282,6 +402,7 @@ class TestDispatch:
         jaxpr = matmul_on_gpu.trace(x, in_tiles(matrix)).jaxpr
         assert str(jaxpr).count("pallas_call[") == 1
 
+    @pytest.mark.cpu
     def test_elsewhere_the_product_is_that_of_xla(self):
         matrix = oracle.random(0, 128, 40, dtype=F16)
         w, x = in_tiles(matrix), jnp.asarray(rows(3, 128), jnp.bfloat16)
@@ -306,6 +427,7 @@ class TestDispatch:
         with pytest.raises(NotImplementedError, match="float32 x; cast x to bfloat16"):
             qjax.matmul(jnp.ones((1, 128)), w, implementation=name)
 
+    @pytest.mark.cpu
     def test_a_named_kernel_never_falls_back(self):
         w = in_tiles(oracle.random(0, 128, 40, dtype=F16))
         x = jnp.ones((1, 128), jnp.bfloat16)
@@ -318,15 +440,16 @@ class TestDispatch:
             ({"group_size": 16}, "group_size=16 is not a multiple of 32"),
             ({"row_group": True}, "qjax.prepare turns one whose groups are full"),
             ({"grouping": "FLAT"}, "not flat groups"),
-            ({"affine": "CODEBOOK"}, "no codebook"),
+            ({"affine": "CODEBOOK", "bits": 2}, r"codebook.shape=\(4,\)"),
         ],
     )
     def test_what_the_kernels_decline(self, structure, message):
         matrix = oracle.random(0, 128, 40, dtype=F16, **structure)
+        (part,) = matrix.parts
         w = tensor.build(
             words=(jnp.asarray(matrix.words[0]),),
             layout=qjax.formats.gptq.Stream(),
-            segments=(tensor.Segment(4, matrix.parts[0].group_size),),
+            segments=(tensor.Segment(part.bits, part.group_size),),
             affine=tensor.Affine[matrix.affine],
             grouping=tensor.Grouping[matrix.grouping],
             **{

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax.formats import tiles
@@ -21,12 +22,15 @@ from qjax.pallas.scale_grad import scale_grad
 from qjax.tensor import Affine, QTensor, Segment
 
 TARGET = "__gpu$xla.gpu.triton"
+# Launches of a product: its rows are prepared first.
+PRODUCT = 2
 CONVENTIONS = {
     "integer zero": (Affine.ZERO, jnp.uint8),
     "float zero": (Affine.ZERO, jnp.float16),
     "offset": (Affine.OFFSET, jnp.float16),
     "centered": (Affine.CENTERED, jnp.float16),
     "symmetric": (Affine.CENTERED, None),
+    "codebook": (Affine.CODEBOOK, None),
 }
 struct = jax.ShapeDtypeStruct
 
@@ -43,9 +47,10 @@ def weight(bits, group_size, convention="integer zero", k=512, n=256):
         words=(struct(words, jnp.uint16),),
         scale=struct(groups, jnp.float16),
         zero=None if zero is None else struct(groups, zero),
-        layout=tiles.Tiles(),
+        layout=tiles.Tiles(nibbles=affine is Affine.CODEBOOK),
         segments=(Segment(bits, group_size, padding),),
         affine=affine,
+        codebook=struct((16,), jnp.float32) if affine is Affine.CODEBOOK else None,
         padding=columns * tiles.SIDE - n,
     )
 
@@ -82,6 +87,8 @@ def launches(text):
         (4, 16, 256, 32, "centered"),
         (4, 32, 128, 64, "offset"),
         (4, 64, 128, None, "float zero"),
+        (4, 8, 256, 64, "codebook"),
+        (4, 32, 128, 32, "codebook"),
         (5, 16, 256, 128, "symmetric"),
         (5, 32, 256, 256, "float zero"),
         (6, 8, 128, 64, "centered"),
@@ -95,7 +102,7 @@ def launches(text):
 def test_matmul(bits, block_m, block_k, group_size, convention):
     x, w = struct((block_m, 512), jnp.float32), weight(bits, group_size, convention)
     config = Config(block_m, block_k=block_k, splits=2)
-    assert launches(lower(functools.partial(matmul, config=config), x, w)) == 1
+    assert launches(lower(functools.partial(matmul, config=config), x, w)) == PRODUCT
 
 
 # Triton tiles have sides that are powers of two: everything else is padded or masked.
@@ -104,7 +111,7 @@ def test_matmul(bits, block_m, block_k, group_size, convention):
 def test_ragged(bits, m, k, n):
     x, w = struct((m, k), jnp.float32), weight(bits, 64, k=k, n=n)
     config = configs.for_matmul(m, w)
-    assert launches(lower(functools.partial(matmul, config=config), x, w)) == 1
+    assert launches(lower(functools.partial(matmul, config=config), x, w)) == PRODUCT
 
 
 @pytest.mark.parametrize(
@@ -136,7 +143,7 @@ def test_backward_and_dequantize(bits, group_size, convention, dtype):
 def test_dispatch(dtype):
     # The platform decides when the program is lowered, wherever it was traced.
     x, w = struct((4, 512), dtype), weight(4, 128)
-    assert launches(lower(qjax.matmul, x, w)) == 1
+    assert launches(lower(qjax.matmul, x, w)) == PRODUCT
     on_cpu = jax.jit(qjax.matmul).trace(x, w).lower(lowering_platforms=("cpu",))
     assert launches(on_cpu.as_text()) == 0
 
@@ -153,3 +160,121 @@ def test_gradient():
 
     # matmul_t and scale_grad; the product itself is not needed.
     assert launches(lower(gradients, x, w)) == 2
+
+
+def test_gradient_of_a_codebook():
+    # What the entries are worth is left to XLA; x goes through the kernel.
+    x, w = struct((4, 512), jnp.bfloat16), weight(4, 64, "codebook")
+
+    def loss(x, w):
+        return qjax.matmul(x, w).astype(jnp.float32).sum()
+
+    assert launches(lower(jax.grad(loss), x, w)) == 1
+    by_codebook = lambda x, w, c: loss(x, dataclasses.replace(w, codebook=c))  # noqa: E731
+    assert launches(lower(jax.grad(by_codebook, 2), x, w, w.codebook)) == 0
+
+
+def stacked(w, count=3):
+    return jax.tree.map(lambda leaf: struct((count, *leaf.shape), leaf.dtype), w)
+
+
+@pytest.mark.parametrize("convention", ["integer zero", "codebook"])
+@pytest.mark.parametrize(("m", "count"), [(4, PRODUCT), (200, 1)])
+def test_a_stack_by_index(convention, m, count):
+    x, w = struct((m, 512), jnp.bfloat16), stacked(weight(4, 64, convention))
+    index = struct((), jnp.int32)
+    text = lower(lambda x, w, i: qjax.matmul(x, w, index=i), x, w, index)
+    assert launches(text) == count
+    # Nothing but the kernel takes words: none is sliced off.
+    taken = [line for line in text.splitlines() if "x256xui16>" in line]
+    others = ("func.func", "call @", "return", "stablehlo.reshape", TARGET)
+    assert all(any(word in line for word in others) for line in taken)
+
+
+def test_layers_of_a_scan():
+    x, w = struct((4, 512), jnp.bfloat16), stacked(weight(4, 64, k=512, n=512), 8)
+
+    def forward(x, w):
+        def layer(x, i):
+            return qjax.matmul(x, w, index=i), None
+
+        return jax.lax.scan(layer, x, jnp.arange(8))[0]
+
+    assert launches(lower(forward, x, w)) == PRODUCT
+
+
+@pytest.mark.parametrize("by_index", [False, True])
+def test_vmap(by_index):
+    # Experts: one product for all of them.
+    x, w = struct((3, 4, 512), jnp.bfloat16), stacked(weight(4, 64))
+
+    def experts(x, w):
+        if not by_index:
+            return jax.vmap(qjax.matmul)(x, w)
+        each = lambda x, i: qjax.matmul(x, w, index=i)  # noqa: E731
+        return jax.vmap(each)(x, jnp.arange(3)[::-1])
+
+    assert launches(lower(experts, x, w)) == PRODUCT
+
+
+def test_long_rows_are_prepared_by_xla():
+    x, w = struct((1, 65536), jnp.bfloat16), weight(4, 128, k=65536)
+    assert launches(lower(qjax.matmul, x, w)) == 1
+
+
+def sharded(f, in_specs, out_specs, *avals):
+    """Lowers ``f`` on four devices, each with its shard, for CUDA."""
+    device = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh(
+        (4,), ("d",), (jax.sharding.AxisType.Auto,), abstract_device=device
+    )
+    with jax.sharding.use_abstract_mesh(mesh):
+        local = jax.shard_map(f, mesh=mesh, in_specs=in_specs, out_specs=out_specs)
+        traced = jax.jit(local).trace(*avals)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+BY_COLUMN = (P(None, None, "d", None), P(None, "d"))
+BY_ROW = (P("d", None, None, None), P("d", None))
+
+
+@pytest.mark.parametrize(
+    ("words", "rest", "x", "y"),
+    [(*BY_COLUMN, P(), P(None, "d")), (*BY_ROW, P(None, "d"), P())],
+    ids=["columns", "rows"],
+)
+def test_shard_map(words, rest, x, y):
+    w = weight(4, 64, k=512, n=512)
+    specs = jax.tree.map(lambda leaf: words if leaf.ndim == 4 else rest, w)
+
+    def product(x, w):
+        out = qjax.matmul(x, w)
+        return jax.lax.psum(out, "d") if y == P() else out
+
+    text = sharded(product, (x, specs), y, struct((4, 512), jnp.bfloat16), w)
+    assert launches(text) == PRODUCT
+    # One sum by rows, nothing by columns: words never move.
+    assert text.count("stablehlo.all_reduce") == (y == P())
+    assert "all_gather" not in text
+
+
+def test_gradient_in_shard_map():
+    w = weight(4, 64, k=512, n=512)
+    specs = jax.tree.map(
+        lambda leaf: BY_COLUMN[0] if leaf.ndim == 4 else BY_COLUMN[1], w
+    )
+
+    def gradients(x, w):
+        def loss(x, scale):
+            y = qjax.matmul(x, dataclasses.replace(w, scale=scale))
+            return y.astype(jnp.float32).sum()
+
+        return jax.grad(loss, (0, 1))(x, w.scale)
+
+    avals = struct((4, 512), jnp.bfloat16), w
+    text = sharded(gradients, (P(), specs), (P(), BY_COLUMN[1]), *avals)
+    assert launches(text) == 2
+    # The cotangent of x, which every device has a share of.
+    assert text.count("stablehlo.all_reduce") == 1

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from qjax.formats import tiles
-from qjax.pallas import unpack
+from qjax.pallas import lookup, unpack
 from tests.pallas import ptx
 
 FLOAT16, BFLOAT16 = jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)
@@ -88,6 +88,25 @@ def test_every_code_becomes_code_plus_offset(bits, dtype, index, rng):
     by_row = axes.transpose(3, 2, 5, 0, 4, 1).reshape(16, -1)
     expected = codes[16 * index : 16 * (index + 1)].astype(np.float64) + recipe.offset
     np.testing.assert_array_equal(by_row, expected)
+
+
+@pytest.mark.parametrize("sub_block", range(4))
+def test_lookup_of_every_code(sub_block, rng):
+    # Entries of all bit patterns; a word of the table is there for each of two slots.
+    entries = rng.integers(0, 2**16, 16, dtype=np.uint16).view(np.float16)
+    halves = np.asarray(lookup.table(jnp.asarray(entries)))
+    assert (halves == halves[:, :1]).all()
+    low, high = halves[:, 0].astype(np.uint32).reshape(-1, 2).T
+    words = low | high << 16
+    slots = rng.permutation(2**16).astype(np.uint16).reshape(-1, 2)
+    registers = [slots[:, 0].astype(np.uint32) | slots[:, 1].astype(np.uint32) << 16]
+    registers += [np.full(len(slots), word) for word in words for _ in range(2)]
+    result = ptx.run(lookup.ptx(sub_block), registers)
+    found = np.stack([result & 0xFFFF, result >> 16], 1).astype(np.uint16)
+    expected = entries[slots >> 4 * sub_block & 15]
+    np.testing.assert_array_equal(found, expected.view(np.uint16))
+    in_jnp = lookup.on_slots(jnp.asarray(slots), list(jnp.asarray(words)), sub_block)
+    np.testing.assert_array_equal(_bits(in_jnp), expected.view(np.uint16))
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)

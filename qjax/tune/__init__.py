@@ -1,0 +1,21 @@
+"""Measures how launches are best cut up on this GPU: the work behind `qjax tune`."""
+
+from qjax.tune.bar import bar
+from qjax.tune.gauge import Gauge, gpu
+from qjax.tune.jobs import ROWS, Job, jobs, of_checkpoint, uniform
+from qjax.tune.search import fill, known, saver, search
+
+__all__ = [
+    "ROWS",
+    "Gauge",
+    "Job",
+    "bar",
+    "fill",
+    "gpu",
+    "jobs",
+    "known",
+    "of_checkpoint",
+    "saver",
+    "search",
+    "uniform",
+]
