@@ -1,9 +1,9 @@
 """Quantized matmul for JAX: packing formats, kernels and Flax layers."""
 
 from qjax import checkpoints, formats, layers
-from qjax.decode import dequantize, relayout
+from qjax.decode import relayout
 from qjax.formats.flattening import flatten, unflatten
-from qjax.ops import matmul, prepare, quantize
+from qjax.ops import dequantize, matmul, prepare, quantize
 from qjax.tensor import QTensor, codes
 
 __all__ = [

@@ -24,7 +24,12 @@ from qjax.tensor import (
 _SIZE, _ONE = 2**31 - 1, 2**23
 
 
-def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b k n"]:
+def dequantize(
+    qt: QTensor,
+    dtype: DTypeLike | None = None,
+    *,
+    stored: Callable[[QTensor, jnp.dtype | None], Array] | None = None,
+) -> Float[Array, "*b k n"]:
     """Computes the dense weight.
 
     Args:
@@ -32,6 +37,7 @@ def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b 
       dtype: None gives the upstream's dtype (the scale's) with the upstream's rounding,
         bit for bit. Any other dtype widens scales and zeros to float32, evaluates the
         map there, and rounds the result once to ``dtype``.
+      stored: What computes the weight of one matrix; None takes `stored_weight`.
 
     Returns:
       ``[*batch, k, n]``, rows in the order of the input features.
@@ -42,11 +48,14 @@ def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b 
       >>> dequantize(w).shape, dequantize(w, jnp.bfloat16).dtype
       ((32, 32), dtype(bfloat16))
     """
-    return _dequantize(qt, None if dtype is None else jnp.dtype(dtype))
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    return _dequantize(qt, dtype, stored or stored_weight)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _dequantize(qt: QTensor, dtype: jnp.dtype | None) -> Array:
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _dequantize(
+    qt: QTensor, dtype: jnp.dtype | None, stored_weight: Callable[..., Array]
+) -> Array:
     def one(qt: QTensor) -> Array:
         # Another dtype is rounded to once, after the input scale.
         other = dtype is not None and dtype != qt.dtype

@@ -235,6 +235,45 @@ def _matmul_backward(
 _matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
+def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b k n"]:
+    """Computes the dense weight.
+
+    Args:
+      qt: A quantized tensor, stacked or not.
+      dtype: None gives the upstream's dtype (the scale's) with the upstream's rounding,
+        bit for bit. Any other dtype widens scales and zeros to float32, evaluates the
+        map there, and rounds the result once to ``dtype``.
+
+    Returns:
+      ``[*batch, k, n]``, rows in the order of the input features; the same on all
+      devices. On an NVIDIA GPU, a kernel computes it of a weight in `Tiles`.
+
+    Example:
+      >>> w = quantize(jnp.eye(32), bits=4, group_size=32)
+      >>> dequantize(w).shape, dequantize(w, jnp.bfloat16).dtype
+      ((32, 32), dtype(bfloat16))
+    """
+    return decode.dequantize(qt, dtype, stored=_stored_weight)
+
+
+def _stored_weight(w: QTensor, dtype: jnp.dtype | None) -> Array:
+    plain = dataclasses.replace(
+        w, scale=tensor.plain(w.scale), zero=tensor.plain(w.zero)
+    )
+
+    def on_gpu(plain: QTensor) -> Array:
+        with contextlib.suppress(NotImplementedError):
+            return pallas.weight(plain, dtype)
+        return elsewhere(plain)
+
+    def elsewhere(plain: QTensor) -> Array:
+        return decode.stored_weight(plain, dtype)
+
+    if w.layout != pallas.layout_of(w) or not _kernels_read(w):
+        return elsewhere(plain)
+    return jax.lax.platform_dependent(plain, cuda=on_gpu, default=elsewhere)
+
+
 def _vary_together(*operands: Any) -> tuple[Any, ...]:
     """Inside `jax.shard_map`, lets all leaves vary over the axes that any varies over.
 

@@ -158,8 +158,21 @@ def _body(
     )
     matrix, centre = read_origin(refs.origin), task.affine.centre(task.bits)
     tables = [read_table(ref) for ref in refs.tables[:-1]]
-    blocks = config.block_k // tiles.rows_of_block(task.bits)
-    for row in range(0, config.block_k, task.steps.rows):
+    block = iteration * (config.block_k // tiles.rows_of_block(task.bits))
+    step_rows = range(0, config.block_k, task.steps.rows)
+
+    def tiles_of(place: Place) -> list[Array]:
+        if not tables:
+            return [columns.operand(place)]
+        return [columns.entry(place, table) for table in tables]
+
+    # Before the first store, for all the compiler knows one to the words: only then are
+    # the loads of sub-blocks that share a slot one load.
+    loaded = [
+        [tiles_of(p) for p in places(task.bits, matrix.block + block, row, task.steps)]
+        for row in step_rows
+    ]
+    for row, operands in zip(step_rows, loaded, strict=True):
         g = (iteration * config.block_k + row) // task.group
         g = matrix.group + jnp.minimum(g, task.groups - 1)
         scale, *zero = (
@@ -173,31 +186,20 @@ def _body(
             scale = scale * unit
             if task.affine is not Affine.ZERO:
                 zero = [z * unit for z in zero]
-        block = matrix.block + iteration * blocks
-        stored = places(task.bits, block, row, task.steps)
-        written = places(task.bits, iteration * blocks, row, task.steps)
-        for place, target in zip(stored, written, strict=True):
+        written = places(task.bits, block, row, task.steps)
+        for place, parts in zip(written, operands, strict=True):
+            first, *rest = (part.astype(jnp.float32) for part in parts)
+            c = first - (columns.offset(place) + centre)
             if tables:
-                entries = [columns.entry(place, t).astype(jnp.float32) for t in tables]
                 (entry,) = lang.scalars(refs.tables[-1], 0, 1)
-                values = sum(entries[1:], entries[0]) * entry * scale
-            else:
-                above = columns.offset(place) + centre
-                c = columns.operand(place).astype(jnp.float32) - above
-                values = (
-                    c * scale
-                    if not zero
-                    else decode.affine_map(
-                        c,
-                        scale,
-                        zero[0],
-                        task.affine,
-                        task.rounding,
-                        task.exact,
-                        _convert,
-                    )
+                values = sum(rest, first) * entry * scale
+            elif zero:
+                values = decode.affine_map(
+                    c, scale, zero[0], task.affine, task.rounding, task.exact, _convert
                 )
-            _store(out_ref, target, columns, values.astype(out_ref.dtype))
+            else:
+                values = c * scale
+            _store(out_ref, place, columns, values.astype(out_ref.dtype))
 
 
 def _convert(x: Array, dtype: DTypeLike) -> Array:

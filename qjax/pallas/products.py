@@ -2,15 +2,16 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, DTypeLike, Float
 
+from qjax import tensor
 from qjax.pallas import configs
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
 from qjax.pallas.operands import DTYPE, fit, one_of, unit_of
 from qjax.pallas.scale_grad import scale_grad
-from qjax.tensor import QTensor
+from qjax.tensor import Affine, QTensor
 
 
 def fused(
@@ -49,6 +50,20 @@ def dense_t(
 ) -> Float[Array, "m k"]:
     """``dy @ W.T`` for many rows: forms the weight in float16, then multiplies."""
     return _through_dense(dy, w, index, (((1,), (1,)), ((), ())))
+
+
+def weight(w: QTensor, dtype: DTypeLike | None) -> Float[Array, "k n"]:
+    """The dense weight of a matrix, bit for bit that of `decode.stored_weight`."""
+    if w.scale.dtype == jnp.float32 and w.zero is not None and w.affine != Affine.ZERO:
+        raise NotImplementedError(
+            "A kernel may round the product of a code and a float32 scale, or not, "
+            "before it adds the zero."
+        )
+    parts = [
+        dequantize(part, dtype, configs.for_dequantize(part))
+        for part in tensor.split(w)
+    ]
+    return jnp.concatenate(parts)
 
 
 def _through_dense(rows: Array, w: QTensor, index: Array | None, axes: tuple) -> Array:

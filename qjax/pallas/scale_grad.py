@@ -178,21 +178,28 @@ def _body(
         mask = jnp.broadcast_to(mask, (config.block_m, config.block_n))
     dy = lang.load(refs.dy.at[rows, columns.slice], mask).T
 
+    def total(iteration: Array, i: int, row: int) -> Array:
+        begin = lang.load_row(
+            refs.start, iteration * len(step_rows) + i, 0, columns=rows
+        )
+        product = columns.add_product(
+            refs.x,
+            rows,
+            iteration * config.block_k + row,
+            places(bits, first_block + iteration * blocks, row, steps),
+            steps.joined,
+            jnp.broadcast_to(begin[None], dy.shape),
+        )
+        return (product * dy).sum(1)
+
     def iterate(iteration: Array, done: Array) -> Array:
-        for i, row in enumerate(step_rows):
-            step = iteration * len(step_rows) + i
-            begin = lang.load_row(refs.start, step, 0, columns=rows)
-            product = columns.add_product(
-                refs.x,
-                rows,
-                iteration * config.block_k + row,
-                places(bits, first_block + iteration * blocks, row, steps),
-                steps.joined,
-                jnp.broadcast_to(begin[None], dy.shape),
-            )
-            total = (product * dy).sum(1)
-            out = out_ref.at[pl.ds(m, 1), pl.ds(step, 1), columns.slice]
-            lang.store(out, total[None, None], columns.inside)
+        # All steps before the first store, for all the compiler knows one to the words:
+        # only then are the loads of steps that share a slot one load.
+        totals = [total(iteration, i, row) for i, row in enumerate(step_rows)]
+        for i, value in enumerate(totals):
+            step = pl.ds(iteration * len(step_rows) + i, 1)
+            out = out_ref.at[pl.ds(m, 1), step, columns.slice]
+            lang.store(out, value[None, None], columns.inside)
         return done
 
     begin, end = config.share(split, iterations)

@@ -33,7 +33,7 @@ class Loads:
 
 
 def loads(ptx: str) -> Loads:
-    """Reads the loads of a kernel with one hot loop, the longest."""
+    """Reads the loads of a kernel with one hot loop, the longest, or with none."""
     statements = _statements(ptx)
     origins = _origins(statements)
     begin, end = _longest_loop(statements)
@@ -99,4 +99,5 @@ def _longest_loop(statements: list[str]) -> tuple[int, int]:
         for i, s in enumerate(statements)
         if s.startswith("bra") and labels.get(target := s.split()[-1], i) < i
     ]
-    return max(ranges, key=lambda r: r[1] - r[0])
+    none = (len(statements), len(statements))
+    return max(ranges, key=lambda r: r[1] - r[0], default=none)

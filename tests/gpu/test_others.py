@@ -1,8 +1,11 @@
 """The other kernels as XLA compiles them: the backward of matmul, the dense weight."""
 
+import math
+
 import pytest
 
-from tests.gpu.cases import Other
+from tests.gpu import ptx
+from tests.gpu.cases import K, N, Other
 
 both = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 CASES = [
@@ -39,3 +42,27 @@ def test_registers_suffice(case, kernel):
 def test_instructions(case, arch, kernel, budgets):
     counted = kernel.instructions if case.kernel == "dequantize" else kernel.hot
     budgets.check(case, arch, len(counted) / case.weights, kernel.registers)
+
+
+# The parameter with words, after the tables of a codebook.
+WORDS = {"dequantize": 0, "matmul_t": 2, "scale_grad": 3}
+TABLES = {"dequantize": 4, "matmul_t": 1}
+
+
+@every
+@both
+def test_words_are_read_once(case, arch, compiled):
+    program = compiled(case, arch)
+    launch, config = program.kernel_launch, case.config
+    loads = ptx.loads(program.kernel.ptx)
+    words = WORDS[case.kernel] + (TABLES[case.kernel] if case.codebook else 0)
+    rows = case.weights * 32 * config.warps / config.block_n
+    passes = {"matmul_t": N / config.block_n, "scale_grad": K / rows}
+    if case.kernel == "dequantize":
+        thread = loads.before[words]
+    else:
+        # Those loaded ahead of the loop are not loaded past the end in return.
+        thread = loads.loop[words] * passes[case.kernel] / config.splits
+    loaded = thread * launch.threads * math.prod(launch.grid)
+    floor = case.weight.words[0].size * 2
+    assert 0.99 * floor <= loaded <= 1.03 * floor

@@ -278,3 +278,15 @@ def test_gradient_in_shard_map():
     assert launches(text) == 2
     # The cotangent of x, which every device has a share of.
     assert text.count("stablehlo.all_reduce") == 1
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("convention", ["integer zero", "codebook"])
+def test_dense_weight(convention, dtype):
+    w = weight(4, 64, convention)
+    assert launches(lower(lambda w: qjax.dequantize(w, dtype), w)) == 1
+    # A kernel might round the product of a float32 scale, and jnp would not.
+    wide = dataclasses.replace(
+        weight(4, 64, "offset"), scale=struct((8, 256), jnp.float32)
+    )
+    assert launches(lower(lambda w: qjax.dequantize(w, dtype), wide)) == 0
