@@ -11,13 +11,14 @@ import pytest
 from tests import goldens
 
 MODULES = sorted(
-    f"tests.formats.{path.stem}"
-    for path in (goldens.FOLDER.parent / "formats").glob("test_*.py")
+    f"tests.{folder}.{path.stem}"
+    for folder in ("formats", "training")
+    for path in (goldens.FOLDER.parent / folder).glob("test_*.py")
 )
 
 
 def marks() -> Iterator[tuple[object, pytest.Mark]]:
-    """The marks of all tests of formats, with the functions that have them."""
+    """The marks of the tests that read golden files, with their functions."""
     for module in map(importlib.import_module, MODULES):
         places = [module, *(c for _, c in inspect.getmembers(module, inspect.isclass))]
         for place in places:
@@ -53,7 +54,7 @@ def test_every_file_is_a_parameter_of_a_test():
     }
     missing = goldens.FILES.keys() - found - goldens.ALONE.keys()
     assert not missing, f"no test has these as a parameter: {sorted(missing)}"
-    assert len(goldens.FILES) >= 236
+    assert len(goldens.FILES) >= 245
 
 
 @pytest.mark.parametrize("name", goldens.ALONE)

@@ -1,0 +1,323 @@
+"""Training with Flax nnx: shadow gradients of a model, and LoRA beside its layers."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.nn.initializers import Initializer, zeros
+from jaxtyping import Array, DTypeLike, Float, Num
+
+from qjax.layers.nnx import Linear
+from qjax.tensor import QTensor
+from qjax.training import lora, shadow
+
+
+def kernels(model: nnx.Module) -> dict[str, QTensor]:
+    """The kernels of all quantized layers, by path.
+
+    Args:
+      model: A module with `layers.nnx.Linear` somewhere below it.
+
+    Returns:
+      Kernels by the path of their layers, such as "layers/0/mlp/up_proj"; one that is
+      shared has the first of its paths, and the model itself the path "".
+
+    Example:
+      >>> from flax import nnx
+      >>> up = qjax.layers.nnx.Linear(64, 8, group_size=32)
+      >>> list(kernels(nnx.List([up])))
+      ['0']
+    """
+    return {path: layer.kernel for path, layer in _layers(model)}
+
+
+def load_kernels(model: nnx.Module, kernels: Mapping[str, QTensor]) -> None:
+    """Gives layers other kernels of the same formats, such as `apply_updates` returns.
+
+    Unlike `layers.nnx.Linear.load`, this looks at no values, and so works inside
+    `nnx.jit`.
+
+    Args:
+      model: The model, which is changed in place.
+      kernels: Kernels by path, as `kernels` gives them; other layers keep theirs.
+
+    Raises:
+      ValueError: If there is no such layer, or its kernel has another tree or shapes.
+
+    Example:
+      >>> layer = qjax.layers.nnx.Linear(64, 8, group_size=32)
+      >>> load_kernels(layer, kernels(layer))
+    """
+    layers = _named(model, kernels, "kernels")
+    for path, layer in layers.items():
+        new, old = kernels[path], layer.kernel
+        shapes = [[leaf.shape for leaf in jax.tree.leaves(w)] for w in (new, old)]
+        if (
+            jax.tree.structure(new) != jax.tree.structure(old)
+            or len({str(shape) for shape in shapes}) > 1
+        ):
+            raise ValueError(
+                f"kernels[{path!r}]={new!r} must have the format of the layer's own, "
+                f"{old!r}; Linear.load takes any."
+            )
+
+        def fill(variable: nnx.Variable, leaf: Array) -> None:
+            variable[...] = leaf
+
+        is_variable = lambda leaf: isinstance(leaf, nnx.Variable)  # noqa: E731
+        jax.tree.map(fill, layer.packed, new, is_leaf=is_variable)
+
+
+class ShadowLinear(nnx.Module):
+    """A `layers.nnx.Linear` whose integer weights have a gradient.
+
+    `with_shadows` makes them, of a shadow that lives as long as a step.
+
+    Args:
+      base: The layer.
+      shadow: ``[k, n]`` zeros.
+
+    Example:
+      >>> layer = qjax.layers.nnx.Linear(64, 8, group_size=32)
+      >>> ShadowLinear(layer, jnp.zeros((64, 8)))(jnp.ones((2, 64))).shape
+      (2, 8)
+    """
+
+    def __init__(self, base: Linear, shadow: Float[Array, "k n"]) -> None:
+        self.base = base
+        self.shadow = nnx.data(shadow)
+
+    def __call__(self, inputs: Num[Array, "*batch k"]) -> Float[Array, "*batch n"]:
+        """Applies the base.
+
+        Args:
+          inputs: ``[..., k]``.
+
+        Returns:
+          ``[..., n]``, what the base gives.
+        """
+        y = self.base(inputs)
+        rows = jnp.asarray(inputs, y.dtype)
+        return shadow.attach(y, rows, self.base.kernel, self.shadow)
+
+
+def with_shadows(model: nnx.Module, shadows: Mapping[str, Array]) -> Any:
+    """Gives the integer weights of some layers a gradient.
+
+    Args:
+      model: The model, which stays as it is.
+      shadows: What `shadow.zeros` makes of `kernels`, or of some of them.
+
+    Returns:
+      A model of the same Variables, to be called while the gradient of ``shadows`` is
+      taken.
+
+    Raises:
+      ValueError: If there is no such layer.
+
+    Example:
+      >>> layer = qjax.layers.nnx.Linear(64, 8, group_size=32)
+      >>> def loss(shadows):
+      ...     return with_shadows(layer, shadows)(jnp.ones((2, 64))).sum()
+      >>> gradient = jax.grad(loss)(shadow.zeros(kernels(layer)))
+      >>> gradient[""].shape
+      (64, 8)
+    """
+    _named(model, shadows, "shadows")
+    return _replaced(
+        model,
+        lambda path, layer: (
+            ShadowLinear(layer, shadows[path]) if path in shadows else layer
+        ),
+    )
+
+
+class LoRALinear(nnx.Module):
+    """LoRA beside a quantized `layers.nnx.Linear`.
+
+    Example:
+      Only the adapters, `nnx.LoRAParam`, are trained, and only they have a state in the
+      optimizer.
+
+      >>> from flax import nnx
+      >>> base = qjax.layers.nnx.Linear(64, 8, group_size=32)
+      >>> layer = LoRALinear(base, 2, alpha=4, rngs=nnx.Rngs(0))
+      >>> wrt = nnx.DiffState(0, nnx.LoRAParam)
+      >>> loss = lambda layer: (layer(jnp.ones((2, 64))) ** 2).mean()
+      >>> sorted(nnx.grad(loss, argnums=wrt)(layer))
+      ['a', 'b']
+
+    Args:
+      base: The layer that is adapted, stacked or not.
+      rank: Columns of ``a``.
+      alpha: The adapters' product counts ``alpha / rank`` times (default: None, once).
+      param_dtype: Dtype of the adapters (default: float32).
+      a_init: Initializer of ``a`` (default: None, he_uniform over the inputs).
+      b_init: Initializer of ``b`` (default: zeros).
+      rngs: Random keys.
+
+    Raises:
+      ValueError: If ``rank`` is not positive.
+
+    Attributes:
+      base: The layer that is adapted.
+      a: ``[k, rank]``, an `nnx.LoRAParam`.
+      b: ``[rank, n]``, an `nnx.LoRAParam`.
+    """
+
+    def __init__(
+        self,
+        base: Linear,
+        rank: int,
+        *,
+        alpha: float | int | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        a_init: Initializer | None = None,
+        b_init: Initializer = zeros,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.base = base
+        self.rank = rank
+        self.alpha = alpha
+        self.scaling = lora.scaling(rank, alpha)
+        a, b = lora.start(
+            rngs.params(),
+            base.kernel.shape,
+            rank,
+            a_init=a_init,
+            b_init=b_init,
+            param_dtype=param_dtype,
+        )
+        self.a, self.b = nnx.LoRAParam(a), nnx.LoRAParam(b)
+
+    def __call__(self, inputs: Num[Array, "*batch k"]) -> Float[Array, "*batch n"]:
+        """Applies the base, and adds the adapters' product.
+
+        Args:
+          inputs: ``[..., k]``.
+
+        Returns:
+          ``[..., n]`` in the dtype of the base's result.
+        """
+        y = self.base(inputs)
+        rows = jnp.asarray(inputs, y.dtype)
+        return lora.add(y, rows, self.a[...], self.b[...], self.scaling)
+
+    def merge(self) -> Float[Array, "*batch k n"]:
+        """Returns the dense kernel of base and adapters, in float32."""
+        return lora.merge(self.base.kernel, self.a[...], self.b[...], alpha=self.alpha)
+
+    def merge_quantized(self) -> Linear:
+        """Returns a layer whose kernel, of the base's format, has the adapters in it.
+
+        As `lora.merge_quantized`: the adapters are rounded as the weight was.
+        """
+        kernel = lora.merge_quantized(
+            self.base.kernel, self.a[...], self.b[...], alpha=self.alpha
+        )
+        return Linear.from_qtensor(
+            kernel,
+            None if self.base.bias is None else self.base.bias[...],
+            dtype=self.base.dtype,
+            implementation=self.base.implementation,
+        )
+
+
+def add_lora(
+    model: nnx.Module,
+    rank: int,
+    *,
+    alpha: float | int | None = None,
+    where: Callable[[str], bool] = lambda path: True,
+    param_dtype: DTypeLike = jnp.float32,
+    rngs: nnx.Rngs,
+) -> Any:
+    """Puts adapters beside the quantized layers of a model.
+
+    Args:
+      model: The model, which stays as it is.
+      rank: As in `LoRALinear`.
+      alpha: As in `LoRALinear`.
+      where: Says of the path of a layer, such as "layers/0/mlp/up_proj", whether it is
+        adapted.
+      param_dtype: As in `LoRALinear`.
+      rngs: As in `LoRALinear`.
+
+    Returns:
+      A model of the same Variables, with a `LoRALinear` in place of each adapted layer.
+
+    Raises:
+      ValueError: If ``rank`` is not positive, or there is no such layer.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.List([qjax.layers.nnx.Linear(64, 8, group_size=32)])
+      >>> adapted = add_lora(model, rank=2, rngs=nnx.Rngs(0))
+      >>> type(adapted[0]).__name__, type(model[0]).__name__
+      ('LoRALinear', 'Linear')
+    """
+    if not any(where(path) for path, _ in _layers(model)):
+        paths = [path for path, _ in _layers(model)]
+        raise ValueError(f"where picks none of the quantized layers: {paths}.")
+    return _replaced(
+        model,
+        lambda path, layer: (
+            LoRALinear(layer, rank, alpha=alpha, param_dtype=param_dtype, rngs=rngs)
+            if where(path)
+            else layer
+        ),
+    )
+
+
+def merge_lora(model: nnx.Module) -> Any:
+    """Merges all adapters of a model into weights of their bases' formats.
+
+    Args:
+      model: What `add_lora` returned; it stays as it is.
+
+    Returns:
+      A model with a `layers.nnx.Linear` in place of each `LoRALinear`.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.List([qjax.layers.nnx.Linear(64, 8, group_size=32)])
+      >>> merged = merge_lora(add_lora(model, rank=2, rngs=nnx.Rngs(0)))
+      >>> type(merged[0]).__name__
+      'Linear'
+    """
+
+    def merge(_: tuple, node: Any) -> Any:
+        return node.merge_quantized() if isinstance(node, LoRALinear) else node
+
+    return nnx.recursive_map(merge, model)
+
+
+def _name(path: tuple) -> str:
+    return "/".join(map(str, path))
+
+
+def _layers(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, Linear):
+            yield _name(path), module
+
+
+def _named(model: nnx.Module, given: Mapping[str, Any], name: str) -> dict[str, Linear]:
+    layers = dict(_layers(model))
+    if unknown := given.keys() - layers.keys():
+        raise ValueError(
+            f"{name} has {sorted(unknown)}, which are no quantized layers of the "
+            f"model; it has {list(layers)}."
+        )
+    return {path: layers[path] for path in given}
+
+
+def _replaced(model: nnx.Module, make: Callable[[str, Linear], nnx.Module]) -> Any:
+    """A copy of a model, of the same Variables, with other layers in it."""
+
+    def replace(path: tuple, node: Any) -> Any:
+        return make(_name(path), node) if isinstance(node, Linear) else node
+
+    return nnx.recursive_map(replace, model)

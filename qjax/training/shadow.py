@@ -1,0 +1,148 @@
+"""The shadow gradient: what the integer weights of a product would get.
+
+Integers have no gradient. A product ``y = x @ W`` is therefore given one more argument,
+a float array of zeros as large as the weight, that nobody reads: its cotangent is that
+of the dense weight,
+
+    dW = (x * input_scale).T @ dy
+
+with the rows in the order of the inputs. `qjax.training.apply_updates` moves the codes
+along it. Zeros that are made inside the compiled function take no memory: only the
+gradient does, and it is the one dense array that training the weights needs.
+
+Source of the idea, called the privileged gradient there: GreenBitAI/bitorch-engine,
+bitorch_engine/layers/qlinear/nbit/cuda/mbwq_layer.py, commit
+0009b1f8178e86df6433383879c0005a49c0cc92.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float
+
+from qjax import ops
+from qjax.tensor import QTensor
+
+
+def zeros(tree: Any, dtype: DTypeLike = jnp.float32) -> Any:
+    """Makes the shadow of every `QTensor` of a tree.
+
+    Args:
+      tree: Any pytree that holds some; abstract ones will do.
+      dtype: Dtype of the gradients to come.
+
+    Returns:
+      The same tree with zeros ``[*batch, k, n]`` for each tensor, and None for all
+      else.
+
+    Example:
+      >>> w = qjax.quantize(jnp.ones((64, 8)), group_size=32)
+      >>> jax.tree.map(jnp.shape, zeros({"kernel": w, "bias": jnp.ones(8)}))
+      {'bias': None, 'kernel': (64, 8)}
+    """
+    is_qtensor = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: jnp.zeros(leaf.shape, dtype) if is_qtensor(leaf) else None,
+        tree,
+        is_leaf=is_qtensor,
+    )
+
+
+def matmul(
+    x: Float[Array, "*batch k"],
+    w: QTensor,
+    shadow: Float[Array, "k n"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "*batch n"]:
+    """`qjax.matmul`, and the gradient of the integer weights for ``shadow``.
+
+    Args:
+      x: As in `qjax.matmul`.
+      w: As in `qjax.matmul`.
+      shadow: ``[k, n]`` zeros, of which only shape and dtype count.
+      implementation: As in `qjax.matmul`.
+
+    Returns:
+      ``qjax.matmul(x, w)``, bit for bit. The cotangent of ``shadow`` is
+      ``(x * input_scale).T @ dy``, the product accumulated in float32.
+
+    Raises:
+      ValueError: As `qjax.matmul`; or if ``shadow`` has another shape than ``w``.
+
+    Example:
+      >>> w = qjax.quantize(jnp.ones((64, 8)), group_size=32)
+      >>> x = jnp.ones((2, 64))
+      >>> gradient = jax.grad(lambda shadow: matmul(x, w, shadow).sum())
+      >>> float(gradient(zeros(w))[0, 0])
+      2.0
+    """
+    y = ops.matmul(x, w, implementation=implementation)
+    return attach(y, x, w, shadow)
+
+
+def attach(
+    y: Float[Array, "*batch n"],
+    x: Float[Array, "*batch k"],
+    w: QTensor,
+    shadow: Float[Array, "k n"],
+) -> Float[Array, "*batch n"]:
+    """Gives a product that was computed elsewhere its shadow.
+
+    Args:
+      y: ``[..., n]``, the product of ``x`` and ``w``, with or without a bias.
+      x: ``[..., k]``.
+      w: ``[k, n]``.
+      shadow: As in `matmul`.
+
+    Returns:
+      ``y``.
+
+    Raises:
+      ValueError: If ``shadow`` is not of the shape of ``w``, or not float.
+    """
+    if shadow.shape != w.shape or not jnp.issubdtype(shadow.dtype, jnp.floating):
+        raise ValueError(
+            f"shadow must be float {w.shape}, as w; got {shadow.dtype}{shadow.shape}. "
+            "qjax.training.shadow.zeros(w) makes one."
+        )
+    x = jax.lax.stop_gradient(x)
+    if w.input_scale is not None:
+        scale = jax.lax.stop_gradient(w.input_scale).astype(x.dtype)
+        x = x * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    # Where `jax.shard_map` keeps track of it, an operand that is the same on all
+    # devices is cast; the transpose of that cast sums its cotangent over them.
+    axes = jax.typeof(y).manual_axis_type.varying
+    missing = tuple(axes - jax.typeof(shadow).manual_axis_type.varying)
+    if missing:
+        shadow = jax.lax.pcast(shadow, missing, to="varying")
+    return _attach(y, x, shadow)
+
+
+# y = x W + ..., so dW = x^T dy; y itself passes through, and so does its cotangent.
+@jax.custom_vjp
+def _attach(y: Array, x: Array, shadow: Array) -> Array:
+    del x, shadow
+    return y
+
+
+def _forward(y: Array, x: Array, shadow: Array) -> tuple[Array, tuple[Array, Array]]:
+    # Of the shadow only the dtype is kept, in an array of no elements.
+    return y, (x, jnp.zeros_like(shadow, shape=(0,)))
+
+
+def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array, Array]:
+    x, empty = residuals
+    dtype = x.dtype if x.dtype == dy.dtype else jnp.float32
+    dw = jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]).astype(dtype),
+        dy.reshape(-1, dy.shape[-1]).astype(dtype),
+        (((0,), (0,)), ((), ())),
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+    return dy, jnp.zeros_like(x), dw.astype(empty.dtype)
+
+
+_attach.defvjp(_forward, _backward)
