@@ -28,7 +28,7 @@ def dequantize(
     qt: QTensor,
     dtype: DTypeLike | None = None,
     *,
-    stored: Callable[[QTensor, jnp.dtype | None], Array] | None = None,
+    stored: Callable[[QTensor, DTypeLike | None], Array] | None = None,
 ) -> Float[Array, "*b k n"]:
     """Computes the dense weight.
 

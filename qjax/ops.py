@@ -17,7 +17,7 @@ from jaxtyping import Array, DTypeLike, Float, Integer
 from qjax import decode, pallas, tensor, xla
 from qjax.bits import block
 from qjax.formats.tiles import Tiles
-from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
+from qjax.tensor import Affine, Encoded, Grouping, Layout, QTensor, Segment
 
 # Every implementation of the three products that `matmul` and its gradient need. One
 # raises `NotImplementedError` to decline its operands; other errors are the caller's.
@@ -27,6 +27,7 @@ IMPLEMENTATIONS: Mapping[str, _Table] = {
     # x [m, k], w -> x @ W
     "matmul": {
         "pallas": pallas.fused,
+        "pallas_bf16": pallas.fused_bf16,
         "pallas_dense": pallas.dense,
         "xla_fused": xla.fused,
         "xla_tiled": xla.tiled,
@@ -49,7 +50,7 @@ IMPLEMENTATIONS: Mapping[str, _Table] = {
     },
 }
 
-_ON_GPU = ("pallas", "pallas_dense")
+_ON_GPU = ("pallas", "pallas_bf16", "pallas_dense")
 # Up to this many rows the products of XLA's forms stay in registers (`xla.fused`).
 _FUSED_ROWS = 3
 # A weight of at most 4 MiB in float32 is formed: it stays in the cache, and one product
@@ -119,8 +120,9 @@ def matmul(
         copy; products with all of a stack go through `jax.vmap`.
       implementation: None takes the first of `IMPLEMENTATIONS` that supports the
         operands. A name takes that one and no other: "pallas" never falls back, and
-        fails where there is no GPU. "xla_int8" rounds the activations to int8 and is
-        never taken unless named.
+        fails where there is no GPU. "pallas_bf16" does without the scaling of rows
+        that lets float16 hold them: it takes bfloat16 of any range. "xla_int8" rounds
+        the activations to int8. Both are never taken unless named.
 
     Returns:
       ``[..., n]`` product in the dtype of ``x``.
@@ -185,8 +187,8 @@ def _matmul(x: Array, w: QTensor, index: Array | None, choice: _Choice) -> Array
     # The fused kernel multiplies all segments in one launch.
     if len(w.segments) == 1:
         return by_parts(x, w, index)
-    if choice.implementation == "pallas":
-        return pallas.fused(x, w, index)
+    if choice.implementation in ("pallas", "pallas_bf16"):
+        return IMPLEMENTATIONS["matmul"][choice.implementation](x, w, index)
     fused = (
         _goes_to_kernels(w, choice) and _gpu_order("matmul", len(x), w)[0] == "pallas"
     )
@@ -256,22 +258,19 @@ def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b 
     return decode.dequantize(qt, dtype, stored=_stored_weight)
 
 
-def _stored_weight(w: QTensor, dtype: jnp.dtype | None) -> Array:
-    plain = dataclasses.replace(
-        w, scale=tensor.plain(w.scale), zero=tensor.plain(w.zero)
-    )
-
-    def on_gpu(plain: QTensor) -> Array:
+def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
+    def on_gpu(w: QTensor) -> Array:
         with contextlib.suppress(NotImplementedError):
-            return pallas.weight(plain, dtype)
-        return elsewhere(plain)
+            return pallas.weight(w, dtype)
+        return elsewhere(w)
 
-    def elsewhere(plain: QTensor) -> Array:
-        return decode.stored_weight(plain, dtype)
+    def elsewhere(w: QTensor) -> Array:
+        return decode.stored_weight(w, dtype)
 
-    if w.layout != pallas.layout_of(w) or not _kernels_read(w):
-        return elsewhere(plain)
-    return jax.lax.platform_dependent(plain, cuda=on_gpu, default=elsewhere)
+    encoded = isinstance(w.scale, Encoded) or isinstance(w.zero, Encoded)
+    if w.layout != pallas.layout_of(w) or encoded or not _kernels_read(w):
+        return elsewhere(w)
+    return jax.lax.platform_dependent(w, cuda=on_gpu, default=elsewhere)
 
 
 def _vary_together(*operands: Any) -> tuple[Any, ...]:
@@ -378,7 +377,7 @@ def _check_operands(
         )
     if implementation in _ON_GPU and x.dtype == jnp.float32:
         raise NotImplementedError(
-            f"implementation={implementation!r} multiplies in float16 and declines "
+            f"implementation={implementation!r} multiplies 16-bit floats and declines "
             "float32 x; cast x to bfloat16, or leave implementation out."
         )
     if implementation not in (None, *IMPLEMENTATIONS["matmul"]):

@@ -734,8 +734,8 @@ class TestDispatch:
                 (2, 128),
                 "float32",
                 "triton",
-                "implementation='triton' must be one of ['pallas', 'pallas_dense', "
-                "'xla_fused', 'xla_tiled', 'xla_dense', 'xla_int8']",
+                "implementation='triton' must be one of ['pallas', 'pallas_bf16', "
+                "'pallas_dense', 'xla_fused', 'xla_tiled', 'xla_dense', 'xla_int8']",
             ),
         ],
     )

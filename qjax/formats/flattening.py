@@ -112,6 +112,10 @@ def _described(name: str, value: Any, classes: Mapping[str, type]) -> dict[str, 
             "qjax.relayout changes the layout, and qjax.prepare decodes scales."
         )
     static = {field.name: getattr(value, field.name) for field in _static(type(value))}
+    # A flag is 1, or not there.
+    static = {
+        k: v if type(v) is not bool else int(v) or None for k, v in static.items()
+    }
     return {name: kinds[0]} | _set(name, static)
 
 
@@ -246,6 +250,8 @@ def _layout(entries: _Entries) -> Layout:
         key = f"layout.{field.name}"
         if field.name == "axis":
             fields["axis"] = entries.integer(key, 0, 1)
+        elif field.type is bool:
+            fields[field.name] = entries.has(key) and entries.integer(key, 1, 1) == 1
         elif field.type == int | None:
             fields[field.name] = _optional(entries, key)
         else:  # Extents, of k or of a tile.

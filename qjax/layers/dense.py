@@ -1,25 +1,31 @@
-"""What the linen and the nnx layer share: a kernel's start, its checks, its product."""
+"""What linen and nnx layers share: a kernel's start, its checks, its product."""
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
-from jax.nn.initializers import Initializer
 from jaxtyping import Array, DTypeLike, Num
 
 from qjax import ops
 from qjax.bits import block
 from qjax.tensor import QTensor
 
+# An `Initializer`, or a function of (key, shape, dtype) around one.
+Draw = Callable[..., Array]
+
 
 def start(
-    kernel_init: Initializer | None,
+    kernel_init: Draw | None,
     key: Array,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     *,
     bits: int,
     group_size: int | None,
     symmetric: bool,
     param_dtype: DTypeLike,
+    rows: str = "in_features",
 ) -> QTensor:
     """Makes the kernel of a new layer, prepared for this device.
 
@@ -27,11 +33,12 @@ def start(
       kernel_init: Draws the dense kernel that is quantized. None: all words and scales
         are zero, and no dense array exists.
       key: Key for ``kernel_init``.
-      shape: (in_features, out_features).
+      shape: (in_features, out_features), or a stack's (*batch, ...).
       bits: Width of a code.
       group_size: Rows that share a scale; None for one group a column.
       symmetric: Whether no zeros are stored.
       param_dtype: Dtype of the sample and of the scales.
+      rows: What the layer calls the number of rows, for errors.
 
     Returns:
       The kernel.
@@ -39,7 +46,7 @@ def start(
     Raises:
       ValueError: If the arguments do not fit together.
     """
-    _check_sizes(shape[0], bits, group_size, param_dtype)
+    _check_sizes(rows, shape[-2], bits, group_size, param_dtype)
 
     def pack(kernel: Array) -> QTensor:
         return ops.prepare(ops.quantize(kernel, bits, group_size, symmetric))
@@ -48,27 +55,66 @@ def start(
         abstract = jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, param_dtype))
         return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
     sample = kernel_init(key, shape, param_dtype)
-    if getattr(sample, "shape", None) != shape:
-        raise ValueError(
-            f"kernel_init gave {type(sample).__name__} of shape "
-            f"{getattr(sample, 'shape', None)}; it must give an array of shape {shape}."
-        )
+    check_sample("kernel_init", sample, shape)
     return pack(sample)
 
 
+def starting(
+    layer: Any,
+    kernel_init: Draw | None,
+    shape: tuple[int, ...],
+    start: Callable[..., QTensor] = start,
+) -> Callable[[Array], QTensor]:
+    """Returns a function of a key that starts the kernel of a layer.
+
+    Args:
+      layer: Has ``bits``, ``group_size``, ``symmetric`` and ``param_dtype``.
+      kernel_init: As in `start`.
+      shape: As in `start`.
+      start: Makes the kernel.
+    """
+    return lambda key: start(
+        kernel_init,
+        key,
+        shape,
+        bits=layer.bits,
+        group_size=layer.group_size,
+        symmetric=layer.symmetric,
+        param_dtype=layer.param_dtype,
+    )
+
+
+def check_sample(name: str, sample: Any, shape: tuple[int, ...]) -> None:
+    """Checks what an initializer gave.
+
+    Args:
+      name: Name of the initializer.
+      sample: What it gave.
+      shape: The shape that was asked for.
+
+    Raises:
+      ValueError: If ``sample`` is no array of that shape.
+    """
+    if getattr(sample, "shape", None) != shape:
+        raise ValueError(
+            f"{name} gave {type(sample).__name__} of shape "
+            f"{getattr(sample, 'shape', None)}; it must give an array of shape {shape}."
+        )
+
+
 def _check_sizes(
-    in_features: int, bits: int, group_size: int | None, param_dtype: DTypeLike
+    name: str, rows: int, bits: int, group_size: int | None, param_dtype: DTypeLike
 ) -> None:
     codes = block(bits)[0]
-    if in_features % codes:
+    if rows % codes:
         raise ValueError(
-            f"in_features={in_features} must be a multiple of {codes}, so that "
+            f"{name}={rows} must be a multiple of {codes}, so that "
             f"{bits}-bit codes fill whole 32-bit words; choose other bits or pad the "
             "inputs."
         )
-    if group_size is not None and (group_size < 1 or in_features % group_size):
+    if group_size is not None and (group_size < 1 or rows % group_size):
         raise ValueError(
-            f"in_features={in_features} must be a multiple of group_size={group_size}; "
+            f"{name}={rows} must be a multiple of group_size={group_size}; "
             "choose one that divides it, or None for one group a column."
         )
     if jnp.dtype(param_dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
@@ -79,14 +125,23 @@ def _check_sizes(
 
 
 def check_shapes(
-    kernel: QTensor, bias: Array | None, shape: tuple[int, ...] | None = None
+    kernel: QTensor,
+    bias: Array | None,
+    shape: tuple[int, ...] | None = None,
+    *,
+    name: str = "kernel",
+    axes: str = "[in_features, out_features]",
+    bias_shape: tuple[int, ...] | None = None,
 ) -> None:
     """Checks a kernel and its bias against each other and against a layer.
 
     Args:
       kernel: ``[*batch, k, n]`` kernel.
-      bias: Its bias, ``[*batch, n]``, or None.
+      bias: Its bias, or None.
       shape: The shape that the kernel must have, if any.
+      name: What the layer calls the kernel, for errors.
+      axes: What its two axes are, for errors.
+      bias_shape: The shape that the bias must have; None for ``[*batch, n]``.
 
     Raises:
       ValueError: Naming what has the wrong shape, and the right one.
@@ -94,14 +149,14 @@ def check_shapes(
     if shape is not None and kernel.shape != shape:
         hint = ""
         if kernel.shape[-2:] == shape[:-3:-1]:
-            hint = " It is transposed: kernels are [in_features, out_features]."
+            hint = f" It is transposed: kernels are {axes}."
         raise ValueError(
-            f"kernel.shape={kernel.shape} must be {shape}, the layer's own.{hint}"
+            f"{name}.shape={kernel.shape} must be {shape}, the layer's own.{hint}"
         )
-    wanted = (*kernel.batch, kernel.n)
+    wanted = (*kernel.batch, kernel.n) if bias_shape is None else bias_shape
     if bias is not None and jnp.shape(bias) != wanted:
         raise ValueError(
-            f"bias.shape={jnp.shape(bias)} must be {wanted}, as kernel.shape="
+            f"bias.shape={jnp.shape(bias)} must be {wanted}, as {name}.shape="
             f"{kernel.shape}."
         )
 

@@ -9,7 +9,15 @@ nothing.
 
 from qjax.pallas.configs import dense_rows
 from qjax.pallas.operands import check, layout_of, one_of
-from qjax.pallas.products import dense, dense_t, fused, fused_grad, fused_t, weight
+from qjax.pallas.products import (
+    dense,
+    dense_t,
+    fused,
+    fused_bf16,
+    fused_grad,
+    fused_t,
+    weight,
+)
 
-__all__ = ["check", "dense", "dense_rows", "dense_t", "fused", "fused_grad"]
-__all__ += ["fused_t", "layout_of", "one_of", "weight"]
+__all__ = ["check", "dense", "dense_rows", "dense_t", "fused"]
+__all__ += ["fused_bf16", "fused_grad", "fused_t", "layout_of", "one_of", "weight"]

@@ -30,6 +30,7 @@ from jaxtyping import Array, Float
 from qjax.formats import tiles
 from qjax.pallas import lang, rows
 from qjax.pallas.operands import (
+    DTYPE,
     Config,
     Steps,
     arrange,
@@ -111,7 +112,8 @@ def matmul(
         (`operands.fit`).
       w: Codes in stored row order, groups of a multiple of 32 rows or one a column.
         The entries of a codebook are rounded to float16.
-      config: How to cut the launch up.
+      config: How to cut the launch up, and the dtype of the operands. bfloat16 is exact
+        for bfloat16 ``x`` of any range, and takes codes of up to 7 bits.
       index: Which matrix of ``w``, where that is a stack ``[count, k, n]``.
       interpret: Whether to run as jnp, on any device.
 
@@ -121,6 +123,10 @@ def matmul(
     Raises:
       NotImplementedError: If the kernel declines ``w``, with the reason.
     """
+    if w.codebook is not None and config.dtype != DTYPE:
+        raise NotImplementedError(
+            f"The entries of a codebook become float16, not {config.dtype}."
+        )
     runs, bounds = zip(*_segments(w, config), strict=True)
     m, columns = len(x), w.n + w.padding
     entries, unit = codebook_table(w, index)
@@ -189,9 +195,17 @@ def _prepare(
     k = w.k + sum(segment.padding for segment in w.segments)
     if len(runs) == 1 and rows.fits(k):
         (run,) = runs
-        options = {"sums": sums, "block_m": config.block_m, "interpret": interpret}
-        return rows.prepare(_pad(x, w, 0), run.bits, w.affine, run.steps, **options)
-    fitted, unscale = fit(_pad(x, w, -len(x) % config.block_m))
+        return rows.prepare(
+            _pad(x, w, 0),
+            run.bits,
+            w.affine,
+            run.steps,
+            sums=sums,
+            block_m=config.block_m,
+            dtype=config.dtype,
+            interpret=interpret,
+        )
+    fitted, unscale = fit(_pad(x, w, -len(x) % config.block_m), config.dtype)
     ends = itertools.accumulate(
         held + segment.padding for held, segment in zip(w.rows, w.segments, strict=True)
     )
@@ -244,7 +258,7 @@ def _body(
     start = n * config.block_n
     entries = None if refs.table is None else read_table(refs.table)
     segments = [
-        Columns(language, ref, run.bits, start, config.block_n, entries)
+        Columns(language, ref, run.bits, start, config.block_n, entries, config.dtype)
         for run, ref in zip(runs, refs.words, strict=True)
     ]
     program = _Program(language, affine, x_rows, refs)

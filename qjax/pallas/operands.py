@@ -20,7 +20,7 @@ from qjax.formats import tiles
 from qjax.pallas import lang, lookup, unpack
 from qjax.tensor import Affine, Grouping, QTensor
 
-# Arithmetic of the tensor cores.
+# Arithmetic of the tensor cores, where no other is asked for.
 DTYPE = jnp.dtype(jnp.float16)
 # Scaled rows of x have their largest element in [2**14, 2**15).
 TOP = 14
@@ -37,6 +37,7 @@ class Config:
       splits: Runs of k, each the work of another program.
       warps: Warps of a program.
       stages: Iterations whose words are loaded ahead.
+      dtype: Of the operands of ``x @ W``: float16, or bfloat16 on request.
     """
 
     block_m: int
@@ -45,6 +46,7 @@ class Config:
     splits: int = 1
     warps: int = 4
     stages: int = 3
+    dtype: jnp.dtype = DTYPE
 
     def fitting(self, bits: int, rows: int) -> "Config":
         """Returns this with iterations that cut ``rows`` padded rows evenly."""
@@ -224,7 +226,9 @@ def read_table(ref: Any) -> list[Array]:
     return [low | high << 16 for low, high in pairs]
 
 
-def fit(x: Float[Array, "m k"]) -> tuple[Float[Array, "m k"], Float[Array, "m 1"]]:
+def fit(
+    x: Float[Array, "m k"], dtype: jnp.dtype = DTYPE
+) -> tuple[Float[Array, "m k"], Float[Array, "m 1"]]:
     """Scales every row by a power of two so that float16 holds it.
 
     Exact for bfloat16 and float16 values, but for elements 2**28 times smaller than the
@@ -232,12 +236,16 @@ def fit(x: Float[Array, "m k"]) -> tuple[Float[Array, "m k"], Float[Array, "m 1"
 
     Args:
       x: Rows of any float dtype.
+      dtype: What the rows become. bfloat16 has the range of float32: they are not
+        scaled.
 
     Returns:
-      float16 rows, and the float32 factors that undo the scaling. A row with an
-      infinity or NaN is not scaled.
+      Rows, and the float32 factors that undo the scaling. A row with an infinity or NaN
+      is not scaled.
     """
     wide = x.astype(jnp.float32)
+    if dtype != DTYPE:
+        return wide.astype(dtype), jnp.ones((len(x), 1), jnp.float32)
     factor, inverse = bring_to(jnp.abs(wide).max(1, keepdims=True), TOP)
     return (wide * factor).astype(DTYPE), inverse
 
@@ -277,12 +285,14 @@ def start(
 ) -> Float[Array, "steps sums m"]:
     """What has to be taken off the product of a step: ``-sum offset * x``.
 
+    The offsets are those of codes in the dtype of ``x``.
+
     The sum includes the middle code of `Affine.CENTERED`. For ``zeros``, ``-sum x``
     comes after it.
     """
     m, k = x.shape
     centre = affine.centre(bits)
-    recipes = unpack.recipes(bits, DTYPE)
+    recipes = unpack.recipes(bits, x.dtype)
     offsets = jnp.array([recipe.offset + centre for recipe in recipes], jnp.float32)
     wide = x.astype(jnp.float32)
     by_sub_block = wide.reshape(m, -1, len(recipes), tiles.SIDE)

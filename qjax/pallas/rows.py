@@ -28,7 +28,7 @@ class Rows(NamedTuple):
     """Rows as the products take them.
 
     Attributes:
-      x: float16 ``[m, k]`` in the order of `operands.arrange`.
+      x: 16-bit floats ``[m, k]`` in the order of `operands.arrange`.
       unscale: float32 ``[m, 1]``: undoes the scaling of the rows.
       start: float32 ``[steps, sums, m]``, as `operands.start` has it; None without
         sums.
@@ -68,6 +68,7 @@ def prepare(
     *,
     sums: int,
     block_m: int,
+    dtype: jnp.dtype = DTYPE,
     interpret: bool = False,
 ) -> Rows:
     """Scales, rounds, orders and sums rows.
@@ -79,6 +80,7 @@ def prepare(
       steps: What a step is.
       sums: 0, 1 or 2: none, that of `operands.start` without zeros, or with them.
       block_m: The result has a multiple of so many rows; those added are zero.
+      dtype: What the rows become, as in `operands.fit`.
       interpret: Whether to run as jnp, on any device.
 
     Returns:
@@ -91,7 +93,7 @@ def prepare(
     in_steps = (m, count, steps.blocks, steps.sub_blocks, tiles.SIDE)
     ordered = (padded, count, steps.sub_blocks, steps.blocks, tiles.SIDE)
     # A constant of the program: XLA would launch a kernel to repeat it.
-    offsets = np.array([r.offset for r in unpack.recipes(bits, DTYPE)], np.float32)
+    offsets = np.array([r.offset for r in unpack.recipes(bits, dtype)], np.float32)
     offsets = (offsets + affine.centre(bits)).reshape(-1, steps.sub_blocks)
     offsets = np.tile(offsets, (count // len(offsets) + 1, 1))[:count]
     struct = jax.ShapeDtypeStruct
@@ -103,7 +105,7 @@ def prepare(
         jnp.asarray(offsets) if sums else None,
         name=f"rows_{bits}bit",
         grid=(padded, 1),
-        out=[struct(ordered, DTYPE), struct((padded, 1), jnp.float32), *starts],
+        out=[struct(ordered, dtype), struct((padded, 1), jnp.float32), *starts],
         warps=min(16, max(1, warps)),
         stages=1,
         interpret=interpret,
@@ -127,8 +129,12 @@ def _body(
     every = pl.ds(pl.program_id(1), task.width)
     where = (pl.ds(jnp.minimum(row, task.rows - 1), 1), every)
     x = lang.load(x_ref.at[(*where, *[slice(None)] * 3)], mask).astype(jnp.float32)
-    factor, inverse = bring_to(jnp.abs(x).max(), TOP)
-    x = (x * factor).astype(DTYPE)
+    if out.x.dtype == DTYPE:
+        factor, inverse = bring_to(jnp.abs(x).max(), TOP)
+        x = x * factor
+    else:
+        inverse = 1.0
+    x = x.astype(out.x.dtype)
     exists = step < task.steps
     ordered = x.transpose(0, 1, 3, 2, 4)
     stored = jnp.broadcast_to(exists[None, :, None, None, None], ordered.shape)

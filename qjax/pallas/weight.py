@@ -57,6 +57,7 @@ class Columns:
         start: Array,
         width: int,
         table: Sequence[Array] | None = None,
+        dtype: jnp.dtype = DTYPE,
     ):
         """Describes ``width`` columns from ``start``.
 
@@ -67,9 +68,10 @@ class Columns:
           start: The first column.
           width: How many, a power of two.
           table: Words of `lookup.table` where codes stand for its entries.
+          dtype: Of the operands.
         """
         self._lang, self._words_ref, self._bits = language, words_ref, bits
-        self._recipes, self._table = unpack.recipes(bits, DTYPE), table
+        self._recipes, self._table = unpack.recipes(bits, dtype), table
         self._units = pl.ds(start // tiles.SIDE, width // tiles.SIDE)
         self._width = width
         self.slice = pl.ds(start, width)

@@ -139,6 +139,13 @@ def test_backward_and_dequantize(bits, group_size, convention, dtype):
         assert launches(lower(functools.partial(f, config=config), *operands)) == 1
 
 
+@pytest.mark.parametrize("name", ["pallas", "pallas_bf16"])
+def test_named(name):
+    x, w = struct((4, 512), jnp.bfloat16), weight(4, 128)
+    f = functools.partial(qjax.matmul, implementation=name)
+    assert launches(lower(f, x, w)) == PRODUCT
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_dispatch(dtype):
     # The platform decides when the program is lowered, wherever it was traced.

@@ -1,0 +1,26 @@
+"""Flax linen's `Dense`, `DenseGeneral`, `Einsum` and `Embed` over quantized weights.
+
+A quantized kernel is two variables of the same name. In the collection "quantized" lies
+its `QTensor` without the float leaves: words, orders, integer zeros, and as static
+metadata of the tree all that `apply` must know of the format. In "params" lies a
+dictionary of the float leaves, which may be trained. So one definition of a model runs
+any mix of formats, and loading weights is loading variables, as ever:
+
+    {"params": {"kernel": {"scale": [groups, n], ...}, "bias": [n]},
+     "quantized": {"kernel": QTensor(words, ...)}}
+"""
+
+from qjax.layers.linen.dense import Dense, DenseGeneral
+from qjax.layers.linen.einsum import Einsum
+from qjax.layers.linen.embed import Embed
+from qjax.layers.linen.variables import QUANTIZED, to_params, to_variables
+
+__all__ = [
+    "QUANTIZED",
+    "Dense",
+    "DenseGeneral",
+    "Einsum",
+    "Embed",
+    "to_params",
+    "to_variables",
+]

@@ -1,0 +1,162 @@
+"""Quantized weights as variables: how they are made, read, split and saved."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import serialization
+from jaxtyping import Array
+
+from qjax import ops
+from qjax.layers import dense
+from qjax.tensor import QTensor
+
+QUANTIZED = "quantized"  # the collection of integers, never trained
+
+
+def weight(
+    module: nn.Module,
+    start: Callable[[Array], QTensor],
+    shape: tuple[int, ...],
+    name: str = "kernel",
+    axes: str = "[in_features, out_features]",
+) -> QTensor:
+    """Puts a layer's weight together, and makes its variables while initializing.
+
+    Args:
+      module: The layer.
+      start: Makes the weight of a new layer, prepared for this device, out of a key.
+      shape: The shape that the weight must have.
+      name: Name of the variables.
+      axes: What the two axes are, for errors.
+
+    Returns:
+      The weight.
+
+    Raises:
+      ValueError: If the variables hold no quantized weight or one of another shape.
+    """
+    if module.is_initializing() and not module.has_variable(QUANTIZED, name):
+
+        def make(key: Array) -> dict[str, Array]:
+            floats, rest = _split(start(key))
+            module.put_variable(QUANTIZED, name, rest)
+            return floats
+
+        module.param(name, make)
+    for collection in ("params", QUANTIZED):
+        if not module.has_variable(collection, name):
+            path = "/".join((collection, *module.path, name))
+            raise ValueError(
+                f"{path} is missing; apply needs both collections, "
+                '{"params": ..., "quantized": ...}, as `to_variables` makes them.'
+            )
+    rest = module.get_variable(QUANTIZED, name)
+    whole = dataclasses.replace(rest, **module.get_variable("params", name))
+    dense.check_shapes(whole, None, shape, name=name, axes=axes)
+    return whole
+
+
+def to_variables(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Makes the variables of a model out of params whose kernels are `QTensor`s.
+
+    Args:
+      params: Nested dictionaries named as the model's modules. Each `QTensor` is
+        prepared for this device once, here; stacked ones go with `nn.scan` and
+        `nn.vmap`. All other leaves are taken as they are.
+
+    Returns:
+      ``{"params": ..., "quantized": ...}``, for ``apply``.
+
+    Raises:
+      ValueError: If a "bias" does not fit the "kernel" beside it.
+
+    Example:
+      >>> import jax
+      >>> import qjax
+      >>> kernel = qjax.quantize(jnp.ones((64, 32)), group_size=64)
+      >>> variables = to_variables({"up": {"kernel": kernel}, "norm": jnp.ones(32)})
+      >>> jax.tree.map(jnp.shape, variables["params"])
+      {'norm': (32,), 'up': {'kernel': {'scale': (1, 32)}}}
+      >>> list(variables["quantized"])
+      ['up']
+    """
+    floats: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    if isinstance(kernel := params.get("kernel"), QTensor):
+        bias = params.get("bias")
+        # The axes of one of several features, such as (4, 8), its layer knows.
+        shape = () if bias is None else jnp.shape(bias)
+        fits = math.prod(shape) == math.prod(kernel.batch) * kernel.n
+        dense.check_shapes(kernel, bias, bias_shape=shape if fits else None)
+    for name, value in params.items():
+        if isinstance(value, Mapping):
+            below = to_variables(value)
+            floats[name] = below["params"]
+            if below[QUANTIZED]:
+                rest[name] = below[QUANTIZED]
+        elif isinstance(value, QTensor):
+            floats[name], rest[name] = _split(ops.prepare(value))
+        else:
+            floats[name] = value
+    return {"params": floats, QUANTIZED: rest}
+
+
+def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Inverse of `to_variables`: params whose kernels are `QTensor`s.
+
+    Args:
+      variables: ``{"params": ..., "quantized": ...}``; other collections are not looked
+        at.
+
+    Returns:
+      Nested dictionaries; the tensors stay in the layout that they have.
+    """
+
+    def join(floats: Any, rest: Any) -> Any:
+        if isinstance(rest, QTensor):
+            return dataclasses.replace(rest, **floats)
+        if not isinstance(floats, Mapping):
+            return floats
+        return {name: join(value, rest.get(name, {})) for name, value in floats.items()}
+
+    return join(variables["params"], variables.get(QUANTIZED, {}))
+
+
+def _split(kernel: QTensor) -> tuple[dict[str, Array], QTensor]:
+    """Takes the float leaves out of a prepared kernel, by name."""
+    floats = {
+        name: leaf
+        for name in ("scale", "zero", "codebook", "input_scale")
+        if (leaf := getattr(kernel, name)) is not None
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+    }
+    return floats, dataclasses.replace(kernel, **dict.fromkeys(floats))
+
+
+_LEAVES = [
+    field.name
+    for field in dataclasses.fields(QTensor)
+    if not field.metadata.get("static")
+]
+
+
+def _to_state_dict(qt: QTensor) -> dict[str, Any]:
+    return {name: serialization.to_state_dict(getattr(qt, name)) for name in _LEAVES}
+
+
+def _from_state_dict(qt: QTensor, state: dict[str, Any]) -> QTensor:
+    leaves = {
+        name: serialization.from_state_dict(getattr(qt, name), state[name], name)
+        for name in _LEAVES
+    }
+    return dataclasses.replace(qt, **leaves)
+
+
+# For `flax.serialization.to_bytes(variables)`; the metadata is that of the target.
+serialization.register_serialization_state(
+    QTensor, _to_state_dict, _from_state_dict, override=True
+)
