@@ -3,7 +3,8 @@
 from qjax import checkpoints, formats, layers
 from qjax.decode import relayout
 from qjax.formats.flattening import flatten, unflatten
-from qjax.ops import dequantize, matmul, prepare, quantize
+from qjax.ops import dequantize, matmul, prepare
+from qjax.rtn import quantize
 from qjax.tensor import QTensor, codes
 
 __all__ = [

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, DTypeLike, Num
 
-from qjax import ops
+from qjax import ops, rtn
 from qjax.bits import block
 from qjax.tensor import QTensor
 
@@ -49,7 +49,7 @@ def start(
     _check_sizes(rows, shape[-2], bits, group_size, param_dtype)
 
     def pack(kernel: Array) -> QTensor:
-        return ops.prepare(ops.quantize(kernel, bits, group_size, symmetric))
+        return ops.prepare(rtn.quantize(kernel, bits, group_size, symmetric))
 
     if kernel_init is None:
         abstract = jax.eval_shape(pack, jax.ShapeDtypeStruct(shape, param_dtype))

@@ -74,8 +74,14 @@ def heuristic(op: str, m: int, w: QTensor) -> Config:
         block_k = 256 if block_m <= 16 and few_steps else 128
         config = Config(block_m, _BLOCK_N, block_k)
     elif op == "matmul_t":
+        # Two warps have the registers for all rows of a block, of 7 bits for fewer
+        # columns; of 64 rows of dy, four.
         block_m = _power_of_two(m, 16, 64)
-        config = Config(block_m, 128 if block_m == 16 else 64, 128)
+        if block_m == 64:
+            config = Config(block_m, 64, 128)
+        else:
+            columns = 32 if any(s.bits == 7 for s in w.segments) else 64
+            config = Config(block_m, columns, 128, warps=2)
     else:
         config = Config(_power_of_two(m, 8, 32), _BLOCK_N, 128)
     return _split(op, m, w, config)

@@ -101,6 +101,7 @@ def matmul(
     w: QTensor,
     config: Config,
     *,
+    dtype: jnp.dtype = DTYPE,
     index: Array | None = None,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
@@ -112,8 +113,9 @@ def matmul(
         (`operands.fit`).
       w: Codes in stored row order, groups of a multiple of 32 rows or one a column.
         The entries of a codebook are rounded to float16.
-      config: How to cut the launch up, and the dtype of the operands. bfloat16 is exact
-        for bfloat16 ``x`` of any range, and takes codes of up to 7 bits.
+      config: How to cut the launch up.
+      dtype: Of the tensor cores' operands: float16, or bfloat16, which is exact for
+        bfloat16 ``x`` of any range, and takes codes of up to 7 bits.
       index: Which matrix of ``w``, where that is a stack ``[count, k, n]``.
       interpret: Whether to run as jnp, on any device.
 
@@ -123,18 +125,18 @@ def matmul(
     Raises:
       NotImplementedError: If the kernel declines ``w``, with the reason.
     """
-    if w.codebook is not None and config.dtype != DTYPE:
+    if w.codebook is not None and dtype != DTYPE:
         raise NotImplementedError(
-            f"The entries of a codebook become float16, not {config.dtype}."
+            f"The entries of a codebook become float16, not {dtype}."
         )
     runs, bounds = zip(*_segments(w, config), strict=True)
     m, columns = len(x), w.n + w.padding
     entries, unit = codebook_table(w, index)
-    prepared = _prepare(x, w, runs, config, interpret)
+    prepared = _prepare(x, w, runs, config, dtype, interpret)
     compiled_for = bounds[0] if len(runs) == 1 and index is None else None
     widths = "_".join(str(run.bits) for run in runs)
     partial = lang.launch(
-        functools.partial(_body, runs, compiled_for, w.affine, config),
+        functools.partial(_body, runs, compiled_for, w.affine, config, dtype),
         Operands(
             x=prepared.x,
             start=prepared.start,
@@ -187,7 +189,12 @@ def _placed(bounds: Sequence[Bounds], w: QTensor, index: Array | None) -> Array:
 
 
 def _prepare(
-    x: Array, w: QTensor, runs: Sequence[Run], config: Config, interpret: bool
+    x: Array,
+    w: QTensor,
+    runs: Sequence[Run],
+    config: Config,
+    dtype: jnp.dtype,
+    interpret: bool,
 ) -> Rows:
     """Pads, scales, orders and sums rows: in one launch where all of k is alike."""
     # No offset stands beside the entries of a codebook.
@@ -202,10 +209,10 @@ def _prepare(
             run.steps,
             sums=sums,
             block_m=config.block_m,
-            dtype=config.dtype,
+            dtype=dtype,
             interpret=interpret,
         )
-    fitted, unscale = fit(_pad(x, w, -len(x) % config.block_m), config.dtype)
+    fitted, unscale = fit(_pad(x, w, -len(x) % config.block_m), dtype)
     ends = itertools.accumulate(
         held + segment.padding for held, segment in zip(w.rows, w.segments, strict=True)
     )
@@ -242,6 +249,7 @@ def _body(
     compiled_for: Bounds | None,
     affine: Affine,
     config: Config,
+    dtype: jnp.dtype,
     language: lang.Lang,
     refs: Operands,
     out_ref: Any,
@@ -258,7 +266,7 @@ def _body(
     start = n * config.block_n
     entries = None if refs.table is None else read_table(refs.table)
     segments = [
-        Columns(language, ref, run.bits, start, config.block_n, entries, config.dtype)
+        Columns(language, ref, run.bits, start, config.block_n, entries, dtype)
         for run, ref in zip(runs, refs.words, strict=True)
     ]
     program = _Program(language, affine, x_rows, refs)

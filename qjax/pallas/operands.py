@@ -37,7 +37,6 @@ class Config:
       splits: Runs of k, each the work of another program.
       warps: Warps of a program.
       stages: Iterations whose words are loaded ahead.
-      dtype: Of the operands of ``x @ W``: float16, or bfloat16 on request.
     """
 
     block_m: int
@@ -46,7 +45,6 @@ class Config:
     splits: int = 1
     warps: int = 4
     stages: int = 3
-    dtype: jnp.dtype = DTYPE
 
     def fitting(self, bits: int, rows: int) -> "Config":
         """Returns this with iterations that cut ``rows`` padded rows evenly."""

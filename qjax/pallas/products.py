@@ -1,7 +1,5 @@
 """The products that `qjax.matmul` and its gradient need, each launch configured."""
 
-import dataclasses
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float
@@ -27,9 +25,8 @@ def fused_bf16(
     x: Float[Array, "m k"], w: QTensor, index: Array | None = None
 ) -> Float[Array, "m n"]:
     """`fused` in bfloat16: elements of a row may differ by more than 2**28."""
-    config = configs.for_matmul(len(x), w)
-    config = dataclasses.replace(config, dtype=jnp.dtype(jnp.bfloat16))
-    return matmul(x, w, config, index=index)
+    dtype = jnp.dtype(jnp.bfloat16)
+    return matmul(x, w, configs.for_matmul(len(x), w), dtype=dtype, index=index)
 
 
 def fused_t(

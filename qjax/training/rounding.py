@@ -99,7 +99,7 @@ def _alternate(part: QTensor, w: Array) -> QTensor:
 
 
 def _by_range(part: QTensor, w: Array) -> QTensor:
-    """Scales and zeros that cover the weights of each group, as `ops.quantize` does."""
+    """Scales and zeros that cover the weights of each group, as `rtn.quantize` does."""
     shape, top = part.scale.shape, 2 ** part.segments[0].bits - 1
     place = spread(part, jnp.arange(part.scale.size).reshape(shape))
     place = jnp.broadcast_to(place, w.shape).reshape(-1)

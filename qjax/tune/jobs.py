@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qjax import decode, ops
+from qjax import decode, ops, rtn
 from qjax.checkpoints import modules, progress
 from qjax.formats.tiles import Tiles
 from qjax.pallas import check, tables
@@ -53,7 +53,7 @@ def uniform(k: int, n: int, bits: int, group_size: int | None) -> QTensor:
 
     def build() -> QTensor:
         dense = jnp.zeros((k, n), jnp.float16)
-        return decode.relayout(ops.quantize(dense, bits, group_size), Tiles())
+        return decode.relayout(rtn.quantize(dense, bits, group_size), Tiles())
 
     w = jax.eval_shape(build)
     try:

@@ -17,12 +17,11 @@ CASES = [
     Other("matmul_t", 4, 64),
     Other("matmul_t", 8, 16),
     Other("matmul_t", 3, 16),
+    Other("matmul_t", 7, 16),
     Other("scale_grad", 4, 8),
     Other("scale_grad", 4, 32),
     Other("scale_grad", 3, 16),
 ]
-# A block of 3 bits has sixteen sub-blocks, each with an accumulator of its own.
-SPILLS = {Other("matmul_t", 3, 16): 204}
 every = pytest.mark.parametrize("case", CASES, ids=str)
 
 
@@ -33,8 +32,8 @@ def kernel(case, arch, compiled):
 
 @every
 @both
-def test_registers_suffice(case, kernel):
-    assert kernel.spills <= SPILLS.get(case, 0)
+def test_registers_suffice(kernel):
+    assert kernel.spills == 0
 
 
 @every

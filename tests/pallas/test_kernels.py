@@ -382,7 +382,11 @@ class TestRange:
 class TestBfloat16:
     """Operands in bfloat16, on request: of any range, and not scaled."""
 
-    CONFIG = Config(8, dtype=jnp.dtype(jnp.bfloat16))
+    run = staticmethod(
+        functools.partial(
+            matmul, config=Config(8), dtype=jnp.dtype(jnp.bfloat16), interpret=True
+        )
+    )
 
     @pytest.mark.parametrize(
         ("bits", "affine"), [(4, "ZERO"), (7, "OFFSET"), (3, "CENTERED")]
@@ -392,7 +396,7 @@ class TestBfloat16:
             0, 256, 48, bits=bits, group_size=64, dtype=F16, affine=affine
         )
         x = rows(3, 256)
-        y = matmul(jnp.asarray(x), in_tiles(matrix), self.CONFIG, interpret=True)
+        y = self.run(jnp.asarray(x), in_tiles(matrix))
         # The offset of a code is an eighth of that in float16.
         assert relative_error(y, matrix.matmul(x)) < TOLERANCE
 
@@ -404,16 +408,16 @@ class TestBfloat16:
         matrix = dataclasses.replace(matrix, codes=codes)
         x = np.zeros((1, 128), F32)
         x[0, 7], x[0, 40] = 1, 2.0**-60
-        y = matmul(jnp.asarray(x), in_tiles(matrix), self.CONFIG, interpret=True)
+        y = self.run(jnp.asarray(x), in_tiles(matrix))
         assert relative_error(y, matrix.matmul(x)) < 2.0**-7
 
     def test_what_is_declined(self):
         eight = in_tiles(oracle.random(0, 128, 32, bits=8, dtype=F16))
         with pytest.raises(NotImplementedError, match="8-bit codes do not fit"):
-            matmul(jnp.ones((1, 128)), eight, self.CONFIG, interpret=True)
+            self.run(jnp.ones((1, 128)), eight)
         book = in_tiles(oracle.random(0, 128, 32, affine="CODEBOOK"))
         with pytest.raises(NotImplementedError, match="not bfloat16"):
-            matmul(jnp.ones((1, 128)), book, self.CONFIG, interpret=True)
+            self.run(jnp.ones((1, 128)), book)
 
 
 class TestDispatch:

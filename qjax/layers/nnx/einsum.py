@@ -7,7 +7,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Array, DTypeLike, Float, Num
 
-from qjax import ops
+from qjax import rtn
 from qjax.layers import contraction
 from qjax.layers.nnx.packed import Projection
 from qjax.tensor import QTensor
@@ -182,7 +182,7 @@ class Einsum(Projection):
         return cls.from_qtensor(
             einsum_str,
             kernel.shape,
-            ops.quantize(matrix, bits, group_size, symmetric),
+            rtn.quantize(matrix, bits, group_size, symmetric),
             bias,
             dtype=dtype,
             implementation=implementation,

@@ -5,7 +5,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, DTypeLike, Float, Integer, Num
 
-from qjax import ops
+from qjax import ops, rtn
 from qjax.layers import dense, embedding
 from qjax.layers.nnx.packed import Packed, drawing
 from qjax.tensor import QTensor
@@ -151,7 +151,7 @@ class Embed(Packed):
         Raises:
           ValueError: As `qjax.quantize` of the transposed table.
         """
-        table = ops.quantize(embedding.T, bits, group_size, symmetric)
+        table = rtn.quantize(embedding.T, bits, group_size, symmetric)
         return cls.from_qtensor(table, dtype=dtype, implementation=implementation)
 
     @property

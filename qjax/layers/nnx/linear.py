@@ -8,7 +8,7 @@ from flax import nnx
 from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Array, DTypeLike, Float, Num
 
-from qjax import ops
+from qjax import rtn
 from qjax.layers import contraction, dense
 from qjax.layers.nnx.packed import Projection
 from qjax.tensor import QTensor
@@ -172,7 +172,7 @@ class Linear(Projection):
         Raises:
           ValueError: As `qjax.quantize`, or if the bias does not fit the kernel.
         """
-        quantized = ops.quantize(kernel, bits, group_size, symmetric)
+        quantized = rtn.quantize(kernel, bits, group_size, symmetric)
         return cls.from_qtensor(
             quantized, bias, dtype=dtype, implementation=implementation
         )
@@ -366,7 +366,7 @@ class LinearGeneral(Projection):
         sizes = kernel.shape[:count], kernel.shape[count:]
         matrix = kernel.reshape(math.prod(sizes[0]), math.prod(sizes[1]))
         return cls.from_qtensor(
-            ops.quantize(matrix, bits, group_size, symmetric),
+            rtn.quantize(matrix, bits, group_size, symmetric),
             *sizes,
             bias,
             axis=axis,
