@@ -165,7 +165,7 @@ def measure(workers: list[Worker], m: int, repeats: int) -> Figures:
     for _ in range(repeats):
         for name, worker in list(where.items()):
             answer = ask(worker, time=name)
-            answer = answer.get(worker.library, answer)
+            answer = answer.get(worker.name, answer)
             results[name] |= answer
             if "failed" in answer:
                 del where[name], series[name]
@@ -184,7 +184,7 @@ def ask(worker: Worker, **request: Any) -> Figures:
     try:
         return worker.ask(**request)
     except harness.GoneError as error:
-        return {worker.library: {"failed": str(error)}}
+        return {worker.name: {"failed": str(error)}}
 
 
 def floor(nbytes: int, m: int, k: int, n: int, rates: dict[str, float]) -> float:

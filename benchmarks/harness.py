@@ -20,7 +20,7 @@ class Worker:
     """A process that runs one library and answers requests.
 
     Attributes:
-      library: Its name.
+      name: Of the library.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class Worker:
         **environment: str,
     ) -> None:
         """Starts ``python script --work library``, which calls `serve`."""
-        self.library = library
+        self.name = library
         self._process = subprocess.Popen(
             [python, script, "--work", library],
             stdin=subprocess.PIPE,

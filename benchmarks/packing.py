@@ -326,7 +326,7 @@ def pack(report: dict[str, Any], peer_python: str, calls: int) -> None:
     for gauge in gauges:
         gauge.ask()
     report["not_run"] = {
-        worker.library: answer["error"]
+        worker.name: answer["error"]
         for worker, answer in zip(workers, opened, strict=True)
         if "error" in answer
     }

@@ -30,13 +30,11 @@ def dequantize(
     *,
     stored: Callable[[QTensor, DTypeLike | None], Array] | None = None,
 ) -> Float[Array, "*b k n"]:
-    """Computes the dense weight.
+    """Computes the dense weight in jnp, on any device.
 
     Args:
-      qt: A quantized tensor, stacked or not.
-      dtype: None gives the upstream's dtype (the scale's) with the upstream's rounding,
-        bit for bit. Any other dtype widens scales and zeros to float32, evaluates the
-        map there, and rounds the result once to ``dtype``.
+      qt: As in `qjax.dequantize`.
+      dtype: As in `qjax.dequantize`.
       stored: What computes the weight of one matrix; None takes `stored_weight`.
 
     Returns:

@@ -170,7 +170,7 @@ def _apply(
         input_scale=None,
     )
     choice = _Choice(implementation, kernels=x.dtype != jnp.float32)
-    y = _matmul(*_vary_together(rows, stored, index), choice)
+    y = _matmul(*vary_together(rows, stored, index), choice)
     return y.reshape(*x.shape[:-1], w.n).astype(x.dtype)
 
 
@@ -273,10 +273,16 @@ def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
     return jax.lax.platform_dependent(w, cuda=on_gpu, default=elsewhere)
 
 
-def _vary_together(*operands: Any) -> tuple[Any, ...]:
+def vary_together(*operands: Any) -> tuple[Any, ...]:
     """Inside `jax.shard_map`, lets all leaves vary over the axes that any varies over.
 
     The transpose of the cast sums the cotangent of a replicated operand over devices.
+
+    Args:
+      *operands: Trees of arrays.
+
+    Returns:
+      The same trees.
     """
     varying = lambda leaf: jax.typeof(leaf).manual_axis_type.varying  # noqa: E731
     axes = set().union(*map(varying, jax.tree.leaves(operands)))

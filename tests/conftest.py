@@ -108,3 +108,10 @@ def as_qtensor():
         return w if layout is None else qjax.relayout(w, layout)
 
     return as_qtensor
+
+
+@pytest.fixture
+def optax_promotion():
+    """Optax mixes floats, integers and bools, which strict promotion refuses."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield

@@ -14,12 +14,12 @@ from jaxtyping import Array, DTypeLike, Float
 
 from qjax import decode
 from qjax.formats import tiles
-from qjax.pallas import lang, lookup
+from qjax.pallas import lang
 from qjax.pallas.operands import (
-    DTYPE,
+    TOP,
     Config,
     Steps,
-    bring_to,
+    codebook_tables,
     group_rows,
     joined_words,
     origin,
@@ -30,9 +30,6 @@ from qjax.pallas.operands import (
 from qjax.pallas.weight import Columns, Place, places
 from qjax.tensor import Affine, QTensor
 
-# Exponent of the largest entry of a table: float16 goes up to 15, and down to -24.
-_TOP = 14
-
 
 class Operands(NamedTuple):
     """What a launch takes: arrays, or references to them.
@@ -40,7 +37,8 @@ class Operands(NamedTuple):
     Attributes:
       unit: By which scales are multiplied, ``[1, 1]``, or None.
       origin: Of the matrix in a stack.
-      tables: Of a codebook: some whose entries add up to it, and their unit.
+      tables: Of a codebook: some whose entries add up to it.
+      entry: Their unit, ``[1, 1]``, or None.
       words: Of the one segment.
       parameters: Scale, and zero if there is one.
     """
@@ -48,6 +46,7 @@ class Operands(NamedTuple):
     unit: Any
     origin: Any
     tables: list[Any]
+    entry: Any
     words: Any
     parameters: list[Any]
 
@@ -104,12 +103,17 @@ def dequantize(
         w.rounding,
         exact=w.dtype if dtype is None else None,
     )
+    # For a product, its float16 will do.
+    tables, entry = codebook_tables(
+        w, index, exponent=TOP, count=3 if unit is None else 1
+    )
     dense = lang.launch(
         functools.partial(_body, task, config),
         Operands(
             unit=None if unit is None else unit.reshape(1, 1),
             origin=origin(w, index),
-            tables=_tables(w, index, exact=unit is None),
+            tables=tables,
+            entry=entry.reshape(1, 1) if tables else None,
             words=joined_words(w)[0],
             parameters=parameters(w),
         ),
@@ -131,24 +135,6 @@ def dequantize(
     return dense.reshape(k, n)[: w.k, : w.n]
 
 
-def _tables(w: QTensor, index: Array | None, *, exact: bool) -> list[Array]:
-    """Tables of float16 whose entries add up to the codebook, and their unit.
-
-    Each holds what those before have left: three times eleven bits, where float32 has
-    24. If they need not be exact, one will do.
-    """
-    if w.codebook is None:
-        return []
-    codebook = (w.codebook if index is None else w.codebook[index]).astype(jnp.float32)
-    factor, unit = bring_to(jnp.abs(codebook).max(), _TOP)
-    rest, tables = codebook * factor, []
-    for _ in range(3 if exact else 1):
-        entries = rest.astype(DTYPE)
-        tables.append(lookup.table(entries))
-        rest -= entries.astype(jnp.float32)
-    return [*tables, unit.reshape(1, 1)]
-
-
 def _body(
     task: _Task, config: Config, language: lang.Lang, refs: Operands, out_ref: Any
 ) -> None:
@@ -157,7 +143,7 @@ def _body(
         language, refs.words, task.bits, n * config.block_n, config.block_n
     )
     matrix, centre = read_origin(refs.origin), task.affine.centre(task.bits)
-    tables = [read_table(ref) for ref in refs.tables[:-1]]
+    tables = [read_table(ref) for ref in refs.tables]
     block = iteration * (config.block_k // tiles.rows_of_block(task.bits))
     step_rows = range(0, config.block_k, task.steps.rows)
 
@@ -189,16 +175,19 @@ def _body(
         written = places(task.bits, block, row, task.steps)
         for place, parts in zip(written, operands, strict=True):
             first, *rest = (part.astype(jnp.float32) for part in parts)
-            c = first - (columns.offset(place) + centre)
-            if tables:
-                (entry,) = lang.scalars(refs.tables[-1], 0, 1)
-                values = sum(rest, first) * entry * scale
-            elif zero:
-                values = decode.affine_map(
+            if refs.entry is None:
+                c = first - (columns.offset(place) + centre)
+            else:
+                # Loaded where it is used: held, it would cost the last register.
+                (entry,) = lang.scalars(refs.entry, 0, 1)
+                c = sum(rest, first) * entry
+            values = (
+                decode.affine_map(
                     c, scale, zero[0], task.affine, task.rounding, task.exact, _convert
                 )
-            else:
-                values = c * scale
+                if zero
+                else c * scale
+            )
             _store(out_ref, place, columns, values.astype(out_ref.dtype))
 
 

@@ -34,7 +34,7 @@ from qjax.pallas.operands import (
     Config,
     Steps,
     arrange,
-    codebook_table,
+    codebook_tables,
     fit,
     group_rows,
     joined_words,
@@ -131,7 +131,7 @@ def matmul(
         )
     runs, bounds = zip(*_segments(w, config), strict=True)
     m, columns = len(x), w.n + w.padding
-    entries, unit = codebook_table(w, index)
+    tables, unit = codebook_tables(w, index)
     prepared = _prepare(x, w, runs, config, dtype, interpret)
     compiled_for = bounds[0] if len(runs) == 1 and index is None else None
     widths = "_".join(str(run.bits) for run in runs)
@@ -141,7 +141,7 @@ def matmul(
             x=prepared.x,
             start=prepared.start,
             bounds=_placed(bounds, w, index) if compiled_for is None else None,
-            table=entries,
+            table=tables[0] if tables else None,
             words=joined_words(w),
             parameters=parameters(w),
         ),
@@ -181,11 +181,8 @@ def _placed(bounds: Sequence[Bounds], w: QTensor, index: Array | None) -> Array:
     if index is None:
         return table
     groups = w.scale.shape[-2]
-    strides = [
-        Bounds(0, 0, 0, words.shape[-4], groups, groups)._asdict().values()
-        for words in w.words
-    ]
-    return table + index * jnp.array([[*row] for row in strides], jnp.int32)
+    strides = [Bounds(0, 0, 0, words.shape[-4], groups, groups) for words in w.words]
+    return table + index * jnp.array(strides, jnp.int32)
 
 
 def _prepare(
@@ -216,10 +213,8 @@ def _prepare(
     ends = itertools.accumulate(
         held + segment.padding for held, segment in zip(w.rows, w.segments, strict=True)
     )
-    parts = [
-        (part, run)
-        for part, run in zip(jnp.split(fitted, [*ends][:-1], axis=1), runs, strict=True)
-    ]
+    split = jnp.split(fitted, [*ends][:-1], axis=1)
+    parts = list(zip(split, runs, strict=True))
     arranged = [arrange(part, run.steps) for part, run in parts]
     starts = [
         start(part, run.bits, w.affine, run.steps, zeros=sums == 2)

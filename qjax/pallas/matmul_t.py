@@ -21,7 +21,7 @@ from qjax.pallas.operands import (
     DTYPE,
     Config,
     Steps,
-    codebook_table,
+    codebook_tables,
     fit,
     group_rows,
     joined_words,
@@ -89,7 +89,7 @@ def matmul_t(
     scale, *zero = parameters(w)
     added = bool(zero) and w.affine is not Affine.ZERO
     unit, undo = unit_of(one_of(w.scale, index))
-    entries, entry = codebook_table(w, index)
+    tables, entry = codebook_tables(w, index)
     k = w.k + segment.padding
     partial = lang.launch(
         functools.partial(
@@ -99,7 +99,7 @@ def matmul_t(
             dy=rows,
             unit=unit.reshape(1, 1),
             origin=origin(w, index),
-            table=entries,
+            table=tables[0] if tables else None,
             words=joined_words(w)[0],
             parameters=[scale] if added else [scale, *zero],
         ),

@@ -193,20 +193,34 @@ def parameters(w: QTensor) -> list[Array]:
     return [whole(p) for p in (w.scale, w.zero) if p is not None]
 
 
-def codebook_table(
-    w: QTensor, index: Array | None
-) -> tuple[Array | None, float | Array]:
-    """The `lookup.table` of a codebook in float16, and the unit of its entries.
+def codebook_tables(
+    w: QTensor, index: Array | None, *, exponent: int = 0, count: int = 1
+) -> tuple[list[Array], Array]:
+    """Tables of float16 whose entries add up to the codebook's, and their unit.
 
-    The unit is a power of two: the largest entry lies in [1, 2). Without a codebook,
-    there is no table, and the unit of the codes is 1.
+    Each holds what those before have left: eleven bits, where float32 has 24. Without a
+    codebook, there is none, and the unit of the codes is 1.
+
+    Args:
+      w: A matrix, or a stack of them.
+      index: Which matrix of a stack.
+      exponent: The unit is the power of two that lets the largest entry lie in
+        ``[2**exponent, 2**(exponent + 1))``.
+      count: How many tables.
+
+    Returns:
+      Each a `lookup.table`, and the unit.
     """
     if w.codebook is None:
-        return None, 1.0
-    codebook = w.codebook if index is None else w.codebook[index]
-    wide = codebook.astype(jnp.float32)
-    factor, unit = bring_to(jnp.abs(wide).max(), 0)
-    return lookup.table((wide * factor).astype(DTYPE)), unit
+        return [], jnp.float32(1)
+    rest = one_of(w.codebook, index).astype(jnp.float32)
+    factor, unit = bring_to(jnp.abs(rest).max(), exponent)
+    rest, tables = rest * factor, []
+    for _ in range(count):
+        entries = rest.astype(DTYPE)
+        tables.append(lookup.table(entries))
+        rest -= entries.astype(jnp.float32)
+    return tables, unit
 
 
 def read_table(ref: Any) -> list[Array]:

@@ -111,12 +111,7 @@ def attach(
     if w.input_scale is not None:
         scale = jax.lax.stop_gradient(w.input_scale).astype(x.dtype)
         x = x * scale.reshape((1,) * (x.ndim - 1) + (-1,))
-    # Where `jax.shard_map` keeps track of it, an operand that is the same on all
-    # devices is cast; the transpose of that cast sums its cotangent over them.
-    axes = jax.typeof(y).manual_axis_type.varying
-    missing = tuple(axes - jax.typeof(shadow).manual_axis_type.varying)
-    if missing:
-        shadow = jax.lax.pcast(shadow, missing, to="varying")
+    y, shadow = ops.vary_together(y, shadow)
     return _attach(y, x, shadow)
 
 
