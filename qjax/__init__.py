@@ -1,10 +1,11 @@
 """Quantized matmul for JAX: packing formats, kernels and Flax layers."""
 
-from qjax import checkpoints, formats, layers
+from qjax import checkpoints, formats, layers, sharding
 from qjax.decode import relayout
 from qjax.formats.flattening import flatten, unflatten
 from qjax.ops import dequantize, matmul, prepare
 from qjax.rtn import quantize
+from qjax.sharding import partition_specs, shard
 from qjax.tensor import QTensor, codes
 
 __all__ = [
@@ -16,8 +17,11 @@ __all__ = [
     "formats",
     "layers",
     "matmul",
+    "partition_specs",
     "prepare",
     "quantize",
     "relayout",
+    "shard",
+    "sharding",
     "unflatten",
 ]

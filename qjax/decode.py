@@ -16,6 +16,7 @@ from qjax.tensor import (
     QTensor,
     matrix_shape,
     over_batch,
+    plain,
     segment_codes,
     split,
 )
@@ -60,7 +61,7 @@ def _dequantize(
         stored = stored_weight(qt, jnp.float32 if other else None)
         if qt.order is not None:
             # Gathering by the inverse is a copy; scattering would zero and then write.
-            stored = jnp.take(stored, jnp.argsort(qt.order), axis=0)
+            stored = jnp.take(stored, jnp.argsort(plain(qt.order)), axis=0)
         if qt.input_scale is not None:
             stored = stored * qt.input_scale.astype(stored.dtype)[:, None]
         return stored if dtype is None else stored.astype(dtype)

@@ -17,6 +17,22 @@ from jaxtyping import Array, DTypeLike, Integer, UInt8
 from qjax.bits import block
 
 
+class Cut(typing.NamedTuple):
+    """Where words may be cut without unpacking them.
+
+    Attributes:
+      k_axis: Axis of one matrix's words that runs along k.
+      rows: Rows of the least piece along it.
+      n_axis: Axis that runs along n.
+      columns: Columns of the least piece along it.
+    """
+
+    k_axis: int
+    rows: int
+    n_axis: int
+    columns: int
+
+
 class Layout(abc.ABC):
     """Where the codes of one segment lie in machine words.
 
@@ -39,6 +55,10 @@ class Layout(abc.ABC):
     @abc.abstractmethod
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns the (k, n) that words of this shape hold, padding included."""
+
+    def cut(self, bits: int) -> Cut | None:
+        """Returns where words may be cut; None: nowhere."""
+        return None
 
 
 class Encoded(abc.ABC):

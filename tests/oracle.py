@@ -266,3 +266,11 @@ def random(
         else None,
         input_scale=rng.uniform(0.5, 2, k).astype(dtype) if input_scale else None,
     )
+
+
+def relative_error(found, expected) -> float:
+    """Largest error over the largest expected value."""
+    expected = np.asarray(expected, np.float64)
+    found = np.asarray(found).astype(np.float64)
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / np.abs(expected).max()

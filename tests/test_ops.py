@@ -18,14 +18,15 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax import ops, tensor, xla
+from qjax import dispatch, ops, tensor, xla
 from qjax.formats import gptq
 from qjax.formats.tiles import Tiles
 from qjax.xla import gradients, products, tiles
 from tests import oracle
+from tests.oracle import relative_error
 from tests.pairs import pairwise
 
-XLA_FORMS = [name for name in ops.IMPLEMENTATIONS["matmul"] if name[:4] == "xla_"]
+XLA_FORMS = [name for name in dispatch.IMPLEMENTATIONS["matmul"] if name[:4] == "xla_"]
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 
 # Relative to the largest output. float32: sums of up to some thousand products, each
@@ -35,14 +36,6 @@ TOLERANCE = {"float32": 1e-5, "int8": 2e-2}
 # bfloat16 and float16: times the error of the dense product in the same dtype. The
 # result is as good as rounded once, where the dense one has rounded weights as well.
 TIMES_DENSE = 1.5
-
-
-def relative_error(found, expected) -> float:
-    """Largest error over the largest expected value."""
-    expected = np.asarray(expected, np.float64)
-    found = np.asarray(found).astype(np.float64)
-    assert found.shape == expected.shape
-    return np.abs(found - expected).max() / np.abs(expected).max()
 
 
 def test_pairwise_covers_all_pairs():
@@ -353,7 +346,7 @@ class TestGradients:
     @pytest.fixture
     def native_backward(self, monkeypatch):
         """Small matrices take the dense weight; they too must work without it."""
-        monkeypatch.setattr(ops, "_SMALL", 0)
+        monkeypatch.setattr(dispatch, "_SMALL", 0)
         # The programs of the other limit.
         ops._apply.clear_cache()
         yield
@@ -654,7 +647,7 @@ class TestTransformations:
 
     def test_shard_map_of_large_shards(self, monkeypatch, matrix, as_qtensor):
         # Without the dense weight: loops whose carries vary over devices.
-        monkeypatch.setattr(ops, "_SMALL", 0)
+        monkeypatch.setattr(dispatch, "_SMALL", 0)
         ops._apply.clear_cache()
         for kind in self.SHARDED:
             self.test_shard_map(kind, 32, matrix, as_qtensor)
@@ -936,8 +929,8 @@ class TestDispatch:
         def decline(*operands):
             raise NotImplementedError("not today")
 
-        names = dict.fromkeys(ops.IMPLEMENTATIONS["matmul"], decline)
-        monkeypatch.setattr(ops, "IMPLEMENTATIONS", {"matmul": names})
+        names = dict.fromkeys(dispatch.IMPLEMENTATIONS["matmul"], decline)
+        monkeypatch.setattr(dispatch, "IMPLEMENTATIONS", {"matmul": names})
         ops._apply.clear_cache()
         w = as_qtensor(sample("whole", k=160))
         with pytest.raises(

@@ -27,6 +27,7 @@ from jaxtyping import Array
 from qjax import formats, tensor
 from qjax.formats import bnb, exl2, mpq, tiles
 from qjax.formats.checks import FLOATS
+from qjax.sharding import joined
 from qjax.tensor import Affine, Encoded, Grouping, Layout, QTensor, Segment
 
 FORMAT, VERSION = "qjax.QTensor", 1
@@ -80,6 +81,7 @@ def flatten(qt: QTensor) -> tuple[dict[str, Array], dict[str, Plain]]:
       >>> unflatten(arrays, metadata)
       QTensor(64x64, 3 bits, group 32, Stream(), (q - z) * s, float32 scale, 2.125 KiB)
     """
+    qt = joined(qt)
     leaves = jax.tree_util.tree_leaves_with_path(qt)
     arrays = {
         jax.tree_util.keystr(path, simple=True, separator="."): leaf

@@ -46,7 +46,7 @@ from qjax.formats.checks import (
 )
 from qjax.formats.g_idx import in_input_order, read_g_idx
 from qjax.formats.patterns import check_pattern, matches
-from qjax.tensor import Layout, QTensor, Segment
+from qjax.tensor import Cut, Layout, QTensor, Segment
 
 # Planes of a width as (bits of the plane, its lowest bit of the code), low plane first.
 PLANES = {3: ((2, 0), (1, 2)), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4))}
@@ -70,6 +70,10 @@ class Stream(Layout):
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(rows * 32 / bits, n)``."""
         return shape[0] * 32 // bits, shape[1]
+
+    def cut(self, bits: int) -> Cut:
+        """Cuts where a code begins a word, and between any columns."""
+        return Cut(k_axis=0, rows=block(bits)[0], n_axis=1, columns=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -31,7 +31,7 @@ from jaxtyping import Array, Integer, UInt8, UInt16
 
 from qjax.bits import block
 from qjax.formats.checks import check_codes, check_words
-from qjax.tensor import Layout
+from qjax.tensor import Cut, Layout
 
 # Widths of the planes of a code, the high bits first.
 PLANES = {
@@ -115,7 +115,7 @@ class Tiles(Layout):
         """Packs ``[k, n]`` codes, padding both axes with zeros."""
         self._check(bits)
         check_codes(codes)
-        step, columns = math.lcm(_STEP, rows_of_block(bits)), SIDE
+        step, columns = _step(bits), SIDE
         k, n = codes.shape
         padding = ((0, -k % step), (0, -n % columns))
         padded = jnp.pad(codes.astype(jnp.uint16), padding)
@@ -139,6 +139,10 @@ class Tiles(Layout):
         """Returns ``(blocks * rows_of_block(bits), 16 * columns)``."""
         return shape[0] * rows_of_block(bits), shape[2] * SIDE
 
+    def cut(self, bits: int) -> Cut:
+        """Cuts between whole steps of the kernels' loops, and between units."""
+        return Cut(k_axis=0, rows=_step(bits), n_axis=2, columns=SIDE)
+
     def __repr__(self) -> str:
         """The constructor, without what is the default."""
         return f"Tiles({'nibbles=True' if self.nibbles else ''})"
@@ -148,6 +152,10 @@ class Tiles(Layout):
             raise ValueError(
                 f"bits={bits!r} must be 4 in Tiles(nibbles=True); Tiles() holds 1 to 8."
             )
+
+
+def _step(bits: int) -> int:
+    return math.lcm(_STEP, rows_of_block(bits))
 
 
 def _positions(bits: int, nibbles: bool) -> tuple[tuple[int, ...], ...]:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax import ops
+from qjax.partitioning import vary_together
 from qjax.tensor import QTensor
 
 
@@ -111,7 +112,7 @@ def attach(
     if w.input_scale is not None:
         scale = jax.lax.stop_gradient(w.input_scale).astype(x.dtype)
         x = x * scale.reshape((1,) * (x.ndim - 1) + (-1,))
-    y, shadow = ops.vary_together(y, shadow)
+    y, shadow = vary_together(y, shadow)
     return _attach(y, x, shadow)
 
 

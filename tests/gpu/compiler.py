@@ -21,12 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 
 from tests.gpu import sass
 
 TOOLS = Path(sysconfig.get_path("purelib"), "nvidia/cu13/bin")
 TRITON = "__gpu$xla.gpu.triton"
+# Axes of the devices that sharded programs are compiled for.
+MESH = {"data": 2, "model": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,34 +147,51 @@ class Program:
         return launch
 
 
-def compile_for(f: Callable[..., Any], *avals: Any, arch: str) -> Program:
+def compile_for(
+    f: Callable[..., Any], *avals: Any, arch: str, specs: tuple[Any, ...] | None = None
+) -> Program:
     """Compiles ``jit(f)``.
 
     Args:
       f: Function of arrays and pytrees of them.
       *avals: Its arguments as `jax.ShapeDtypeStruct`.
       arch: One of `DEVICES`.
+      specs: How the arguments are cut over eight devices, whose axes are `MESH`. None
+        compiles for one device.
 
     Returns:
       What became of it.
     """
     # XLA looks ptxas up on PATH too, and writes PTX that it understands.
     os.environ["PATH"] = f"{TOOLS}{os.pathsep}{os.environ['PATH']}"
-    device = _device(arch)
-    placed = jax.sharding.SingleDeviceSharding(device)
+    device = _devices(arch, 1)[0]
+    if specs is None:
+        placed = out = jax.sharding.SingleDeviceSharding(device)
+    else:
+        mesh = jax.sharding.Mesh(
+            np.reshape(_devices(arch, 8), tuple(MESH.values())), tuple(MESH)
+        )
+        out = None
+        placed = jax.tree.map(
+            functools.partial(jax.sharding.NamedSharding, mesh), specs
+        )
+        placed = jax.tree.map(lambda _, s: s, avals, placed)
     avals = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=placed), avals
+        lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+        avals,
+        jax.tree.map(lambda _: placed, avals) if specs is None else placed,
     )
     target = jax.sharding.AbstractDevice(
         device_kind=device.device_kind, num_cores=None, platform="gpu"
     )
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=target)
-    with jax.sharding.use_abstract_mesh(mesh):
-        lowered = jax.jit(f, out_shardings=placed).trace(*avals).lower()
+    abstract = jax.sharding.AbstractMesh((), (), abstract_device=target)
     with tempfile.TemporaryDirectory() as folder:
         # Only PTX: the log of the Triton passes takes ten times as long as compiling.
         options = {"xla_dump_to": folder, "xla_dump_emitter_re": "ptx"}
-        compiled = lowered.compile(compiler_options=options)
+        # What is cut over devices is lowered again while it is compiled.
+        with jax.sharding.use_abstract_mesh(abstract):
+            lowered = jax.jit(f, out_shardings=out).trace(*avals).lower()
+            compiled = lowered.compile(compiler_options=options)
         hlo = compiled.as_text()
         # Written again, under a longer name, by passes that change the sequence.
         thunks = max(Path(folder).glob("*.thunk_sequence*.txt"))
@@ -190,7 +210,7 @@ def compile_for(f: Callable[..., Any], *avals: Any, arch: str) -> Program:
 
 
 @functools.cache
-def _device(arch: str) -> Any:
+def _devices(arch: str, count: int) -> Any:
     device = DEVICES[arch]
     major, minor = device.capability
     target = f"""
@@ -219,10 +239,9 @@ def _device(arch: str) -> Any:
       device_description_str: "{device.name}"
     """
     topology = topologies.get_topology_desc(
-        platform="cuda", target_config=target, topology="1x1x1"
+        platform="cuda", target_config=target, topology=f"1x1x{count}"
     )
-    (only,) = topology.devices
-    return only
+    return topology.devices
 
 
 def _launches(thunks: str) -> Iterator[Launch]:
@@ -246,7 +265,7 @@ def calls(hlo: str) -> Iterator[tuple[str, str]]:
     """Yields the name of every Pallas kernel that is called, and the instruction."""
     for line in hlo.splitlines():
         if f'custom_call_target="{TRITON}"' in line:
-            (name,) = re.findall(r'op_name="[^"]*?(\w+)/pallas_call', line)
+            (name,) = re.findall(r'name = "(\w+)", num_stages', line)
             yield name, line
 
 

@@ -29,8 +29,10 @@ def pytest_addoption(parser):
 
 
 def _compile(case, arch):
-    function, avals = case()
-    return compiler.compile_for(function, *avals, arch=arch)
+    function, avals, *specs = case()
+    return compiler.compile_for(
+        function, *avals, arch=arch, specs=specs[0] if specs else None
+    )
 
 
 def _processes(count):

@@ -34,10 +34,10 @@ class Product:
     def __call__(self) -> Source:
         x = _struct((self.m, SIDE), jnp.bfloat16)
         w = weight(4, 128, k=SIDE, n=SIDE)
-        return (_gradient, (x, x, w)) if self.gradient else (qjax.matmul, (x, w))
+        return (gradient, (x, x, w)) if self.gradient else (qjax.matmul, (x, w))
 
 
-def _gradient(x, dy, w):
+def gradient(x, dy, w):
     def product(x, scale):
         return qjax.matmul(x, dataclasses.replace(w, scale=scale))
 

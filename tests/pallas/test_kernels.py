@@ -23,6 +23,7 @@ from qjax.pallas.operands import Config
 from qjax.pallas.rows import prepare
 from qjax.pallas.scale_grad import scale_grad
 from tests import oracle
+from tests.oracle import relative_error
 from tests.pairs import pairwise
 
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
@@ -89,13 +90,6 @@ def rows(m: int, k: int, seed: int = 1):
     """bfloat16 values, as float32."""
     x = np.random.default_rng(seed).standard_normal((m, k))
     return x.astype(BF16).astype(F32)
-
-
-def relative_error(found, expected) -> float:
-    expected = np.asarray(expected, np.float64)
-    found = np.asarray(found).astype(np.float64)
-    assert found.shape == expected.shape
-    return np.abs(found - expected).max() / np.abs(expected).max()
 
 
 def label(case: dict) -> str:

@@ -1,0 +1,333 @@
+"""The products behind `qjax.matmul`: every implementation, and the one gradient."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from qjax import decode, pallas, sharding, tensor, xla
+from qjax.partitioning import explicitly_like, over_devices
+from qjax.sharding import P, Segmented
+from qjax.tensor import Layout, QTensor
+
+# Those of the GPU take the index of a matrix in a stack, too.
+_Table = Mapping[str, Callable[..., Any]]
+IMPLEMENTATIONS: Mapping[str, _Table] = {
+    # x [m, k], w -> x @ W
+    "matmul": {
+        "pallas": pallas.fused,
+        "pallas_bf16": pallas.fused_bf16,
+        "pallas_dense": pallas.dense,
+        "xla_fused": xla.fused,
+        "xla_tiled": xla.tiled,
+        "xla_dense": xla.dense,
+        "xla_int8": xla.int8,
+    },
+    # dy [m, n], w -> dy @ W.T
+    "matmul_t": {
+        "pallas": pallas.fused_t,
+        "pallas_dense": pallas.dense_t,
+        "xla_tiled": xla.tiled_t,
+        "xla_dense": xla.dense_t,
+    },
+    # x [m, k], dy [m, n], w -> gradients of the float leaves of w, by name
+    "leaf_grad": {
+        "pallas": pallas.fused_grad,
+        "xla_grouped": xla.grouped_grad,
+        "xla_tiled": xla.tiled_grad,
+        "xla_dense": xla.dense_grad,
+    },
+}
+
+ON_GPU = ("pallas", "pallas_bf16", "pallas_dense")
+# Up to this many rows the products of XLA's forms stay in registers (`xla.fused`).
+_FUSED_ROWS = 3
+# A weight of at most 4 MiB in float32 is formed: it stays in the cache, and one product
+# costs less than a loop over tiles.
+_SMALL = 1024 * 1024
+
+
+class Choice(NamedTuple):
+    """What the caller's operands allow.
+
+    Attributes:
+      implementation: The one that the caller named, or None.
+      kernels: Whether the activations have 16 bits, which the GPU kernels keep exactly.
+    """
+
+    implementation: str | None
+    kernels: bool
+
+
+def _xla_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
+    """Names of XLA's forms to try, best first."""
+    if op == "matmul" and m <= _FUSED_ROWS:
+        return ("xla_fused", "xla_tiled", "xla_dense")
+    if w.k * w.n <= _SMALL:
+        return ("xla_dense",)
+    if op == "leaf_grad":
+        return ("xla_grouped", "xla_tiled", "xla_dense")
+    return ("xla_tiled", "xla_dense")
+
+
+def _gpu_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
+    """Names of the GPU's implementations to try, best first."""
+    if op == "leaf_grad":
+        return ("pallas",)
+    if m < pallas.dense_rows(op, w):
+        return ("pallas", "pallas_dense")
+    return ("pallas_dense", "pallas")
+
+
+# With W[k, n] = f(q[k, n], s, z) and g the cotangent of y = x W:
+#   dx = g W^T,   dW = x^T g,   ds = sum over its group of dW * df/ds, and so for z.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def product(x: Array, w: QTensor, index: Array | None, choice: Choice) -> Array:
+    """``x @ W`` in float32, differentiable, each device on its pieces.
+
+    Args:
+      x: ``[..., k]``.
+      w: A matrix, or with ``index`` a stack, without an input scale.
+      index: Which matrix of a stack.
+      choice: What the caller's operands allow.
+
+    Returns:
+      ``[..., n]``.
+    """
+    named, units = _names(x, w, index)
+    function = functools.partial(_product, choice)
+    return over_devices(function, (w, x, index), named, _of_result(x), units)
+
+
+def _forward(x: Array, w: QTensor, index: Array | None, choice: Choice) -> tuple:
+    return product(x, w, index, choice), (x, w, index)
+
+
+def _backward(
+    choice: Choice, residuals: tuple[Array, QTensor, Array | None], dy: Array
+) -> tuple[Array, QTensor, np.ndarray | None]:
+    choice = choice._replace(implementation=None)  # Named for the forward product.
+    x, w, index = residuals
+    (of_w, of_x, of_index), units = _names(x, w, index)
+    of_dy = _of_result(x)
+    dx = over_devices(
+        functools.partial(_product_t, choice, x.shape[-1]),
+        (w, dy, index),
+        (of_w, of_dy, of_index),
+        of_x,
+        units,
+    )
+    gradients = over_devices(
+        functools.partial(_leaf_gradients, choice),
+        (w, x, dy, index),
+        (of_w, of_x, of_dy, of_index),
+        {name: getattr(of_w, name) for name in _float_leaves(w)},
+        units,
+    )
+    dx, gradients = explicitly_like(
+        (dx, gradients), (x, {n: getattr(w, n) for n in gradients})
+    )
+    dx = dx.astype(x.dtype)
+    dw = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), w)
+    leaves = {name: getattr(w, name) for name in gradients}
+    cast = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, leaves)
+    if index is None:
+        return dx, dataclasses.replace(dw, **cast), None
+    spread = jax.tree.map(
+        lambda leaf, gradient: jnp.zeros_like(leaf).at[index].set(gradient),
+        leaves,
+        cast,
+    )
+    no_cotangent = np.zeros((), jax.dtypes.float0)
+    return dx, dataclasses.replace(dw, **spread), no_cotangent
+
+
+product.defvjp(_forward, _backward)
+
+
+def _names(
+    x: Array, w: QTensor, index: Array | None
+) -> tuple[tuple[Any, Any, Any], dict[str, int]]:
+    """What `over_devices` must know of the operands ``(w, x, index)``."""
+    # A stack is one operand of which one matrix is read: it is cut within matrices.
+    units = sharding.units(w) | {f"b{i}": 1 for i in range(len(w.batch))}
+    units |= {f"m{i}": size for i, size in enumerate(x.shape[:-1])}
+    # Where rows have an order, those of a device belong to inputs anywhere.
+    of_k = "k0" if w.order is None and len(w.segments) == 1 else None
+    of_x = P(*_of_result(x)[:-1], of_k)
+    return (sharding.names(w), of_x, None if index is None else P()), units
+
+
+def _of_result(x: Array) -> P:
+    """Names of the axes of ``x @ W``."""
+    return P(*[f"m{i}" for i in range(x.ndim - 1)], "n")
+
+
+def _plain(w: QTensor, index: Array | None) -> tuple[QTensor, Array | None]:
+    """Joins what lies segment by segment, and takes the order of the rows off."""
+    w = sharding.joined(w)
+    order = pallas.one_of(w.order, index)
+    # A device may hold less of a column than the one group that spans it.
+    segments = tuple(
+        segment._replace(group_size=None) if groups == 1 else segment
+        for segment, groups in zip(w.segments, tensor.group_counts(w), strict=True)
+    )
+    return dataclasses.replace(w, order=None, segments=segments), order
+
+
+def _stored(x: Array, order: Array | None) -> Array:
+    """Makes rows of inputs, in the order in which the weight is stored."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if order is None else jnp.take(x, order, axis=1, unique_indices=True)
+
+
+def _product(choice: Choice, w: QTensor, x: Array, index: Array | None) -> Array:
+    w, order = _plain(w, index)
+    y = _rows_times(choice, w, _stored(x, order), index)
+    return y.reshape(*x.shape[:-1], w.n)
+
+
+def _rows_times(choice: Choice, w: QTensor, x: Array, index: Array | None) -> Array:
+
+    def by_parts(x: Array, w: QTensor, index: Array | None) -> Array:
+        products = (
+            _run("matmul", choice, xs, part, index) for xs, part in _parts(x, w)
+        )
+        return functools.reduce(jnp.add, products)
+
+    # The fused kernel multiplies all segments in one launch.
+    if len(w.segments) == 1:
+        return by_parts(x, w, index)
+    if choice.implementation in ("pallas", "pallas_bf16"):
+        return IMPLEMENTATIONS["matmul"][choice.implementation](x, w, index)
+    fused = (
+        _goes_to_kernels(w, choice) and _gpu_order("matmul", len(x), w)[0] == "pallas"
+    )
+    if fused:
+        return jax.lax.platform_dependent(
+            x, w, index, cuda=pallas.fused, default=by_parts
+        )
+    return by_parts(x, w, index)
+
+
+def _product_t(
+    choice: Choice, k: int, w: QTensor, dy: Array, index: Array | None
+) -> Array:
+    w, order = _plain(w, index)
+    rows = dy.reshape(-1, dy.shape[-1])
+    by_part = [_run("matmul_t", choice, rows, part, index) for part in tensor.split(w)]
+    dx = jnp.concatenate(by_part, axis=1)
+    if order is None:
+        return dx.reshape(*dy.shape[:-1], -1)
+    # Of a device's own rows; the others' inputs get nothing here.
+    empty = jnp.zeros_like(dx, shape=(len(dx), k))
+    spread = empty.at[:, order].set(dx, unique_indices=True)
+    return spread.reshape(*dy.shape[:-1], k)
+
+
+def _leaf_gradients(
+    choice: Choice, w: QTensor, x: Array, dy: Array, index: Array | None
+) -> dict[str, Any]:
+    whole, order = _plain(w, index)
+    dy = dy.reshape(-1, dy.shape[-1])
+    by_part = [
+        _run("leaf_grad", choice, xs, dy, part, index)
+        for xs, part in _parts(_stored(x, order), whole)
+    ]
+
+    def together(name: str) -> Any:
+        group = [gradients[name] for gradients in by_part]
+        if isinstance(leaf := getattr(w, name), Segmented):
+            return Segmented(tuple(group), leaf.axis)
+        if name == "codebook" or w.row_group is not None:
+            return functools.reduce(jnp.add, group)
+        return jnp.concatenate(group)
+
+    return {name: together(name) for name in _float_leaves(w)}
+
+
+def _float_leaves(w: QTensor) -> list[str]:
+    """Names of the leaves of ``w`` that the products have gradients for."""
+    return [
+        name
+        for name in ("scale", "zero", "codebook")
+        if (leaf := getattr(w, name)) is not None
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+
+
+def _parts(x: Array, w: QTensor) -> Iterator[tuple[Array, QTensor]]:
+    """Pairs every segment with its columns of x."""
+    ends = itertools.accumulate(w.rows)
+    for end, rows, part in zip(ends, w.rows, tensor.split(w), strict=True):
+        yield x[:, end - rows : end], part
+
+
+def _run(op: str, choice: Choice, *operands: Any) -> Any:
+    """Runs the named implementation, or the first that does not decline.
+
+    The operands are rows, the weight, and the index of one in a stack, or None.
+    """
+    *rows, w, index = operands
+    name, m = choice.implementation, rows[0].shape[0]
+    if name in ON_GPU:
+        return IMPLEMENTATIONS[op][name](*operands)
+    if name is not None:
+        wide = [row.astype(jnp.float32) for row in rows]
+        return IMPLEMENTATIONS[op][name](*wide, pallas.one_of(w, index))
+
+    def on_gpu(*operands: Any) -> Any:
+        return _first(op, _gpu_order(op, m, w), operands)
+
+    def elsewhere(*operands: Any) -> Any:
+        *rows, w, index = operands
+        native = in_layout(pallas.one_of(w, index), xla.NATIVE)
+        wide = [row.astype(jnp.float32) for row in rows]
+        return _first(op, _xla_order(op, m, native), (*wide, native))
+
+    # What the entries of a codebook are worth is summed by XLA.
+    by_codebook = op == "leaf_grad" and w.codebook is not None
+    if by_codebook or not _goes_to_kernels(w, choice):
+        return elsewhere(*operands)
+    # The platform is known when the program is lowered, not here.
+    return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=elsewhere)
+
+
+def _first(op: str, names: tuple[str, ...], operands: tuple[Any, ...]) -> Any:
+    reasons = []
+    for name in names:
+        try:
+            return IMPLEMENTATIONS[op][name](*operands)
+        except NotImplementedError as error:
+            reasons.append(error)
+    raise ExceptionGroup(f"no implementation of {op} takes {operands[-1]!r}", reasons)
+
+
+def _goes_to_kernels(w: QTensor, choice: Choice) -> bool:
+    named = choice.implementation is not None
+    if w.layout != pallas.layout_of(w) or not choice.kernels or named:
+        return False
+    return kernels_read(w)
+
+
+def kernels_read(w: QTensor) -> bool:
+    """Whether the GPU kernels would take the weight, in the layout that they read."""
+    try:
+        pallas.check(w)
+    except NotImplementedError:
+        return False
+    return True
+
+
+def in_layout(w: QTensor, layout: Layout) -> QTensor:
+    """Moves the codes if the layout can hold them."""
+    with contextlib.suppress(ValueError):  # xla.dense reads any layout.
+        return decode.relayout(w, layout)
+    return w

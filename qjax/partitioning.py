@@ -1,0 +1,355 @@
+"""Functions that are cut over devices along named axes, not by looking into them.
+
+XLA's partitioner takes a program apart operation by operation. It knows nothing of a
+Pallas kernel, and of a loop over tiles too little: both would have all words gathered.
+`over_devices` says of a whole function which axes of operands and results are the same,
+and how many pieces they have; each device then calls the function on its pieces. What
+has a summand on every device is summed.
+
+Where the axes of the mesh are automatic, XLA asks for the pieces when it compiles, by
+`custom_partitioning`. Where they are explicit, arrays are traced with their pieces, and
+`jax.shard_map` does the same at once.
+"""
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from qjax.sharding import entry_axes
+
+P = PartitionSpec
+Names = tuple[str | None, ...]
+Flat = Callable[..., tuple[Array, ...]]
+
+
+def over_devices(
+    function: Callable[..., Any],
+    operands: tuple[Any, ...],
+    named: tuple[Any, ...],
+    results: Any,
+    units: Mapping[str, int],
+) -> Any:
+    """Calls a function, each device on its own pieces of the operands.
+
+    Inside `jax.shard_map` and on one device, it is a call and nothing else. A vmapped
+    call has one more axis, which is cut like any other.
+
+    Args:
+      function: Pure. Of pieces of the operands it computes the same pieces of the
+        results or, along axes that a result does not have, a summand of it.
+      operands: Trees of arrays.
+      named: The same trees with a `PartitionSpec` of names in the place of each array,
+        None for an axis that is never cut. Names that begin with "m" are rows, which
+        only some operands have. Those that begin with "k" are cut alike.
+      results: What ``function`` returns, likewise.
+      units: Into how many pieces an axis may be cut, by name.
+
+    Returns:
+      What ``function`` returns.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    # Inside shard_map, operands already are what a device holds.
+    if mesh.manual_axes:
+        return function(*operands)
+    leaves, tree = jax.tree.flatten(operands)
+    task = _Task.of(jax.tree.leaves(named), jax.tree.leaves(results), units)
+
+    def flat(*leaves: Array) -> tuple[Array, ...]:
+        return tuple(jax.tree.leaves(function(*tree.unflatten(leaves))))
+
+    explicit = AxisType.Explicit in mesh.axis_types
+    out = (_over_shards if explicit else _over_pieces)(task, flat, leaves)
+    return jax.tree.structure(results).unflatten(out)
+
+
+def explicitly_like(tree: Any, other: Any) -> Any:
+    """Cuts arrays as others are cut, where that is a part of their type.
+
+    Args:
+      tree: Arrays.
+      other: The same tree of arrays.
+
+    Returns:
+      ``tree``, resharded where mesh axes are explicit.
+    """
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return tree
+    shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, other)
+    return jax.tree.map(jax.sharding.reshard, tree, shardings)
+
+
+def vary_together(*operands: Any) -> tuple[Any, ...]:
+    """Inside `jax.shard_map`, lets all leaves vary over the axes that any varies over.
+
+    The transpose of the cast sums the cotangent of a replicated operand over devices.
+
+    Args:
+      *operands: Trees of arrays.
+
+    Returns:
+      The same trees.
+    """
+    varying = lambda leaf: jax.typeof(leaf).manual_axis_type.varying  # noqa: E731
+    axes = set().union(*map(varying, jax.tree.leaves(operands)))
+
+    def cast(leaf: Array) -> Array:
+        missing = tuple(axes - varying(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, operands)
+
+
+class _Operand(NamedTuple):
+    """An array as the choice of axes sees it."""
+
+    names: Names
+    spec: PartitionSpec
+    nbytes: int
+
+    @classmethod
+    def of(cls, names: Names, array: Any, sharding: Any) -> "_Operand":
+        return cls(names, sharding.spec, math.prod(array.shape) * array.dtype.itemsize)
+
+    @property
+    def has_rows(self) -> bool:
+        return any(name and name.startswith("m") for name in self.names)
+
+    def offers(self) -> list[tuple[str | None, tuple[str, ...]]]:
+        """Every name with the mesh axes that the array is cut along there."""
+        return list(zip(self.names, map(entry_axes, self.spec), strict=False))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """The names of the axes of operands and results, None where they are never cut.
+
+    Attributes:
+      operands: Of every operand.
+      results: Of every result.
+      units: Pieces by name, more than one of each.
+    """
+
+    operands: tuple[Names, ...]
+    results: tuple[Names, ...]
+    units: Mapping[str, int]
+
+    @classmethod
+    def of(
+        cls,
+        operands: Sequence[PartitionSpec],
+        results: Sequence[PartitionSpec],
+        units: Mapping[str, int],
+    ) -> "_Task":
+        pieces = _by_family(units)
+        cuts = {name: n for name, n in units.items() if pieces[_family(name)] > 1}
+
+        def kept(spec: PartitionSpec) -> Names:
+            return tuple(name if name in cuts else None for name in spec)
+
+        return cls(tuple(map(kept, operands)), tuple(map(kept, results)), cuts)
+
+    def batched(self, size: int, batched: Sequence[bool]) -> "_Task":
+        """Puts one more axis before those of some operands and of all results."""
+        name = f"b_{len(self.units)}"
+        operands = [
+            (name, *names) if is_batched else names
+            for names, is_batched in zip(self.operands, batched, strict=True)
+        ]
+        results = [(name, *names) for names in self.results]
+        return _Task(tuple(operands), tuple(results), {**self.units, name: size})
+
+    def choose(
+        self, mesh: Mesh | AbstractMesh, operands: Sequence[_Operand]
+    ) -> "_Choice":
+        """Chooses mesh axes for every name.
+
+        Operands that have rows and those that have none may be cut along the same mesh
+        axis. Then the larger side keeps its pieces and the smaller one moves:
+        activations in decoding, packed words in training (FSDP).
+        """
+        pieces = _by_family(self.units)
+        axes: dict[str, tuple[str, ...]] = collections.defaultdict(tuple)
+        without = [o for o in operands if not o.has_rows]
+        having = [o for o in operands if o.has_rows]
+        of_weight = [offer for o in without for offer in o.offers()]
+        of_inputs = [offer for o in having for offer in o.offers()]
+        of_rows = [offer for offer in of_inputs if offer[0] and offer[0][0] == "m"]
+        if sum(o.nbytes for o in having) > sum(o.nbytes for o in without):
+            order = of_rows + of_weight + of_inputs
+        else:
+            order = of_weight + of_inputs
+        for name, offered in order:
+            family = _family(name)
+            if name in self.units and not axes[family]:
+                taken = {axis for held in axes.values() for axis in held}
+                axes[family] = _fitting(mesh, offered, taken, pieces[family])
+        return _Choice(dict(axes))
+
+    def rule(
+        self, mesh: Mesh, value_types: Sequence[Any], result_types: Sequence[Any]
+    ) -> tuple[str, dict[str, Any]]:
+        """The rule by which Shardy carries shardings over the function.
+
+        An axis of whole pieces is one factor; of pieces of several elements it is two,
+        of which the second is never cut.
+        """
+        del mesh
+        sizes: dict[str, int] = {}
+        whole: list[str] = []
+        alone: set[str] = set()
+
+        def axis(name: str | None, size: int) -> str:
+            rest = size if name is None else size // self.units[name]
+            if name is not None and rest == 1:
+                alone.add(name)
+                return name
+            whole.append(f"w{len(whole)}")
+            if name is None:
+                return whole[-1]
+            sizes[whole[-1]] = rest
+            return f"({name} {whole[-1]})"
+
+        def side(all_names: Sequence[Names], types: Sequence[Any]) -> str:
+            return ", ".join(
+                " ".join(map(axis, names, type_.shape))
+                for names, type_ in zip(all_names, types, strict=True)
+            )
+
+        left, right = side(self.operands, value_types), side(self.results, result_types)
+        # In the order of their first appearance, as Shardy wants them.
+        used: dict[str, None] = {}
+        for names in (*self.operands, *self.results):
+            used |= {name: None for name in names if name is not None}
+        kept = {name for names in self.results for name in names}
+        sizes |= {name: self.units[name] for name in used if name not in alone}
+        options: dict[str, Any] = {"need_replication_factors": tuple(whole)}
+        if summed := tuple(name for name in used if name not in kept):
+            options["reduction_factors"] = summed
+        return f"{left} -> {right}", options | sizes
+
+
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """The mesh axes that every family of names is cut along."""
+
+    axes: Mapping[str, tuple[str, ...]]
+
+    def spec(self, names: Names) -> PartitionSpec:
+        """The spec of an array."""
+        return P(*[self.axes.get(_family(name)) or None for name in names])
+
+    def summed(self, flat: Flat, leaves: Sequence[Array], results: Any) -> tuple:
+        """Calls the function of a device, and sums what others have summands of."""
+        shared = {axis for axes in self.axes.values() for axis in axes}
+        sums = []
+        for leaf, names in zip(flat(*leaves), results, strict=True):
+            held = {a for name in names for a in self.axes.get(_family(name), ())}
+            axes = tuple(sorted(shared - held))
+            sums.append(jax.lax.psum(leaf, axes) if axes else leaf)
+        return tuple(sums)
+
+
+def _over_shards(task: _Task, flat: Flat, leaves: Sequence[Array]) -> tuple[Array, ...]:
+    """Where arrays are traced with their pieces."""
+    mesh = jax.sharding.get_abstract_mesh()
+    typed = [
+        _Operand.of(names, leaf, jax.typeof(leaf).sharding)
+        for names, leaf in zip(task.operands, leaves, strict=True)
+    ]
+    choice = task.choose(mesh, typed)
+    specs = tuple(map(choice.spec, task.operands))
+
+    def local(*leaves: Array) -> tuple[Array, ...]:
+        return choice.summed(flat, vary_together(*leaves), task.results)
+
+    mapped = jax.shard_map(
+        local,
+        in_specs=specs,
+        out_specs=tuple(map(choice.spec, task.results)),
+        axis_names=set(mesh.explicit_axes),
+    )
+    return mapped(*map(jax.sharding.reshard, leaves, specs))
+
+
+def _over_pieces(task: _Task, flat: Flat, leaves: Sequence[Array]) -> tuple[Array, ...]:
+    """Where XLA finds out about the pieces; under every transformation of JAX."""
+    # What the function closes over stays a matter of the inner jit.
+    partitioned = custom_partitioning(jax.jit(flat))
+    partitioned.def_partition(_partition(task, flat), sharding_rule=task.rule)
+
+    @custom_vmap
+    def mapped(*leaves: Array) -> tuple[Array, ...]:
+        return tuple(partitioned(*leaves))
+
+    @mapped.def_vmap
+    def _(size: int, batched: list[bool], *leaves: Array) -> tuple:
+        flat_batch = jax.vmap(flat, [0 if b else None for b in batched])
+        out = _over_pieces(task.batched(size, batched), flat_batch, leaves)
+        return out, (True,) * len(out)
+
+    # The partitioned function has no derivative of its own. The gradient of
+    # `qjax.matmul` needs none; that of a gradient does.
+    differentiable = jax.custom_jvp(mapped)
+    differentiable.defjvp(lambda primals, tangents: jax.jvp(flat, primals, tangents))
+    return differentiable(*leaves)
+
+
+def _partition(task: _Task, flat: Flat) -> Callable[..., Any]:
+    """What XLA calls to learn which pieces a device takes, and what it does."""
+
+    def partition(mesh: Mesh, operands: Any, results: Any) -> tuple:
+        del results
+        placed = [
+            _Operand.of(names, array, array.sharding)
+            for names, array in zip(task.operands, operands, strict=True)
+        ]
+        choice = task.choose(mesh, placed)
+        place = lambda names: NamedSharding(mesh, choice.spec(names))  # noqa: E731
+
+        def local(*leaves: Array) -> tuple[Array, ...]:
+            return choice.summed(flat, leaves, task.results)
+
+        return (
+            mesh,
+            local,
+            tuple(map(place, task.results)),
+            tuple(map(place, task.operands)),
+        )
+
+    return partition
+
+
+def _family(name: str | None) -> str:
+    """Names of one family are cut along the same mesh axes."""
+    if name is None:
+        return ""
+    return "k" if name.startswith("k") else name
+
+
+def _by_family(units: Mapping[str, int]) -> dict[str, int]:
+    """The pieces of a family: as many as all its members have."""
+    pieces: dict[str, int] = {}
+    for name, count in units.items():
+        pieces[_family(name)] = math.gcd(pieces.get(_family(name), 0), count)
+    return pieces
+
+
+def _fitting(
+    mesh: Mesh | AbstractMesh, axes: tuple[str, ...], taken: set[str], pieces: int
+) -> tuple[str, ...]:
+    """The first of ``axes`` that are free and share the pieces evenly."""
+    fitting: tuple[str, ...] = ()
+    for axis in axes:
+        shares = math.prod(mesh.shape[a] for a in (*fitting, axis))
+        if axis in taken or pieces % shares:
+            break
+        fitting = (*fitting, axis)
+    return fitting

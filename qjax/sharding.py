@@ -1,0 +1,322 @@
+"""How a `QTensor` is cut over the devices of a mesh.
+
+A weight is cut along k, along n, or both, by one `PartitionSpec` for the two, and every
+leaf follows: words in whole units of their layout, scales and zeros in whole groups,
+orders with the rows that they belong to. Of a matrix of mixed widths, each device takes
+its share of every segment.
+
+`shard` puts a weight on a mesh and `partition_specs` gives the specs of its leaves, for
+`jax.shard_map` and ``in_shardings``. `qjax.matmul` of such a weight stays cut wherever
+it is traced (`qjax.partitioning`): packed words never move.
+"""
+
+import dataclasses
+import itertools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+from qjax.tensor import Encoded, Grouping, QTensor, group_counts, plain
+
+P = PartitionSpec
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Segmented(Encoded):
+    """A scale, zero or order of a mixed matrix, in one array for each segment.
+
+    An even cut of each gives every device its share of every segment, where one of them
+    all joined would give it some segments and not others.
+
+    Attributes:
+      parts: Arrays, one a segment; in `names`, specs.
+      axis: The axis of k: -1 of an order, -2 of a scale or zero.
+    """
+
+    parts: tuple[Any, ...]
+    axis: int = dataclasses.field(metadata={"static": True})
+
+    def decode(self) -> Array:
+        """Joins the segments."""
+        return jnp.concatenate(self.parts, axis=self.axis)
+
+    # Not traced: arrays that are cut in different ways do not join.
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the joined array."""
+        shape = list(self.parts[0].shape)
+        shape[self.axis] = sum(part.shape[self.axis] for part in self.parts)
+        return tuple(shape)
+
+    @property
+    def dtype(self) -> jnp.dtype:
+        """Dtype of every part."""
+        return self.parts[0].dtype
+
+
+def by_segment(w: QTensor) -> QTensor:
+    """Cuts scale, zero and order of a mixed matrix into its segments.
+
+    One without an order gets one, so that a device finds the inputs of its rows.
+
+    Args:
+      w: A matrix or a stack of them, in any layout.
+
+    Returns:
+      The same weight with `Segmented` leaves; of one segment, ``w`` itself.
+
+    Raises:
+      ValueError: If ``w`` has a ``row_group``: its groups are those of no segment.
+
+    Example:
+      >>> w = qjax.quantize(jnp.eye(32), bits=2, group_size=32)
+      >>> by_segment(w) is w
+      True
+    """
+    if len(w.segments) == 1 or isinstance(w.scale, Segmented):
+        return w
+    if w.row_group is not None:
+        raise ValueError(
+            "w has a row_group (act-order) and several segments, which cannot be cut "
+            "apart; qjax.prepare turns it into an order if its groups are full."
+        )
+
+    def cut(leaf: Any, counts: tuple[int, ...], axis: int) -> Segmented | None:
+        array = plain(leaf)
+        if array is None:
+            return None
+        ends = list(itertools.accumulate(counts))[:-1]
+        return Segmented(tuple(jnp.split(array, ends, axis=axis)), axis)
+
+    order = w.order
+    if order is None:
+        order = jnp.broadcast_to(jnp.arange(w.k, dtype=jnp.int32), (*w.batch, w.k))
+    return dataclasses.replace(
+        w,
+        scale=cut(w.scale, group_counts(w), -2),
+        zero=cut(w.zero, group_counts(w), -2),
+        order=cut(order, w.rows, -1),
+    )
+
+
+def joined(w: QTensor) -> QTensor:
+    """Inverse of `by_segment`.
+
+    Args:
+      w: Any weight.
+
+    Returns:
+      The same weight; no leaf of it is `Segmented`.
+    """
+    whole = {
+        name: leaf.decode()
+        for name in ("scale", "zero", "order")
+        if isinstance(leaf := getattr(w, name), Segmented)
+    }
+    return dataclasses.replace(w, **whole) if whole else w
+
+
+def names(w: QTensor) -> QTensor:
+    """Names the axes of every leaf, in place of mesh axes in a `PartitionSpec`.
+
+    Args:
+      w: A weight; its leaves may be abstract.
+
+    Returns:
+      A `QTensor` whose leaves are specs of "k0", "k1", ... (the rows of that segment),
+      "n", "b0", ... (batch axes) and None where an axis is not cut.
+    """
+    batch = tuple(f"b{i}" for i in range(len(w.batch)))
+    single = len(w.segments) == 1
+    one_k = "k0" if single else None
+
+    def words(i: int) -> PartitionSpec:
+        cut = w.layout.cut(w.segments[i].bits)
+        axes: list[str | None] = [None] * w.layout.rank
+        if cut is not None:
+            axes[cut.k_axis], axes[cut.n_axis] = f"k{i}", "n"
+        return P(*batch, *axes)
+
+    def parameter(leaf: Any) -> Any:
+        if leaf is None:
+            return None
+        columns = "n" if 1 < leaf.shape[-1] <= w.n else None
+        if isinstance(leaf, Segmented):
+            counts = group_counts(w)
+            rows = [f"k{i}" if counts[i] > 1 else None for i in range(len(counts))]
+            return Segmented(tuple(P(*batch, row, columns) for row in rows), leaf.axis)
+        if isinstance(leaf, Encoded):
+            return jax.tree.map(lambda array: P(*[None] * array.ndim), leaf)
+        grouped = single and w.row_group is None and group_counts(w)[0] > 1
+        return P(*batch, "k0" if grouped else None, columns)
+
+    def vector(leaf: Any, name: str | None) -> Any:
+        if isinstance(leaf, Segmented):
+            parts = range(len(leaf.parts))
+            return Segmented(tuple(P(*batch, f"k{i}") for i in parts), leaf.axis)
+        return None if leaf is None else P(*batch, name)
+
+    return dataclasses.replace(
+        w,
+        words=tuple(words(i) for i in range(len(w.words))),
+        scale=parameter(w.scale),
+        zero=parameter(w.zero),
+        order=vector(w.order, one_k),
+        row_group=vector(w.row_group, one_k),
+        codebook=vector(w.codebook, None),
+        # In the order of the inputs, which is that of the rows only without an order.
+        input_scale=vector(w.input_scale, one_k if w.order is None else None),
+    )
+
+
+def units(w: QTensor) -> dict[str, int]:
+    """Counts into how many equal pieces every axis of `names` may be cut.
+
+    Args:
+      w: A weight; its leaves may be abstract.
+
+    Returns:
+      Counts by name. 1 says that an axis cannot be cut: there is padding, a ragged
+      group, an encoding, or groups that are no runs of rows.
+    """
+    counts = {f"b{i}": size for i, size in enumerate(w.batch)}
+    cuts = [w.layout.cut(segment.bits) for segment in w.segments]
+    parameters = [leaf for leaf in (w.scale, w.zero) if leaf is not None]
+    encoded = [
+        isinstance(p, Encoded) and not isinstance(p, Segmented) for p in parameters
+    ]
+    whole = w.grouping is not Grouping.ROWS or any(encoded) or None in cuts
+    segmented = len(w.segments) == 1 or isinstance(w.scale, Segmented)
+    for i, (cut, segment) in enumerate(zip(cuts, w.segments, strict=True)):
+        several = group_counts(w)[i] > 1 and w.row_group is None
+        group = segment.group_size if several else 1
+        if whole or cut is None or not segmented or segment.padding:
+            counts[f"k{i}"] = 1
+        else:
+            counts[f"k{i}"] = _pieces(w.rows[i], cut.rows, group or 1)
+    columns = [p.shape[-1] for p in parameters]
+    if whole or w.padding or max(columns) > w.n:
+        counts["n"] = 1
+    else:
+        shared = [w.n // c for c in columns if c > 1]
+        counts["n"] = _pieces(w.n, *[cut.columns for cut in cuts if cut], *shared)
+    return counts
+
+
+def _pieces(size: int, *sizes: int) -> int:
+    """Counts the pieces of whole units of all ``sizes``: 1 if they leave a rest."""
+    unit = math.lcm(*sizes)
+    return 1 if size % unit else size // unit
+
+
+def partition_specs(w: QTensor, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Any:
+    """Gives the specs of a weight's leaves.
+
+    Args:
+      w: The weight; its leaves may be abstract.
+      spec: Mesh axes of ``(*batch, k, n)``; what is left out at the end is not cut.
+        ``P(None, "model")`` cuts a matrix by columns, so that products need no
+        communication, and ``P("model", None)`` by rows, so that they need one sum.
+      mesh: The mesh, for the sizes of its axes.
+
+    Returns:
+      A `QTensor` of `PartitionSpec`s, for ``in_specs`` of `jax.shard_map`; the same
+      tree as ``w``.
+
+    Raises:
+      ValueError: If ``spec`` has too many axes, the mesh has not the axes, or they
+        cannot share the weight evenly.
+
+    Example:
+      >>> w = qjax.quantize(jnp.ones((256, 64)), bits=3, group_size=64)
+      >>> mesh = jax.make_mesh((2,), ("model",))
+      >>> qjax.partition_specs(w, P("model"), mesh).scale == P("model", None)
+      True
+    """
+    if len(spec) > w.ndim:
+        raise ValueError(f"spec={spec} has more axes than w.shape={w.shape}.")
+    axes = dict(enumerate(spec))
+    count = len(w.batch)
+    chosen = {f"b{i}": axes.get(i) for i in range(count)} | {"n": axes.get(count + 1)}
+    chosen |= {f"k{i}": axes.get(count) for i in range(len(w.segments))}
+    pieces = units(w)
+    for name, entry in chosen.items():
+        shares = math.prod(_size(mesh, axis) for axis in entry_axes(entry))
+        if pieces[name] % shares:
+            raise ValueError(_uneven(w, spec, name, pieces[name], shares))
+
+    def one(named: PartitionSpec) -> PartitionSpec:
+        return P(*[None if name is None else chosen[name] for name in named])
+
+    return jax.tree.map(one, names(w))
+
+
+def _uneven(
+    w: QTensor, spec: PartitionSpec, name: str, pieces: int, shares: int
+) -> str:
+    what = "the stack" if name.startswith("b") else name[:1]
+    mixed = len(w.segments) > 1
+    if name.startswith("k") and mixed:
+        what = f"the {w.segments[int(name[1:])].bits}-bit rows"
+    advice = "choose another axis, or leave it whole"
+    if name.startswith("k") and mixed and not isinstance(w.scale, Segmented):
+        advice = "qjax.shard, or qjax.sharding.by_segment, lets mixed widths be cut"
+    elif isinstance(w.scale, Encoded) and not isinstance(w.scale, Segmented):
+        advice = "qjax.prepare decodes its scales"
+    elif None in [w.layout.cut(segment.bits) for segment in w.segments]:
+        advice = f"{w.layout!r} is never cut, but what qjax.prepare makes of it is"
+    return (
+        f"spec={spec}: {what} of {w!r} has {pieces} pieces of whole groups and words, "
+        f"which {shares} devices cannot share evenly; {advice}."
+    )
+
+
+def _size(mesh: Mesh | AbstractMesh, axis: str) -> int:
+    if axis not in mesh.shape:
+        raise ValueError(f"The mesh has axes {tuple(mesh.shape)}, and no {axis!r}.")
+    return mesh.shape[axis]
+
+
+def entry_axes(entry: Any) -> tuple[str, ...]:
+    """Returns the mesh axes of one entry of a `PartitionSpec`."""
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, tuple) else (entry,)
+
+
+def shard(w: QTensor, mesh: Mesh, spec: PartitionSpec) -> QTensor:
+    """Puts a weight on a mesh, cut along k or n, or both.
+
+    `qjax.matmul` and its gradient then read, on each device, the words that lie there.
+
+    Args:
+      w: The weight, as `qjax.prepare` leaves it. A mixed matrix that is cut along k
+        gets `Segmented` leaves.
+      mesh: Devices with named axes, automatic or explicit.
+      spec: As in `partition_specs`. An empty one lets every device hold all of ``w``.
+
+    Returns:
+      The same weight, its leaves placed.
+
+    Raises:
+      ValueError: As `partition_specs`.
+
+    Example:
+      >>> w = qjax.quantize(jnp.ones((256, 64)), bits=4, group_size=64)
+      >>> mesh = jax.make_mesh((4,), ("model",))
+      >>> w = shard(w, mesh, P(None, "model"))
+      >>> [array.data.shape for array in w.words[0].addressable_shards]
+      [(32, 16), (32, 16), (32, 16), (32, 16)]
+    """
+    k_axis = len(w.batch)
+    if len(spec) > k_axis and spec[k_axis] is not None:
+        w = by_segment(w)
+    placed = jax.tree.map(
+        lambda leaf_spec: NamedSharding(mesh, leaf_spec), partition_specs(w, spec, mesh)
+    )
+    return jax.device_put(w, placed)

@@ -1,0 +1,98 @@
+"""Programs for eight GPUs: the kernels on local shards, and what is communicated."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+import qjax
+from tests.gpu import compiler
+from tests.gpu.cases import weight
+from tests.gpu.programs import DENSE, SIDE, gradient
+from tests.gpu.test_programs import no_dense_weight, words_stay
+
+both = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharded:
+    """``qjax.matmul`` over data and model axes, or its gradient."""
+
+    m: int
+    by: str  # columns or rows
+    gradient: bool = False
+
+    def __str__(self) -> str:
+        return f"{'gradient' if self.gradient else 'matmul'} m{self.m} by {self.by}"
+
+    def __call__(self):
+        x = jax.ShapeDtypeStruct((self.m, SIDE), jnp.bfloat16)
+        w = weight(4, 128, k=SIDE, n=SIDE)
+        mesh = AbstractMesh(tuple(compiler.MESH.values()), tuple(compiler.MESH))
+        cut, whole = P("data", "model"), P("data", None)
+        of_w = P("model", None) if self.by == "rows" else P(None, "model")
+        of_x, of_dy = (cut, whole) if self.by == "rows" else (whole, cut)
+        specs = qjax.partition_specs(w, of_w, mesh)
+        if self.gradient:
+            return gradient, (x, x, w), (of_x, of_dy, specs)
+        return qjax.matmul, (x, w), (of_x, specs)
+
+
+def communicated(hlo):
+    """The dtype and shape of every array that a collective makes."""
+    found = []
+    for result, operation in re.findall(r"= (\S+) (all-[\w-]+|reduce-\w+)\(", hlo):
+        if not operation.endswith("-start"):
+            found.append((operation.removesuffix("-done"), result.partition("{")[0]))
+    return sorted(found)
+
+
+def names(program):
+    found = (name for name, _ in compiler.calls(program.hlo))
+    return sorted(re.sub(r"_4bit.*", "", name) for name in found)
+
+
+@pytest.fixture
+def program(case, arch, compiled):
+    return compiled(case, arch)
+
+
+@pytest.mark.parametrize(
+    "case", [Sharded(2, "columns"), Sharded(32, "columns")], ids=str
+)
+@both
+def test_columns(program):
+    assert names(program) == ["matmul", "rows"]
+    assert communicated(program.hlo) == []
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo, least=SIDE * SIDE // 4)
+    assert program.temporaries < DENSE / 4 / 3
+
+
+@pytest.mark.parametrize("case", [Sharded(2, "rows"), Sharded(32, "rows")], ids=str)
+@both
+def test_rows(case, program):
+    assert names(program) == ["matmul", "rows"]
+    assert communicated(program.hlo) == [("all-reduce", f"f32[{case.m // 2},{SIDE}]")]
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo, least=SIDE * SIDE // 4)
+    assert program.temporaries < DENSE / 4 / 3
+
+
+@pytest.mark.parametrize(
+    "case", [Sharded(32, by, gradient=True) for by in ("columns", "rows")], ids=str
+)
+@both
+def test_gradient(case, program):
+    assert names(program) == ["matmul", "matmul_t", "rows", "scale_grad"]
+    # One sum over columns or rows, and that of the gradient of scales over the batch.
+    sums = [("all-reduce", f"f32[16,{SIDE}]")]
+    scales = (SIDE // 128, SIDE // 4) if case.by == "columns" else (8, SIDE)
+    sums.append(("all-reduce", "f32[{},{}]".format(*scales)))
+    assert communicated(program.hlo) == sorted(sums)
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo, least=SIDE * SIDE // 4)

@@ -1,0 +1,356 @@
+"""Weights cut over eight devices: what is computed, and what is communicated."""
+
+import collections
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qjax
+from qjax import sharding, tensor
+from qjax.formats.awq import Gemm
+from qjax.formats.tiles import Tiles
+from tests import oracle
+from tests.oracle import relative_error
+
+K, N, M = 512, 128, 16
+# Sums in float32 of up to 65536 products, over eight devices; float64 in the oracle.
+TOLERANCE = 1e-5
+
+KINDS = {
+    "4 bits": {"bits": 4, "group_size": 32},
+    "3 bits a column": {"bits": 3, "group_size": None, "affine": "CENTERED"},
+    "float zeros": {"bits": 2, "group_size": 64, "affine": "OFFSET"},
+    "codebook": {"bits": 4, "group_size": 64, "affine": "CODEBOOK"},
+    "order": {"bits": 4, "group_size": 32, "order": True, "input_scale": True},
+    "act-order": {"bits": 8, "group_size": 32, "row_group": True},
+    "mixed": {
+        "parts": [(6, 128, 32), (4, 256, 32), (2, 128, None)],
+        "affine": "CENTERED",
+        "order": True,
+    },
+    "mixed without order": {
+        "parts": [(8, 128, 32), (4, 384, 32)],
+        "affine": "OFFSET",
+        "input_scale": True,
+    },
+}
+# Of the weight and of x.
+CUTS = {
+    "columns": (P(None, "model"), P("data")),
+    "rows": (P("model", None), P("data", "model")),
+    "rows of whole inputs": (P("model"), P()),
+    "both": (P("model", "data"), P()),
+    "FSDP": (P(None, "data"), P("data")),
+    "inputs alone": (P(), P(("data", "model"))),
+}
+
+
+def mesh_of(kind=AxisType.Auto):
+    devices = jax.devices("cpu")
+    return jax.make_mesh((2, 4), ("data", "model"), (kind, kind), devices=devices)
+
+
+MESH = mesh_of()
+
+
+def draw(shape, seed):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def place(array, spec, mesh=MESH):
+    return jax.device_put(array, NamedSharding(mesh, spec))
+
+
+def step(x, dy, w):
+    """A product and its gradients, with respect to x and all leaves of w."""
+
+    def loss(x, w):
+        y = qjax.matmul(x, w)
+        return (y * dy).sum(), y
+
+    (_, y), gradients = jax.value_and_grad(loss, (0, 1), has_aux=True, allow_int=True)(
+        x, w
+    )
+    return y, *gradients
+
+
+def check(matrix, found, x, dy):
+    y, dx, dw = found
+    assert relative_error(y, matrix.matmul(x)) < TOLERANCE
+    expected = matrix.gradients(x, dy)
+    assert relative_error(dx, expected["x"]) < TOLERANCE
+    for name in ("scale", "zero", "codebook", "input_scale"):
+        leaf = tensor.plain(jax.tree.map(np.asarray, getattr(dw, name)))
+        if leaf is not None and leaf.dtype != jax.dtypes.float0:
+            assert relative_error(leaf, expected[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_under_jit(kind, cut, as_qtensor):
+    matrix = oracle.random(0, K, N, **KINDS[kind])
+    x, dy = draw((M, K), 1), draw((M, N), 2)
+    of_w, of_x = CUTS[cut]
+    w = qjax.shard(as_qtensor(matrix), MESH, of_w)
+    check(matrix, jax.jit(step)(place(x, of_x), dy, w), x, dy)
+
+
+@pytest.mark.parametrize("kind", ["4 bits", "order", "mixed"])
+@pytest.mark.parametrize("cut", ["columns", "rows", "FSDP"])
+def test_explicit_axes(kind, cut, as_qtensor):
+    matrix = oracle.random(0, K, N, **KINDS[kind])
+    x, dy = draw((2, M // 2, K), 1), draw((2, M // 2, N), 2)
+    of_w, of_x = CUTS[cut]
+    of_x = P(of_x[0], None, *of_x[1:])
+    mesh = mesh_of(AxisType.Explicit)
+    with jax.set_mesh(mesh):
+        w = qjax.shard(as_qtensor(matrix), mesh, of_w)
+        placed = place(x, of_x, mesh)
+        of_y = jax.typeof(qjax.matmul(placed, w)).sharding.spec
+        dy_placed = place(dy, of_y, mesh)
+        found = jax.jit(step)(placed, dy_placed, w)
+        assert jax.typeof(found[1]) == jax.typeof(placed)
+        for leaf, gradient in zip(
+            jax.tree.leaves(w.scale), jax.tree.leaves(found[2].scale), strict=True
+        ):
+            assert jax.typeof(leaf) == jax.typeof(gradient)
+    assert of_y[2] == {"columns": "model", "rows": None, "FSDP": "data"}[cut]
+    flat = [np.asarray(a).reshape(-1, a.shape[-1]) for a in (*found[:2], x, dy)]
+    check(matrix, (flat[0], flat[1], found[2]), *flat[2:])
+
+
+@pytest.mark.parametrize("kind", ["4 bits", "order", "mixed", "mixed without order"])
+@pytest.mark.parametrize("cut", ["columns", "rows of whole inputs"])
+def test_shard_map(kind, cut, as_qtensor):
+    matrix = oracle.random(0, K, N, **KINDS[kind])
+    x, dy = draw((M, K), 1), draw((M, N), 2)
+    w = sharding.by_segment(as_qtensor(matrix))
+    specs = qjax.partition_specs(w, CUTS[cut][0], MESH)
+    by_rows = cut != "columns"
+    # Ordered rows of a device belong to inputs anywhere: each takes all of x.
+    of_x = P(None, "model") if by_rows and w.order is None else P()
+
+    @jax.shard_map(
+        mesh=MESH,
+        in_specs=(of_x, specs),
+        out_specs=P() if by_rows else P(None, "model"),
+    )
+    def product(x, w):
+        y = qjax.matmul(x, w)
+        return jax.lax.psum(y, "model") if by_rows else y
+
+    assert relative_error(jax.jit(product)(x, w), matrix.matmul(x)) < TOLERANCE
+    dx = jax.jit(jax.grad(lambda x: (product(x, w) * dy).sum()))(x)
+    assert relative_error(dx, matrix.gradients(x, dy)["x"]) < TOLERANCE
+
+
+def communicated(f, *operands):
+    """Bytes of what a compiled program gathers and sums, by operation."""
+    text = jax.jit(f).lower(*operands).compile().as_text()
+    size = {"f32": 4, "u32": 4, "s32": 4, "u16": 2, "bf16": 2, "u8": 1, "pred": 1}
+    total = collections.Counter()
+    pattern = r"= (.+?) (all-\w+|collective-\w+|reduce-scatter)\("
+    for result, operation in re.findall(pattern, text):
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            count = np.prod([int(n) for n in shape.split(",") if n], dtype=int)
+            total[operation] += size[dtype] * int(count)
+    return dict(total)
+
+
+def packed(seed=0, bits=4, group_size=32):
+    weight = draw((K, N), seed)
+    return qjax.quantize(weight, bits, group_size)
+
+
+class TestCommunication:
+    """What has to be moved between devices, and not a byte more."""
+
+    @pytest.mark.parametrize("cut", CUTS)
+    @pytest.mark.parametrize("kind", ["4 bits", "order", "act-order", "mixed"])
+    def test_packed_words_stay(self, kind, cut, as_qtensor):
+        of_w, of_x = CUTS[cut]
+        w = qjax.shard(as_qtensor(oracle.random(0, K, N, **KINDS[kind])), MESH, of_w)
+        found = communicated(qjax.matmul, place(draw((M, K), 1), of_x), w)
+        rows = M // 2  # of one device, where inputs are cut
+        # An order asks for the inputs of other devices: they are gathered once.
+        ordered = kind in ("order", "mixed")
+        moved = {"all-gather": 4 * rows * K} if ordered else {}
+        # Inputs are smaller here than the weight. Of the mixed one, XLA wants the
+        # result back as the inputs were.
+        smaller = 4 * M * K + (4 * M * N if kind == "mixed" else 0)
+        expected = {
+            "columns": {},
+            "rows": {"all-reduce": 4 * rows * N} | moved,
+            "rows of whole inputs": {"all-reduce": 4 * M * N},
+            "both": {"all-reduce": 4 * M * N // 2},
+            "FSDP": {"all-gather": smaller},
+            "inputs alone": {},
+        }
+        assert found == expected[cut]
+
+    def test_training_gathers_packed_words_and_no_more(self):
+        # FSDP: rows and words are cut along the same axis, and words are smaller.
+        x, dy = (
+            place(draw((2048, K), 1), P("data")),
+            place(draw((2048, N), 2), P("data")),
+        )
+        w = qjax.shard(packed(), MESH, P(None, "data"))
+        found = communicated(qjax.matmul, x, w)
+        assert found == {"all-gather": w.nbytes}
+        # Once more in the backward pass; the gradient of the scales is summed.
+        gradients = communicated(lambda *a: step(*a)[1:], x, dy, w)
+        assert gradients["all-gather"] <= 2 * w.nbytes
+        assert gradients["all-reduce"] == 4 * w.scale.size
+
+    def test_gradients(self):
+        x, dy = place(draw((M, K), 1), P("data")), place(draw((M, N), 2), P("data"))
+        w = qjax.shard(packed(), MESH, P(None, "model"))
+        scale, shard = 4 * w.scale.size, 4
+        # The cotangent of x over the columns, the gradient of scales over the batch.
+        assert communicated(lambda *a: step(*a)[1:], x, dy, w) == {
+            "all-reduce": 4 * (M // 2) * K + scale // shard
+        }
+        w = qjax.shard(packed(), MESH, P("model", None))
+        assert communicated(lambda *a: step(*a)[1:], x, dy, w) == {
+            "all-reduce": scale // shard
+        }
+
+    def test_experts(self):
+        # The stack is cut: each device multiplies by its own experts.
+        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(packed, range(4)))
+        stack = qjax.shard(stack, MESH, P("model"))
+        x = place(draw((4, M, K), 1), P("model"))
+        assert communicated(jax.vmap(qjax.matmul), x, stack) == {}
+        y = jax.jit(jax.vmap(qjax.matmul))(x, stack)
+        expected = np.asarray(x) @ np.asarray(qjax.dequantize(stack, jnp.float32))
+        assert relative_error(y, expected) < TOLERANCE
+
+    def test_layers_by_index(self):
+        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(packed, range(3)))
+        stack = qjax.shard(stack, MESH, P(None, None, "model"))
+        x = place(draw((M, K), 1), P("data"))
+
+        def one(x, stack, i):
+            return qjax.matmul(x, stack, index=i)
+
+        assert communicated(one, x, stack, 2) == {}
+        expected = np.asarray(x) @ np.asarray(qjax.dequantize(packed(2), jnp.float32))
+        assert relative_error(jax.jit(one)(x, stack, 2), expected) < TOLERANCE
+
+    def test_sequences(self):
+        # Batch and sequence are cut along one axis each.
+        x = place(draw((2, 8, K), 1), P("data", "model"))
+        w = qjax.shard(packed(), MESH, P())
+        assert communicated(qjax.matmul, x, w) == {}
+
+    def test_no_device_holds_the_dense_weight(self):
+        w = qjax.shard(packed(), MESH, P(None, "model"))
+        x = place(draw((1, K), 1), P())
+        plan = jax.jit(qjax.matmul).lower(x, w).compile().memory_analysis()
+        assert plan.temp_size_in_bytes < 4 * K * N // 4
+        assert plan.argument_size_in_bytes == w.nbytes // 4 + x.nbytes
+
+
+class TestSpecs:
+    def test_of_the_leaves(self):
+        w = packed()
+        specs = qjax.partition_specs(w, P("model", "data"), MESH)
+        assert jax.tree.structure(specs) == jax.tree.structure(w)
+        assert set(jax.tree.leaves(specs)) == {P("model", "data")}
+        # One group a column has no axis to cut along k.
+        column = qjax.partition_specs(packed(group_size=None), P("model"), MESH)
+        assert (column.words[0], column.scale) == (P("model", None), P(None, None))
+
+    def test_of_tiles(self):
+        w = qjax.relayout(packed(bits=3), Tiles())
+        specs = qjax.partition_specs(w, P(None, "model"), MESH)
+        assert specs.words == (P(None, None, "model", None),)
+        # Steps of 256 rows, of which there are two.
+        specs = qjax.partition_specs(w, P("data"), MESH)
+        assert specs.words == (P("data", None, None, None),)
+        with pytest.raises(ValueError, match=r"k of QTensor.* has 2 pieces"):
+            qjax.partition_specs(w, P("model"), MESH)
+
+    def test_of_stacks(self):
+        stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), packed())
+        specs = qjax.partition_specs(stack, P("model", None, "data"), MESH)
+        assert specs.scale == P("model", None, "data")
+
+    def test_of_what_lies_along_k(self, as_qtensor):
+        w = as_qtensor(oracle.random(0, K, N, **KINDS["order"]))
+        specs = qjax.partition_specs(w, P("model"), MESH)
+        assert (specs.order, specs.input_scale) == (P("model"), P(None))
+        w = as_qtensor(oracle.random(0, K, N, **KINDS["act-order"]))
+        specs = qjax.partition_specs(w, P("model"), MESH)
+        # Rows of any group lie on any device.
+        assert (specs.row_group, specs.scale) == (P("model"), P(None, None))
+
+    def test_of_abstract_leaves(self):
+        specs = qjax.partition_specs(
+            jax.eval_shape(packed), P(None, "model"), AbstractMesh((4,), ("model",))
+        )
+        assert specs.words == (P(None, "model"),)
+
+    @pytest.mark.parametrize(
+        ("spec", "message"),
+        [
+            (P("model", None, None), "has more axes than w.shape=(512, 128)"),
+            (P("expert"), "The mesh has axes ('data', 'model'), and no 'expert'"),
+            (
+                P(("data", "model")),
+                "k of QTensor(512x128, 4 bits, group 128, Stream(), (q - z) * s, "
+                "float32 scale, 34.5 KiB) has 4 pieces of whole groups and words, "
+                "which 8 devices cannot share evenly; choose another axis, or leave it",
+            ),
+        ],
+    )
+    def test_refuses(self, spec, message, refuses):
+        with refuses(message):
+            qjax.partition_specs(packed(group_size=128), spec, MESH)
+
+    def test_refuses_with_a_way_out(self, as_qtensor, refuses):
+        mixed = as_qtensor(oracle.random(0, K, N, **KINDS["mixed"]))
+        with refuses("the 6-bit rows of QTensor(512x128, 4 bits, group 32,column"):
+            qjax.partition_specs(mixed, P("model"), MESH)
+        with refuses("qjax.sharding.by_segment, lets mixed widths be cut"):
+            qjax.partition_specs(mixed, P("model"), MESH)
+        foreign = qjax.relayout(packed(), Gemm())
+        with refuses("Gemm() is never cut, but what qjax.prepare makes of it is"):
+            qjax.shard(foreign, MESH, P(None, "model"))
+
+
+class TestMixed:
+    def test_every_device_has_its_share_of_every_segment(self, as_qtensor):
+        w = as_qtensor(oracle.random(0, K, N, **KINDS["mixed"]))
+        sharded = qjax.shard(w, MESH, P("model"))
+        for leaves in (sharded.words, sharded.scale.parts[:2], sharded.order.parts):
+            for leaf in leaves:
+                assert leaf.sharding.shard_shape(leaf.shape)[0] == leaf.shape[0] // 4
+        assert repr(sharded) == repr(w)
+
+    def test_all_else_joins_it_again(self, as_qtensor):
+        w = as_qtensor(oracle.random(0, K, N, **KINDS["mixed"]))
+        sharded = qjax.shard(w, MESH, P("model"))
+        assert (qjax.dequantize(sharded) == qjax.dequantize(w)).all()
+        assert isinstance(qjax.prepare(sharded).scale, sharding.Segmented)
+        arrays, metadata = qjax.flatten(sharded)
+        back = qjax.unflatten(arrays, metadata)
+        assert (qjax.dequantize(back) == qjax.dequantize(w)).all()
+        assert arrays.keys() == qjax.flatten(w)[0].keys()
+
+    def test_row_groups_of_several_segments_are_refused(self, refuses):
+        part = packed()
+        double = dataclasses.replace(
+            part,
+            words=part.words * 2,
+            segments=part.segments * 2,
+            row_group=jnp.zeros(2 * K, jnp.int32),
+        )
+        with refuses("w has a row_group (act-order) and several segments"):
+            sharding.by_segment(double)
