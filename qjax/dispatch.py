@@ -115,6 +115,9 @@ def _backward(
 ) -> tuple[Array, QTensor, np.ndarray | None]:
     choice = choice._replace(implementation=None)  # Named for the forward product.
     x, w, index = residuals
+    # Where many rows have the weight formed, it is formed again: XLA would keep that of
+    # the forward pass, and of every layer of a model.
+    w, dy = jax.lax.optimization_barrier((w, dy))
     (of_w, of_x, of_index), units = _names(x, w, index)
     of_dy = _of_result(x)
     dx = over_devices(

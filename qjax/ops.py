@@ -12,11 +12,11 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float, Integer
 
-from qjax import decode, dispatch, pallas, tensor, xla
+from qjax import decode, dispatch, pallas, sharding, tensor, xla
 from qjax.bits import block
 from qjax.formats.tiles import Tiles
-from qjax.partitioning import vary_together
-from qjax.sharding import Segmented
+from qjax.partitioning import over_devices, vary_together
+from qjax.sharding import P, Segmented
 from qjax.tensor import Encoded, Grouping, Layout, QTensor, Segment
 
 
@@ -136,10 +136,21 @@ def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
     def elsewhere(w: QTensor) -> Array:
         return decode.stored_weight(w, dtype)
 
-    encoded = isinstance(w.scale, Encoded) or isinstance(w.zero, Encoded)
-    if w.layout != pallas.layout_of(w) or encoded or not dispatch.kernels_read(w):
+    def evaluate(w: QTensor) -> Array:
+        if w.layout != pallas.layout_of(w) or not dispatch.kernels_read(w):
+            return elsewhere(w)
+        return jax.lax.platform_dependent(w, cuda=on_gpu, default=elsewhere)
+
+    if isinstance(w.scale, Encoded) or isinstance(w.zero, Encoded):
         return elsewhere(w)
-    return jax.lax.platform_dependent(w, cuda=on_gpu, default=elsewhere)
+    stored = dataclasses.replace(w, order=None, input_scale=None)
+    return over_devices(
+        evaluate,
+        (stored,),
+        (sharding.names(stored),),
+        P("k0" if len(w.segments) == 1 else None, "n"),
+        sharding.units(stored),
+    )
 
 
 def _check_operands(

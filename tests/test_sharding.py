@@ -249,6 +249,12 @@ class TestCommunication:
         w = qjax.shard(packed(), MESH, P())
         assert communicated(qjax.matmul, x, w) == {}
 
+    @pytest.mark.parametrize("spec", [P("model", None), P(None, "model")], ids=str)
+    def test_dequantize(self, spec):
+        w = qjax.shard(packed(), MESH, spec)
+        assert communicated(qjax.dequantize, w) == {}
+        assert (jax.jit(qjax.dequantize)(w) == qjax.dequantize(packed())).all()
+
     def test_no_device_holds_the_dense_weight(self):
         w = qjax.shard(packed(), MESH, P(None, "model"))
         x = place(draw((1, K), 1), P())

@@ -46,6 +46,27 @@ def gradient(x, dy, w):
 
 
 @dataclasses.dataclass(frozen=True)
+class Layers:
+    """The gradient of ``m`` rows that go through several such matrices."""
+
+    m: int
+    count: int = 3
+
+    def __str__(self) -> str:
+        return f"gradient through {self.count} layers m{self.m}"
+
+    def __call__(self) -> Source:
+        x = _struct((self.m, SIDE), jnp.bfloat16)
+        return jax.grad(_through), (x, [weight(4, 128, k=SIDE, n=SIDE)] * self.count)
+
+
+def _through(x, layers):
+    for w in layers:
+        x = jnp.tanh(qjax.matmul(x, w))
+    return x.astype(jnp.float32).sum()
+
+
+@dataclasses.dataclass(frozen=True)
 class Native:
     """The same with an array of ``jnp.uint4``, dequantized and multiplied."""
 

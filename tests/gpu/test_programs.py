@@ -7,7 +7,7 @@ import re
 import pytest
 
 from tests.gpu import compiler
-from tests.gpu.programs import DENSE, DecoderStep, Native, Product
+from tests.gpu.programs import DENSE, DecoderStep, Layers, Native, Product
 
 both = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 MIB = 1 << 20
@@ -79,6 +79,15 @@ def test_many_rows_form_the_weight_once(program):
     assert name.startswith("dequantize_4bit")
     # float16, and no wider or second copy of it.
     assert DENSE <= program.temporaries < 1.5 * DENSE
+
+
+@pytest.mark.parametrize("case", [Layers(512)], ids=str)
+@both
+def test_backward_forms_weights_again(case, program):
+    names = [re.sub(r"_4bit.*", "", name) for name, _ in compiler.calls(program.hlo)]
+    assert names == ["dequantize"] * 2 * case.count
+    # One at a time, in 16 bits, and rows.
+    assert program.temporaries < 2 * DENSE
 
 
 @pytest.mark.parametrize("case", [Native(1)], ids=str)
