@@ -69,6 +69,62 @@ def dense_gradients(tree: dict) -> dict:
     return jax.grad(loss)(weights)
 
 
+def dense_loss(tree: dict) -> float:
+    """The loss of the dequantized model in float64, adapters beside its weights."""
+
+    def weight(layer: dict) -> np.ndarray:
+        low = np.asarray(layer["a"], np.float64) @ np.asarray(layer["b"], np.float64)
+        return np.asarray(qjax.dequantize(layer["kernel"], jnp.float32)) + low
+
+    x = np.asarray(X, np.float64)
+    h = x @ weight(tree["up"]) + np.asarray(tree["up"]["bias"])
+    h = 0.5 * h * (1 + np.tanh(np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)))
+    return float(((x + h @ weight(tree["down"]) - Y) ** 2).mean())
+
+
+@pytest.mark.parametrize("name", ["4bit", "mixed", "codebook", "float-zero"])
+def test_gradients_are_differences_of_the_dequantized_model(name):
+    tree = params(name)
+    for i, layer in enumerate(tree.values()):
+        k, n = layer["kernel"].shape
+        layer["a"] = jnp.asarray(cases.rng(i).normal(size=(k, 3)), jnp.float32) / 10
+        layer["b"] = jnp.asarray(cases.rng(i + 5).normal(size=(3, n)), jnp.float32) / 10
+
+    def loss(tree):
+        def product(x, layer):
+            low = jnp.matmul(x, layer["a"], precision="highest")
+            wide = jnp.matmul(low, layer["b"], precision="highest")
+            return qjax.matmul(x, layer["kernel"]) + wide
+
+        h = nn.gelu(product(X, tree["up"]) + tree["up"]["bias"][None])
+        return loss_of(X + product(h, tree["down"]))
+
+    gradients = jax.jit(jax.grad(loss, allow_int=True))(tree)
+    leaves, structure = jax.tree.flatten(tree)
+    for i, gradient in enumerate(jax.tree.leaves(gradients)):
+        if gradient.dtype == jax.dtypes.float0:
+            continue
+        direction = cases.rng(20 + i).normal(size=gradient.shape)
+        # The weights are rounded to float32, and the loss is curved: at this step,
+        # either changes the difference by less than 1e-3 of it.
+        step = 1e-2 * np.abs(leaves[i]).max() * direction / np.abs(direction).max()
+        sides = [
+            dense_loss(
+                structure.unflatten(
+                    [
+                        *leaves[:i],
+                        leaves[i] + sign * step.astype("f4"),
+                        *leaves[i + 1 :],
+                    ]
+                )
+            )
+            for sign in (1, -1)
+        ]
+        expected = (sides[0] - sides[1]) / 2
+        size = np.linalg.norm(gradient) * np.linalg.norm(step)
+        assert abs((np.asarray(gradient) * step).sum() - expected) < 1e-3 * size, i
+
+
 class TestShadows:
     @pytest.mark.parametrize("dense", [Dense, nn.remat(Dense)], ids=["", "remat"])
     def test_linen(self, dense):
