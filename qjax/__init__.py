@@ -4,6 +4,7 @@ from qjax import checkpoints, formats, layers, sharding
 from qjax.decode import relayout
 from qjax.formats.flattening import flatten, unflatten
 from qjax.ops import dequantize, matmul, prepare
+from qjax.ragged import ragged_matmul
 from qjax.rtn import quantize
 from qjax.sharding import partition_specs, shard
 from qjax.tensor import QTensor, codes
@@ -20,6 +21,7 @@ __all__ = [
     "partition_specs",
     "prepare",
     "quantize",
+    "ragged_matmul",
     "relayout",
     "shard",
     "sharding",

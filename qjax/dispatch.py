@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from qjax import decode, pallas, sharding, tensor, xla
+from qjax.formats.tiles import Tiles
 from qjax.partitioning import explicitly_like, over_devices
 from qjax.sharding import P, Segmented
 from qjax.tensor import Layout, QTensor
@@ -113,7 +114,6 @@ def _forward(x: Array, w: QTensor, index: Array | None, choice: Choice) -> tuple
 def _backward(
     choice: Choice, residuals: tuple[Array, QTensor, Array | None], dy: Array
 ) -> tuple[Array, QTensor, np.ndarray | None]:
-    choice = choice._replace(implementation=None)  # Named for the forward product.
     x, w, index = residuals
     # Where many rows have the weight formed, it is formed again: XLA would keep that of
     # the forward pass, and of every layer of a model.
@@ -131,25 +131,23 @@ def _backward(
         functools.partial(_leaf_gradients, choice),
         (w, x, dy, index),
         (of_w, of_x, of_dy, of_index),
-        {name: getattr(of_w, name) for name in _float_leaves(w)},
+        {name: getattr(of_w, name) for name in float_leaves(w)},
         units,
     )
     dx, gradients = explicitly_like(
         (dx, gradients), (x, {n: getattr(w, n) for n in gradients})
     )
     dx = dx.astype(x.dtype)
-    dw = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), w)
     leaves = {name: getattr(w, name) for name in gradients}
     cast = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, leaves)
     if index is None:
-        return dx, dataclasses.replace(dw, **cast), None
+        return dx, cotangent(w, cast), None
     spread = jax.tree.map(
         lambda leaf, gradient: jnp.zeros_like(leaf).at[index].set(gradient),
         leaves,
         cast,
     )
-    no_cotangent = np.zeros((), jax.dtypes.float0)
-    return dx, dataclasses.replace(dw, **spread), no_cotangent
+    return dx, cotangent(w, spread), np.zeros((), jax.dtypes.float0)
 
 
 product.defvjp(_forward, _backward)
@@ -159,12 +157,8 @@ def _names(
     x: Array, w: QTensor, index: Array | None
 ) -> tuple[tuple[Any, Any, Any], dict[str, int]]:
     """What `over_devices` must know of the operands ``(w, x, index)``."""
-    # A stack is one operand of which one matrix is read: it is cut within matrices.
-    units = sharding.units(w) | {f"b{i}": 1 for i in range(len(w.batch))}
-    units |= {f"m{i}": size for i, size in enumerate(x.shape[:-1])}
-    # Where rows have an order, those of a device belong to inputs anywhere.
-    of_k = "k0" if w.order is None and len(w.segments) == 1 else None
-    of_x = P(*_of_result(x)[:-1], of_k)
+    units = units_of(w) | {f"m{i}": size for i, size in enumerate(x.shape[:-1])}
+    of_x = P(*_of_result(x)[:-1], inputs_of(w))
     return (sharding.names(w), of_x, None if index is None else P()), units
 
 
@@ -173,31 +167,93 @@ def _of_result(x: Array) -> P:
     return P(*[f"m{i}" for i in range(x.ndim - 1)], "n")
 
 
-def _plain(w: QTensor, index: Array | None) -> tuple[QTensor, Array | None]:
-    """Joins what lies segment by segment, and takes the order of the rows off."""
+def units_of(w: QTensor) -> dict[str, int]:
+    """The `sharding.units` of a weight of which one matrix is read at a time."""
+    # A stack is one operand: it is cut within matrices.
+    return sharding.units(w) | {f"b{i}": 1 for i in range(len(w.batch))}
+
+
+def inputs_of(w: QTensor) -> str | None:
+    """What `over_devices` must call the axis of the inputs of a weight."""
+    # Where rows have an order, those of a device belong to inputs anywhere.
+    return "k0" if w.order is None and len(w.segments) == 1 else None
+
+
+def stored(w: QTensor) -> tuple[QTensor, Array | None]:
+    """Takes the order of the rows off a weight, and joins its segments on a device.
+
+    Args:
+      w: A matrix, or a stack, without an input scale.
+
+    Returns:
+      What `multiply` takes, and the order.
+    """
     w = sharding.joined(w)
-    order = pallas.one_of(w.order, index)
     # A device may hold less of a column than the one group that spans it.
     segments = tuple(
         segment._replace(group_size=None) if groups == 1 else segment
         for segment, groups in zip(w.segments, tensor.group_counts(w), strict=True)
     )
-    return dataclasses.replace(w, order=None, segments=segments), order
+    return dataclasses.replace(w, order=None, segments=segments), w.order
 
 
-def _stored(x: Array, order: Array | None) -> Array:
+def _in_order(x: Array, order: Array | None, index: Array | None) -> Array:
     """Makes rows of inputs, in the order in which the weight is stored."""
-    x = x.reshape(-1, x.shape[-1])
+    x, order = x.reshape(-1, x.shape[-1]), pallas.one_of(order, index)
     return x if order is None else jnp.take(x, order, axis=1, unique_indices=True)
 
 
 def _product(choice: Choice, w: QTensor, x: Array, index: Array | None) -> Array:
-    w, order = _plain(w, index)
-    y = _rows_times(choice, w, _stored(x, order), index)
+    w, order = stored(w)
+    y = multiply(choice, w, _in_order(x, order, index), index)
     return y.reshape(*x.shape[:-1], w.n)
 
 
-def _rows_times(choice: Choice, w: QTensor, x: Array, index: Array | None) -> Array:
+def _product_t(
+    choice: Choice, k: int, w: QTensor, dy: Array, index: Array | None
+) -> Array:
+    w, order = stored(w)
+    dx = multiply_t(choice, w, dy.reshape(-1, dy.shape[-1]), index)
+    if order is None:
+        return dx.reshape(*dy.shape[:-1], -1)
+    # Of a device's own rows; the others' inputs get nothing here.
+    empty = jnp.zeros_like(dx, shape=(len(dx), k))
+    spread = empty.at[:, pallas.one_of(order, index)].set(dx, unique_indices=True)
+    return spread.reshape(*dy.shape[:-1], k)
+
+
+def _leaf_gradients(
+    choice: Choice, w: QTensor, x: Array, dy: Array, index: Array | None
+) -> dict[str, Any]:
+    whole, order = stored(w)
+    x, dy = _in_order(x, order, index), dy.reshape(-1, dy.shape[-1])
+    gradients = leaf_gradients(choice, whole, x, dy, index)
+    return {name: as_in(w, name, array) for name, array in gradients.items()}
+
+
+def as_in(w: QTensor, name: str, array: Array) -> Any:
+    """Cuts a gradient into segments, where the leaf is."""
+    leaf = getattr(w, name)
+    if not isinstance(leaf, Segmented):
+        return array
+    ends = list(itertools.accumulate(p.shape[leaf.axis] for p in leaf.parts))[:-1]
+    return Segmented(tuple(jnp.split(array, ends, axis=leaf.axis)), leaf.axis)
+
+
+def multiply(
+    choice: Choice, w: QTensor, x: Float[Array, "m k"], index: Array | None
+) -> Float[Array, "m n"]:
+    """``x @ W`` of rows in stored order, on one device.
+
+    Args:
+      choice: As in `product`.
+      w: What `stored` returns.
+      x: Rows.
+      index: Which matrix of a stack.
+
+    Returns:
+      float32 product.
+    """
 
     def by_parts(x: Array, w: QTensor, index: Array | None) -> Array:
         products = (
@@ -211,7 +267,7 @@ def _rows_times(choice: Choice, w: QTensor, x: Array, index: Array | None) -> Ar
     if choice.implementation in ("pallas", "pallas_bf16"):
         return IMPLEMENTATIONS["matmul"][choice.implementation](x, w, index)
     fused = (
-        _goes_to_kernels(w, choice) and _gpu_order("matmul", len(x), w)[0] == "pallas"
+        goes_to_kernels(w, choice) and _gpu_order("matmul", len(x), w)[0] == "pallas"
     )
     if fused:
         return jax.lax.platform_dependent(
@@ -220,43 +276,64 @@ def _rows_times(choice: Choice, w: QTensor, x: Array, index: Array | None) -> Ar
     return by_parts(x, w, index)
 
 
-def _product_t(
-    choice: Choice, k: int, w: QTensor, dy: Array, index: Array | None
-) -> Array:
-    w, order = _plain(w, index)
-    rows = dy.reshape(-1, dy.shape[-1])
-    by_part = [_run("matmul_t", choice, rows, part, index) for part in tensor.split(w)]
-    dx = jnp.concatenate(by_part, axis=1)
-    if order is None:
-        return dx.reshape(*dy.shape[:-1], -1)
-    # Of a device's own rows; the others' inputs get nothing here.
-    empty = jnp.zeros_like(dx, shape=(len(dx), k))
-    spread = empty.at[:, order].set(dx, unique_indices=True)
-    return spread.reshape(*dy.shape[:-1], k)
+def multiply_t(
+    choice: Choice, w: QTensor, dy: Float[Array, "m n"], index: Array | None
+) -> Float[Array, "m k"]:
+    """The cotangent of the rows that `multiply` took.
+
+    Args:
+      choice: As in `product`.
+      w: As in `multiply`.
+      dy: Cotangent of the product.
+      index: As in `multiply`.
+
+    Returns:
+      float32 cotangent.
+    """
+    choice = choice._replace(implementation=None)  # Named for the forward product.
+    parts = [_run("matmul_t", choice, dy, part, index) for part in tensor.split(w)]
+    return jnp.concatenate(parts, axis=1)
 
 
-def _leaf_gradients(
-    choice: Choice, w: QTensor, x: Array, dy: Array, index: Array | None
-) -> dict[str, Any]:
-    whole, order = _plain(w, index)
-    dy = dy.reshape(-1, dy.shape[-1])
-    by_part = [
-        _run("leaf_grad", choice, xs, dy, part, index)
-        for xs, part in _parts(_stored(x, order), whole)
+def leaf_gradients(
+    choice: Choice,
+    w: QTensor,
+    x: Float[Array, "m k"],
+    dy: Float[Array, "m n"],
+    index: Array | None,
+) -> dict[str, Array]:
+    """The cotangents of the float leaves of the one matrix that `multiply` took.
+
+    Args:
+      choice: As in `product`.
+      w: As in `multiply`.
+      x: As in `multiply`.
+      dy: Cotangent of the product.
+      index: As in `multiply`.
+
+    Returns:
+      float32 ``scale``, and ``zero`` and ``codebook`` where they are float.
+    """
+    choice = choice._replace(implementation=None)
+    gradients = [
+        _run("leaf_grad", choice, xs, dy, part, index) for xs, part in _parts(x, w)
     ]
-
-    def together(name: str) -> Any:
-        group = [gradients[name] for gradients in by_part]
-        if isinstance(leaf := getattr(w, name), Segmented):
-            return Segmented(tuple(group), leaf.axis)
-        if name == "codebook" or w.row_group is not None:
-            return functools.reduce(jnp.add, group)
-        return jnp.concatenate(group)
-
-    return {name: together(name) for name in _float_leaves(w)}
+    return {
+        name: functools.reduce(jnp.add, group)
+        if name == "codebook" or w.row_group is not None
+        else jnp.concatenate(group)
+        for name in gradients[0]
+        for group in [[gradient[name] for gradient in gradients]]
+    }
 
 
-def _float_leaves(w: QTensor) -> list[str]:
+def cotangent(w: QTensor, gradients: Mapping[str, Any]) -> QTensor:
+    """Returns a cotangent of a weight: float0 for all leaves that are not given."""
+    dw = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), w)
+    return dataclasses.replace(dw, **gradients)
+
+
+def float_leaves(w: QTensor) -> list[str]:
     """Names of the leaves of ``w`` that the products have gradients for."""
     return [
         name
@@ -297,7 +374,7 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
 
     # What the entries of a codebook are worth is summed by XLA.
     by_codebook = op == "leaf_grad" and w.codebook is not None
-    if by_codebook or not _goes_to_kernels(w, choice):
+    if by_codebook or not goes_to_kernels(w, choice):
         return elsewhere(*operands)
     # The platform is known when the program is lowered, not here.
     return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=elsewhere)
@@ -313,7 +390,8 @@ def _first(op: str, names: tuple[str, ...], operands: tuple[Any, ...]) -> Any:
     raise ExceptionGroup(f"no implementation of {op} takes {operands[-1]!r}", reasons)
 
 
-def _goes_to_kernels(w: QTensor, choice: Choice) -> bool:
+def goes_to_kernels(w: QTensor, choice: Choice) -> bool:
+    """Whether a kernel takes the product where there is a GPU."""
     named = choice.implementation is not None
     if w.layout != pallas.layout_of(w) or not choice.kernels or named:
         return False
@@ -327,6 +405,21 @@ def kernels_read(w: QTensor) -> bool:
     except NotImplementedError:
         return False
     return True
+
+
+def native(w: QTensor, index: Array | None) -> tuple[QTensor, Array | None]:
+    """Takes the one matrix of a stack, unless the kernels read it where it lies.
+
+    Args:
+      w: ``[k, n]``, or with ``index`` a stack.
+      index: Which matrix, or None.
+
+    Returns:
+      The stack and the index as they are, or the matrix in XLA's layout and None.
+    """
+    if isinstance(w.layout, Tiles):
+        return w, index
+    return in_layout(pallas.one_of(w, index), xla.NATIVE), None
 
 
 def in_layout(w: QTensor, layout: Layout) -> QTensor:

@@ -67,14 +67,7 @@ def matmul(
       >>> matmul(jnp.ones((2, 64)), w).shape
       (2, 8)
     """
-    _check_operands(x, w, index, implementation)
-    if w.layout != xla.NATIVE and not isinstance(w.layout, Tiles):
-        _warn_once(
-            f"{w.layout!r} is moved to {xla.NATIVE!r} at every call of matmul; "
-            "`qjax.prepare` does it once."
-        )
-    if w.grouping is not Grouping.ROWS:
-        _warn_once(f"Grouping {w.grouping.value!r} makes matmul form the dense weight.")
+    check(x, w, index, implementation)
     return _apply(x, w, index, implementation)
 
 
@@ -85,20 +78,26 @@ def _apply(
     """Everything around the product of two matrices, one program for eager callers."""
     if index is not None:
         index = jnp.clip(index, 0, w.batch[0] - 1).astype(jnp.int32)
-    if not isinstance(w.layout, Tiles):
-        w, index = dispatch.in_layout(pallas.one_of(w, index), xla.NATIVE), None
+    w, index = dispatch.native(w, index)
     scaled = x
     if (input_scale := pallas.one_of(w.input_scale, index)) is not None:
         factors = input_scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         scaled = x.astype(jnp.float32) * factors
-    stored = dataclasses.replace(_decoded(w), input_scale=None)
+    stored = dataclasses.replace(decoded(w), input_scale=None)
     choice = dispatch.Choice(implementation, kernels=x.dtype != jnp.float32)
     y = dispatch.product(*vary_together(scaled, stored, index), choice)
     return y.astype(x.dtype)
 
 
-def _decoded(w: QTensor) -> QTensor:
-    """Decodes scale and zero, but leaves apart what is cut over devices."""
+def decoded(w: QTensor) -> QTensor:
+    """Decodes scale and zero, but leaves apart what is cut over devices.
+
+    Args:
+      w: Any weight.
+
+    Returns:
+      The same weight; its parameters are arrays or `sharding.Segmented`.
+    """
     if isinstance(w.scale, Segmented):
         return w
     return dataclasses.replace(
@@ -153,9 +152,8 @@ def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
     )
 
 
-def _check_operands(
-    x: Array, w: QTensor, index: Any, implementation: str | None
-) -> None:
+def check(x: Array, w: QTensor, index: Any, implementation: str | None) -> None:
+    """Checks the arguments of `matmul`, and warns of what is slow."""
     if index is not None:
         _check_index(w, index)
     elif w.batch:
@@ -182,6 +180,13 @@ def _check_operands(
     if implementation not in (None, *dispatch.IMPLEMENTATIONS["matmul"]):
         known = list(dispatch.IMPLEMENTATIONS["matmul"])
         raise ValueError(f"implementation={implementation!r} must be one of {known}.")
+    if w.layout != xla.NATIVE and not isinstance(w.layout, Tiles):
+        _warn_once(
+            f"{w.layout!r} is moved to {xla.NATIVE!r} at every call of matmul; "
+            "`qjax.prepare` does it once."
+        )
+    if w.grouping is not Grouping.ROWS:
+        _warn_once(f"Grouping {w.grouping.value!r} makes matmul form the dense weight.")
 
 
 def _check_index(w: QTensor, index: Any) -> None:
@@ -198,7 +203,7 @@ def _check_index(w: QTensor, index: Any) -> None:
 
 @functools.lru_cache
 def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=3)
+    warnings.warn(message, stacklevel=4)
 
 
 def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
@@ -252,7 +257,7 @@ def _native_layout(w: QTensor) -> Layout:
 
 def _group_rows(qt: QTensor) -> QTensor:
     """Decodes scale and zero, and stores rows of full act-order groups together."""
-    qt = _decoded(qt)
+    qt = decoded(qt)
     row_group = qt.row_group
     if row_group is None or qt.batch or len(qt.segments) != 1:
         return qt

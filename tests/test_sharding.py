@@ -231,6 +231,25 @@ class TestCommunication:
         expected = np.asarray(x) @ np.asarray(qjax.dequantize(stack, jnp.float32))
         assert relative_error(y, expected) < TOLERANCE
 
+    @pytest.mark.parametrize(
+        ("spec", "moved"),
+        # Sixteen tokens of two experts are in three blocks of eight rows at most.
+        [(P(None, None, "model"), {}), (P(None, "model"), {"all-reduce": 4 * 24 * N})],
+        ids=["columns", "rows"],
+    )
+    def test_ragged(self, spec, moved):
+        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(packed, range(2)))
+        dense = np.asarray(qjax.dequantize(stack, jnp.float32))
+        x, sizes = draw((M, K), 1), jnp.array([8, 8])
+        stack, x = qjax.shard(stack, MESH, spec), place(x, P())
+        assert communicated(qjax.ragged_matmul, x, stack, sizes) == moved
+        y = jax.jit(qjax.ragged_matmul)(x, stack, sizes)
+        by_expert = np.asarray(x).reshape(2, 8, K) @ dense
+        assert relative_error(y, by_expert.reshape(M, N)) < TOLERANCE
+        dx = jax.jit(jax.grad(lambda x: qjax.ragged_matmul(x, stack, sizes).sum()))(x)
+        expected = np.repeat(dense.sum(-1), 8, axis=0)
+        assert relative_error(dx, expected) < TOLERANCE
+
     def test_layers_by_index(self):
         stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(packed, range(3)))
         stack = qjax.shard(stack, MESH, P(None, None, "model"))

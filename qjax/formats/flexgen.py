@@ -266,6 +266,26 @@ def _qtensor(packed: Array, scale: Array, bias: Array) -> QTensor:
     )
 
 
+def quantize(w: Float[Array, "k n"], group_size: int) -> QTensor:
+    """Quantizes a weight as `group_quantize_compress` does its transpose.
+
+    Args:
+      w: float16 or float32 ``[k, n]``, used as ``y = x @ w``; finite.
+      group_size: Rows that share a scale, a multiple of 4 that divides k.
+
+    Returns:
+      ``[k, n]`` tensor in the layout of the original's words.
+
+    Raises:
+      ValueError: As `group_quantize_compress`.
+
+    Example:
+      >>> quantize(jnp.eye(32), group_size=16)
+      QTensor(32x32, 4 bits, group 16, Blocks(group_size=16), q * s + z, ...)
+    """
+    return _qtensor(*group_quantize_compress(w.T, group_size))
+
+
 def from_compressed(
     packed: Integer[Array | np.ndarray, "n g w"],
     scale: Float[Array | np.ndarray, "n g 1"],

@@ -6,11 +6,14 @@
 | `DenseGeneral` | `LinearGeneral` | one matrix, both sides flattened |
 | `Einsum` | `Einsum` | one matrix, or a stack of them (experts) |
 | `Embed` | `Embed` | ``[features, num_embeddings]``; a lookup reads its own rows |
+| `Experts` | `Experts` | ``[num_experts, in, out]``; every token takes its own |
+| `MBWQDense` | `MBWQLinear` | bitorch-engine's layer, and its state |
+| `GroupQuantDense` | `GroupQuantLinear` | optimum-graphcore's, out of a dense kernel |
 
 The two of a line agree bit for bit, and with Flax's own on names, dtypes and shapes.
 Any `QTensor` fits any of them: uniform, mixed widths, codebooks, act-order.
 """
 
-from qjax.layers import linen, nnx
+from qjax.layers import experts, linen, nnx
 
-__all__ = ["linen", "nnx"]
+__all__ = ["experts", "linen", "nnx"]

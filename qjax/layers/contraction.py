@@ -10,7 +10,7 @@ matrix ``[heads * head_dim, model]``.
 import dataclasses
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -71,18 +71,57 @@ def apply(
       The output, in that dtype.
     """
     dtype = canonicalize_dtype(inputs, kernel.scale, bias, dtype=dtype)
-    moved = (*plan.stack, *plan.summed)
-    others = [axis for axis in range(inputs.ndim) if axis not in moved]
-    x = jnp.transpose(inputs, (*plan.stack, *others, *plan.summed))
-    held = x.shape[: x.ndim - len(plan.summed)]
-    rows = x.reshape(*held, math.prod(x.shape[len(held) :]))
     product = functools.partial(
         dense.apply, bias=None, dtype=dtype, implementation=implementation
     )
     for _ in plan.stack:
         product = jax.vmap(product)
-    y = product(rows, kernel).reshape(*held, *plan.features).transpose(plan.output)
+    y = _arranged(inputs, plan, lambda rows: product(rows, kernel))
     return y if bias is None else y + jnp.asarray(bias, dtype).reshape(plan.bias)
+
+
+def factored(
+    a: Float[Array, "*stack k rank"],
+    b: Float[Array, "*stack rank n"],
+    inputs: Num[Array, "..."],
+    plan: Plan,
+) -> Float[Array, "..."]:
+    """Computes the product that a plan says, with ``a @ b`` for a kernel.
+
+    Args:
+      a: ``[*stack, k, rank]``.
+      b: ``[*stack, rank, n]`` of the dtype of ``a``.
+      inputs: As in `apply`.
+      plan: As in `apply`.
+
+    Returns:
+      The output in the dtype of ``a``.
+    """
+
+    def product(rows: Array) -> Array:
+        stack = rows.shape[: len(plan.stack)]
+        return low_rank(rows.reshape(*stack, -1, rows.shape[-1]), a, b)
+
+    return _arranged(jnp.asarray(inputs, a.dtype), plan, product)
+
+
+def low_rank(
+    x: Float[Array, "*batch k"],
+    a: Float[Array, "*stack k rank"],
+    b: Float[Array, "*stack rank n"],
+) -> Float[Array, "*batch n"]:
+    """``x @ a @ b``, from the left to the right."""
+    return jnp.matmul(jnp.matmul(x, a, precision="highest"), b, precision="highest")
+
+
+def _arranged(inputs: Array, plan: Plan, product: Callable[[Array], Array]) -> Array:
+    """Makes rows of the inputs, and the output of what a product makes of them."""
+    moved = (*plan.stack, *plan.summed)
+    others = [axis for axis in range(inputs.ndim) if axis not in moved]
+    x = jnp.transpose(inputs, (*plan.stack, *others, *plan.summed))
+    held = x.shape[: x.ndim - len(plan.summed)]
+    rows = x.reshape(*held, math.prod(x.shape[len(held) :]))
+    return product(rows).reshape(*held, *plan.features).transpose(plan.output)
 
 
 def plan_axes(

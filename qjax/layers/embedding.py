@@ -104,6 +104,25 @@ def lookup(
     return jnp.where(exists[..., None], rows, jnp.asarray(jnp.nan, rows.dtype))
 
 
+def factored(
+    a: Float[Array, "features rank"],
+    b: Float[Array, "rank num_embeddings"],
+    inputs: Integer[Array, "*batch"],
+) -> Float[Array, "*batch features"]:
+    """Looks up rows of the table ``(a @ b).T``, and computes no others.
+
+    Args:
+      a: ``[features, rank]``.
+      b: ``[rank, num_embeddings]`` of the dtype of ``a``.
+      inputs: As in `lookup`; indices without a row give some row.
+
+    Returns:
+      ``[..., features]`` in the dtype of ``a``.
+    """
+    index, _ = _in_range(jnp.asarray(inputs), b.shape[-1])
+    return jnp.matmul(b.T[index], a.T, precision="highest")
+
+
 def _in_range(inputs: Array, n: int) -> tuple[Array, Array]:
     """Returns indices from 0 to n - 1, and whether they are what was asked for."""
     if n == 1:

@@ -14,10 +14,12 @@ from qjax.pallas.products import (
     dense_t,
     fused,
     fused_bf16,
+    fused_blocks,
     fused_grad,
     fused_t,
     weight,
 )
 
 __all__ = ["check", "dense", "dense_rows", "dense_t", "fused"]
-__all__ += ["fused_bf16", "fused_grad", "fused_t", "layout_of", "one_of", "weight"]
+__all__ += ["fused_bf16", "fused_blocks", "fused_grad", "fused_t", "layout_of"]
+__all__ += ["one_of", "weight"]

@@ -26,6 +26,13 @@ def for_matmul(m: int, w: QTensor) -> Config:
     return _resolve("matmul", m, w)
 
 
+def for_blocks(blocks: int, m: int, w: QTensor) -> Config:
+    """Configures ``x @ W`` of blocks of ``m`` rows, each by a matrix of its own."""
+    config = for_matmul(m, w)
+    block_m = min(config.block_m, _power_of_two(m, 8, 64))
+    return _split("matmul", blocks * m, w, dataclasses.replace(config, block_m=block_m))
+
+
 def for_matmul_t(m: int, w: QTensor) -> Config:
     """Configures ``dy @ W.T``: its programs own rows of the weight and walk along n."""
     return _resolve("matmul_t", m, w)

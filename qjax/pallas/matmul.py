@@ -13,7 +13,8 @@ float32. What is left for a weight is half a LOP3 and its share of the rest.
 
 The segments of a mixed matrix are loops one after another in the same launch. Their
 bounds come from a table in memory, so that matrices which mix the same widths in other
-proportions share one compiled kernel.
+proportions share one compiled kernel. So do the bounds of a matrix in a stack, of which
+every block of rows may have one of its own.
 """
 
 import functools
@@ -116,7 +117,8 @@ def matmul(
       config: How to cut the launch up.
       dtype: Of the tensor cores' operands: float16, or bfloat16, which is exact for
         bfloat16 ``x`` of any range, and takes codes of up to 7 bits.
-      index: Which matrix of ``w``, where that is a stack ``[count, k, n]``.
+      index: Which matrix of ``w``, where that is a stack ``[count, k, n]``: one for all
+        rows, or one for every ``config.block_m`` of them, where -1 gives zeros.
       interpret: Whether to run as jnp, on any device.
 
     Returns:
@@ -125,6 +127,9 @@ def matmul(
     Raises:
       NotImplementedError: If the kernel declines ``w``, with the reason.
     """
+    by_block = index is not None and index.ndim == 1
+    if w.codebook is not None and by_block:
+        raise NotImplementedError("The kernel holds one codebook, not one a block.")
     if w.codebook is not None and dtype != DTYPE:
         raise NotImplementedError(
             f"The entries of a codebook become float16, not {dtype}."
@@ -136,7 +141,7 @@ def matmul(
     compiled_for = bounds[0] if len(runs) == 1 and index is None else None
     widths = "_".join(str(run.bits) for run in runs)
     partial = lang.launch(
-        functools.partial(_body, runs, compiled_for, w.affine, config, dtype),
+        functools.partial(_body, runs, compiled_for, by_block, w.affine, config, dtype),
         Operands(
             x=prepared.x,
             start=prepared.start,
@@ -176,13 +181,19 @@ def _segments(w: QTensor, config: Config) -> Iterator[tuple[Run, Bounds]]:
 
 
 def _placed(bounds: Sequence[Bounds], w: QTensor, index: Array | None) -> Array:
-    """The bounds of segments as a table, for the matrix ``index`` of a stack."""
+    """The bounds of segments as a table, for a matrix of a stack or for several."""
     table = jnp.array(bounds, jnp.int32)
     if index is None:
         return table
     groups = w.scale.shape[-2]
     strides = [Bounds(0, 0, 0, words.shape[-4], groups, groups) for words in w.words]
-    return table + index * jnp.array(strides, jnp.int32)
+    step = jnp.array(strides, jnp.int32)
+    if not index.ndim:
+        return table + index * step
+    placed = table[None] + index[:, None, None] * step[None]
+    # A block without a matrix takes no iterations.
+    placed = jnp.where((index < 0)[:, None, None], 0, placed)
+    return placed.reshape(-1, len(Bounds._fields))
 
 
 def _prepare(
@@ -242,6 +253,7 @@ def _pad(x: Array, w: QTensor, count: int) -> Array:
 def _body(
     runs: Sequence[Run],
     compiled_for: Bounds | None,
+    by_block: bool,
     affine: Affine,
     config: Config,
     dtype: jnp.dtype,
@@ -249,14 +261,15 @@ def _body(
     refs: Operands,
     out_ref: Any,
 ) -> None:
+    m, n, split = (pl.program_id(axis) for axis in range(3))
     if compiled_for is None:
-        count = len(Bounds._fields)
+        count, first = len(Bounds._fields), m * len(runs) if by_block else 0
         bounds = [
-            Bounds(*lang.scalars(refs.bounds, i, count)) for i in range(len(runs))
+            Bounds(*lang.scalars(refs.bounds, first + i, count))
+            for i in range(len(runs))
         ]
     else:
         bounds = [compiled_for]
-    m, n, split = (pl.program_id(axis) for axis in range(3))
     x_rows = pl.ds(m * config.block_m, config.block_m)
     start = n * config.block_n
     entries = None if refs.table is None else read_table(refs.table)

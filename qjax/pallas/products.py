@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, Int32
 
 from qjax import tensor
 from qjax.pallas import configs
@@ -19,6 +19,28 @@ def fused(
 ) -> Float[Array, "m n"]:
     """``x @ W``, the weight unpacked in registers and stored nowhere."""
     return matmul(x, w, configs.for_matmul(len(x), w), index=index)
+
+
+def fused_blocks(
+    x: Float[Array, "blocks m k"], w: QTensor, index: Int32[Array, " blocks"]
+) -> Float[Array, "blocks m n"]:
+    """`fused` of blocks of rows, each by its matrix of a stack, in one launch.
+
+    Args:
+      x: Blocks of at most 128 rows.
+      w: ``[count, k, n]``.
+      index: Which matrix each block takes; -1 for none, which gives zeros.
+
+    Returns:
+      float32 products.
+    """
+    blocks, m, k = x.shape
+    config = configs.for_blocks(blocks, m, w)
+    # Whole tiles of the kernel.
+    side = max(8, 1 << (m - 1).bit_length())
+    rows = jnp.pad(x, ((0, 0), (0, side - m), (0, 0))).reshape(-1, k)
+    index = jnp.repeat(index, side // config.block_m)
+    return matmul(rows, w, config, index=index).reshape(blocks, side, -1)[:, :m]
 
 
 def fused_bf16(

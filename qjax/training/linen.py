@@ -16,9 +16,10 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer, zeros
-from jaxtyping import Array, DTypeLike, Float, Num
+from jaxtyping import Array, DTypeLike, Float, Integer, Num
 
-from qjax.layers.linen import QUANTIZED, Dense
+from qjax.layers import contraction, experts
+from qjax.layers.linen import QUANTIZED, Dense, Embed, MBWQDense, to_params
 from qjax.tensor import QTensor
 from qjax.training import lora, shadow
 
@@ -29,7 +30,8 @@ def shadowed(apply: Callable[..., Any]) -> Callable[..., Any]:
     """Lets a model's ``apply`` take a collection "shadow" beside the others.
 
     Args:
-      apply: The ``apply`` of a module whose quantized layers are `layers.linen.Dense`.
+      apply: The ``apply`` of a module whose quantized layers are `layers.linen.Dense`
+        or `layers.linen.MBWQDense`.
 
     Returns:
       The same function, of variables that may hold "shadow": what `shadow.zeros` makes
@@ -61,7 +63,7 @@ def _attach(
     context: nn.module.InterceptorContext,
 ) -> Any:
     y, layer = call(*args, **kwargs), context.module
-    is_call = isinstance(layer, Dense) and context.method_name == "__call__"
+    is_call = isinstance(layer, Dense | MBWQDense) and context.method_name == "__call__"
     if not is_call or not layer.has_variable(SHADOW, "kernel"):
         return y
     (inputs,) = (*args, *kwargs.values())
@@ -113,12 +115,12 @@ def with_kernels(variables: Mapping[str, Any], params: Any) -> dict[str, Any]:
     return {**variables, "params": floats, QUANTIZED: rest}
 
 
-class LoRADense(nn.Module):
-    """LoRA beside a quantized `layers.linen.Dense`.
+class LoRA(nn.Module):
+    """LoRA beside any quantized layer.
 
     Its variables are those of the base, at the same paths, and the adapters in the
     collection "lora": a checkpoint's variables fit as they are. In a compact method the
-    name belongs to the base: ``LoRADense(Dense(8, name="up"), rank=4)(x)``.
+    name belongs to the base: ``LoRA(Dense(8, name="up"), rank=4)(x)``.
 
     Example:
       ``init`` draws adapters beside an empty base, and ``apply`` with a mutable "lora"
@@ -127,7 +129,7 @@ class LoRADense(nn.Module):
       >>> from qjax.layers.linen import Dense, to_variables
       >>> kernel = qjax.quantize(jnp.ones((64, 8)), group_size=32)
       >>> base = to_variables({"kernel": kernel})
-      >>> layer = LoRADense(Dense(8, use_bias=False), rank=2, alpha=4)
+      >>> layer = LoRA(Dense(8, use_bias=False), rank=2, alpha=4)
       >>> rngs, x = {"params": jax.random.key(0)}, jnp.ones((2, 64))
       >>> y, adapters = layer.apply(base, x, rngs=rngs, mutable=["lora"])
       >>> jax.tree.map(jnp.shape, adapters)
@@ -136,7 +138,9 @@ class LoRADense(nn.Module):
       (2, 8)
 
     Attributes:
-      base: The layer that is adapted.
+      base: The layer that is adapted, one of `layers.linen`. Of a weight
+        ``[*stack, k, n]`` the adapters are ``[*stack, k, rank]`` and
+        ``[*stack, rank, n]``.
       rank: Columns of ``a``.
       alpha: The adapters' product counts ``alpha / rank`` times (default: None, once).
       param_dtype: Dtype of the adapters (default: float32).
@@ -144,7 +148,7 @@ class LoRADense(nn.Module):
       b_init: Initializer of ``b`` (default: zeros).
     """
 
-    base: Dense
+    base: nn.Module
     rank: int
     alpha: float | int | None = None
     param_dtype: DTypeLike = jnp.float32
@@ -155,26 +159,49 @@ class LoRADense(nn.Module):
         """Takes the base's place among the variables."""
         nn.share_scope(self, self.base)
 
-    @nn.compact
-    def __call__(self, inputs: Num[Array, "*batch k"]) -> Float[Array, "*batch n"]:
+    def __call__(self, *inputs: Num[Array, "..."]) -> Float[Array, "..."]:
         """Applies the base, and adds the adapters' product.
 
         Args:
-          inputs: ``[..., k]``.
+          *inputs: What the base takes.
 
         Returns:
-          ``[..., n]`` in the dtype of the base's result.
+          What the base returns, of the same shape and dtype.
 
         Raises:
           ValueError: If ``rank`` is not positive, or as the base.
         """
+        base: Any = self.base
+        return self._add(base(*inputs), lambda a, b: base.factored(a, b, *inputs))
+
+    def attend(self, query: Num[Array, "*batch features"]) -> Float[Array, "..."]:
+        """As `layers.linen.Embed.attend`, with the adapters' product added."""
+        base: Any = self.base
+        return self._add(
+            base.attend(query),
+            lambda a, b: contraction.low_rank(jnp.asarray(query, a.dtype), a, b),
+        )
+
+    def route(
+        self,
+        inputs: Num[Array, "t k"],
+        expert: Integer[Array, "t top_k"],
+        weight: Float[Array, "t top_k"],
+    ) -> Float[Array, "t n"]:
+        """As `layers.linen.Experts.route`, with the adapters' product added."""
+        base: Any = self.base
+        routed = experts.dispatch(inputs, expert, base.num_experts)
+        y = self(routed.rows, routed.group_sizes)
+        return experts.combine(y, routed, weight)
+
+    def _add(self, y: Array, factored: Callable[[Array, Array], Array]) -> Array:
         scaling = lora.scaling(self.rank, self.alpha)
-        y = self.base(inputs)
-        shape = (jnp.shape(inputs)[-1], y.shape[-1])
         if self.is_mutable_collection(LORA) and not self.has_variable(LORA, "a"):
+            # The base has read its weight, and so made it if there was none.
+            weight = self.get_variable(QUANTIZED, _weight_of(self.base))
             a, b = lora.start(
                 self.make_rng("params"),
-                shape,
+                weight.shape,
                 self.rank,
                 a_init=self.a_init,
                 b_init=self.b_init,
@@ -189,4 +216,54 @@ class LoRADense(nn.Module):
                 f'with mutable=["{LORA}"] and rngs={{"params": key}}.'
             )
         a, b = self.get_variable(LORA, "a"), self.get_variable(LORA, "b")
-        return lora.add(y, jnp.asarray(inputs, y.dtype), a, b, scaling)
+        return lora.add(y, factored, a, b, scaling)
+
+
+def _weight_of(layer: nn.Module) -> str:
+    return "embedding" if isinstance(layer, Embed) else "kernel"
+
+
+def merge_lora(
+    variables: Mapping[str, Any], *, alpha: float | int | None = None
+) -> dict[str, Any]:
+    """Merges all adapters of a model into weights of their bases' formats.
+
+    As `lora.merge_quantized`: the adapters are rounded as the weights were.
+
+    Args:
+      variables: Those of a model, "lora" among them.
+      alpha: That of every `LoRA` in it.
+
+    Returns:
+      Variables without "lora", for the model without a `LoRA`.
+
+    Raises:
+      ValueError: If adapters belong to no layer, or do not fit it.
+      NotImplementedError: As `qjax.training.requantize`.
+
+    Example:
+      >>> from qjax.layers.linen import Dense
+      >>> layer, x = Dense(8, group_size=32), jnp.ones((2, 64))
+      >>> variables = LoRA(layer, rank=2).init(jax.random.key(0), x)
+      >>> layer.apply(merge_lora(variables), x).shape
+      (2, 8)
+    """
+
+    def merge(params: Any, adapters: Mapping[str, Any]) -> Any:
+        if isinstance(adapters.get("a", {}), Mapping):  # a module of modules
+            if unknown := adapters.keys() - params.keys():
+                raise ValueError(
+                    f'variables["lora"] has {sorted(unknown)}, but variables["params"] '
+                    f"has {list(params)} there; both must be of one model."
+                )
+            below = {name: merge(params[name], adapters[name]) for name in adapters}
+        else:
+            below = {
+                name: lora.merge_quantized(w, **adapters, alpha=alpha)
+                for name, w in params.items()
+                if isinstance(w, QTensor)
+            }
+        return {**params, **below}
+
+    bare = {name: value for name, value in variables.items() if name != LORA}
+    return with_kernels(bare, merge(to_params(variables), variables[LORA]))

@@ -2,13 +2,16 @@
 
     y = x @ W + (alpha / rank) (x @ a) @ b,    a [k, rank], b [rank, n]
 
-``b`` starts at zero, and so the layer as its base. `qjax.training.linen.LoRADense` and
-`qjax.training.nnx.LoRALinear` are the layers; here is what they share, and what becomes
-of the adapters when training is done.
+``b`` starts at zero, and so the layer as its base. `qjax.training.linen.LoRA` and
+`qjax.training.nnx.LoRA` are the layers, over any quantized layer: its ``factored`` says
+where ``a @ b`` goes. Here is what they share, and what becomes of the adapters when
+training is done.
 
 Source of the method: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models",
 2021.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -66,27 +69,25 @@ def start(
 
 
 def add(
-    y: Float[Array, "*batch n"],
-    x: Float[Array, "*batch k"],
-    a: Float[Array, "k rank"],
-    b: Float[Array, "rank n"],
+    y: Float[Array, "..."],
+    factored: Callable[[Array, Array], Array],
+    a: Float[Array, "*batch k rank"],
+    b: Float[Array, "*batch rank n"],
     scaling: float,
-) -> Float[Array, "*batch n"]:
-    """Adds the adapters' product to that of the base, in its dtype.
+) -> Float[Array, "..."]:
+    """Adds what the adapters make of some inputs to what the base made, in its dtype.
 
     Args:
-      y: ``[..., n]`` result of the base.
-      x: ``[..., k]`` inputs.
-      a: ``[k, rank]``.
-      b: ``[rank, n]``.
+      y: Result of the base.
+      factored: A function of adapters: the base's product of the inputs with ``a @ b``.
+      a: ``[*batch, k, rank]``.
+      b: ``[*batch, rank, n]``.
       scaling: What `scaling` returned.
 
     Returns:
-      ``[..., n]`` in the dtype of ``y``.
+      The sum, in the dtype of ``y``.
     """
-    dtype = y.dtype
-    low = jnp.matmul(x.astype(dtype), a.astype(dtype), precision="highest")
-    return y + scaling * jnp.matmul(low, b.astype(dtype), precision="highest")
+    return y + scaling * factored(a.astype(y.dtype), b.astype(y.dtype))
 
 
 def merge(

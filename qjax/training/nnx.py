@@ -7,18 +7,32 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer, zeros
-from jaxtyping import Array, DTypeLike, Float, Num
+from jaxtyping import Array, DTypeLike, Float, Integer, Num
 
-from qjax.layers.nnx import Linear
+from qjax.layers import contraction, experts
+from qjax.layers.nnx import (
+    Einsum,
+    Embed,
+    Experts,
+    Linear,
+    LinearGeneral,
+    MBWQLinear,
+)
 from qjax.tensor import QTensor
 from qjax.training import lora, shadow
 
+# All layers over a quantized weight; and those whose weight is one matrix over the
+# last axis of the inputs, which have shadows.
+_Layer = Linear | LinearGeneral | Einsum | Embed | Experts | MBWQLinear
+_Matrix = Linear | MBWQLinear
+
 
 def kernels(model: nnx.Module) -> dict[str, QTensor]:
-    """The kernels of all quantized layers, by path.
+    """The kernels of all quantized linear layers, by path.
 
     Args:
-      model: A module with `layers.nnx.Linear` somewhere below it.
+      model: A module with `layers.nnx.Linear` or `layers.nnx.MBWQLinear` somewhere
+        below it.
 
     Returns:
       Kernels by the path of their layers, such as "layers/0/mlp/up_proj"; one that is
@@ -71,7 +85,7 @@ def load_kernels(model: nnx.Module, kernels: Mapping[str, QTensor]) -> None:
 
 
 class ShadowLinear(nnx.Module):
-    """A `layers.nnx.Linear` whose integer weights have a gradient.
+    """A quantized linear layer whose integer weights have a gradient.
 
     `with_shadows` makes them, of a shadow that lives as long as a step.
 
@@ -85,7 +99,7 @@ class ShadowLinear(nnx.Module):
       (2, 8)
     """
 
-    def __init__(self, base: Linear, shadow: Float[Array, "k n"]) -> None:
+    def __init__(self, base: _Matrix, shadow: Float[Array, "k n"]) -> None:
         self.base = base
         self.shadow = nnx.data(shadow)
 
@@ -128,14 +142,15 @@ def with_shadows(model: nnx.Module, shadows: Mapping[str, Array]) -> Any:
     _named(model, shadows, "shadows")
     return _replaced(
         model,
+        _Matrix,
         lambda path, layer: (
             ShadowLinear(layer, shadows[path]) if path in shadows else layer
         ),
     )
 
 
-class LoRALinear(nnx.Module):
-    """LoRA beside a quantized `layers.nnx.Linear`.
+class LoRA(nnx.Module):
+    """LoRA beside any quantized layer.
 
     Example:
       Only the adapters, `nnx.LoRAParam`, are trained, and only they have a state in the
@@ -143,14 +158,21 @@ class LoRALinear(nnx.Module):
 
       >>> from flax import nnx
       >>> base = qjax.layers.nnx.Linear(64, 8, group_size=32)
-      >>> layer = LoRALinear(base, 2, alpha=4, rngs=nnx.Rngs(0))
+      >>> layer = LoRA(base, 2, alpha=4, rngs=nnx.Rngs(0))
       >>> wrt = nnx.DiffState(0, nnx.LoRAParam)
       >>> loss = lambda layer: (layer(jnp.ones((2, 64))) ** 2).mean()
       >>> sorted(nnx.grad(loss, argnums=wrt)(layer))
       ['a', 'b']
 
+      Of a stack, each matrix has adapters of its own.
+
+      >>> experts = qjax.layers.nnx.Experts(4, 64, 8, group_size=32)
+      >>> layer = LoRA(experts, 2, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((3, 64)), jnp.array([2, 0, 0, 1])).shape, layer.a.shape
+      ((3, 8), (4, 64, 2))
+
     Args:
-      base: The layer that is adapted, stacked or not.
+      base: The layer that is adapted, one of `layers.nnx`, stacked or not.
       rank: Columns of ``a``.
       alpha: The adapters' product counts ``alpha / rank`` times (default: None, once).
       param_dtype: Dtype of the adapters (default: float32).
@@ -163,13 +185,14 @@ class LoRALinear(nnx.Module):
 
     Attributes:
       base: The layer that is adapted.
-      a: ``[k, rank]``, an `nnx.LoRAParam`.
-      b: ``[rank, n]``, an `nnx.LoRAParam`.
+      a: ``[*stack, k, rank]`` for the base's weight ``[*stack, k, n]``, an
+        `nnx.LoRAParam`.
+      b: ``[*stack, rank, n]``, an `nnx.LoRAParam`.
     """
 
     def __init__(
         self,
-        base: Linear,
+        base: _Layer,
         rank: int,
         *,
         alpha: float | int | None = None,
@@ -178,13 +201,13 @@ class LoRALinear(nnx.Module):
         b_init: Initializer = zeros,
         rngs: nnx.Rngs,
     ) -> None:
-        self.base = base
+        self.base: Any = base  # which methods there are, its class says
         self.rank = rank
         self.alpha = alpha
         self.scaling = lora.scaling(rank, alpha)
         a, b = lora.start(
             rngs.params(),
-            base.kernel.shape,
+            self.weight.shape,
             rank,
             a_init=a_init,
             b_init=b_init,
@@ -192,37 +215,61 @@ class LoRALinear(nnx.Module):
         )
         self.a, self.b = nnx.LoRAParam(a), nnx.LoRAParam(b)
 
-    def __call__(self, inputs: Num[Array, "*batch k"]) -> Float[Array, "*batch n"]:
+    @property
+    def weight(self) -> QTensor:
+        """The quantized weight of the base."""
+        return nnx.as_pure(self.base.packed)
+
+    def __call__(self, *inputs: Num[Array, "..."]) -> Float[Array, "..."]:
         """Applies the base, and adds the adapters' product.
 
         Args:
-          inputs: ``[..., k]``.
+          *inputs: What the base takes.
 
         Returns:
-          ``[..., n]`` in the dtype of the base's result.
+          What the base returns, of the same shape and dtype.
         """
-        y = self.base(inputs)
-        rows = jnp.asarray(inputs, y.dtype)
-        return lora.add(y, rows, self.a[...], self.b[...], self.scaling)
+        return self._add(
+            self.base(*inputs), lambda a, b: self.base.factored(a, b, *inputs)
+        )
+
+    def attend(self, query: Num[Array, "*batch features"]) -> Float[Array, "..."]:
+        """As `layers.nnx.Embed.attend`, with the adapters' product added."""
+        return self._add(
+            self.base.attend(query),
+            lambda a, b: contraction.low_rank(jnp.asarray(query, a.dtype), a, b),
+        )
+
+    def route(
+        self,
+        inputs: Num[Array, "t k"],
+        expert: Integer[Array, "t top_k"],
+        weight: Float[Array, "t top_k"],
+    ) -> Float[Array, "t n"]:
+        """As `layers.nnx.Experts.route`, with the adapters' product added."""
+        routed = experts.dispatch(inputs, expert, self.base.num_experts)
+        y = self(routed.rows, routed.group_sizes)
+        return experts.combine(y, routed, weight)
+
+    def _add(self, y: Array, factored: Callable[[Array, Array], Array]) -> Array:
+        return lora.add(y, factored, self.a[...], self.b[...], self.scaling)
 
     def merge(self) -> Float[Array, "*batch k n"]:
-        """Returns the dense kernel of base and adapters, in float32."""
-        return lora.merge(self.base.kernel, self.a[...], self.b[...], alpha=self.alpha)
+        """Returns the dense weight of base and adapters, in float32."""
+        return lora.merge(self.weight, self.a[...], self.b[...], alpha=self.alpha)
 
-    def merge_quantized(self) -> Linear:
-        """Returns a layer whose kernel, of the base's format, has the adapters in it.
+    def merge_quantized(self) -> Any:
+        """Returns a layer as the base, whose weight has the adapters in it.
 
         As `lora.merge_quantized`: the adapters are rounded as the weight was.
         """
-        kernel = lora.merge_quantized(
-            self.base.kernel, self.a[...], self.b[...], alpha=self.alpha
+        merged = nnx.clone(self.base)
+        merged.load(
+            lora.merge_quantized(
+                self.weight, self.a[...], self.b[...], alpha=self.alpha
+            )
         )
-        return Linear.from_qtensor(
-            kernel,
-            None if self.base.bias is None else self.base.bias[...],
-            dtype=self.base.dtype,
-            implementation=self.base.implementation,
-        )
+        return merged
 
 
 def add_lora(
@@ -238,15 +285,15 @@ def add_lora(
 
     Args:
       model: The model, which stays as it is.
-      rank: As in `LoRALinear`.
-      alpha: As in `LoRALinear`.
+      rank: As in `LoRA`.
+      alpha: As in `LoRA`.
       where: Says of the path of a layer, such as "layers/0/mlp/up_proj", whether it is
         adapted.
-      param_dtype: As in `LoRALinear`.
-      rngs: As in `LoRALinear`.
+      param_dtype: As in `LoRA`.
+      rngs: As in `LoRA`.
 
     Returns:
-      A model of the same Variables, with a `LoRALinear` in place of each adapted layer.
+      A model of the same Variables, with a `LoRA` in place of each adapted layer.
 
     Raises:
       ValueError: If ``rank`` is not positive, or there is no such layer.
@@ -256,15 +303,16 @@ def add_lora(
       >>> model = nnx.List([qjax.layers.nnx.Linear(64, 8, group_size=32)])
       >>> adapted = add_lora(model, rank=2, rngs=nnx.Rngs(0))
       >>> type(adapted[0]).__name__, type(model[0]).__name__
-      ('LoRALinear', 'Linear')
+      ('LoRA', 'Linear')
     """
-    if not any(where(path) for path, _ in _layers(model)):
-        paths = [path for path, _ in _layers(model)]
+    paths = [path for path, _ in _layers(model, _Layer)]
+    if not any(map(where, paths)):
         raise ValueError(f"where picks none of the quantized layers: {paths}.")
     return _replaced(
         model,
+        _Layer,
         lambda path, layer: (
-            LoRALinear(layer, rank, alpha=alpha, param_dtype=param_dtype, rngs=rngs)
+            LoRA(layer, rank, alpha=alpha, param_dtype=param_dtype, rngs=rngs)
             if where(path)
             else layer
         ),
@@ -278,7 +326,7 @@ def merge_lora(model: nnx.Module) -> Any:
       model: What `add_lora` returned; it stays as it is.
 
     Returns:
-      A model with a `layers.nnx.Linear` in place of each `LoRALinear`.
+      A model with a quantized layer in place of each `LoRA`.
 
     Example:
       >>> from flax import nnx
@@ -289,7 +337,7 @@ def merge_lora(model: nnx.Module) -> Any:
     """
 
     def merge(_: tuple, node: Any) -> Any:
-        return node.merge_quantized() if isinstance(node, LoRALinear) else node
+        return node.merge_quantized() if isinstance(node, LoRA) else node
 
     return nnx.recursive_map(merge, model)
 
@@ -298,13 +346,15 @@ def _name(path: tuple) -> str:
     return "/".join(map(str, path))
 
 
-def _layers(model: nnx.Module) -> Iterator[tuple[str, Linear]]:
+def _layers(model: nnx.Module, kinds: Any = _Matrix) -> Iterator[tuple[str, Any]]:
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, Linear):
+        if isinstance(module, kinds):
             yield _name(path), module
 
 
-def _named(model: nnx.Module, given: Mapping[str, Any], name: str) -> dict[str, Linear]:
+def _named(
+    model: nnx.Module, given: Mapping[str, Any], name: str
+) -> dict[str, _Matrix]:
     layers = dict(_layers(model))
     if unknown := given.keys() - layers.keys():
         raise ValueError(
@@ -314,10 +364,12 @@ def _named(model: nnx.Module, given: Mapping[str, Any], name: str) -> dict[str, 
     return {path: layers[path] for path in given}
 
 
-def _replaced(model: nnx.Module, make: Callable[[str, Linear], nnx.Module]) -> Any:
+def _replaced(
+    model: nnx.Module, kinds: Any, make: Callable[[str, Any], nnx.Module]
+) -> Any:
     """A copy of a model, of the same Variables, with other layers in it."""
 
     def replace(path: tuple, node: Any) -> Any:
-        return make(_name(path), node) if isinstance(node, Linear) else node
+        return make(_name(path), node) if isinstance(node, kinds) else node
 
     return nnx.recursive_map(replace, model)

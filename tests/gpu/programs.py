@@ -1,4 +1,4 @@
-"""Whole programs around the kernels: `qjax.matmul`, its gradient, a decoder's step."""
+"""Whole programs around the kernels: products, gradients, a decoder's step."""
 
 import dataclasses
 import functools
@@ -64,6 +64,35 @@ def _through(x, layers):
     for w in layers:
         x = jnp.tanh(qjax.matmul(x, w))
     return x.astype(jnp.float32).sum()
+
+
+@dataclasses.dataclass(frozen=True)
+class Ragged:
+    """``qjax.ragged_matmul`` of ``t`` tokens by such matrices, or its gradient."""
+
+    t: int
+    gradient: bool = False
+    experts: int = 8
+
+    def __str__(self) -> str:
+        return f"ragged {'gradient' if self.gradient else 'matmul'} t{self.t}"
+
+    def __call__(self) -> Source:
+        one = weight(4, 128, k=SIDE, n=SIDE)
+        w = jax.tree.map(lambda a: _struct((self.experts, *a.shape), a.dtype), one)
+        x = _struct((self.t, SIDE), jnp.bfloat16)
+        sizes = _struct((self.experts,), jnp.int32)
+        if self.gradient:
+            return _ragged_gradient, (x, x, w, sizes)
+        return qjax.ragged_matmul, (x, w, sizes)
+
+
+def _ragged_gradient(x, dy, w, sizes):
+    def product(x, scale):
+        return qjax.ragged_matmul(x, dataclasses.replace(w, scale=scale), sizes)
+
+    y, pullback = jax.vjp(product, x, w.scale)
+    return y, pullback(dy)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,14 @@ import re
 import pytest
 
 from tests.gpu import compiler
-from tests.gpu.programs import DENSE, DecoderStep, Layers, Native, Product
+from tests.gpu.programs import (
+    DENSE,
+    DecoderStep,
+    Layers,
+    Native,
+    Product,
+    Ragged,
+)
 
 both = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 MIB = 1 << 20
@@ -69,6 +76,28 @@ def test_gradient(program):
         re.sub(r"_4bit.*", "", name) for name, _ in compiler.calls(program.hlo)
     )
     assert names == ["matmul", "matmul_t", "rows", "scale_grad"]
+
+
+@pytest.mark.parametrize("case", [Ragged(8), Ragged(512)], ids=str)
+@both
+def test_ragged_matmul(program):
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo)
+    prepared, product = sorted(name for name, _ in compiler.calls(program.hlo))[::-1]
+    # All experts in one launch.
+    assert prepared == "rows_4bit"
+    assert product.startswith("matmul_4bit")
+    assert " while(" not in program.hlo
+    assert all(kernel.spills == 0 for kernel in program.kernels)
+
+
+@pytest.mark.parametrize("case", [Ragged(64, gradient=True)], ids=str)
+@both
+def test_gradient_of_ragged_matmul(program):
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo)
+    names = {re.sub(r"_4bit.*", "", name) for name, _ in compiler.calls(program.hlo)}
+    assert names == {"matmul", "matmul_t", "rows", "scale_grad"}
 
 
 @pytest.mark.parametrize("case", [Product(256)], ids=str)

@@ -267,6 +267,37 @@ class TestStacks:
                 rtol=1e-6,
             )
 
+    def test_a_matrix_for_every_block(self, stack):
+        each, stacked = stack
+        if stacked.codebook is not None:
+            with pytest.raises(NotImplementedError, match="one codebook, not one a bl"):
+                matmul(jnp.ones((8, 384)), stacked, Config(8), index=jnp.zeros(1, int))
+            return
+        x, index = rows(30, 384), [2, 0, -1, 1]  # the last block has six rows
+        config = Config(8, 32, 128, splits=2)
+        y = matmul(
+            jnp.asarray(x), stacked, config, index=jnp.array(index), interpret=True
+        )
+        for i, e in enumerate(index):
+            block = slice(8 * i, 8 * i + 8)
+            alone = matmul(jnp.asarray(x[block]), each[e], config, interpret=True)
+            wanted = alone if e >= 0 else jnp.zeros_like(alone)
+            chex.assert_trees_all_close(y[block], wanted, rtol=1e-6)
+
+    @pytest.mark.parametrize("m", [3, 8, 32, 128])
+    def test_blocks(self, m, stack, monkeypatch):
+        each, stacked = stack
+        if stacked.codebook is not None:
+            return
+        interpreted = functools.partial(matmul, interpret=True)
+        monkeypatch.setattr(products, "matmul", interpreted)
+        x = rows(3 * m, 384).reshape(3, m, 384)
+        y = products.fused_blocks(jnp.asarray(x), stacked, jnp.array([1, -1, 2]))
+        assert not y[1].any()
+        for i, e in ((0, 1), (2, 2)):
+            alone = products.fused(jnp.asarray(x[i]), each[e])
+            chex.assert_trees_all_close(y[i], alone, rtol=1e-5, atol=1e-5)
+
     def test_mixed_widths(self):
         parts = MIXES["exl2"]
         matrices = [
@@ -280,6 +311,11 @@ class TestStacks:
             jnp.asarray(x), stacked, Config(8), index=jnp.int32(1), interpret=True
         )
         assert relative_error(y, matrices[1].matmul(x)) < TOLERANCE
+        x = rows(16, 416)
+        index = jnp.array([1, 0])
+        y = matmul(jnp.asarray(x), stacked, Config(8), index=index, interpret=True)
+        expected = [matrices[1].matmul(x[:8]), matrices[0].matmul(x[8:])]
+        assert relative_error(y, np.concatenate(expected)) < TOLERANCE
 
 
 MIXES = {

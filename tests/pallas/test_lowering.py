@@ -155,6 +155,27 @@ def test_dispatch(dtype):
     assert launches(on_cpu.as_text()) == 0
 
 
+@pytest.mark.parametrize(("t", "experts"), [(3, 8), (8, 64), (256, 16), (4096, 8)])
+@pytest.mark.parametrize("convention", ["integer zero", "codebook"])
+def test_ragged_matmul_reads_the_stack_where_it_lies(t, experts, convention):
+    add = lambda leaf: struct((experts, *leaf.shape), leaf.dtype)  # noqa: E731
+    w = jax.tree.map(add, weight(4, 128, convention))
+    x, sizes = struct((t, 512), jnp.bfloat16), struct((experts,), jnp.int32)
+    text = lower(qjax.ragged_matmul, x, w, sizes)
+    assert launches(text) == PRODUCT
+    # One launch takes all blocks; with codebooks, a loop has one for each.
+    assert ("stablehlo.while" in text) == (convention == "codebook")
+    if convention == "codebook":
+        return
+
+    @functools.partial(jax.grad, argnums=(0, 1), allow_int=True)
+    def gradients(x, w, sizes):
+        return qjax.ragged_matmul(x, w, sizes).astype(jnp.float32).sum()
+
+    # matmul_t and scale_grad, in a loop each.
+    assert launches(lower(gradients, x, w, sizes)) == 2
+
+
 def test_gradient():
     x, w = struct((4, 512), jnp.bfloat16), weight(4, 128)
 

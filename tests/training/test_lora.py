@@ -13,8 +13,8 @@ import qjax
 from qjax import training
 from qjax.layers.linen import Dense, to_variables
 from qjax.layers.nnx import Linear
-from qjax.training.linen import LoRADense
-from qjax.training.nnx import LoRALinear
+from qjax.training.linen import LoRA as LoRADense
+from qjax.training.nnx import LoRA as LoRALinear
 from tests.layers import cases
 from tests.layers.cases import GROUP, K, N
 

@@ -15,7 +15,7 @@ from qjax import training
 from qjax.layers.linen import Dense, to_params, to_variables
 from qjax.layers.nnx import Linear
 from qjax.training import shadow
-from qjax.training.linen import LoRADense, shadowed, with_kernels
+from qjax.training.linen import LoRA, shadowed, with_kernels
 from tests.layers import cases
 from tests.layers.cases import GROUP, K, N
 
@@ -349,7 +349,7 @@ class TestScales:
 
 def test_lora_under_remat_and_accumulated():
     class Adapted(nn.Module):
-        lora: type[nn.Module] = LoRADense
+        lora: type[nn.Module] = LoRA
 
         @nn.compact
         def __call__(self, x):
@@ -372,7 +372,7 @@ def test_lora_under_remat_and_accumulated():
 
     whole = gradient(Adapted(), (X[None], jnp.asarray(Y)[None]))
     parts = (X.reshape(4, 4, K), jnp.asarray(Y).reshape(4, 4, K))
-    found = gradient(Adapted(nn.remat(LoRADense)), parts)
+    found = gradient(Adapted(nn.remat(LoRA)), parts)
     for one, other in zip(*map(jax.tree.leaves, (found, whole)), strict=True):
         assert cases.error(one, other) < 1e-5
 

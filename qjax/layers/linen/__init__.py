@@ -13,6 +13,9 @@ any mix of formats, and loading weights is loading variables, as ever:
 from qjax.layers.linen.dense import Dense, DenseGeneral
 from qjax.layers.linen.einsum import Einsum
 from qjax.layers.linen.embed import Embed
+from qjax.layers.linen.experts import Experts
+from qjax.layers.linen.group_quant import GroupQuantDense
+from qjax.layers.linen.mbwq import MBWQDense
 from qjax.layers.linen.variables import QUANTIZED, to_params, to_variables
 
 __all__ = [
@@ -21,6 +24,9 @@ __all__ = [
     "DenseGeneral",
     "Einsum",
     "Embed",
+    "Experts",
+    "GroupQuantDense",
+    "MBWQDense",
     "to_params",
     "to_variables",
 ]

@@ -86,6 +86,26 @@ class Dense(nn.Module):
             inputs, kernel, bias, dtype=self.dtype, implementation=self.implementation
         )
 
+    @nn.nowrap
+    def factored(
+        self,
+        a: Float[Array, "k rank"],
+        b: Float[Array, "rank n"],
+        inputs: Num[Array, "*batch k"],
+    ) -> Float[Array, "*batch n"]:
+        """Applies the layer as if its kernel were ``a @ b``, and it had no bias.
+
+        Args:
+          a: ``[k, rank]``, for a stack ``[*stack, k, rank]``: as the kernel, ``k`` and
+            ``n`` flattened.
+          b: ``[rank, n]`` of the dtype of ``a``.
+          inputs: As in a call.
+
+        Returns:
+          What a call returns, in the dtype of ``a``.
+        """
+        return contraction.low_rank(jnp.asarray(inputs, a.dtype), a, b)
+
 
 class DenseGeneral(nn.Module):
     """A linear transformation over any axes of the input; quantized kernel.
@@ -159,7 +179,7 @@ class DenseGeneral(nn.Module):
         """
         inputs = jnp.asarray(inputs)
         features = contraction.as_tuple(self.features)
-        plan = contraction.plan_axes(self.axis, features, inputs.shape)
+        plan = self._plan(inputs.shape)
         rows = math.prod(inputs.shape[axis] for axis in plan.summed)
         shape = (rows, math.prod(features))
         kernel = weight(self, dense.starting(self, self.kernel_init, shape), shape)
@@ -175,3 +195,18 @@ class DenseGeneral(nn.Module):
             dtype=self.dtype,
             implementation=self.implementation,
         )
+
+    @nn.nowrap
+    def factored(
+        self,
+        a: Float[Array, "k rank"],
+        b: Float[Array, "rank n"],
+        inputs: Num[Array, "..."],
+    ) -> Float[Array, "..."]:
+        """As in `Dense`."""
+        return contraction.factored(a, b, inputs, self._plan(jnp.shape(inputs)))
+
+    @nn.nowrap
+    def _plan(self, shape: tuple[int, ...]) -> contraction.Plan:
+        features = contraction.as_tuple(self.features)
+        return contraction.plan_axes(self.axis, features, shape)

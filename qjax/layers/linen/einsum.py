@@ -95,3 +95,14 @@ class Einsum(nn.Module):
             dtype=self.dtype,
             implementation=self.implementation,
         )
+
+    @nn.nowrap
+    def factored(
+        self,
+        a: Float[Array, "*stack k rank"],
+        b: Float[Array, "*stack rank n"],
+        inputs: Num[Array, "..."],
+    ) -> Float[Array, "..."]:
+        """As in `Dense`."""
+        equation = contraction.parse(self.einsum_str, self.shape)
+        return contraction.factored(a, b, inputs, equation.plan(jnp.shape(inputs)))

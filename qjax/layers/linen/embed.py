@@ -75,6 +75,16 @@ class Embed(nn.Module):
         """
         return embedding.lookup(self._table(), inputs, self.dtype)
 
+    @nn.nowrap
+    def factored(
+        self,
+        a: Float[Array, "features rank"],
+        b: Float[Array, "rank num_embeddings"],
+        inputs: Integer[Array, "*batch"],
+    ) -> Float[Array, "..."]:
+        """As in `Dense`; the rows are those of ``(a @ b).T``."""
+        return embedding.factored(a, b, inputs)
+
     def attend(self, query: Num[Array, "*batch features"]) -> Float[Array, "..."]:
         """Multiplies by the transposed table, as for logits.
 

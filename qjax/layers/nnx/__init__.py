@@ -6,7 +6,21 @@ scales in `Scale`, which are parameters: ``nnx.split(model, nnx.Param, Quantized
 
 from qjax.layers.nnx.einsum import Einsum
 from qjax.layers.nnx.embed import Embed
-from qjax.layers.nnx.linear import Linear, LinearGeneral
+from qjax.layers.nnx.experts import Experts
+from qjax.layers.nnx.group_quant import GroupQuantLinear
+from qjax.layers.nnx.linear import Linear
+from qjax.layers.nnx.linear_general import LinearGeneral
+from qjax.layers.nnx.mbwq import MBWQLinear
 from qjax.layers.nnx.packed import Quantized, Scale
 
-__all__ = ["Einsum", "Embed", "Linear", "LinearGeneral", "Quantized", "Scale"]
+__all__ = [
+    "Einsum",
+    "Embed",
+    "Experts",
+    "GroupQuantLinear",
+    "Linear",
+    "LinearGeneral",
+    "MBWQLinear",
+    "Quantized",
+    "Scale",
+]

@@ -203,3 +203,13 @@ class Einsum(Projection):
         """
         inputs = jnp.asarray(inputs)
         return self._product(inputs, self.equation.plan(inputs.shape))
+
+    def factored(
+        self,
+        a: Float[Array, "*stack k rank"],
+        b: Float[Array, "*stack rank n"],
+        inputs: Num[Array, "..."],
+    ) -> Float[Array, "..."]:
+        """As in `Linear`."""
+        plan = self.equation.plan(jnp.shape(inputs))
+        return contraction.factored(a, b, inputs, plan)

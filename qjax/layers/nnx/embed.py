@@ -188,6 +188,15 @@ class Embed(Packed):
         """
         return embedding.lookup(self.embedding, inputs, self.dtype)
 
+    def factored(
+        self,
+        a: Float[Array, "features rank"],
+        b: Float[Array, "rank num_embeddings"],
+        inputs: Integer[Array, "*batch"],
+    ) -> Float[Array, "..."]:
+        """As in `Linear`; the rows are those of ``(a @ b).T``."""
+        return embedding.factored(a, b, inputs)
+
     def attend(self, query: Num[Array, "*batch features"]) -> Float[Array, "..."]:
         """Multiplies by the transposed table, as for logits.
 

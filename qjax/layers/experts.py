@@ -1,0 +1,151 @@
+"""Experts: what `linen.Experts` and `nnx.Experts` share, and the way to them and back.
+
+routed = dispatch(x, expert, num_experts)
+h = act(up(routed.rows, routed.group_sizes))
+y = combine(down(h, routed.group_sizes), routed, weight)
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from flax.linen.dtypes import canonicalize_dtype
+from jax import lax
+from jaxtyping import Array, DTypeLike, Float, Int32, Integer, Num
+
+from qjax import ragged
+from qjax.tensor import QTensor
+
+
+class Routed(NamedTuple):
+    """Tokens sorted by expert, once for each of their experts.
+
+    Attributes:
+      rows: The tokens.
+      group_sizes: How many rows each expert has; those that have none come last.
+      order: Of every row, which entry of ``expert``, row by row, it is for.
+    """
+
+    rows: Num[Array, "rows k"]
+    group_sizes: Int32[Array, " experts"]
+    order: Int32[Array, " rows"]
+
+
+def dispatch(
+    x: Num[Array, "t k"], expert: Integer[Array, "t top_k"], num_experts: int
+) -> Routed:
+    """Sorts tokens by expert.
+
+    Args:
+      x: ``[t, k]`` tokens.
+      expert: ``[t, top_k]``, the experts of each; others than 0 to ``num_experts - 1``
+        stand for none.
+      num_experts: Number of experts.
+
+    Returns:
+      ``t * top_k`` rows.
+
+    Raises:
+      ValueError: If shapes or dtypes do not fit.
+
+    Example:
+      >>> x = jnp.array([[10.0], [11.0]])
+      >>> routed = dispatch(x, jnp.array([[2, 0], [0, 1]]), num_experts=3)
+      >>> routed.rows[:, 0].tolist(), routed.group_sizes.tolist()
+      ([10.0, 11.0, 11.0, 10.0], [2, 1, 1])
+    """
+    integer = jnp.issubdtype(expert.dtype, jnp.integer)
+    if x.ndim != 2 or expert.ndim != 2 or len(expert) != len(x) or not integer:
+        raise ValueError(
+            f"expert must be integers [t, top_k] for x.shape={x.shape}, [t, k]; got "
+            f"{expert.dtype}{expert.shape}."
+        )
+    flat = expert.reshape(-1).astype(jnp.int32)
+    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    sizes = jnp.zeros(num_experts, jnp.int32).at[flat].add(1, mode="drop")
+    return Routed(x[order // expert.shape[1]], sizes, order)
+
+
+def combine(
+    y: Float[Array, "rows n"], routed: Routed, weight: Float[Array, "t top_k"]
+) -> Float[Array, "t n"]:
+    """Sums for every token what its experts gave.
+
+    Args:
+      y: ``[t * top_k, n]``, in the order of ``routed.rows``.
+      routed: What `dispatch` returned.
+      weight: ``[t, top_k]``, what each expert counts.
+
+    Returns:
+      ``[t, n]`` in the dtype of ``y``, summed in float32.
+
+    Raises:
+      ValueError: If shapes do not fit.
+
+    Example:
+      >>> x, expert = jnp.array([[10.0], [11.0]]), jnp.array([[2, 0], [0, 1]])
+      >>> routed = dispatch(x, expert, num_experts=3)
+      >>> combine(routed.rows, routed, jnp.array([[0.5, 0.5], [0.0, 2.0]])).tolist()
+      [[10.0], [22.0]]
+    """
+    if weight.ndim != 2 or not len(y) == weight.size == len(routed.order):
+        raise ValueError(
+            f"weight.shape={weight.shape} must be [t, top_k] with t * top_k the rows "
+            f"of y.shape={y.shape}, which are {len(routed.order)}."
+        )
+    back = y[jnp.argsort(routed.order)].reshape(*weight.shape, -1)
+    counted = back.astype(jnp.float32) * weight.astype(jnp.float32)[..., None]
+    return counted.sum(1).astype(y.dtype)
+
+
+def apply(
+    inputs: Num[Array, "t k"],
+    kernel: QTensor,
+    bias: Float[Array, "experts n"] | None,
+    group_sizes: Integer[Array, " experts"],
+    *,
+    dtype: DTypeLike | None,
+    implementation: str | None,
+) -> Float[Array, "t n"]:
+    """Multiplies every token by the matrix of its expert, and adds its bias.
+
+    Args:
+      inputs: Tokens sorted by expert.
+      kernel: ``[experts, k, n]``.
+      bias: ``[experts, n]`` or None.
+      group_sizes: As in `qjax.ragged_matmul`.
+      dtype: As in `dense.apply`.
+      implementation: As in `qjax.matmul`.
+
+    Returns:
+      ``[t, n]``; rows without an expert are zero.
+    """
+    dtype = canonicalize_dtype(inputs, kernel.scale, bias, dtype=dtype)
+    inputs = jnp.asarray(inputs, dtype)
+    y = ragged.ragged_matmul(inputs, kernel, group_sizes, implementation=implementation)
+    if bias is None:
+        return y
+    expert, has_expert = ragged.experts_of(group_sizes, len(y))
+    return y + jnp.where(has_expert[:, None], jnp.asarray(bias, dtype)[expert], 0)
+
+
+def factored(
+    a: Float[Array, "experts k rank"],
+    b: Float[Array, "experts rank n"],
+    inputs: Num[Array, "t k"],
+    group_sizes: Integer[Array, " experts"],
+) -> Float[Array, "t n"]:
+    """The product of the layers, were their kernel ``a @ b``.
+
+    Args:
+      a: ``[experts, k, rank]``.
+      b: ``[experts, rank, n]`` of the dtype of ``a``.
+      inputs: As in `apply`.
+      group_sizes: As in `apply`.
+
+    Returns:
+      ``[t, n]`` in the dtype of ``a``.
+    """
+    sizes = group_sizes.astype(jnp.int32)
+    low = lax.ragged_dot(jnp.asarray(inputs, a.dtype), a, sizes, precision="highest")
+    return lax.ragged_dot(low, b, sizes, precision="highest")

@@ -1,0 +1,338 @@
+"""`ragged_matmul`: every token by the matrix of its expert.
+
+The tokens of an expert follow each other, and are cut into blocks of ``block_m`` rows:
+
+    tokens          a a a a a b b c c c c
+    blocks of 4     [a a a a] [a . . .] [b b . .] [c c c c]
+
+How many blocks there are is only known when the program runs, and a loop visits those
+alone; how many there can be, which bounds the memory, follows from the shapes. In a
+block all rows have one expert, and so it is a product of `qjax.matmul` with the index
+of a matrix, which the GPU kernels read where it lies. On a GPU one launch multiplies
+all blocks, but for codebooks; the gradients are loops there, too.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, Integer
+
+from qjax import dispatch, ops, pallas, sharding
+from qjax.dispatch import Choice
+from qjax.partitioning import over_devices, vary_together
+from qjax.sharding import P
+from qjax.tensor import QTensor
+
+# From the rows that a GPU kernel takes at least to those of its largest tile.
+_FEWEST, _MOST = 8, 128
+
+
+def ragged_matmul(
+    x: Float[Array, "t k"],
+    w: QTensor,
+    group_sizes: Integer[Array, " experts"],
+    *,
+    implementation: str | None = None,
+) -> Float[Array, "t n"]:
+    """Multiplies runs of rows by a matrix each: `jax.lax.ragged_dot` of a `QTensor`.
+
+    Row ``i`` of the result is ``x[i] @ dequantize(w[e])``, where expert ``e`` is the
+    one whose run has row ``i``. As `qjax.matmul`, it forms no dense weight and is
+    differentiable in ``x`` and in the float leaves of ``w``. It reads the matrices of
+    those experts that have tokens, once for every block of their tokens.
+
+    Args:
+      x: Tokens sorted by expert, ``[t, k]`` bfloat16, float16 or float32.
+      w: ``[experts, k, n]`` quantized weights.
+      group_sizes: How many tokens each expert has. What their sum exceeds t by is cut
+        off.
+      implementation: As in `qjax.matmul`.
+
+    Returns:
+      ``[t, n]`` in the dtype of ``x``; rows beyond the sum of ``group_sizes`` are zero.
+
+    Raises:
+      ValueError: If shapes or dtypes do not fit, or the implementation is unknown.
+      NotImplementedError: If the named implementation declines these operands.
+
+    Example:
+      >>> w = qjax.quantize(jnp.ones((3, 64, 8)), bits=4, group_size=32)
+      >>> y = ragged_matmul(jnp.ones((5, 64)), w, jnp.array([2, 0, 2]))
+      >>> y[:, 0].tolist()
+      [64.0, 64.0, 64.0, 64.0, 0.0]
+    """
+    _check(x, w, group_sizes)
+    ops.check(x, w, 0, implementation)
+    return _apply(x, w, group_sizes, implementation)
+
+
+def _check(x: Array, w: QTensor, group_sizes: Array) -> None:
+    if len(w.batch) != 1:
+        raise ValueError(f"w.shape={w.shape} must be [experts, k, n].")
+    if x.ndim != 2:
+        raise ValueError(f"x.shape={x.shape} must be [t, k]; reshape x.")
+    integer = jnp.issubdtype(group_sizes.dtype, jnp.integer)
+    if group_sizes.shape != w.batch or not integer:
+        raise ValueError(
+            f"group_sizes must be integers {w.batch}, as w.shape={w.shape}; got "
+            f"{group_sizes.dtype}{group_sizes.shape}."
+        )
+
+
+def experts_of(
+    group_sizes: Integer[Array, " experts"], t: int
+) -> tuple[Int32[Array, " t"], Bool[Array, " t"]]:
+    """Says which expert each of sorted tokens has.
+
+    Args:
+      group_sizes: As in `ragged_matmul`.
+      t: Number of tokens.
+
+    Returns:
+      The experts, and whether a token has one; where not, its expert is the last.
+    """
+    ends = jnp.cumsum(group_sizes.astype(jnp.int32))
+    tokens = jnp.arange(t, dtype=jnp.int32)
+    return _run_of(tokens, ends), tokens < ends[-1]
+
+
+def _run_of(places: Array, ends: Array) -> Array:
+    """The run that each place lies in, of runs that end there; else the last run."""
+    # Unrolled, it is one kernel on a GPU, and no loop of several.
+    run = jnp.searchsorted(ends, places, side="right", method="scan_unrolled")
+    return jnp.minimum(run.astype(jnp.int32), len(ends) - 1)
+
+
+class _Blocks(NamedTuple):
+    """How tokens lie in blocks.
+
+    Attributes:
+      expert: Of every block.
+      used: Number of blocks that hold tokens; they come first.
+      token: Of every row of a block.
+      inside: Whether that row holds a token.
+      place: Of every token, among the rows of all blocks.
+      has_expert: Whether a token is in a block.
+    """
+
+    expert: Int32[Array, " blocks"]
+    used: Int32[Array, ""]
+    token: Int32[Array, "blocks block_m"]
+    inside: Bool[Array, "blocks block_m"]
+    place: Int32[Array, " t"]
+    has_expert: Bool[Array, " t"]
+
+
+def _plan(group_sizes: Array, t: int) -> _Blocks:
+    experts = len(group_sizes)
+    block_m = _block_rows(t, experts)
+    # Most blocks there are where as many experts as can be have one token, and all
+    # others are in whole blocks.
+    least = min(t, experts)
+    blocks = jnp.arange(least + (t - least) // block_m, dtype=jnp.int32)
+    ends = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), t)
+    starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    held = -(-(ends - starts) // block_m)
+    after = jnp.cumsum(held)
+    expert = _run_of(blocks, after)
+    first = starts[expert] + (blocks - (after - held)[expert]) * block_m
+    token = first[:, None] + jnp.arange(block_m, dtype=jnp.int32)[None]
+    own, has_expert = experts_of(group_sizes, t)
+    place = (after - held)[own] * block_m + jnp.arange(t, dtype=jnp.int32) - starts[own]
+    return _Blocks(
+        expert=expert,
+        used=after[-1],
+        token=jnp.minimum(token, t - 1),
+        inside=token < ends[expert][:, None],
+        place=place,
+        has_expert=has_expert,
+    )
+
+
+def _block_rows(t: int, experts: int) -> int:
+    """The power of two that the tokens of an expert fill on average."""
+    mean = -(-t // experts)
+    return min(t, max(_FEWEST, min(_MOST, 1 << (mean - 1).bit_length())))
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _apply(
+    x: Array, w: QTensor, group_sizes: Array, implementation: str | None
+) -> Array:
+    t = len(x)
+    if not t:
+        return jnp.zeros((0, w.n), x.dtype)
+    blocks = _plan(group_sizes, t)
+    rows = jnp.where(blocks.inside[..., None], x[blocks.token], 0)
+    if w.input_scale is not None:
+        scale = w.input_scale.astype(jnp.float32)[blocks.expert]
+        rows = rows.astype(jnp.float32) * scale[:, None]
+    choice = Choice(implementation, kernels=x.dtype != jnp.float32)
+    bare = dataclasses.replace(ops.decoded(w), input_scale=None)
+    operands = vary_together(rows, bare, blocks.expert, blocks.used)
+    y = _products(*operands, choice, x.dtype).reshape(-1, w.n)
+    return jnp.where(blocks.has_expert[:, None], y[blocks.place], 0)
+
+
+# A block's product is y = x W of its expert, and with g its cotangent
+#   dx = g W^T,   dW = sum over the expert's blocks of x^T g.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _products(
+    rows: Float[Array, "blocks block_m k"],
+    w: QTensor,
+    expert: Int32[Array, " blocks"],
+    used: Int32[Array, ""],
+    choice: Choice,
+    dtype: jnp.dtype,
+) -> Float[Array, "blocks block_m n"]:
+    """Multiplies each block that holds tokens by its expert; the others give zeros."""
+    return over_devices(
+        functools.partial(_forward, choice, dtype),
+        (w, rows, expert, used),
+        _names(w),
+        P(None, None, "n"),
+        dispatch.units_of(w),
+    )
+
+
+def _names(w: QTensor) -> tuple[Any, ...]:
+    """What `over_devices` must know of the operands ``(w, rows, expert, used)``."""
+    of_rows = P(None, None, dispatch.inputs_of(w))
+    return sharding.names(w), of_rows, P(None), P()
+
+
+def _in_order(rows: Array, order: Array | None, expert: Array) -> Array:
+    """Puts the inputs of every block into the order of its expert's rows."""
+    if order is None:
+        return rows
+    return jnp.take_along_axis(rows, order[expert][:, None], axis=2)
+
+
+def _forward(
+    choice: Choice,
+    dtype: jnp.dtype,
+    w: QTensor,
+    rows: Array,
+    expert: Array,
+    used: Array,
+) -> Array:
+    def one_by_one(rows: Array, w: QTensor, expert: Array, used: Array) -> Array:
+        def one(b: Array) -> Array:
+            matrix, index = dispatch.native(w, expert[b])
+            return dispatch.multiply(choice, matrix, rows[b], index).astype(dtype)
+
+        return _each(one, rows, used)
+
+    def in_one_launch(rows: Array, w: QTensor, expert: Array, used: Array) -> Array:
+        index = jnp.where(jnp.arange(len(expert)) < used, expert, -1)
+        return pallas.fused_blocks(rows, w, index).astype(dtype)
+
+    w, order = dispatch.stored(w)
+    operands = _in_order(rows, order, expert), w, expert, used
+    if w.codebook is None and dispatch.goes_to_kernels(w, choice):
+        # The platform is known when the program is lowered, not here.
+        return lax.platform_dependent(*operands, cuda=in_one_launch, default=one_by_one)
+    return one_by_one(*operands)
+
+
+def _backward(
+    choice: Choice, w: QTensor, rows: Array, expert: Array, used: Array, dy: Array
+) -> Array:
+    w, order = dispatch.stored(w)
+
+    def one(b: Array) -> Array:
+        return dispatch.multiply_t(choice, *_of_block(w, dy, expert, b))
+
+    back = jax.linear_transpose(lambda rows: _in_order(rows, order, expert), rows)
+    (dx,) = back(_each(one, dy, used).astype(rows.dtype))
+    return dx
+
+
+def _leaf_gradients(
+    choice: Choice, w: QTensor, rows: Array, expert: Array, used: Array, dy: Array
+) -> dict[str, Any]:
+    bare, order = dispatch.stored(w)
+    xs = _in_order(rows, order, expert)
+
+    def leaves(b: Array) -> dict[str, Array]:
+        matrix, cotangent, index = _of_block(bare, dy, expert, b)
+        return dispatch.leaf_gradients(choice, matrix, xs[b], cotangent, index)
+
+    def add(b: Array, total: dict[str, Array]) -> dict[str, Array]:
+        return {
+            name: total[name].at[expert[b]].add(gradient)
+            for name, gradient in leaves(b).items()
+        }
+
+    abstract = jax.eval_shape(leaves, jax.ShapeDtypeStruct((), jnp.int32))
+    start = {
+        name: jnp.zeros((*bare.batch, *like.shape), jnp.float32)
+        for name, like in abstract.items()
+    }
+    start, _ = vary_together(start, rows)
+    total = lax.fori_loop(0, used, add, start)
+    return {name: dispatch.as_in(w, name, array) for name, array in total.items()}
+
+
+def _of_block(
+    w: QTensor, dy: Array, expert: Array, b: Array
+) -> tuple[QTensor, Array, Array | None]:
+    """The matrix of a block, its cotangent, and where the matrix is a stack's."""
+    matrix, index = dispatch.native(w, expert[b])
+    return matrix, dy[b], index
+
+
+def _each(one: Callable[[Array], Array], rows: Array, used: Array) -> Array:
+    """Stacks ``one(b)`` of the first ``used`` blocks, and zeros for the others."""
+    like = jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32))
+    out = jnp.zeros((len(rows), *like.shape), like.dtype)
+    out, _ = vary_together(out, rows)
+    return lax.fori_loop(0, used, lambda b, out: out.at[b].set(one(b)), out)
+
+
+def _products_forward(
+    rows: Array,
+    w: QTensor,
+    expert: Array,
+    used: Array,
+    choice: Choice,
+    dtype: jnp.dtype,
+) -> tuple:
+    return _products(rows, w, expert, used, choice, dtype), (rows, w, expert, used)
+
+
+def _products_backward(
+    choice: Choice, dtype: jnp.dtype, residuals: tuple, dy: Array
+) -> tuple:
+    del dtype
+    rows, w, expert, used = residuals
+    operands = w, rows, expert, used, dy.astype(jnp.float32)
+    of_operands = (*_names(w), P(None, None, "n"))
+    dx = over_devices(
+        functools.partial(_backward, choice),
+        operands,
+        of_operands,
+        of_operands[1],
+        dispatch.units_of(w),
+    )
+    # In a loop of its own, which is left out where nobody asks for these.
+    gradients = over_devices(
+        functools.partial(_leaf_gradients, choice),
+        operands,
+        of_operands,
+        {name: getattr(of_operands[0], name) for name in dispatch.float_leaves(w)},
+        dispatch.units_of(w),
+    )
+    leaves = {name: getattr(w, name) for name in gradients}
+    cast = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, leaves)
+    integers = (np.zeros(a.shape, jax.dtypes.float0) for a in (expert, used))
+    return dx, dispatch.cotangent(w, cast), *integers
+
+
+_products.defvjp(_products_forward, _products_backward)
