@@ -18,11 +18,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
+from qjax import training
 from qjax.layers import linen as by_linen
 from qjax.layers import nnx as by_nnx
+from qjax.tensor import Affine
 
 README = Path(__file__).parents[2] / "README.md"
-K, N, ROWS = 64, 32, 8
+K, N, ROWS, F32 = 64, 32, 8, jnp.float32
 # One product of 64 terms in float32, in another order of its sums.
 TOLERANCE = 2e-6
 
@@ -34,12 +36,12 @@ class Layer:
     Attributes:
       apply: Of parameters and inputs.
       params: Arrays; those of floats have gradients.
-      x: Inputs, the first axis a batch.
+      x: Inputs, arrays whose first axis is a batch.
     """
 
     apply: Callable[[Any, Any], jax.Array]
     params: Any
-    x: jax.Array
+    x: Any
 
     @property
     def y(self) -> np.ndarray:
@@ -55,17 +57,47 @@ def kernel(k=K, n=N, **options):
     return qjax.quantize(draw(k, n), group_size=32, **options)
 
 
+def call(module, x):
+    return module.route(*x) if isinstance(x, tuple) else module(x)
+
+
 def of_nnx(module, x):
     graph, state = nnx.split(module)
-    return Layer(lambda state, x: nnx.merge(graph, state)(x), state, x)
+    return Layer(lambda state, x: call(nnx.merge(graph, state), x), state, x)
 
 
-def of_linen(module, params, x):
-    return Layer(module.apply, by_linen.to_variables(params), x)
+def of_linen(module, params, x, **more):
+    def apply(variables, x):
+        return module.apply(variables, x, method=call)
+
+    return Layer(apply, by_linen.to_variables(params) | more, x)
+
+
+def experts():
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *[kernel()] * 3)
+
+
+def offset():
+    """What MBWQ has: float16 scales, and zeros that are added."""
+    w = kernel(scale_dtype=jnp.float16)
+    zero = -w.zero.astype(jnp.float16) * w.scale
+    return dataclasses.replace(w, zero=zero, affine=Affine.OFFSET)
+
+
+def loaded(layer):
+    layer.load(offset())
+    return layer
+
+
+def adapted(layer):
+    layer = training.nnx.LoRA(layer, 4, rngs=nnx.Rngs(0))
+    layer.b[...] = draw(4, N, seed=6)
+    return layer
 
 
 ROW = functools.partial(draw, ROWS, K, seed=1)
 HEADS = functools.partial(draw, ROWS, 4, K // 4, seed=1)
+ROUTED = (ROW(), jnp.arange(2 * ROWS).reshape(ROWS, 2) % 3, draw(ROWS, 2, seed=4))
 IDS = functools.partial(jnp.arange, ROWS)
 EINSUM = (K, 4, N // 4), "BD,DNH->BNH"
 
@@ -95,6 +127,39 @@ LAYERS: dict[str, dict[str, Callable[[], Layer]]] = {
         ),
         "linen": lambda: of_linen(
             by_linen.Einsum(*EINSUM, use_bias=False), {"kernel": kernel()}, ROW()
+        ),
+    },
+    "Experts": {
+        "nnx": lambda: of_nnx(by_nnx.Experts.from_qtensor(experts()), ROUTED),
+        "linen": lambda: of_linen(
+            by_linen.Experts(3, N, use_bias=False), {"kernel": experts()}, ROUTED
+        ),
+    },
+    "MBWQLinear, MBWQDense": {
+        "nnx": lambda: of_nnx(
+            loaded(by_nnx.MBWQLinear(K, N, group_size=32, dtype=F32)), ROW()
+        ),
+        "linen": lambda: of_linen(
+            by_linen.MBWQDense(N, group_size=32, dtype=F32), {"kernel": offset()}, ROW()
+        ),
+    },
+    "GroupQuantLinear, GroupQuantDense": {
+        "nnx": lambda: of_nnx(
+            by_nnx.GroupQuantLinear.from_dense(draw(K, N), group_size=32), ROW()
+        ),
+        "linen": lambda: of_linen(
+            by_linen.GroupQuantDense(N, use_bias=False),
+            {"kernel": qjax.formats.flexgen.quantize(draw(K, N), 32)},
+            ROW(),
+        ),
+    },
+    "LoRA": {
+        "nnx": lambda: of_nnx(adapted(by_nnx.Linear.from_qtensor(kernel())), ROW()),
+        "linen": lambda: of_linen(
+            training.linen.LoRA(by_linen.Dense(N, use_bias=False), 4),
+            {"kernel": kernel()},
+            ROW(),
+            lora={"a": draw(K, 4, seed=5), "b": draw(4, N, seed=6)},
         ),
     },
     "Embed": {
@@ -138,19 +203,23 @@ def grad(layer, _):
     loss, values = loss_of(layer)
     for i, gradient in enumerate(jax.jit(jax.grad(loss))(values)):
         step = draw(1, gradient.size, seed=3).reshape(gradient.shape)
+        step = step.astype(gradient.dtype)
         moved = [
             [v + sign * step if j == i else v for j, v in enumerate(values)]
             for sign in (1, -1)
         ]
         difference = (loss(moved[0]) - loss(moved[1])) / 2
         expected = float((gradient * step).sum())
-        assert abs(float(difference) - expected) <= 1e-4 * max(1, abs(expected))
+        # A gradient has the dtype of its leaf.
+        tolerance = 1e-4 if gradient.dtype == jnp.float32 else 1e-2
+        assert abs(float(difference) - expected) <= tolerance * max(1, abs(expected))
 
 
 def vmap(layer, _):
     mapped = jax.vmap(layer.apply, (None, 0))
     # A row alone, as the layer takes one at least.
-    close(mapped(layer.params, layer.x[:, None])[:, 0], layer.y)
+    alone = jax.tree.map(lambda x: x[:, None], layer.x)
+    close(mapped(layer.params, alone)[:, 0], layer.y)
 
 
 def scan(layer, _):
@@ -165,7 +234,7 @@ def scan(layer, _):
 
 
 def pmap(layer, _):
-    parts = layer.x.reshape(4, -1, *layer.x.shape[1:])
+    parts = jax.tree.map(lambda x: x.reshape(4, -1, *x.shape[1:]), layer.x)
     run = jax.pmap(layer.apply, in_axes=(None, 0), devices=jax.devices("cpu")[:4])
     close(np.concatenate(run(layer.params, parts)), layer.y)
 
