@@ -82,7 +82,7 @@ def apply(
 
 def factored(
     a: Float[Array, "*stack k rank"],
-    b: Float[Array, "*stack rank n"],
+    b: Float[Array, "*stack rank n"] | None,
     inputs: Num[Array, "..."],
     plan: Plan,
 ) -> Float[Array, "..."]:
@@ -90,7 +90,7 @@ def factored(
 
     Args:
       a: ``[*stack, k, rank]``.
-      b: ``[*stack, rank, n]`` of the dtype of ``a``.
+      b: ``[*stack, rank, n]`` of the dtype of ``a``; None where the kernel is ``a``.
       inputs: As in `apply`.
       plan: As in `apply`.
 
@@ -108,10 +108,11 @@ def factored(
 def low_rank(
     x: Float[Array, "*batch k"],
     a: Float[Array, "*stack k rank"],
-    b: Float[Array, "*stack rank n"],
+    b: Float[Array, "*stack rank n"] | None,
 ) -> Float[Array, "*batch n"]:
-    """``x @ a @ b``, from the left to the right."""
-    return jnp.matmul(jnp.matmul(x, a, precision="highest"), b, precision="highest")
+    """``x @ a @ b``, from the left to the right; without ``b``, ``x @ a``."""
+    low = jnp.matmul(x, a, precision="highest")
+    return low if b is None else jnp.matmul(low, b, precision="highest")
 
 
 def _arranged(inputs: Array, plan: Plan, product: Callable[[Array], Array]) -> Array:

@@ -131,7 +131,7 @@ def apply(
 
 def factored(
     a: Float[Array, "experts k rank"],
-    b: Float[Array, "experts rank n"],
+    b: Float[Array, "experts rank n"] | None,
     inputs: Num[Array, "t k"],
     group_sizes: Integer[Array, " experts"],
 ) -> Float[Array, "t n"]:
@@ -139,7 +139,7 @@ def factored(
 
     Args:
       a: ``[experts, k, rank]``.
-      b: ``[experts, rank, n]`` of the dtype of ``a``.
+      b: ``[experts, rank, n]`` of the dtype of ``a``; None where the kernel is ``a``.
       inputs: As in `apply`.
       group_sizes: As in `apply`.
 
@@ -148,4 +148,4 @@ def factored(
     """
     sizes = group_sizes.astype(jnp.int32)
     low = lax.ragged_dot(jnp.asarray(inputs, a.dtype), a, sizes, precision="highest")
-    return lax.ragged_dot(low, b, sizes, precision="highest")
+    return low if b is None else lax.ragged_dot(low, b, sizes, precision="highest")

@@ -19,19 +19,29 @@ from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Array, DTypeLike, Float, Integer, Num
 
 from qjax.layers import contraction, experts
-from qjax.layers.linen import QUANTIZED, Dense, Embed, MBWQDense, to_params
+from qjax.layers.linen import (
+    QUANTIZED,
+    Dense,
+    DenseGeneral,
+    Einsum,
+    Embed,
+    Experts,
+    MBWQDense,
+    to_params,
+)
 from qjax.tensor import QTensor
 from qjax.training import lora, shadow
 
 LORA, SHADOW = "lora", "shadow"
+_PRODUCTS = Dense | DenseGeneral | Einsum | Experts | MBWQDense
 
 
 def shadowed(apply: Callable[..., Any]) -> Callable[..., Any]:
     """Lets a model's ``apply`` take a collection "shadow" beside the others.
 
     Args:
-      apply: The ``apply`` of a module whose quantized layers are `layers.linen.Dense`
-        or `layers.linen.MBWQDense`.
+      apply: The ``apply`` of a module with quantized layers; embeddings have no
+        shadow.
 
     Returns:
       The same function, of variables that may hold "shadow": what `shadow.zeros` makes
@@ -63,16 +73,19 @@ def _attach(
     context: nn.module.InterceptorContext,
 ) -> Any:
     y, layer = call(*args, **kwargs), context.module
-    is_call = isinstance(layer, Dense | MBWQDense) and context.method_name == "__call__"
+    is_call = isinstance(layer, _PRODUCTS) and context.method_name == "__call__"
     if not is_call or not layer.has_variable(SHADOW, "kernel"):
         return y
-    (inputs,) = (*args, *kwargs.values())
+    inputs = (*args, *kwargs.values())
     kernel = dataclasses.replace(
         layer.get_variable(QUANTIZED, "kernel"),
         **layer.get_variable("params", "kernel"),
     )
-    rows = jnp.asarray(inputs, y.dtype)
-    return shadow.attach(y, rows, kernel, layer.get_variable(SHADOW, "kernel"))
+    zeros = layer.get_variable(SHADOW, "kernel")
+    if isinstance(layer, Dense | MBWQDense):
+        return shadow.attach(y, jnp.asarray(inputs[0], y.dtype), kernel, zeros)
+    product = lambda w, *inputs: layer.factored(w, None, *inputs)  # noqa: E731
+    return shadow.attach_by(product, y, inputs, kernel, zeros)
 
 
 def with_kernels(variables: Mapping[str, Any], params: Any) -> dict[str, Any]:

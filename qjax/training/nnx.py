@@ -21,18 +21,18 @@ from qjax.layers.nnx import (
 from qjax.tensor import QTensor
 from qjax.training import lora, shadow
 
-# All layers over a quantized weight; and those whose weight is one matrix over the
-# last axis of the inputs, which have shadows.
-_Layer = Linear | LinearGeneral | Einsum | Embed | Experts | MBWQLinear
+# Layers whose weight is one matrix over the last axis of the inputs; those that are
+# products with a quantized weight, which have shadows; and all that have adapters.
 _Matrix = Linear | MBWQLinear
+_Product = _Matrix | LinearGeneral | Einsum | Experts
+_Layer = _Product | Embed
 
 
 def kernels(model: nnx.Module) -> dict[str, QTensor]:
-    """The kernels of all quantized linear layers, by path.
+    """The kernels of all quantized layers but embeddings, by path.
 
     Args:
-      model: A module with `layers.nnx.Linear` or `layers.nnx.MBWQLinear` somewhere
-        below it.
+      model: A module with quantized layers somewhere below it.
 
     Returns:
       Kernels by the path of their layers, such as "layers/0/mlp/up_proj"; one that is
@@ -84,37 +84,49 @@ def load_kernels(model: nnx.Module, kernels: Mapping[str, QTensor]) -> None:
         jax.tree.map(fill, layer.packed, new, is_leaf=is_variable)
 
 
-class ShadowLinear(nnx.Module):
-    """A quantized linear layer whose integer weights have a gradient.
+class Shadowed(nnx.Module):
+    """A quantized layer whose integer weights have a gradient.
 
     `with_shadows` makes them, of a shadow that lives as long as a step.
 
     Args:
       base: The layer.
-      shadow: ``[k, n]`` zeros.
+      shadow: Zeros of the shape of its kernel, ``[*stack, k, n]``.
 
     Example:
       >>> layer = qjax.layers.nnx.Linear(64, 8, group_size=32)
-      >>> ShadowLinear(layer, jnp.zeros((64, 8)))(jnp.ones((2, 64))).shape
+      >>> Shadowed(layer, jnp.zeros((64, 8)))(jnp.ones((2, 64))).shape
       (2, 8)
     """
 
-    def __init__(self, base: _Matrix, shadow: Float[Array, "k n"]) -> None:
+    def __init__(self, base: _Product, shadow: Float[Array, "*stack k n"]) -> None:
         self.base = base
         self.shadow = nnx.data(shadow)
 
-    def __call__(self, inputs: Num[Array, "*batch k"]) -> Float[Array, "*batch n"]:
+    def __call__(self, *inputs: Num[Array, "..."]) -> Float[Array, "..."]:
         """Applies the base.
 
         Args:
-          inputs: ``[..., k]``.
+          *inputs: As of the base.
 
         Returns:
-          ``[..., n]``, what the base gives.
+          What the base gives.
         """
-        y = self.base(inputs)
-        rows = jnp.asarray(inputs, y.dtype)
-        return shadow.attach(y, rows, self.base.kernel, self.shadow)
+        base, y = self.base, self.base(*inputs)
+        if isinstance(base, _Matrix):
+            rows = jnp.asarray(inputs[0], y.dtype)
+            return shadow.attach(y, rows, base.kernel, self.shadow)
+        product = lambda w, *inputs: base.factored(w, None, *inputs)  # noqa: E731
+        return shadow.attach_by(product, y, inputs, base.kernel, self.shadow)
+
+    def route(
+        self,
+        inputs: Num[Array, "t k"],
+        expert: Integer[Array, "t top_k"],
+        weight: Float[Array, "t top_k"],
+    ) -> Float[Array, "t n"]:
+        """As `layers.nnx.Experts.route`, which the base must have."""
+        return _route(self, inputs, expert, weight)
 
 
 def with_shadows(model: nnx.Module, shadows: Mapping[str, Array]) -> Any:
@@ -142,9 +154,9 @@ def with_shadows(model: nnx.Module, shadows: Mapping[str, Array]) -> Any:
     _named(model, shadows, "shadows")
     return _replaced(
         model,
-        _Matrix,
+        _Product,
         lambda path, layer: (
-            ShadowLinear(layer, shadows[path]) if path in shadows else layer
+            Shadowed(layer, shadows[path]) if path in shadows else layer
         ),
     )
 
@@ -247,9 +259,7 @@ class LoRA(nnx.Module):
         weight: Float[Array, "t top_k"],
     ) -> Float[Array, "t n"]:
         """As `layers.nnx.Experts.route`, with the adapters' product added."""
-        routed = experts.dispatch(inputs, expert, self.base.num_experts)
-        y = self(routed.rows, routed.group_sizes)
-        return experts.combine(y, routed, weight)
+        return _route(self, inputs, expert, weight)
 
     def _add(self, y: Array, factored: Callable[[Array, Array], Array]) -> Array:
         return lora.add(y, factored, self.a[...], self.b[...], self.scaling)
@@ -342,11 +352,17 @@ def merge_lora(model: nnx.Module) -> Any:
     return nnx.recursive_map(merge, model)
 
 
+def _route(layer: Any, inputs: Array, expert: Array, weight: Array) -> Array:
+    routed = experts.dispatch(inputs, expert, layer.base.num_experts)
+    y = layer(routed.rows, routed.group_sizes)
+    return experts.combine(y, routed, weight)
+
+
 def _name(path: tuple) -> str:
     return "/".join(map(str, path))
 
 
-def _layers(model: nnx.Module, kinds: Any = _Matrix) -> Iterator[tuple[str, Any]]:
+def _layers(model: nnx.Module, kinds: Any = _Product) -> Iterator[tuple[str, Any]]:
     for path, module in nnx.iter_modules(model):
         if isinstance(module, kinds):
             yield _name(path), module
@@ -354,7 +370,7 @@ def _layers(model: nnx.Module, kinds: Any = _Matrix) -> Iterator[tuple[str, Any]
 
 def _named(
     model: nnx.Module, given: Mapping[str, Any], name: str
-) -> dict[str, _Matrix]:
+) -> dict[str, _Product]:
     layers = dict(_layers(model))
     if unknown := given.keys() - layers.keys():
         raise ValueError(

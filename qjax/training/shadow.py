@@ -15,10 +15,13 @@ bitorch_engine/layers/qlinear/nbit/cuda/mbwq_layer.py, commit
 0009b1f8178e86df6433383879c0005a49c0cc92.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax import ops
@@ -103,17 +106,104 @@ def attach(
     Raises:
       ValueError: If ``shadow`` is not of the shape of ``w``, or not float.
     """
-    if shadow.shape != w.shape or not jnp.issubdtype(shadow.dtype, jnp.floating):
-        raise ValueError(
-            f"shadow must be float {w.shape}, as w; got {shadow.dtype}{shadow.shape}. "
-            "qjax.training.shadow.zeros(w) makes one."
-        )
+    _check(w, shadow)
     x = jax.lax.stop_gradient(x)
     if w.input_scale is not None:
         scale = jax.lax.stop_gradient(w.input_scale).astype(x.dtype)
         x = x * scale.reshape((1,) * (x.ndim - 1) + (-1,))
     y, shadow = vary_together(y, shadow)
     return _attach(y, x, shadow)
+
+
+def attach_by(
+    product: Callable[..., Array],
+    y: Float[Array, "..."],
+    inputs: tuple[Array, ...],
+    w: QTensor,
+    shadow: Float[Array, "*stack k n"],
+) -> Float[Array, "..."]:
+    """Gives the result of any layer that is linear in its weight a shadow.
+
+    Args:
+      product: Of a dense weight ``[*stack, k, n]`` and the inputs, what the layer makes
+        of them without bias and input scale. It is transposed, and never called.
+      y: What the layer has made of them.
+      inputs: Of the layer.
+      w: ``[*stack, k, n]``.
+      shadow: As in `matmul`.
+
+    Returns:
+      ``y``.
+
+    Raises:
+      ValueError: As `attach`.
+    """
+    _check(w, shadow)
+    inputs = jax.tree.map(jax.lax.stop_gradient, inputs)
+    scale = w.input_scale
+    if scale is not None:
+        scale = jax.lax.stop_gradient(scale).astype(jnp.float32)
+    y, shadow = vary_together(y, shadow)
+    return _attach_by(product, shadow.shape, y, inputs, scale, shadow)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attach_by(
+    product: Callable[..., Array],
+    shape: tuple[int, ...],
+    y: Array,
+    inputs: tuple[Array, ...],
+    scale: Array | None,
+    shadow: Array,
+) -> Array:
+    del product, shape, inputs, scale, shadow
+    return y
+
+
+def _forward_by(
+    product: Callable[..., Array],
+    shape: tuple[int, ...],
+    y: Array,
+    inputs: tuple[Array, ...],
+    scale: Array | None,
+    shadow: Array,
+) -> tuple[Array, tuple]:
+    return y, (inputs, scale, jnp.zeros_like(shadow, shape=(0,)))
+
+
+def _backward_by(
+    product: Callable[..., Array],
+    shape: tuple[int, ...],
+    residuals: tuple,
+    dy: Array,
+) -> tuple:
+    inputs, scale, empty = residuals
+    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
+    transposed = jax.linear_transpose(lambda w: product(w, *inputs), weight)
+    (dw,) = transposed(dy.astype(jnp.float32))
+    if scale is not None:
+        dw = dw * scale[..., None]
+    return dy, *_no_cotangent((inputs, scale)), dw.astype(empty.dtype)
+
+
+def _no_cotangent(tree: Any) -> Any:
+    def zeros(leaf: Array) -> Any:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jnp.zeros_like(leaf)
+        return np.zeros(leaf.shape, jax.dtypes.float0)
+
+    return jax.tree.map(zeros, tree)
+
+
+_attach_by.defvjp(_forward_by, _backward_by)
+
+
+def _check(w: QTensor, shadow: Array) -> None:
+    if shadow.shape != w.shape or not jnp.issubdtype(shadow.dtype, jnp.floating):
+        raise ValueError(
+            f"shadow must be float {w.shape}, as w; got {shadow.dtype}{shadow.shape}. "
+            "qjax.training.shadow.zeros(w) makes one."
+        )
 
 
 # y = x W + ..., so dW = x^T dy; y itself passes through, and so does its cotangent.

@@ -12,6 +12,8 @@ from flax import nnx
 
 import qjax
 from qjax import training
+from qjax.layers import linen
+from qjax.layers import nnx as by_nnx
 from qjax.layers.linen import Dense, to_params, to_variables
 from qjax.layers.nnx import Linear
 from qjax.training import shadow
@@ -189,6 +191,60 @@ class TestShadows:
         for name, gradient in dense_gradients(params()).items():
             assert cases.error(found[name], gradient) < 1e-4
         assert isinstance(model.up, Linear)
+
+    @pytest.mark.parametrize("name", ["general", "einsum", "experts"])
+    def test_every_product_has_a_shadow(self, name):
+        # Products with a kernel of many axes, of stacks, and of experts.
+        if name == "experts":
+            w = jax.tree.map(lambda *a: jnp.stack(a), *map(cases.kernel, ["4bit"] * 3))
+            x, more = X, (jnp.array([5, 0, 9]),)
+            twins = by_nnx.Experts.from_qtensor(w), linen.Experts(3, N, use_bias=False)
+        elif name == "general":
+            w, more = cases.kernel("float-zero"), ()
+            x, sizes = X.reshape(-1, 4, K // 4), ((4, K // 4), (N // 8, 8))
+            twins = (
+                by_nnx.LinearGeneral.from_qtensor(w, *sizes, axis=(-2, -1)),
+                linen.DenseGeneral(sizes[1], axis=(-2, -1), use_bias=False),
+            )
+        else:
+            w = jax.tree.map(lambda *a: jnp.stack(a), *map(cases.kernel, ["mixed"] * 2))
+            x, more = X.reshape(-1, 2, K), ()
+            equation = (2, K, N), "BED,EDF->BEF"
+            twins = (
+                by_nnx.Einsum.from_qtensor(equation[1], equation[0], w),
+                linen.Einsum(*equation, use_bias=False),
+            )
+        dense = qjax.dequantize(w, jnp.float32)
+        variables = to_variables({"kernel": w})
+        of_y = jnp.asarray(
+            cases.rng(5).normal(size=twins[0](x, *more).shape), jnp.float32
+        )
+
+        def product(dense):
+            if name == "experts":
+                return jax.lax.ragged_dot(x, dense, *more, precision="highest")
+            if name == "einsum":
+                return jnp.einsum("bed,edf->bef", x, dense, precision="highest")
+            return jnp.matmul(x.reshape(-1, K), dense, precision="highest")
+
+        wanted = jax.grad(lambda d: (product(d).reshape(of_y.shape) * of_y).sum())(
+            dense
+        )
+        if w.input_scale is not None:
+            wanted = wanted * w.input_scale[..., None]
+        apply = shadowed(twins[1].apply)
+
+        def by_linen(shadows):
+            return (apply({**variables, "shadow": shadows}, x, *more) * of_y).sum()
+
+        def by_twin(shadows):
+            layer = training.nnx.with_shadows(twins[0], shadows)
+            return (layer(x, *more) * of_y).sum()
+
+        found = jax.jit(jax.grad(by_linen))(shadow.zeros({"kernel": w}))["kernel"]
+        twin = jax.jit(jax.grad(by_twin))(shadow.zeros({"": w}))[""]
+        assert cases.error(found, wanted) < 1e-5
+        chex.assert_trees_all_equal(found, twin)
 
     def test_twins_take_the_same_steps(self):
         optimizer = training.diode_mix(0.01)

@@ -100,7 +100,7 @@ class Einsum(nn.Module):
     def factored(
         self,
         a: Float[Array, "*stack k rank"],
-        b: Float[Array, "*stack rank n"],
+        b: Float[Array, "*stack rank n"] | None,
         inputs: Num[Array, "..."],
     ) -> Float[Array, "..."]:
         """As in `Dense`."""

@@ -95,7 +95,7 @@ class MBWQDense(nn.Module):
     def factored(
         self,
         a: Float[Array, "k rank"],
-        b: Float[Array, "rank n"],
+        b: Float[Array, "rank n"] | None,
         inputs: Num[Array, "*batch k"],
     ) -> Float[Array, "*batch n"]:
         """As in `Dense`: ``a`` multiplies inputs without ``channel_scale``."""

@@ -207,7 +207,7 @@ class Einsum(Projection):
     def factored(
         self,
         a: Float[Array, "*stack k rank"],
-        b: Float[Array, "*stack rank n"],
+        b: Float[Array, "*stack rank n"] | None,
         inputs: Num[Array, "..."],
     ) -> Float[Array, "..."]:
         """As in `Linear`."""

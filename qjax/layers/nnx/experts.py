@@ -224,7 +224,7 @@ class Experts(Projection):
     def factored(
         self,
         a: Float[Array, "experts k rank"],
-        b: Float[Array, "experts rank n"],
+        b: Float[Array, "experts rank n"] | None,
         inputs: Num[Array, "t k"],
         group_sizes: Integer[Array, " experts"],
     ) -> Float[Array, "t n"]:

@@ -195,7 +195,7 @@ class Linear(Projection):
     def factored(
         self,
         a: Float[Array, "k rank"],
-        b: Float[Array, "rank n"],
+        b: Float[Array, "rank n"] | None,
         inputs: Num[Array, "*batch k"],
     ) -> Float[Array, "*batch n"]:
         """Applies the layer as if its kernel were ``a @ b``, and it had no bias.
@@ -203,7 +203,7 @@ class Linear(Projection):
         Args:
           a: ``[k, rank]``, for a stack ``[*stack, k, rank]``: as the kernel, ``k`` and
             ``n`` flattened.
-          b: ``[rank, n]`` of the dtype of ``a``.
+          b: ``[rank, n]`` of the dtype of ``a``; None where the kernel is ``a``.
           inputs: As in a call.
 
         Returns:

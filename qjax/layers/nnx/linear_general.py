@@ -211,7 +211,7 @@ class LinearGeneral(Projection):
     def factored(
         self,
         a: Float[Array, "k rank"],
-        b: Float[Array, "rank n"],
+        b: Float[Array, "rank n"] | None,
         inputs: Num[Array, "..."],
     ) -> Float[Array, "..."]:
         """As in `Linear`."""

@@ -171,7 +171,7 @@ class MBWQLinear(Projection):
     def factored(
         self,
         a: Float[Array, "k rank"],
-        b: Float[Array, "rank n"],
+        b: Float[Array, "rank n"] | None,
         inputs: Num[Array, "*batch k"],
     ) -> Float[Array, "*batch n"]:
         """As in `Linear`: ``a`` multiplies inputs without ``channel_scale``."""
