@@ -11,7 +11,8 @@ ARGS ?=
 bin := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers test-gpu bench-gpu gpu-check lint install clean FORCE
+.PHONY: help demo test test-peers test-models test-gpu bench-gpu gpu-check lint install
+.PHONY: clean FORCE
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -29,6 +30,12 @@ test-peers: ## Let PyTorch's own packages read what qjax wrote
 	@$(MAKE) --no-print-directory .venv-peers/.peers VENV=.venv-peers \
 		PYTHON='$(or $(PYTHON),oldest)'
 	.venv-peers/bin/python -m pytest tests/peers $(ARGS)
+
+# In an environment of its own, on the newest Python, for which google-tunix is written.
+test-models: ## Quantize models that google-tunix wrote, and arrays of qwix
+	@$(MAKE) --no-print-directory .venv-models/.models VENV=.venv-models \
+		PYTHON='$(or $(PYTHON),newest)'
+	.venv-models/bin/python -m pytest tests/models $(ARGS)
 
 # In an environment of its own, on the newest Python, with the libraries of CUDA.
 test-gpu: ## Run the tests of the kernels compiled, on an NVIDIA GPU
@@ -83,6 +90,12 @@ $(VENV)/.dev: pyproject.toml $(VENV)/.made-by
 $(VENV)/.peers: $(VENV)/.dev
 	@echo 'Installing qjax[peers] into $(VENV): PyTorch, and all that reads its tensors'
 	@$(pip_install) --editable '.[dev,peers]'
+	@touch $@
+
+$(VENV)/.models: $(VENV)/.dev
+	@echo 'Installing qjax[models] into $(VENV): google-tunix and qwix'
+	@$(pip_install) --editable '.[dev,models]'
+	@$(pip_install) --no-deps google-tunix==0.1.7
 	@touch $@
 
 need_gpu = nvidia-smi --list-gpus >/dev/null 2>&1 || \

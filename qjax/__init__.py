@@ -3,6 +3,9 @@
 from qjax import checkpoints, formats, layers, sharding
 from qjax.decode import relayout
 from qjax.formats.flattening import flatten, unflatten
+from qjax.layers.memory import memory_report
+from qjax.layers.replace import quantize_model
+from qjax.layers.rules import Spec
 from qjax.ops import dequantize, matmul, prepare
 from qjax.ragged import ragged_matmul
 from qjax.rtn import quantize
@@ -11,6 +14,7 @@ from qjax.tensor import QTensor, codes
 
 __all__ = [
     "QTensor",
+    "Spec",
     "checkpoints",
     "codes",
     "dequantize",
@@ -18,9 +22,11 @@ __all__ = [
     "formats",
     "layers",
     "matmul",
+    "memory_report",
     "partition_specs",
     "prepare",
     "quantize",
+    "quantize_model",
     "ragged_matmul",
     "relayout",
     "shard",

@@ -20,8 +20,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from qjax import checkpoints, tune
-from qjax.checkpoints import modules, progress
+from qjax import checkpoints, progress, tune
+from qjax.checkpoints import modules
 from qjax.pallas import tables
 from qjax.tensor import QTensor
 

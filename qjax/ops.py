@@ -246,7 +246,9 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
 def _native_layout(w: QTensor) -> Layout:
     """The layout that the device of a tensor reads without a detour."""
     words = w.words[0]
-    devices = jax.devices() if isinstance(words, Tracer) else words.devices()
+    # A tracer is nowhere, and so is an abstract array.
+    placed = isinstance(words, jax.Array) and not isinstance(words, Tracer)
+    devices = words.devices() if placed else jax.devices()
     # Only CUDA devices say their compute capability: "9.0" for sm_90.
     capability = getattr(min(devices, key=lambda d: d.id), "compute_capability", "0")
     has_kernels = int(str(capability).split(".")[0]) >= 8

@@ -289,7 +289,7 @@ class QTensor:
             size = "x".join(map(str, self.shape))
             bits = f"{self.bits:.4g} bits"
             dtype = "no" if self.scale is None else self.dtype
-            last = f"{dtype} scale, {_readable(self.nbytes)}"
+            last = f"{dtype} scale, {readable(self.nbytes)}"
         except (AttributeError, TypeError, IndexError, ZeroDivisionError):
             # `jax.tree.map` put something else than arrays there.
             return f"QTensor({self.words!r}, scale={self.scale!r})"
@@ -342,7 +342,8 @@ def over_batch(function: Callable[[QTensor], Array], qt: QTensor) -> Array:
     return function(qt)
 
 
-def _readable(nbytes: int | float) -> str:
+def readable(nbytes: int | float) -> str:
+    """Bytes in the unit that suits them."""
     for unit in ("B", "KiB", "MiB"):
         if nbytes < 1024:
             return f"{nbytes:.4g} {unit}"

@@ -18,8 +18,8 @@ from matplotlib import pyplot
 from typer.testing import CliRunner
 
 import qjax
-from qjax import checkpoints, cli
-from qjax.checkpoints import modules, placing, progress
+from qjax import checkpoints, cli, progress
+from qjax.checkpoints import modules, placing
 from qjax.cli import app
 from qjax.formats import exl2
 from tests.checkpoints import tiny

@@ -21,8 +21,8 @@ from qjax.pallas import configs, lang, tables
 from qjax.pallas.operands import Config
 from qjax.tune import gauge, timing
 from qjax.tune.search import climb
-from tests.checkpoints.test_progress import Terminal
 from tests.test_cli import DATA, SHIPPED, exl2_directory
+from tests.test_progress import Terminal
 
 DEVICE = "NVIDIA H200"
 TILE = Config(16, 64, 256, 7, 2, 5)

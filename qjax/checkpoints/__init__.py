@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 import jax
 from jaxtyping import Array
 
-from qjax import ops
-from qjax.checkpoints import modules, progress, shards
+from qjax import ops, progress
+from qjax.checkpoints import modules, shards
 from qjax.checkpoints.checking import verify
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.writing import convert, save

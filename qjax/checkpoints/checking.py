@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from qjax import tensor
-from qjax.checkpoints import modules, progress
+from qjax import progress, tensor
+from qjax.checkpoints import modules
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.shards import INDEX, SINGLE, Stored, scan
 from qjax.tensor import QTensor

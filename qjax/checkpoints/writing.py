@@ -13,7 +13,8 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from qjax.checkpoints import modules, placing, progress
+from qjax import progress
+from qjax.checkpoints import modules, placing
 from qjax.checkpoints.atomic import check_target, replacing, resuming
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.dialects import DIALECTS, Dialect, centered

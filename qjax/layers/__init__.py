@@ -12,8 +12,22 @@
 
 The two of a line agree bit for bit, and with Flax's own on names, dtypes and shapes.
 Any `QTensor` fits any of them: uniform, mixed widths, codebooks, act-order.
+
+`qjax.quantize_model` puts packed weights into a model of other modules.
 """
 
 from qjax.layers import experts, linen, nnx
+from qjax.layers.memory import memory_report
+from qjax.layers.replace import quantize_model
+from qjax.layers.report import Report
+from qjax.layers.rules import Spec
 
-__all__ = ["experts", "linen", "nnx"]
+__all__ = [
+    "Report",
+    "Spec",
+    "experts",
+    "linen",
+    "memory_report",
+    "nnx",
+    "quantize_model",
+]

@@ -112,7 +112,8 @@ class Shadowed(nnx.Module):
         Returns:
           What the base gives.
         """
-        base, y = self.base, self.base(*inputs)
+        base: Any = self.base
+        y = base(*inputs)
         if isinstance(base, _Matrix):
             rows = jnp.asarray(inputs[0], y.dtype)
             return shadow.attach(y, rows, base.kernel, self.shadow)

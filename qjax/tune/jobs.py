@@ -8,8 +8,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from qjax import decode, ops, rtn
-from qjax.checkpoints import modules, progress
+from qjax import decode, ops, progress, rtn
+from qjax.checkpoints import modules
 from qjax.formats.tiles import Tiles
 from qjax.pallas import check, tables
 from qjax.pallas.operands import group_rows, layout_of

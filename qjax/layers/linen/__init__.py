@@ -1,4 +1,4 @@
-"""Flax linen's `Dense`, `DenseGeneral`, `Einsum` and `Embed` over quantized weights.
+"""Flax linen's layers over quantized weights, and some of PyTorch's.
 
 A quantized kernel is two variables of the same name. In the collection "quantized" lies
 its `QTensor` without the float leaves: words, orders, integer zeros, and as static

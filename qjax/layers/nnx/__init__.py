@@ -1,7 +1,8 @@
-"""Flax nnx's `Linear`, `LinearGeneral`, `Einsum` and `Embed` over quantized weights.
+"""Flax nnx's layers over quantized weights, and some of PyTorch's.
 
 The words of a weight lie in `Quantized` Variables, which are never trained, and its
 scales in `Scale`, which are parameters: ``nnx.split(model, nnx.Param, Quantized)``.
+`load` fills a model that `qjax.quantize_model` made of others.
 """
 
 from qjax.layers.nnx.einsum import Einsum
@@ -12,6 +13,7 @@ from qjax.layers.nnx.linear import Linear
 from qjax.layers.nnx.linear_general import LinearGeneral
 from qjax.layers.nnx.mbwq import MBWQLinear
 from qjax.layers.nnx.packed import Quantized, Scale
+from qjax.layers.nnx.replace import load
 
 __all__ = [
     "Einsum",
@@ -23,4 +25,5 @@ __all__ = [
     "MBWQLinear",
     "Quantized",
     "Scale",
+    "load",
 ]

@@ -1,5 +1,6 @@
 """`Linear`: a product over the last axis of the input."""
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.nn.initializers import Initializer, zeros
@@ -174,23 +175,21 @@ class Linear(Projection):
             quantized, bias, dtype=dtype, implementation=implementation
         )
 
-    def __call__(self, inputs: Num[Array, "*batch k"]) -> Float[Array, "*batch n"]:
+    def __call__(
+        self, inputs: Num[Array, "*batch k"], out_sharding: jax.P | None = None
+    ) -> Float[Array, "*batch n"]:
         """Applies the layer over the last dimension.
 
         Args:
           inputs: ``[..., in_features]``.
+          out_sharding: As in `nnx.Linear`, on a mesh of explicit axes (default: None).
 
         Returns:
           ``[..., out_features]``; its dtype is that of `nnx.Linear` with a kernel of
           the scales' dtype.
         """
-        return dense.apply(
-            inputs,
-            self.kernel,
-            None if self.bias is None else self.bias[...],
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        y = self._rows_product(inputs)
+        return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
     def factored(
         self,

@@ -9,7 +9,7 @@ from jax.nn.initializers import zeros
 from jaxtyping import Array, DTypeLike, Float, Float16, Num
 
 from qjax import ops
-from qjax.layers import contraction, dense, mbwq
+from qjax.layers import contraction, mbwq
 from qjax.layers.nnx.packed import Projection
 from qjax.tensor import Layout
 
@@ -160,13 +160,7 @@ class MBWQLinear(Projection):
         Returns:
           ``[..., out_features]``; float16 for float16 inputs.
         """
-        return dense.apply(
-            inputs,
-            self.kernel,
-            None if self.bias is None else self.bias[...],
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        return self._rows_product(inputs)
 
     def factored(
         self,

@@ -56,7 +56,7 @@ class Packed(nnx.Module):
 
     def _fill(self, weight: QTensor) -> None:
         # One Variable an array: jax.grad over one that holds integers raises.
-        self.packed = nnx.data(jax.tree.map(_variable, weight))
+        self.packed = nnx.data(variables(weight))
 
     def __nnx_repr__(self) -> Generator[reprlib.Object | reprlib.Attr, None, None]:
         """Shows the weight as one line in place of its Variables."""
@@ -139,6 +139,15 @@ class Projection(Packed):
             )
         dense.check_shapes(kernel, bias, self.kernel.shape, bias_shape=wanted)
 
+    def _rows_product(self, inputs: Array) -> Array:
+        return dense.apply(
+            inputs,
+            self.kernel,
+            None if self.bias is None else self.bias[...],
+            dtype=self.dtype,
+            implementation=self.implementation,
+        )
+
     def _product(self, inputs: Array, plan: contraction.Plan) -> Array:
         return contraction.apply(
             inputs,
@@ -167,6 +176,11 @@ class Projection(Packed):
         self._check(kernel, bias)
         self._fill(ops.prepare(kernel))
         self._replace_bias(bias)
+
+
+def variables(weight: QTensor) -> QTensor:
+    """Makes each array of a weight a Variable, `Quantized` or `Scale`."""
+    return jax.tree.map(_variable, weight)
 
 
 def _variable(leaf: Array) -> nnx.Variable:

@@ -4,7 +4,7 @@ import io
 
 import pytest
 
-from qjax.checkpoints import progress
+from qjax import progress
 
 
 class Terminal(io.StringIO):

@@ -1,0 +1,165 @@
+"""Quantizes the weights of a linen model: its variables, and its ``apply``.
+
+A linen model is a function of its variables, and so all of it is traced: attention,
+tied embeddings, stacks of `nn.scan` and modules that nobody here wrote need no case of
+their own.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Array
+
+from qjax.layers import packing, qarrays
+from qjax.layers.linen.variables import QUANTIZED, to_params, to_variables
+from qjax.layers.report import Entry
+from qjax.layers.rules import Rule
+from qjax.layers.tracing import interpreter, uses
+from qjax.layers.tracing.views import Form
+from qjax.tensor import QTensor
+
+# The form of a weight and the dtype of its array, by path.
+Forms = tuple[tuple[str, tuple[Form, str]], ...]
+
+
+def quantize(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    rules: Sequence[Rule],
+    inputs: tuple,
+    keywords: Mapping[str, Any],
+    method: str | None,
+) -> tuple[nn.Module, dict[str, Any], list[Entry]]:
+    """Quantizes the "params" of a model.
+
+    Args:
+      module: The model.
+      variables: Its variables, which may be abstract.
+      rules: The rules.
+      inputs: What ``apply`` is called with, beside the variables.
+      keywords: More of them.
+      method: The method that is called; None for ``__call__``.
+
+    Returns:
+      A module of a subclass of the model's class, the variables for its ``apply``, and
+      an entry for each parameter.
+    """
+    variables = nn.meta.unbox(variables)
+    flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+    flat = {path: qarrays.unboxed(weight) for path, weight in flat.items()}
+    choices = {p: packing.choose(rules, p, weight) for p, weight in flat.items()}
+    asked = {path: flat[path] for path in flat if choices[path].spec}
+    forms: Mapping[str, Form | str]
+    traced = bool(inputs or keywords)
+    if traced:
+        forms = _found(module, variables, asked, inputs, keywords, method)
+    else:
+        forms = {path: packing.assumed(path, w.shape) for path, w in asked.items()}
+    entries, kinds = [], {}
+    with packing.bar(asked.values()) as advance:
+        for path, weight in flat.items():
+            choice, form = choices[path], forms.get(path, "")
+            if traced and isinstance(form, str):
+                # What is no matrix of a product was not meant by a rule for all.
+                choice = choice._replace(asked=False)
+            packed, entry = packing.settle(path, weight, choice, form)
+            entries.append(entry)
+            if packed is not None and isinstance(form, Form):
+                flat[path], kinds[path] = packed, (form, str(weight.dtype))
+            if choice.spec is not None:
+                advance(entry.before)
+    params = traverse_util.unflatten_dict(flat, sep="/")
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    quantized = _as(_subclass(type(module), tuple(sorted(kinds.items()))), module)
+    return quantized, {**rest, **to_variables(params)}, entries
+
+
+def _as(cls: Any, module: nn.Module) -> nn.Module:
+    """A module of a subclass of another's class, with the same attributes."""
+    attributes = {
+        field.name: getattr(module, field.name)
+        for field in dataclasses.fields(module)
+        if field.init and field.name != "parent"
+    }
+    return cls(**attributes)
+
+
+def _found(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    weights: Mapping[str, Any],
+    inputs: tuple,
+    keywords: Mapping[str, Any],
+    method: str | None,
+) -> dict[str, Form | str]:
+    """The forms of weights by what a call of the model does with them."""
+    params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+    given, static = jax.tree.flatten((inputs, dict(keywords)))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in given]
+    others = {
+        "params": {path: leaf for path, leaf in params.items() if path not in weights},
+        "rest": {name: tree for name, tree in variables.items() if name != "params"},
+    }
+
+    def run(weights: dict[str, Array], others: dict, passed: list) -> Any:
+        mixed = iter(passed)
+        leaves = [
+            next(mixed) if a else leaf for a, leaf in zip(is_array, given, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(static, leaves)
+        merged = traverse_util.unflatten_dict({**others["params"], **weights}, sep="/")
+        return module.apply(
+            {"params": merged, **others["rest"]}, *args, method=method, **kwargs
+        )
+
+    shapes = {
+        path: jax.ShapeDtypeStruct(weight.shape, weight.dtype)
+        for path, weight in weights.items()
+    }
+    passed = [leaf for a, leaf in zip(is_array, given, strict=True) if a]
+    return uses.find(run, shapes, others, passed)
+
+
+@functools.cache
+def _subclass(cls: type[nn.Module], forms: Forms) -> type[nn.Module]:
+    def apply(
+        self: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        return _apply(
+            functools.partial(cls.apply, self), forms, variables, args, kwargs
+        )
+
+    apply.__doc__ = cls.apply.__doc__
+    about = {name: getattr(cls, name) for name in ("__module__", "__doc__")}
+    members = {**about, "apply": apply, "packed_forms": dict(forms)}
+    metaclass: Any = type(cls)
+    return metaclass(cls.__name__, (cls,), members)
+
+
+def _apply(
+    apply: Any,
+    forms: Forms,
+    variables: Mapping[str, Any],
+    args: tuple,
+    kwargs: dict[str, Any],
+) -> Any:
+    """Calls a model's own ``apply`` on packed weights."""
+    flat = traverse_util.flatten_dict(to_params(variables), sep="/")
+    rest = {k: v for k, v in variables.items() if k not in ("params", QUANTIZED)}
+
+    def function(**weights: Array) -> Any:
+        params = traverse_util.unflatten_dict({**flat, **weights}, sep="/")
+        return apply({"params": params, **rest}, *args, **kwargs)
+
+    held = {
+        path: interpreter.hold(weight, form, jnp.dtype(dtype), path)
+        for path, (form, dtype) in forms
+        if isinstance(weight := flat[path], QTensor)
+    }
+    return interpreter.call(function, held)

@@ -1,0 +1,311 @@
+"""Quantizes the weights of an nnx model: `Linear` by ours, all others wrapped."""
+
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array
+
+from qjax import ops
+from qjax.layers import contraction, packing
+from qjax.layers.nnx import wrapped
+from qjax.layers.nnx.linear import Linear
+from qjax.layers.nnx.packed import Packed, Scale, variables
+from qjax.layers.report import Entry
+from qjax.layers.rules import Rule
+from qjax.layers.tracing import uses
+from qjax.layers.tracing.views import Form
+from qjax.tensor import QTensor
+
+
+class Weight(NamedTuple):
+    """A parameter of a model and the modules that hold it.
+
+    Attributes:
+      path: Its first path.
+      variable: Its Variable.
+      holders: The modules that have it as an attribute, their paths, and its name.
+    """
+
+    path: str
+    variable: nnx.Variable
+    holders: tuple[tuple[str, nnx.Module, str], ...]
+
+    @property
+    def value(self) -> Any:
+        """Its array, which may be abstract."""
+        return self.variable.get_raw_value()
+
+
+def quantize(
+    model: nnx.Module,
+    rules: Sequence[Rule],
+    inputs: tuple,
+    keywords: Mapping[str, Any],
+    method: str,
+) -> tuple[nnx.Module, list[Entry]]:
+    """Quantizes a copy of a model.
+
+    Args:
+      model: The model; its arrays may be abstract.
+      rules: The rules.
+      inputs: What the model is called with, to see what it does with weights that no
+        class of Flax holds; or nothing.
+      keywords: More of them.
+      method: Name of the method that is called.
+
+    Returns:
+      The model, and an entry for each of its parameters.
+    """
+    model = nnx.clone(model)
+    weights = list(_weights(model))
+    choices = {
+        weight.path: packing.choose(rules, weight.path, weight.value)
+        for weight in weights
+    }
+    chosen = [weight for weight in weights if choices[weight.path].spec]
+    known: dict[str, Form | str | None] = {w.path: _known(w) for w in chosen}
+    unknown = [weight for weight in chosen if known[weight.path] is None]
+    if unknown and (inputs or keywords):
+        known |= _found(model, unknown, inputs, keywords, method)
+    entries, replaced = [], []
+    with packing.bar(weight.value for weight in chosen) as advance:
+        for weight in weights:
+            choice, form = choices[weight.path], known.get(weight.path)
+            if isinstance(form, str):
+                # What is no matrix of a product was not meant by a rule for all.
+                choice = choice._replace(asked=False)
+            form = _obstacle(weight) or form
+            form = form or packing.assumed(weight.path, weight.variable.shape)
+            packed, entry = packing.settle(
+                weight.path, weight.value, choice, form, _note(weight)
+            )
+            entries.append(entry)
+            if packed is not None and isinstance(form, Form):
+                replaced.append((weight, form, packed))
+            if choice.spec is not None:
+                advance(entry.before)
+    for holder in _by_holder(replaced):
+        _replace(*holder)
+    return model, entries
+
+
+def _weights(model: nnx.Module) -> Iterator[Weight]:
+    """All parameters but those of quantized layers and adapters."""
+    holders: dict[int, list[tuple[str, nnx.Module, str]]] = {}
+    for path, module in nnx.iter_modules(model):
+        for name, value in vars(module).items():
+            if isinstance(value, nnx.Param):
+                holders.setdefault(id(value), []).append((_name(path), module, name))
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, nnx.Param) and not isinstance(node, nnx.LoRAParam | Scale):
+            yield Weight(_name(path), node, tuple(holders.get(id(node), ())))
+
+
+def _name(path: Sequence[Any]) -> str:
+    return "/".join(map(str, path))
+
+
+def _known(weight: Weight) -> Form | None:
+    """The form of a weight of Flax's own modules, or of one that says its equation."""
+    shape = tuple(weight.variable.shape)
+    for _, module, name in weight.holders:
+        if isinstance(module, nnx.Linear) and name == "kernel":
+            return Form(shape[-2:], (0,), (1,))
+        if isinstance(module, nnx.Embed) and name == "embedding":
+            return Form(shape[-2:], (1,), (0,))
+        if isinstance(module, nnx.LinearGeneral) and name == "kernel":
+            sizes = (module.batch_axis, module.in_features, module.out_features)
+            ends = [sum(map(len, sizes[: i + 1])) for i in range(3)]
+            rows, columns = range(ends[0], ends[1]), range(ends[1], ends[2])
+            return Form(shape[-ends[2] :], tuple(rows), tuple(columns))
+        equation = getattr(module, "einsum_str", None)
+        if isinstance(equation, str) and (form := _of_equation(equation, shape)):
+            return form
+    return None
+
+
+def _of_equation(equation: str, shape: tuple[int, ...]) -> Form | None:
+    """The form that an einsum of inputs and a kernel means."""
+    term = equation.replace(" ", "").partition("->")[0].partition(",")[2]
+    if not term.isalpha() or len(term) > len(shape):
+        return None
+    shape = shape[-len(term) :]
+    try:
+        parsed = contraction.parse(equation, shape)
+    except (ValueError, NotImplementedError):
+        return None
+    rows, columns = (
+        tuple(parsed.kernel.index(c) for c in side)
+        for side in (parsed.summed, parsed.features)
+    )
+    return Form(shape, rows, columns)
+
+
+def _found(
+    model: nnx.Module,
+    weights: Sequence[Weight],
+    inputs: tuple,
+    keywords: Mapping[str, Any],
+    method: str,
+) -> dict[str, Form | str]:
+    """The forms of weights by what a call of the model does with them."""
+    graphdef, state = nnx.split(model)
+    flat = nnx.to_flat_state(state)
+    names = {id(weight.variable): weight.path for weight in weights}
+    given, static = jax.tree.flatten((inputs, dict(keywords)))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in given]
+
+    def run(arrays: dict[str, Array], others: list, passed: list) -> Any:
+        rest, mixed = iter(others), iter(passed)
+        leaves = [
+            (path, _with(node, arrays.get(names.get(id(node), "")), rest))
+            for path, node in flat
+        ]
+        merged = nnx.merge(graphdef, nnx.from_flat_state(leaves))
+        leaves = [
+            next(mixed) if a else leaf for a, leaf in zip(is_array, given, strict=True)
+        ]
+        args, kwargs = jax.tree.unflatten(static, leaves)
+        return getattr(merged, method)(*args, **kwargs)
+
+    shapes = {
+        weight.path: jax.ShapeDtypeStruct(weight.variable.shape, weight.variable.dtype)
+        for weight in weights
+    }
+    others = [wrapped.value_of(node) for _, node in flat if names.get(id(node)) is None]
+    passed = [leaf for a, leaf in zip(is_array, given, strict=True) if a]
+    return uses.find(run, shapes, others, passed)
+
+
+def _with(node: Any, array: Array | None, others: Iterator[Any]) -> Any:
+    value = next(others) if array is None else array
+    return node.replace(value) if isinstance(node, nnx.Variable) else value
+
+
+def _obstacle(weight: Weight) -> str | None:
+    """Why the modules that hold a weight cannot have it packed, or None."""
+    if not weight.holders:
+        return "no attribute of a module holds it"
+    for _, module, _ in weight.holders:
+        if wrapped.packed_weights(module) or wrapped.PACKED in vars(module):
+            return f"its module has an attribute {wrapped.PACKED!r} already"
+    return None
+
+
+def _note(weight: Weight) -> str | None:
+    """What a packed weight does not keep."""
+    sharding = weight.variable.get_metadata("out_sharding", None)
+    return f"its sharding {sharding} is not kept" if sharding else None
+
+
+def _by_holder(
+    replaced: Sequence[tuple[Weight, Form, QTensor]],
+) -> list[tuple[nnx.Module, str, dict[str, QTensor], dict[str, wrapped.Kind]]]:
+    """The packed weights of each module; one that modules share, they share packed."""
+    modules: dict[int, tuple] = {}
+    for weight, form, packed in replaced:
+        held = variables(packed)
+        dtype = str(weight.variable.dtype)
+        kind = wrapped.Kind(form, type(weight.variable), dtype)
+        for path, module, name in weight.holders:
+            entry = modules.setdefault(id(module), (module, path, {}, {}))
+            entry[2][name], entry[3][name] = held, kind
+    return list(modules.values())
+
+
+def _replace(
+    module: Any,
+    path: str,
+    packed: dict[str, QTensor],
+    kinds: dict[str, wrapped.Kind],
+) -> None:
+    options = ("precision", "dot_general", "promote_dtype", "preferred_element_type")
+    defaults = inspect.signature(nnx.Linear.__init__).parameters
+    is_plain = type(module) is nnx.Linear and all(
+        getattr(module, name) is defaults[name].default for name in options
+    )
+    if not is_plain:
+        wrapped.wrap(module, path, packed, kinds)
+        return
+    # It computes what ours does, and adapters are for ours.
+    for name in ("kernel", *options):
+        delattr(module, name)
+    changed: Any = module
+    changed.__class__ = Linear
+    changed.implementation, changed.packed = None, nnx.data(packed["kernel"])
+
+
+def load(model: nnx.Module, weights: Mapping[str, QTensor | Array]) -> None:
+    """Fills a quantized model, in place: one whose arrays are abstract, or any other.
+
+    Args:
+      model: What `qjax.quantize_model` returned.
+      weights: By path: of a parameter ("layers/0/attn/q_proj/w"), or of a module that
+        has one packed weight ("layers/0/attn/q_proj"). A `QTensor`, of any format, is
+        the matrix ``[*stack, k, n]`` that the report shows. An array in the place of a
+        packed weight is rounded as that is; any other is taken as it is. Parameters
+        that are not named stay as they are.
+
+    Raises:
+      ValueError: If there is no such parameter, or a shape differs.
+
+    Example:
+      >>> from flax import nnx
+      >>> dense = nnx.eval_shape(lambda: nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
+      >>> model = qjax.quantize_model(dense, qjax.Spec(group_size=32))
+      >>> load(model, {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)})
+      >>> model(jnp.ones((1, 64))).shape
+      (1, 8)
+    """
+    packed: dict[str, list[tuple[Any, str]]] = {}
+    holders: dict[int, list[tuple[Any, str]]] = {}  # of a weight that modules share
+    for path, module in nnx.iter_modules(model):
+        names = wrapped.packed_weights(module)
+        for name, weight in names.items():
+            shared = holders.setdefault(id(weight.scale), [])
+            shared.append((module, name))
+            packed[_name((*path, name))] = shared
+            if len(names) == 1:
+                packed[_name(path)] = shared
+    plain = {
+        _name(path): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Variable)
+    }
+    for path, weight in weights.items():
+        if path in packed:
+            _load(path, packed[path], weight)
+        elif path in plain and plain[path].shape == jnp.shape(weight):
+            plain[path].set_raw_value(jnp.asarray(weight))
+        else:
+            near = difflib.get_close_matches(path, {*packed, *plain})
+            found = f"of shape {plain[path].shape}" if path in plain else "not there"
+            raise ValueError(
+                f"weights[{path!r}] has the shape {jnp.shape(weight)}, but the model's "
+                f"parameter is {found}; close to it are {near}."
+            )
+
+
+def _load(
+    path: str, holders: Sequence[tuple[Any, str]], weight: QTensor | Array
+) -> None:
+    module, name = holders[0]
+    old = nnx.as_pure(wrapped.packed_weights(module)[name])
+    if not isinstance(weight, QTensor):
+        form = wrapped.form_of(module, name)
+        weight = packing.pack(jnp.asarray(weight), form, packing.spec_of(old))
+    if weight.shape != old.shape:
+        raise ValueError(
+            f"weights[{path!r}] is {weight!r}; its shape must be {old.shape}."
+        )
+    new = variables(ops.prepare(weight))
+    for module, name in holders:
+        if isinstance(module, Packed):
+            module.packed = nnx.data(new)
+        else:
+            module.packed[name] = new

@@ -1,0 +1,115 @@
+"""Quantizes whole models: `quantize_model`."""
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+from flax import nnx
+
+from qjax.layers import rules as rules_
+from qjax.layers.linen import replace as linen
+from qjax.layers.nnx import replace as of_nnx
+from qjax.layers.report import Listener, Report
+
+
+def quantize_model(
+    model: Any,
+    rules: rules_.Rules,
+    *inputs: Any,
+    variables: Mapping[str, Any] | None = None,
+    method: str | None = None,
+    strict: bool = False,
+    report: Listener | None = None,
+    **keywords: Any,
+) -> Any:
+    """Quantizes the weights of a Flax model, whoever wrote it.
+
+    Every parameter of two or more axes that a rule matches becomes a `QTensor`, packed
+    so that the products of the model sum its rows: groups run over the flattened
+    contraction, as of an output projection ``(heads, head_dim, model)`` over ``heads *
+    head_dim``. The modules' own code runs as ever, traced: it may transpose, reshape,
+    cast, index, scan or checkpoint its weight; its products go through `matmul`, and
+    rows that it looks up are dequantized alone. What else it does with a weight makes
+    that one dense, with a warning that names its path, and is no error.
+
+    In nnx, plain `nnx.Linear` layers become `layers.nnx.Linear`; all other modules stay
+    instances of their classes, their packed weights in an attribute ``packed``. In
+    linen, only ``apply`` of the model itself takes the quantized variables.
+
+    Args:
+      model: An nnx model, which stays as it is, or a linen module. The arrays may be
+        abstract (`nnx.eval_shape`, `jax.eval_shape`): the result is, too, and
+        `layers.nnx.load`, or `layers.linen.to_variables`, fills it.
+      rules: A `Spec` for all weights, or a sequence of ``(pattern, Spec or None)``, of
+        which the first that matches decides: None leaves a weight as it is. The pattern
+        is a regular expression that must match all of the path of the weight
+        ("layers/0/attn/q_proj/w"), or of its module ("layers/0/attn/q_proj"). Rules of
+        qwix (`QuantizationRule`) do as well, rounded as `quantize` does.
+      *inputs: What the model is called with, arrays or shapes: from one abstract call
+        is seen which axes of a weight are summed. Without them, that is known of
+        Flax's own modules of nnx, of modules with an ``einsum_str``, and guessed of
+        weights of two axes (``[inputs, outputs]``, embeddings the other way round).
+      variables: Variables of a linen module; their "params" are quantized, and weights
+        that qwix quantized (`QArray`) keep their codes.
+      method: Name of the method that is called with the inputs (default: ``__call__``).
+      strict: Whether a matched weight that cannot be quantized is an error.
+      report: Is called with a `layers.Report` of what was replaced, what was not, and
+        why: `print`, or a list's ``append`` (default: None; then a warning tells of
+        matched weights that stay dense).
+      **keywords: More inputs.
+
+    Returns:
+      The model, with weights replaced; for linen, the module and its variables.
+
+    Raises:
+      TypeError: If the model is no Flax module, or a rule is none.
+      ValueError: If a pattern is no regular expression, a linen module comes without
+        variables, or ``strict`` and a matched weight cannot be quantized.
+      NotImplementedError: If a rule of qwix asks for more than integer weights.
+
+    Example:
+      >>> from flax import nnx
+      >>> dense = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
+      >>> rules = [("out", None), (".*", qjax.Spec(bits=4, group_size=32))]
+      >>> model = quantize_model(dense, rules)
+      >>> model.query.packed["kernel"].shape, type(model.query).__name__
+      ((64, 64), 'LinearGeneral')
+      >>> model(jnp.ones((1, 3, 64))).shape
+      (1, 3, 64)
+    """
+    checked = rules_.read(rules)
+    if isinstance(model, nnx.Module):
+        if variables is not None:
+            raise TypeError("variables are for linen; an nnx model has its own.")
+        result, entries = of_nnx.quantize(
+            model, checked, inputs, keywords, method or "__call__"
+        )
+    elif isinstance(model, nn.Module):
+        if variables is None or "params" not in variables:
+            raise ValueError(
+                f"variables={variables!r} must hold the 'params' of the linen module, "
+                "as model.init returns them."
+            )
+        *result, entries = linen.quantize(
+            model, variables, checked, inputs, keywords, method
+        )
+        result = tuple(result)
+    else:
+        raise TypeError(f"model={model!r} must be an nnx.Module or an nn.Module.")
+    _tell(Report(tuple(entries)), strict=strict, report=report)
+    return result
+
+
+def _tell(found: Report, *, strict: bool, report: Listener | None) -> None:
+    """Hands over the report, and speaks up about weights that were asked for."""
+    if report is not None:
+        report(found)
+    if not found.refused:
+        return
+    message = "; ".join(f"{entry.path}: {entry.reason}" for entry in found.refused)
+    message = f"{len(found.refused)} weights that rules match stay dense: {message}."
+    if strict:
+        raise ValueError(message)
+    if report is None:
+        warnings.warn(message, stacklevel=3)

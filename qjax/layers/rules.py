@@ -1,0 +1,186 @@
+"""Rules that say how the weights of a model are quantized: patterns and specs."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike
+
+from qjax import ops, rtn
+from qjax.bits import block
+from qjax.tensor import QTensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Spec:
+    """How a weight is rounded to nearest.
+
+    Example:
+      >>> Spec(bits=3, group_size=64)
+      Spec(bits=3, group_size=64, symmetric=False, scale_dtype=None)
+
+    Attributes:
+      bits: Width of a code, 2 to 8 (default: 4).
+      group_size: Rows of the matrix that share a scale; None for all of a column
+        (default: 128).
+      symmetric: Whether zero is the middle code, so that none is stored
+        (default: False).
+      scale_dtype: Dtype of the scales; None for that of the weight (default: None).
+
+    Raises:
+      ValueError: If there are no such codes, groups or scales.
+    """
+
+    bits: int = 4
+    group_size: int | None = 128
+    symmetric: bool = False
+    scale_dtype: DTypeLike | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what no weight can have, before any is looked at."""
+        if self.bits not in range(2, 9):
+            raise ValueError(f"bits={self.bits!r} must be 2 to 8.")
+        if self.group_size is not None and self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size} must be positive or None.")
+        if self.scale_dtype is not None:
+            self.check_dtype(self.scale_dtype)
+
+    @staticmethod
+    def check_dtype(dtype: DTypeLike) -> None:
+        """Raises a ValueError if no scales have that dtype."""
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16, jnp.float32):
+            raise ValueError(
+                f"scale_dtype={jnp.dtype(dtype)} must be bfloat16, float16 or float32."
+            )
+
+    def unfit(self, k: int) -> str | None:
+        """Returns why a matrix of k rows cannot be quantized so, or None if it can."""
+        codes = block(self.bits)[0]
+        if k % codes:
+            return f"k={k} is no multiple of {codes}: {self.bits}-bit codes fill words"
+        if self.group_size is not None and k % self.group_size:
+            return f"k={k} is no multiple of group_size={self.group_size}"
+        return None
+
+    def pack(self, matrix: Array) -> QTensor:
+        """Quantizes ``[*stack, k, n]`` and prepares it for this device."""
+        options = dataclasses.asdict(self)
+        return ops.prepare(rtn.quantize(matrix, **options))
+
+
+Rules = Spec | Mapping[str, Spec | None] | Sequence[Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """A pattern and what is done with the weights whose paths match it.
+
+    Attributes:
+      pattern: Matches the whole path of a weight or of the module that holds it.
+      spec: How they are quantized; None leaves them as they are.
+    """
+
+    pattern: re.Pattern[str]
+    spec: Spec | None
+
+    def matches(self, path: str) -> bool:
+        """Whether the rule is for the weight with a path such as "layers/0/up/w"."""
+        module = path.rpartition("/")[0]
+        return any(map(self.pattern.fullmatch, (path, module)))
+
+
+def read(rules: Rules) -> tuple[Rule, ...]:
+    """Checks rules, of which the first that matches a path decides.
+
+    Args:
+      rules: A `Spec` for all weights; ``(pattern, spec)`` pairs, or a mapping from
+        patterns to specs; or rules of qwix (``QuantizationRule``). A pattern is a
+        regular expression that must match all of the path of a weight
+        ("layers/0/attn/q_proj/w"), or all of the path of its module
+        ("layers/0/attn/q_proj"). The spec None leaves weights as they are.
+
+    Returns:
+      The rules.
+
+    Raises:
+      TypeError: If there is anything else.
+      ValueError: If a pattern is no regular expression.
+      NotImplementedError: If a rule of qwix asks for what weights alone cannot have.
+
+    Example:
+      >>> rules = read([(".*lm_head", None), (".*", Spec(bits=3))])
+      >>> [rule.matches("model/lm_head/kernel") for rule in rules]
+      [True, True]
+    """
+    if isinstance(rules, Spec):
+        return (Rule(re.compile(".*", re.DOTALL), rules),)
+    if isinstance(rules, Mapping):
+        rules = list(rules.items())
+    if isinstance(rules, str) or not isinstance(rules, Sequence):
+        raise TypeError(
+            f"rules={rules!r} must be a Spec, or a sequence of (pattern, Spec or None)."
+        )
+    return tuple(map(_rule, rules))
+
+
+def _rule(rule: Any) -> Rule:
+    if hasattr(rule, "module_path") and hasattr(rule, "weight_qtype"):
+        return Rule(_pattern(rule.module_path), _of_qwix(rule))
+    if not isinstance(rule, tuple | list) or len(rule) != 2:
+        raise TypeError(f"rules has {rule!r}, which is no (pattern, Spec or None).")
+    pattern, spec = rule
+    if spec is not None and not isinstance(spec, Spec):
+        raise TypeError(
+            f"rules has {spec!r} for {pattern!r}; pass qjax.Spec(bits=..., "
+            "group_size=...), or None to leave these weights as they are."
+        )
+    return Rule(_pattern(pattern), spec)
+
+
+def _pattern(pattern: Any) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, TypeError) as error:
+        raise ValueError(
+            f"rules has the pattern {pattern!r}, which is no regular expression: "
+            f"{error}."
+        ) from error
+
+
+# What the integer types of a rule of qwix are called.
+_WIDTHS = {f"int{bits}": bits for bits in range(2, 9)}
+
+
+def _of_qwix(rule: Any) -> Spec | None:
+    """Reads a `QuantizationRule`; which fields there are is that of qwix 0.1.8."""
+    calibration = getattr(rule, "weight_calibration_method", "absmax")
+    refused = {
+        "op_names": bool(getattr(rule, "op_names", ())),
+        "act_qtype": getattr(rule, "act_qtype", None) is not None,
+        "act_static_scale": bool(getattr(rule, "act_static_scale", None)),
+        "tile_size": isinstance(rule.tile_size, float),
+        "weight_calibration_method": calibration not in ("absmax", "minmax"),
+    }
+    for field, is_refused in refused.items():
+        if is_refused:
+            raise NotImplementedError(
+                f"rules has {field}={getattr(rule, field)!r} for "
+                f"{rule.module_path!r}; qjax quantizes weights alone, with a scale for "
+                "a whole number of rows, by absmax or minmax."
+            )
+    if rule.weight_qtype is None:
+        return None
+    kind = rule.weight_qtype
+    name = kind if isinstance(kind, str) else jnp.dtype(kind).name
+    if name not in _WIDTHS:
+        raise NotImplementedError(
+            f"rules has weight_qtype={name!r} for {rule.module_path!r}, which must be "
+            f"one of {list(_WIDTHS)}."
+        )
+    return Spec(
+        bits=_WIDTHS[name],
+        group_size=rule.tile_size,
+        symmetric=calibration == "absmax",
+    )

@@ -1,0 +1,1 @@
+"""Code of other people on packed weights: what it does with them, and running it."""

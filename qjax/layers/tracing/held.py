@@ -1,0 +1,262 @@
+"""What can be done with a packed weight that foreign code sees as a dense array.
+
+Each function takes the operands of one of JAX's own operations. It returns the result,
+an array or again a packed weight, or None where only the dense weight will do.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.lax import GatherScatterMode
+from jaxtyping import Array
+
+from qjax import ops
+from qjax.formats.tiles import SIDE, Tiles
+from qjax.layers import embedding
+from qjax.layers.tracing.views import COLUMN, ROW, Atom, View, in_order, sizes
+from qjax.tensor import QTensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A packed weight in the place of the dense array that a program has there.
+
+    Attributes:
+      weight: ``[*stack, k, n]``.
+      stack: What the view's atoms call the axes of the stack, in their order.
+      view: The dense array.
+      path: Where the weight is in the model, for warnings.
+    """
+
+    weight: QTensor
+    stack: tuple[int, ...]
+    view: View
+    path: str
+
+    def seen(self, view: View) -> "Held":
+        """The same weight in another view."""
+        return dataclasses.replace(self, view=view)
+
+    def counts(self, atoms: Sequence[Atom]) -> int | None:
+        """The axis of the stack that an axis of the view is, whole, or None."""
+        if len(atoms) != 1 or atoms[0].side not in self.stack or atoms[0].stride != 1:
+            return None
+        axis = self.stack.index(atoms[0].side)
+        return axis if self.weight.batch[axis] == atoms[0].size else None
+
+    def side_of(self, atoms: Sequence[Atom]) -> str | None:
+        """ROW or COLUMN, if all rows or all columns are what atoms are, or None."""
+        for side, size in ((ROW, self.weight.k), (COLUMN, self.weight.n)):
+            same = all(atom.side == side for atom in atoms)
+            if same and math.prod(sizes(atoms)) == size:
+                return side
+        return None
+
+    def restack(self, axis: int, index: Array) -> tuple["Held", tuple[int, ...]]:
+        """Takes some matrices of the stack, which stay packed.
+
+        Args:
+          axis: The axis of the stack.
+          index: Which matrices, along new axes of the stack.
+
+        Returns:
+          The weight with its old view, and what the new axes are called.
+        """
+        # As JAX does, but for the NaNs of a gather that fills: codes hold none.
+        take = lambda leaf: jnp.take(leaf, index, axis=axis, mode="clip")  # noqa: E731
+        names = tuple(max(self.stack) + 1 + i for i in range(index.ndim))
+        stack = (*self.stack[:axis], *names, *self.stack[axis + 1 :])
+        weight = jax.tree.map(take, self.weight)
+        return dataclasses.replace(self, weight=weight, stack=stack), names
+
+
+def dense(held: Held) -> Array:
+    """Computes the dense array."""
+    view, weight = held.view, held.weight
+    dtype = None if view.dtype == weight.dtype else view.dtype
+    packed = ops.dequantize(weight, dtype)
+    sides = (*held.stack, ROW, COLUMN)
+    atoms = [atom for side in sides for atom in in_order(view.atoms, side)]
+    order = [atoms.index(atom) for atom in view.atoms]
+    return packed.reshape(sizes(atoms)).transpose(order).reshape(view.shape)
+
+
+def gather(held: Held, index: Array, params: dict[str, Any]) -> Array | Held | None:
+    """Computes a `jax.lax.gather` of whole slices along one axis.
+
+    Columns are dequantized, as rows of a table of embeddings, and no others; matrices
+    of a stack stay packed.
+    """
+    numbers, view = params["dimension_numbers"], held.view
+    axes = numbers.start_index_map
+    whole = [n if i not in axes else 1 for i, n in enumerate(view.shape)]
+    if (
+        len(axes) != 1
+        or numbers.collapsed_slice_dims != axes
+        or numbers.operand_batching_dims
+        or list(params["slice_sizes"]) != whole
+    ):
+        return None
+    (axis,) = axes
+    index = index[..., 0]
+    rank = index.ndim + len(view.dims) - 1
+    others = [i for i in range(rank) if i not in numbers.offset_dims]
+    if (place := held.counts(view.dims[axis])) is not None:
+        return _of_stack(held, place, index, axis, (others, numbers.offset_dims))
+    if params["mode"] != GatherScatterMode.PROMISE_IN_BOUNDS:
+        last, clips = view.shape[axis] - 1, params["mode"] == GatherScatterMode.CLIP
+        # What lookup does not find is NaN, as for a gather that fills.
+        outside = jnp.asarray(0 if clips else last + 1, index.dtype)
+        index = jnp.where(index < 0, outside, index)
+        index = jnp.minimum(index, jnp.asarray(last, index.dtype)) if clips else index
+    rows = lookup(held, axis, index)
+    if rows is None:
+        return None
+    parts = dict(zip((*others, *numbers.offset_dims), range(rank), strict=True))
+    return rows.transpose([parts[i] for i in range(rank)])
+
+
+def lookup(held: Held, axis: int, index: Array) -> Array | None:
+    """Dequantizes columns; returns ``[*index, *other axes]``."""
+    view, weight = held.view, held.weight
+    rest = view.pick(i for i in range(len(view.dims)) if i != axis)
+    is_table = (
+        held.side_of(view.dims[axis]) == COLUMN
+        and list(view.dims[axis]) == in_order(view.dims[axis], COLUMN)
+        and all(atom.side == ROW for atom in rest)
+    )
+    if not is_table or weight.batch:
+        return None
+    dtype = None if view.dtype == weight.dtype else view.dtype
+    try:
+        rows = embedding.lookup(weight, index, dtype)
+    except NotImplementedError:
+        return None
+    ordered = in_order(rest, ROW)
+    rows = rows.reshape(*index.shape, *sizes(ordered))
+    order = [index.ndim + ordered.index(atom) for atom in rest]
+    rows = rows.transpose((*range(index.ndim), *order))
+    shape = (n for i, n in enumerate(view.shape) if i != axis)
+    return rows.reshape(*index.shape, *shape)
+
+
+def _of_stack(
+    held: Held,
+    place: int,
+    index: Array,
+    axis: int,
+    where: tuple[Sequence[int], Sequence[int]],
+) -> Held:
+    """Matrices of a stack, by an array of indices."""
+    taken, names = held.restack(place, index)
+    new = [_axis(name, size) for name, size in zip(names, index.shape, strict=True)]
+    rest = [dim for i, dim in enumerate(held.view.dims) if i != axis]
+    placed = dict(zip((*where[0], *where[1]), (*new, *rest), strict=True))
+    dims = tuple(placed[i] for i in range(len(placed)))
+    return tidy(taken.seen(held.view._replace(dims=dims)))
+
+
+def _axis(name: int, size: int) -> tuple[Atom, ...]:
+    """An axis of a view that is a whole axis of the stack."""
+    return (Atom(name, 1, size),) if size > 1 else ()
+
+
+def cut(
+    held: Held, starts: Sequence[int | Array], counts: Sequence[int]
+) -> Array | Held | None:
+    """Computes a `jax.lax.slice` or a `jax.lax.dynamic_slice`.
+
+    Args:
+      held: The weight.
+      starts: Where each axis starts; arrays are clamped, as JAX does.
+      counts: How much of each axis is taken.
+
+    Returns:
+      The part, packed; one row of a table of embeddings is dequantized.
+    """
+    part: Array | Held | None = held
+    for axis, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        if isinstance(part, Held) and count != part.view.shape[axis]:
+            part = _cut(part, axis, start, count)
+        elif not isinstance(part, Held) and part is not None:
+            part = jax.lax.dynamic_slice_in_dim(part, start, count, axis)
+    return part
+
+
+def _cut(held: Held, axis: int, first: int | Array, count: int) -> Array | Held | None:
+    """A part of one axis."""
+    dims, most = held.view.dims, held.view.shape[axis] - count
+    dim = dims[axis]
+    start = jnp.clip(jnp.asarray(first), 0, most).astype(jnp.int32)
+    steps = start + jnp.arange(count, dtype=jnp.int32)
+    if (place := held.counts(dim)) is not None:
+        taken, (name,) = held.restack(place, steps)
+        dims = [_axis(name, count) if i == axis else d for i, d in enumerate(dims)]
+        return tidy(taken.seen(held.view._replace(dims=tuple(dims))))
+    if count == 1 and (rows := lookup(held, axis, steps)) is not None:
+        return jnp.moveaxis(rows, 0, axis)
+    if len(dim) != 1 or dim[0].side != COLUMN or not isinstance(first, int):
+        return None
+    return _columns(held, dim[0], first, count)
+
+
+def _columns(held: Held, atom: Atom, start: int, count: int) -> Held | None:
+    """Some columns of every matrix, which stay packed."""
+    weight = held.weight
+    place = np.arange(weight.n) // atom.stride % atom.size
+    index = np.flatnonzero((place >= start) & (place < start + count))
+    if isinstance(weight.layout, Tiles) and len(index) % SIDE:
+        return None
+
+    def narrow(old: Atom) -> tuple[Atom, ...]:
+        if old == atom:
+            return (old._replace(size=count),) if count > 1 else ()
+        further = old.side == COLUMN and old.stride > atom.stride
+        stride = old.stride // atom.size * count if further else old.stride
+        return (old._replace(stride=stride),)
+
+    take = functools.partial(embedding.columns, index=jnp.asarray(index, jnp.int32))
+    for _ in weight.batch:
+        take = jax.vmap(take)
+    try:
+        taken = take(weight)
+    except NotImplementedError:
+        return None
+    dims = tuple(tuple(a for b in dim for a in narrow(b)) for dim in held.view.dims)
+    return dataclasses.replace(held, weight=taken, view=held.view._replace(dims=dims))
+
+
+def tidy(held: Held) -> Held:
+    """Drops axes of the stack of size 1 that are no axis of the view any more."""
+    names = {atom.side for atom in held.view.atoms}
+    for axis, name in reversed(list(enumerate(held.stack))):
+        if name not in names:
+            assert held.weight.batch[axis] == 1
+            held, _ = held.restack(axis, jnp.zeros((), jnp.int32))
+    return held
+
+
+def steps(held: Held) -> tuple[Held, QTensor] | None:
+    """Readies a weight whose first axis a `jax.lax.scan` goes over.
+
+    Returns:
+      The weight as each step sees it, whose ``weight`` is that of no step, and the
+      leaves to scan; None if the first axis is not one of the stack.
+    """
+    dims, stack = held.view.dims, held.stack
+    place = held.counts(dims[0])
+    if place is None and dims[0]:
+        return None
+    if place is None:
+        leaves = jax.tree.map(lambda leaf: leaf[None], held.weight)
+    else:
+        leaves = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, place, 0), held.weight)
+        stack = (*stack[:place], *stack[place + 1 :])
+    view = held.view._replace(dims=dims[1:])
+    return dataclasses.replace(held, stack=stack, view=view), leaves

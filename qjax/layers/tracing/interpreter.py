@@ -1,0 +1,300 @@
+"""Runs foreign code on packed weights: its jaxpr, with `qjax.matmul` for its products.
+
+The code is traced with its weights as ordinary dense tracers, so that whatever it does
+with them works; nothing of JAX or of the code is patched. The program that comes of it
+is then run with the packed weights in their place.
+"""
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+from jax.extend.core import primitives
+from jaxtyping import Array
+
+from qjax.layers.tracing import held as packed
+from qjax.layers.tracing.held import Held
+from qjax.layers.tracing.products import product
+from qjax.layers.tracing.views import Form, follow
+from qjax.tensor import QTensor
+
+_Value = Array | Held
+
+
+def hold(weight: QTensor, form: Form, dtype: Any, path: str) -> Held:
+    """Puts a packed weight in the place of a dense one.
+
+    Args:
+      weight: ``[*outer, *stack, k, n]``.
+      form: How the dense weight is flattened.
+      dtype: Dtype of the dense weight.
+      path: Where it is, for warnings.
+
+    Returns:
+      What `call` takes.
+    """
+    view = form.view(weight.batch, dtype)
+    return packed.tidy(Held(weight, tuple(range(len(weight.batch))), view, path))
+
+
+def call(function: Callable[..., Any], weights: Mapping[str, Held]) -> Any:
+    """Calls a function of dense weights on packed ones.
+
+    Args:
+      function: Takes the weights as keywords. Everything else it may close over.
+      weights: The packed weights.
+
+    Returns:
+      What the function returns; leaves that are no arrays as they are.
+
+    Warns:
+      UserWarning: Where a weight is made dense, naming its path and the operation.
+    """
+    others: list[Any] = []
+
+    def arrays(weights: dict[str, Array]) -> list[Array]:
+        leaves, tree = jax.tree.flatten(function(**weights))
+        is_array = [isinstance(leaf, jax.Array) for leaf in leaves]
+        rest = [None if a else leaf for a, leaf in zip(is_array, leaves, strict=True)]
+        others[:] = [tree, is_array, rest]
+        return [leaf for a, leaf in zip(is_array, leaves, strict=True) if a]
+
+    shapes = {
+        name: jax.ShapeDtypeStruct(held.view.shape, held.view.dtype)
+        for name, held in weights.items()
+    }
+    closed = jax.make_jaxpr(arrays)(shapes)
+    # The leaves of a dictionary are sorted by name, in jaxprs as everywhere.
+    given = [weights[name] for name in sorted(weights)]
+    results = iter(_dense_all(_run(closed.jaxpr, closed.consts, given), "return"))
+    tree, is_array, rest = others
+    leaves = [
+        next(results) if a else leaf for a, leaf in zip(is_array, rest, strict=True)
+    ]
+    return jax.tree.unflatten(tree, leaves)
+
+
+def _run(
+    jaxpr: jex.Jaxpr, consts: Sequence[Any], values: Sequence[_Value]
+) -> list[_Value]:
+    """Runs a program; what stays a view of a packed weight is returned as one."""
+    known = dict(zip(jaxpr.constvars, consts, strict=True))
+    known.update(zip(jaxpr.invars, values, strict=True))
+    last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
+    kept = {*_variables(jaxpr.outvars)}
+
+    def read(variable: Any) -> _Value:
+        return variable.val if isinstance(variable, jex.Literal) else known[variable]
+
+    for i, eqn in enumerate(jaxpr.eqns):
+        with eqn.ctx.manager:
+            results = _apply(eqn, [read(variable) for variable in eqn.invars])
+        known.update(zip(eqn.outvars, results, strict=True))
+        # Without this, an eager caller would hold every intermediate array to the end.
+        for variable in {*_variables(eqn.invars)} - kept:
+            if last[variable] == i:
+                known.pop(variable, None)
+    return [read(variable) for variable in jaxpr.outvars]
+
+
+def _variables(atoms: Sequence[Any]) -> list[Any]:
+    return [atom for atom in atoms if not isinstance(atom, jex.Literal)]
+
+
+def _apply(eqn: jex.JaxprEqn, values: list[_Value]) -> Sequence[_Value]:
+    """Applies one operation, to packed weights where it can."""
+    name = eqn.primitive.name
+    if any(isinstance(value, Held) for value in values):
+        results = _packed(eqn, values)
+        if results is not None:
+            return results
+    arrays = _dense_all(values, name)
+    results = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(eqn.params))
+    return results if eqn.primitive.multiple_results else [results]
+
+
+def _packed(eqn: jex.JaxprEqn, values: list[_Value]) -> Sequence[_Value] | None:
+    """Applies an operation to packed weights, or declines."""
+    name = eqn.primitive.name
+    if name in _PROGRAMS:
+        return _PROGRAMS[name](eqn, values)
+    result = None
+    if name in _OPERATIONS:
+        result = _OPERATIONS[name](eqn.params, values)
+    elif isinstance(one := values[0], Held) and len(values) == 1:
+        view = follow(name, eqn.params, one.view)
+        result = None if view is None else packed.tidy(one.seen(view))
+    return None if result is None else [result]
+
+
+def _dense_all(values: Sequence[_Value], operation: str) -> list[Array]:
+    return [
+        _dense(value, operation) if isinstance(value, Held) else value
+        for value in values
+    ]
+
+
+def _dense(held: Held, operation: str) -> Array:
+    warnings.warn(
+        f"{held.path} is made dense for {operation!r}, which has no form for a packed "
+        f"weight: {held.weight!r}.",
+        stacklevel=2,
+    )
+    return packed.dense(held)
+
+
+def _dot_general(params: dict[str, Any], values: list[_Value]) -> Array | None:
+    a, b = values
+    if isinstance(a, Held) == isinstance(b, Held):
+        return None
+    held, x = (b, a) if isinstance(b, Held) else (a, b)
+    assert isinstance(held, Held)
+    assert not isinstance(x, Held)
+    dtype = params["preferred_element_type"] or x.dtype
+    numbers = params["dimension_numbers"]
+    y = product(held, jnp.asarray(x), numbers, x_first=x is a, dtype=dtype)
+    sharding = params["out_sharding"]
+    return y if y is None or sharding is None else jax.sharding.reshard(y, sharding)
+
+
+def _gather(params: dict[str, Any], values: list[_Value]) -> _Value | None:
+    held, index = values
+    if not isinstance(held, Held) or isinstance(index, Held):
+        return None
+    return packed.gather(held, jnp.asarray(index), params)
+
+
+def _slice(params: dict[str, Any], values: list[_Value]) -> _Value | None:
+    (held,) = values
+    assert isinstance(held, Held)
+    if any(stride != 1 for stride in params["strides"] or ()):
+        return None
+    starts, limits = params["start_indices"], params["limit_indices"]
+    counts = [limit - start for start, limit in zip(starts, limits, strict=True)]
+    return packed.cut(held, starts, counts)
+
+
+def _dynamic_slice(params: dict[str, Any], values: list[_Value]) -> _Value | None:
+    held, *starts = values
+    starts = [start for start in starts if not isinstance(start, Held)]
+    if not isinstance(held, Held) or len(starts) != len(values) - 1:
+        return None
+    return packed.cut(held, starts, params["slice_sizes"])
+
+
+# Operations that have a form for packed operands.
+_OPERATIONS: Mapping[str, Callable[..., _Value | None]] = {
+    "dot_general": _dot_general,
+    "gather": _gather,
+    "slice": _slice,
+    "dynamic_slice": _dynamic_slice,
+}
+
+
+def _inline(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
+    closed = eqn.params["jaxpr"]
+    return _run(closed.jaxpr, closed.consts, values)
+
+
+def _remat(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array]:
+    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
+    run = _runner(eqn.params["jaxpr"], (), values, "checkpoint")
+    return jax.checkpoint(run, **options)(*_leaves(values))
+
+
+def _cond(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array] | None:
+    index, *operands = values
+    if isinstance(index, Held):
+        return None
+    runs = [
+        _runner(closed.jaxpr, closed.consts, operands, "cond")
+        for closed in eqn.params["branches"]
+    ]
+    return jax.lax.switch(index, runs, *_leaves(operands))
+
+
+def _while(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array] | None:
+    """A loop whose constants are packed weights."""
+    params = eqn.params
+    ends = (params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"])
+    tests, consts = values[: ends[0]], values[slice(*ends)]
+    carry = [value for value in values[ends[1] :] if not isinstance(value, Held)]
+    if len(carry) != len(values) - ends[1]:
+        return None
+
+    def run(closed: Any, values: list[_Value]) -> list[Array]:
+        return _dense_all(_run(closed.jaxpr, closed.consts, values), "while")
+
+    return jax.lax.while_loop(
+        lambda carry: run(params["cond_jaxpr"], [*tests, *carry])[0],
+        lambda carry: run(params["body_jaxpr"], [*consts, *carry]),
+        carry,
+    )
+
+
+def _scan(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array] | None:
+    """A scan over stacks of packed weights, or with weights that all steps share."""
+    closed = eqn.params["jaxpr"]
+    # A step sees one axis less of what is scanned, and of what is stacked.
+    end = len(values) - _scanned(eqn.invars, closed.in_avals)
+    carried = len(eqn.outvars) - _scanned(eqn.outvars, closed.out_avals)
+    consts, xs = values[: end - carried], values[end:]
+    carry = [v for v in values[end - carried : end] if not isinstance(v, Held)]
+    if len(carry) != carried:
+        return None
+    stacks = [packed.steps(x) if isinstance(x, Held) else (None, x) for x in xs]
+    if None in stacks:
+        return None
+    bare = [stack[0] for stack in stacks if stack]
+
+    def step(carry: list[Array], slices: list[Any]) -> tuple[list, list]:
+        now = [
+            x if held is None else packed.tidy(dataclasses.replace(held, weight=x))
+            for held, x in zip(bare, slices, strict=True)
+        ]
+        results = _run(closed.jaxpr, closed.consts, [*consts, *carry, *now])
+        results = _dense_all(results, "scan")
+        return results[:carried], results[carried:]
+
+    leaves = [stack[1] for stack in stacks if stack]
+    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
+    final, ys = jax.lax.scan(step, carry, leaves, **options)
+    return [*final, *ys]
+
+
+def _scanned(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    pairs = zip(outer, inner, strict=True)
+    return sum(whole.aval.ndim != step.ndim for whole, step in pairs)
+
+
+# Operations that run programs of their own.
+_PROGRAMS: Mapping[str, Callable[..., Sequence[_Value] | None]] = {
+    "jit": _inline,
+    primitives.remat_p.name: _remat,
+    "cond": _cond,
+    "while": _while,
+    "scan": _scan,
+}
+
+
+def _runner(
+    jaxpr: jex.Jaxpr, consts: Sequence[Any], values: list[_Value], name: str
+) -> Callable[..., list[Array]]:
+    """A program as a function of arrays and of the packed weights' own trees."""
+
+    def run(*leaves: Any) -> list[Array]:
+        given = [
+            dataclasses.replace(value, weight=leaf) if isinstance(value, Held) else leaf
+            for value, leaf in zip(values, leaves, strict=True)
+        ]
+        return _dense_all(_run(jaxpr, consts, given), name)
+
+    return run
+
+
+def _leaves(values: list[_Value]) -> list[Any]:
+    return [value.weight if isinstance(value, Held) else value for value in values]

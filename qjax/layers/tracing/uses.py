@@ -1,0 +1,235 @@
+"""What a program does with its weights: which axes it sums, indexes or scans.
+
+That decides which axes of a weight are the rows of a packed matrix. Only the program is
+read: no array exists.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+from jax.extend.core import primitives
+
+from qjax.layers.tracing.views import Atom, Form, Side, View, follow
+
+
+class Use(NamedTuple):
+    """One use of a weight, by the axes that it has as a whole.
+
+    Attributes:
+      operation: Name of JAX's operation.
+      summed: The axes that a product sums, or None if the operation is no product, or
+        sums only a part of an axis.
+      stack: The axes that count matrices, as each is multiplied by rows of its own.
+      indexed: The axes of which a part was taken before.
+    """
+
+    operation: str
+    summed: frozenset[Side] | None
+    stack: frozenset[Side]
+    indexed: frozenset[Side]
+
+
+class _Seen(NamedTuple):
+    """A weight in the middle of a program; its atoms name the axes of the whole one."""
+
+    name: str
+    view: View
+    stack: frozenset[Side]
+    indexed: frozenset[Side]
+
+
+def find(
+    function: Callable[..., Any],
+    weights: Mapping[str, jax.ShapeDtypeStruct],
+    *others: Any,
+) -> dict[str, Form | str]:
+    """Finds how the weights of a function are packed so that it multiplies by them.
+
+    Args:
+      function: Takes a dictionary of the weights, and the other arguments.
+      weights: Shapes of the weights, by path.
+      *others: The other arguments, which may be abstract.
+
+    Returns:
+      The form of each weight, or the reason why there is none.
+    """
+    closed = jax.make_jaxpr(lambda *args: _arrays(function(*args)))(weights, *others)
+    uses: dict[str, list[Use]] = {name: [] for name in weights}
+    seen: list[_Seen | None] = [None] * len(closed.jaxpr.invars)
+    for i, name in enumerate(sorted(weights)):
+        sizes = enumerate(weights[name].shape)
+        dims = tuple((Atom(axis, 1, n),) if n > 1 else () for axis, n in sizes)
+        view = View(dims, weights[name].dtype)
+        seen[i] = _Seen(name, view, frozenset(), frozenset())
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    for name, use in _walk(closed.jaxpr, seen, shapes):
+        uses[name].append(use)
+    return {name: _form(weights[name].shape, uses[name]) for name in weights}
+
+
+def _arrays(tree: Any) -> list[jax.Array]:
+    return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
+
+
+def _form(shape: tuple[int, ...], uses: Sequence[Use]) -> Form | str:
+    """Decides on the form; a product with all of the weight counts more than others."""
+    if not uses:
+        return "it is not used in the call that was traced"
+    axes = range(len(shape))
+    for use in sorted(uses, key=lambda use: len(use.indexed)):
+        summed = use.summed or frozenset()
+        # Matrices that are taken out of a weight one by one are a stack.
+        stack = use.stack | (use.indexed - summed)
+        rows = tuple(axis for axis in axes if axis in summed)
+        columns = tuple(axis for axis in axes if axis not in stack | summed)
+        if rows and columns:
+            return Form(shape, rows, columns)
+    for use in uses:
+        if use.operation == "gather" and len(use.indexed) == 1:
+            rest = [axis for axis in axes if axis not in use.indexed | use.stack]
+            return Form(shape, tuple(rest), tuple(a for a in axes if a in use.indexed))
+    names = ", ".join(dict.fromkeys(use.operation for use in uses))
+    return f"its uses ({names}) are no products with whole axes of it"
+
+
+def _walk(
+    jaxpr: jex.Jaxpr, seen: Sequence[_Seen | None], shapes: Mapping[str, tuple]
+) -> Iterator[tuple[str, Use]]:
+    """Goes through a program; returns what its outputs are of the weights."""
+    known = dict(zip(jaxpr.invars, seen, strict=True))
+
+    def read(variable: Any) -> _Seen | None:
+        return None if isinstance(variable, jex.Literal) else known.get(variable)
+
+    for eqn in jaxpr.eqns:
+        operands = [read(variable) for variable in eqn.invars]
+        if any(operands):
+            results = yield from _through(eqn, operands, shapes)
+            known.update(zip(eqn.outvars, results, strict=False))
+    return [read(variable) for variable in jaxpr.outvars]
+
+
+def _through(
+    eqn: jex.JaxprEqn, operands: list[_Seen | None], shapes: Mapping[str, tuple]
+) -> Iterator[Any]:
+    """One operation: its uses of weights, and what its results are of them."""
+    name = eqn.primitive.name
+    if name in _PROGRAMS:
+        return (yield from _PROGRAMS[name](eqn, operands, shapes))
+    if name == "dot_general":
+        # Rows of a table may be multiplied by another weight.
+        for place, seen in enumerate(operands):
+            if seen:
+                yield seen.name, _product(eqn, seen, place, shapes[seen.name])
+        return []
+    one = operands[0]
+    if name in ("gather", "slice", "dynamic_slice") and one:
+        part = _part(eqn, one)
+        # Several neighbours are still a matrix.
+        if part is None or part.indexed != one.indexed:
+            use = Use("gather" if part else name, None, one.stack, one.indexed)
+            yield one.name, use._replace(indexed=(part or one).indexed)
+        return [part]
+    view = follow(name, eqn.params, one.view) if one and len(operands) == 1 else None
+    if one and view is not None:
+        return [one._replace(view=view)]
+    for seen in filter(None, operands):
+        yield seen.name, Use(name, None, seen.stack, seen.indexed)
+    return []
+
+
+def _product(eqn: jex.JaxprEqn, seen: _Seen, place: int, shape: tuple[int, ...]) -> Use:
+    """The use of a weight that is one of the operands of a `jax.lax.dot_general`."""
+    summed, batch = (pair[place] for pair in eqn.params["dimension_numbers"])
+    extents: dict[Any, int] = {}
+    for atom in seen.view.pick(summed):
+        extents[atom.side] = extents.get(atom.side, 1) * atom.size
+    whole = all(shape[axis] == size for axis, size in extents.items())
+    alone = frozenset(atom.side for atom in seen.view.pick(batch))
+    axes = frozenset(extents) if whole and extents else None
+    return Use("dot_general", axes, seen.stack | alone, seen.indexed)
+
+
+def _part(eqn: jex.JaxprEqn, seen: _Seen) -> _Seen | None:
+    """What is left of a weight of which a part is taken along one axis."""
+    view, params = seen.view, eqn.params
+    if eqn.primitive.name == "gather":
+        numbers = params["dimension_numbers"]
+        axes = numbers.start_index_map
+        if len(axes) != 1 or numbers.collapsed_slice_dims != axes:
+            return None
+        shape = _aval(eqn.outvars[0]).shape
+        others = [i for i in range(len(shape)) if i not in numbers.offset_dims]
+        rest = [dim for i, dim in enumerate(view.dims) if i != axes[0]]
+        placed = dict(zip(numbers.offset_dims, rest, strict=True))
+        for i in others:
+            sides = {atom.side for atom in view.dims[axes[0]]}
+            atoms = tuple(Atom(side, 1, shape[i]) for side in sides)
+            placed[i] = atoms if len(sides) == 1 and shape[i] > 1 else ()
+        dims = [placed[i] for i in range(len(shape))]
+    else:
+        shape = _aval(eqn.outvars[0]).shape
+        axes = [i for i, size in enumerate(view.shape) if shape[i] != size]
+        if any(len(view.dims[i]) != 1 for i in axes):
+            return None
+        dims = list(view.dims)
+        for i in axes:
+            atom = dims[i][0]._replace(size=shape[i])
+            dims[i] = (atom,) if atom.size > 1 else ()
+    single = [i for i in axes if eqn.primitive.name == "gather" or not dims[i]]
+    taken = {atom.side for i in single for atom in view.dims[i]}
+    view = view._replace(dims=tuple(dims))
+    return seen._replace(view=view, indexed=seen.indexed | taken)
+
+
+def _inline(eqn: jex.JaxprEqn, operands: list, shapes: Mapping) -> Iterator[Any]:
+    closed = eqn.params["jaxpr"]
+    return (yield from _walk(getattr(closed, "jaxpr", closed), operands, shapes))
+
+
+def _scan(eqn: jex.JaxprEqn, operands: list, shapes: Mapping) -> Iterator[Any]:
+    closed = eqn.params["jaxpr"]
+    whole = [_aval(variable) for variable in eqn.invars]
+    inner = [
+        _step(seen) if seen and outer.ndim != aval.ndim else seen
+        for outer, aval, seen in zip(whole, closed.in_avals, operands, strict=True)
+    ]
+    yield from _walk(closed.jaxpr, inner, shapes)
+    return []
+
+
+def _step(seen: _Seen) -> _Seen:
+    """What a step of a scan has of a weight that is scanned."""
+    first, *rest = seen.view.dims
+    stack = seen.stack | {atom.side for atom in first}
+    return seen._replace(view=seen.view._replace(dims=tuple(rest)), stack=stack)
+
+
+def _aval(variable: Any) -> Any:
+    """The shape of a variable, of which JAX promises too little for a checker."""
+    return variable.aval
+
+
+def _while(eqn: jex.JaxprEqn, operands: list, shapes: Mapping) -> Iterator[Any]:
+    end = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
+    body = eqn.params["body_jaxpr"].jaxpr
+    consts = operands[eqn.params["cond_nconsts"] : end]
+    yield from _walk(body, [*consts, *(None for _ in operands[end:])], shapes)
+    return []
+
+
+def _cond(eqn: jex.JaxprEqn, operands: list, shapes: Mapping) -> Iterator[Any]:
+    for branch in eqn.params["branches"]:
+        yield from _walk(branch.jaxpr, operands[1:], shapes)
+    return []
+
+
+_PROGRAMS: Mapping[str, Callable[..., Iterator[Any]]] = {
+    "jit": _inline,
+    primitives.remat_p.name: _inline,
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}

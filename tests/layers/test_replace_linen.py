@@ -1,0 +1,229 @@
+"""`qjax.quantize_model` of linen modules, none of which are ours."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import traverse_util
+
+import qjax
+from qjax.layers.linen import to_params
+from tests.layers import foreign
+from tests.layers.foreign import FLOAT32, GROUP, HEAD, HEADS, MODEL, SPEC, same, x
+
+TOKENS = foreign.tokens(2, 3)
+
+
+class Foreign(nn.Module):
+    """Holds a weight of its own, and casts it before an einsum."""
+
+    @nn.compact
+    def __call__(self, x):
+        init = nn.initializers.lecun_normal()
+        w = self.param("w", init, (MODEL, HEADS, HEAD))
+        return jnp.einsum("btd,dnh->btnh", x, jnp.astype(w, x.dtype))
+
+
+class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = x + nn.MultiHeadDotProductAttention(HEADS)(nn.LayerNorm()(x))
+        self.sow("intermediates", "norm", jnp.linalg.norm(x))
+        return x + nn.Dense(MODEL)(nn.gelu(nn.Dense(32)(x))), None
+
+
+class Experts(nn.Module):
+    """A layer for each expert, by `nn.vmap`."""
+
+    @nn.compact
+    def __call__(self, x):
+        layers = nn.vmap(
+            nn.Dense,
+            in_axes=None,
+            out_axes=0,
+            axis_size=3,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+        )
+        return layers(MODEL)(x).mean(axis=0)
+
+
+class Model(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(foreign.VOCABULARY, MODEL)
+        x = embed(tokens)
+        x = x + nn.DenseGeneral(MODEL, axis=(-2, -1))(Foreign()(x))
+        y = nn.Einsum((MODEL, HEADS, HEAD), "btd,dnh->btnh")(x)
+        x = x + y.reshape(x.shape)
+        layers = nn.scan(
+            nn.remat(Layer),
+            variable_axes={"params": 0, "intermediates": 0},
+            split_rngs={"params": True},
+            length=2,
+        )
+        x, _ = layers(name="layers")(x, None)
+        return embed.attend(x + Experts()(x))
+
+
+WEIGHTS = {
+    "Embed_0/embedding": (MODEL, foreign.VOCABULARY),
+    "Foreign_0/w": (MODEL, MODEL),
+    "DenseGeneral_0/kernel": (MODEL, MODEL),
+    "Einsum_0/kernel": (MODEL, MODEL),
+    "layers/Dense_0/kernel": (2, 32, MODEL),
+    "layers/Dense_1/kernel": (2, MODEL, 32),
+    # All experts have the same inputs, and so are one matrix.
+    "Experts_0/VmapDense_0/kernel": (MODEL, 3 * MODEL),
+} | {
+    f"layers/MultiHeadDotProductAttention_0/{name}/kernel": (2, MODEL, MODEL)
+    for name in ("query", "key", "value", "out")
+}
+
+
+@functools.cache
+def dense() -> dict:
+    return {"params": Model().init(jax.random.key(0), TOKENS)["params"]}
+
+
+@pytest.fixture(scope="module")
+def quantized():
+    return qjax.quantize_model(Model(), SPEC, TOKENS, variables=dense(), strict=True)
+
+
+@pytest.fixture(scope="module")
+def dequantized(quantized):
+    return {"params": foreign.dequantized_params(*quantized)}
+
+
+def flat(variables) -> dict:
+    params = traverse_util.flatten_dict(to_params(variables), sep="/")
+    return {k: w for k, w in params.items() if isinstance(w, qjax.QTensor)}
+
+
+def test_every_weight_is_packed_with_its_flattened_contraction(quantized):
+    assert {path: w.shape for path, w in flat(quantized[1]).items()} == WEIGHTS
+    assert isinstance(quantized[0], Model)
+
+
+def test_logits_are_those_of_the_dequantized_model(quantized, dequantized):
+    module, variables = quantized
+    expected = jax.jit(Model().apply)(dequantized, TOKENS)
+    same(jax.jit(module.apply)(variables, TOKENS), expected)
+    same(module.apply(variables, TOKENS), expected)
+
+
+def test_what_is_sown_comes_out(quantized, dequantized):
+    module, variables = quantized
+    found, sown = module.apply(variables, TOKENS, mutable=["intermediates"])
+    expected, wanted = Model().apply(dequantized, TOKENS, mutable=["intermediates"])
+    same(found, expected)
+    jax.tree.map(same, sown, wanted)
+
+
+def test_scales_have_the_gradients_of_the_dequantized_model(quantized):
+    module, variables = quantized
+
+    def loss(params, is_dense):
+        held = {**variables, "params": params}
+        if is_dense:
+            params = foreign.dequantized_params(module, held)
+            return (Model().apply({"params": params}, TOKENS) ** 2).mean()
+        return (module.apply(held, TOKENS) ** 2).mean()
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    found = gradient(variables["params"], False)
+    # Sums over the whole model, back and forth.
+    close = functools.partial(same, tolerance=10 * FLOAT32)
+    jax.tree.map(close, *_nonzero(found, gradient(variables["params"], True)))
+
+
+def _nonzero(found, expected):
+    """Without the biases of keys, which a softmax does not see: noise around zero."""
+    for tree in (found, expected):
+        del tree["layers"]["MultiHeadDotProductAttention_0"]["key"]["bias"]
+    return found, expected
+
+
+def test_abstract_variables_give_the_same_tree_without_an_array(quantized):
+    shapes = jax.eval_shape(Model().init, jax.random.key(0), TOKENS)
+    shapes = {"params": shapes["params"]}
+    before = {id(array) for array in jax.live_arrays()}
+    module, variables = qjax.quantize_model(Model(), SPEC, TOKENS, variables=shapes)
+    assert not [a for a in jax.live_arrays() if id(a) not in before and a.size > 1000]
+    assert module == quantized[0]
+    assert jax.tree.structure(variables) == jax.tree.structure(quantized[1])
+    leaves = zip(jax.tree.leaves(variables), jax.tree.leaves(quantized[1]), strict=True)
+    assert all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in leaves)
+    filled = qjax.layers.linen.to_variables(to_params(quantized[1]))
+    same(module.apply(filled, TOKENS), quantized[0].apply(quantized[1], TOKENS), 0)
+
+
+def test_without_inputs_weights_of_two_axes_are_guessed():
+    model = nn.Sequential([nn.Dense(32), nn.DenseGeneral((2, 8))])
+    variables = model.init(jax.random.key(0), x(3, MODEL))
+    reports = []
+    module, packed = qjax.quantize_model(
+        model, SPEC, variables=variables, report=reports.append
+    )
+    assert [entry.path for entry in reports[0].replaced] == ["layers_0/kernel"]
+    assert [entry.path for entry in reports[0].refused] == ["layers_1/kernel"]
+    params = foreign.dequantized_params(module, packed)
+    same(
+        module.apply(packed, x(3, MODEL)), model.apply({"params": params}, x(3, MODEL))
+    )
+
+
+def test_boxes_of_partitioned_weights_are_taken_off():
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
+    model = nn.Dense(32, kernel_init=init)
+    variables = model.init(jax.random.key(0), x(3, MODEL))
+    module, packed = qjax.quantize_model(model, SPEC, x(3, MODEL), variables=variables)
+    assert flat(packed)["kernel"].scale.shape == (MODEL // GROUP, 32)
+    assert module.apply(packed, x(3, MODEL)).shape == (3, 32)
+
+
+def test_unrecognized_uses_warn_with_the_path():
+    class Doubled(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            w = self.param("w", nn.initializers.lecun_normal(), (MODEL, 8))
+            return x @ (2 * w)
+
+    model = nn.Sequential([Doubled()])
+    variables = model.init(jax.random.key(0), x(3, MODEL))
+    module, packed = qjax.quantize_model(model, SPEC, variables=variables)
+    with pytest.warns(UserWarning, match="^layers_0/w is made dense for 'mul'"):
+        found = module.apply(packed, x(3, MODEL))
+    params = foreign.dequantized_params(module, packed)
+    same(found, model.apply({"params": params}, x(3, MODEL)))
+
+
+def test_other_methods_and_collections_are_kept():
+    model = nn.Embed(foreign.VOCABULARY, MODEL)
+    variables = model.init(jax.random.key(0), TOKENS) | {"stats": {"mean": x(3)}}
+    module, packed = qjax.quantize_model(
+        model, SPEC, x(3, MODEL), variables=variables, method="attend"
+    )
+    assert packed["stats"] is not None
+    params = {"params": foreign.dequantized_params(module, packed)}
+    for method, inputs in (("attend", x(3, MODEL)), ("__call__", TOKENS)):
+        found = module.apply(packed, inputs, method=method)
+        same(found, model.apply(params, inputs, method=method))
+
+
+def test_variables_must_come_with_the_module():
+    with pytest.raises(ValueError, match="must hold the 'params' of the linen module"):
+        qjax.quantize_model(nn.Dense(8), SPEC)
+    variables = {"params": {"kernel": x(36, 8), "bias": x(8)}}
+    with pytest.raises(ValueError, match="1 weights that rules match stay dense"):
+        qjax.quantize_model(nn.Dense(8), SPEC, variables=variables, strict=True)
+
+
+def test_memory_report_joins_scales_and_words(quantized):
+    report = qjax.memory_report(quantized[1])
+    entries = {entry.path: entry for entry in report.entries}
+    assert entries["params/Foreign_0/w"].bits == 4
+    assert report.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(quantized[1]))

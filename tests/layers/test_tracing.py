@@ -1,0 +1,290 @@
+"""`layers.tracing`: what foreign code does with a weight, against the dense weight."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import qjax
+from qjax.layers.tracing import interpreter, uses
+from qjax.layers.tracing.held import dense
+from qjax.layers.tracing.views import Atom, Form, View
+from tests.layers.foreign import FLOAT32, same, x
+
+
+class Case(NamedTuple):
+    """A function of a weight, and which of its axes are rows and columns."""
+
+    shape: tuple[int, ...]
+    rows: tuple[int, ...]
+    columns: tuple[int, ...]
+    function: Callable
+
+
+def embed(w):
+    return jnp.take(w, jnp.array([[3, -1, 5], [0, 39, 2]]), axis=0)
+
+
+def scanned(body):
+    return lambda w: jax.lax.scan(body, x(5, 32), w)
+
+
+CASES = {
+    "heads": Case(
+        (32, 4, 8), (0,), (1, 2), lambda w: jnp.einsum("btd,dnh->btnh", x(2, 3, 32), w)
+    ),
+    "output": Case(
+        (4, 8, 24),
+        (0, 1),
+        (2,),
+        lambda w: jnp.einsum("btnh,nhd->btd", x(2, 3, 4, 8), w),
+    ),
+    "permuted": Case(
+        (4, 8, 24), (0, 1), (2,), lambda w: jnp.einsum("hbn,nhd->db", x(8, 3, 4), w)
+    ),
+    "reshaped": Case((4, 8, 24), (0, 1), (2,), lambda w: x(3, 32) @ w.reshape(32, 24)),
+    "weight-first": Case(
+        (24, 4, 8), (1, 2), (0,), lambda w: jnp.einsum("dnh,nhb->db", w, x(4, 8, 3))
+    ),
+    "transposed": Case(
+        (4, 8, 24), (0, 1), (2,), lambda w: jnp.einsum("btd,nhd->bthn", x(2, 3, 24), w)
+    ),
+    "tied": Case((40, 32), (1,), (0,), lambda w: embed(w) @ w.T),
+    "row": Case((40, 32), (1,), (0,), lambda w: w[3] + w[jnp.array(4)]),
+    "dynamic-row": Case(
+        (40, 32), (1,), (0,), lambda w: jax.lax.dynamic_index_in_dim(w, 5, axis=0)
+    ),
+    "experts": Case(
+        (3, 32, 8), (1,), (2,), lambda w: jnp.einsum("ebd,edf->bef", x(3, 2, 32), w)
+    ),
+    "all-experts": Case(
+        (3, 32, 8), (1,), (2,), lambda w: jnp.einsum("bd,edf->bfe", x(2, 32), w)
+    ),
+    "stack-in-the-middle": Case(
+        (32, 3, 8), (0,), (2,), lambda w: jnp.einsum("bed,def->ebf", x(2, 3, 32), w)
+    ),
+    "one-expert": Case((2, 32, 8), (1,), (2,), lambda w: x(5, 32) @ w[1]),
+    "an-expert-each": Case(
+        (3, 32, 8),
+        (1,),
+        (2,),
+        lambda w: jnp.einsum("td,tdf->tf", x(3, 32), w[jnp.array([0, 2, 1])]),
+    ),
+    "two-experts-each": Case(
+        (3, 32, 8),
+        (1,),
+        (2,),
+        lambda w: jnp.einsum("td,tkdf->tkf", x(2, 32), w[jnp.array([[0, 2], [1, 1]])]),
+    ),
+    "half-of-the-columns": Case((32, 16), (0,), (1,), lambda w: x(5, 32) @ w[:, 8:]),
+    "some-heads": Case(
+        (32, 2, 8), (0,), (1, 2), lambda w: x(5, 32) @ w[:, 1, 2:4].reshape(32, 2)
+    ),
+    "ones": Case(
+        (1, 32, 1, 8),
+        (1,),
+        (2, 3),
+        lambda w: jnp.einsum("ebd,ednh->benh", x(1, 2, 32), w),
+    ),
+    "scanned": Case(
+        (3, 32, 32), (1,), (2,), scanned(lambda c, w: (c @ w, c.sum(axis=1)))
+    ),
+    "scanned-once": Case((1, 32, 32), (1,), (2,), scanned(lambda c, w: (c @ w, None))),
+    "rematerialized": Case(
+        (3, 32, 32),
+        (1,),
+        (2,),
+        scanned(lambda c, w: (jax.checkpoint(jnp.matmul)(c, w), None)),
+    ),
+    "shared-by-a-scan": Case(
+        (32, 32),
+        (0,),
+        (1,),
+        lambda w: jax.lax.scan(lambda c, _: (c @ w, None), x(5, 32), length=3)[0],
+    ),
+    "shared-by-a-loop": Case(
+        (32, 32),
+        (0,),
+        (1,),
+        lambda w: jax.lax.fori_loop(0, 3, lambda _, c: c @ w, x(5, 32)),
+    ),
+    "in-a-branch": Case(
+        (32, 32),
+        (0,),
+        (1,),
+        lambda w: jax.lax.cond(
+            x(1)[0] > 9, lambda c: c @ w, lambda c: c @ w.T, x(5, 32)
+        ),
+    ),
+}
+
+
+@functools.cache
+def packed(case: Case) -> tuple[qjax.QTensor, Form]:
+    form = Form(case.shape, case.rows, case.columns)
+    size = math.prod(case.shape)
+    weight = jnp.sin(jnp.arange(size, dtype=jnp.float32) ** 1.5).reshape(case.shape)
+    return qjax.quantize(form.matrix(weight), 4, 32), form
+
+
+def hold(weight: qjax.QTensor, form: Form) -> interpreter.Held:
+    return interpreter.hold(weight, form, jnp.dtype(jnp.float32), "layer/w")
+
+
+def on_packed(function: Callable, held: interpreter.Held):
+    return interpreter.call(function, {"w": held})
+
+
+def on_dense(function: Callable, held: interpreter.Held):
+    return function(dense(held))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_use_is_a_product_with_the_packed_weight(name):
+    weight, form = packed(CASES[name])
+    function = CASES[name].function
+    held = hold(weight, form)
+    jax.tree.map(same, on_packed(function, held), on_dense(function, held))
+
+
+# Where the program alone does not tell the axes that the case packs: it sums the others
+# (in its first branch), or does not show that an axis is a stack.
+OTHERWISE = {
+    "transposed": ((2,), (0, 1)),
+    "in-a-branch": ((1,), (0,)),
+    "all-experts": ((1,), (0, 2)),
+    "some-heads": ((0,), (2,)),
+    "ones": ((1,), (0, 2, 3)),
+    "scanned-once": ((1,), (0, 2)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_uses_say_how_a_weight_is_packed(name):
+    case = CASES[name]
+    shape = jax.ShapeDtypeStruct(case.shape, jnp.float32)
+    found = uses.find(lambda weights: case.function(weights["w"]), {"w": shape})
+    assert found["w"] == Form(
+        case.shape, *OTHERWISE.get(name, (case.rows, case.columns))
+    )
+
+
+REASONS = {
+    "mul": ((32, 8), lambda w: x(32, 8) * w),
+    "conv_general_dilated": (
+        (5, 4, 8),
+        lambda w: jax.lax.conv(x(1, 4, 9), w, (1,), "SAME"),
+    ),
+    "not used": ((32, 8), lambda w: x(3)),
+    "dot_general": ((32, 8), lambda w: x(5, 16) @ w[:16]),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_uses_say_why_a_weight_is_not_packed(reason):
+    shape, function = REASONS[reason]
+    shape = jax.ShapeDtypeStruct(shape, jnp.float32)
+    found = uses.find(lambda weights: function(weights["w"]), {"w": shape})
+    assert reason in found["w"]
+
+
+# One of each kind of use, as far as it has a gradient in JAX.
+DIFFERENTIABLE = (
+    *("output", "transposed", "tied", "experts", "an-expert-each", "some-heads"),
+    *("scanned", "rematerialized", "shared-by-a-scan", "in-a-branch"),
+)
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_gradients_of_scales_are_those_through_the_dense_weight(name):
+    weight, form = packed(CASES[name])
+
+    def loss(scale, use):
+        held = hold(dataclasses.replace(weight, scale=scale), form)
+        leaves = jax.tree.leaves(use(CASES[name].function, held))
+        return sum((leaf**2).mean() for leaf in leaves)
+
+    found = jax.grad(loss)(weight.scale, on_packed)
+    same(found, jax.grad(loss)(weight.scale, on_dense))
+
+
+DENSE = {
+    "mul": lambda w: x(5, 32) @ (w * 2),
+    "slice": lambda w: x(5, 16) @ w[:16],
+    "return": lambda w: w.T,
+    "custom_jvp_call": lambda w: x(5, 32) @ jax.nn.relu(w),
+    "scan": lambda w: jax.lax.scan(lambda c, _: (c + w, None), w, length=2)[0],
+}
+
+
+@pytest.mark.parametrize("operation", DENSE)
+def test_what_has_no_packed_form_is_done_densely_with_a_warning(operation):
+    weight, form = packed(Case((32, 8), (0,), (1,), DENSE[operation]))
+    held = hold(weight, form)
+    expected = DENSE[operation](dense(held))
+    with pytest.warns(UserWarning, match=f"layer/w is made dense for '.*{operation}"):
+        found = interpreter.call(DENSE[operation], {"w": held})
+    same(found, expected)
+
+
+def test_a_product_of_two_weights_multiplies_one_of_them_packed():
+    weight, form = packed(CASES["shared-by-a-scan"])
+    held = hold(weight, form)
+    with pytest.warns(UserWarning, match="layer/w is made dense for 'dot_general'"):
+        found = interpreter.call(lambda w: w @ w, {"w": held})
+    same(found, dense(held) @ dense(held))
+
+
+@pytest.mark.parametrize("wanted", [None, jnp.float32])
+def test_a_product_has_the_dtype_that_it_was_asked_for(wanted):
+    weight, form = packed(CASES["shared-by-a-scan"])
+
+    def product(w):
+        w = w.astype(jnp.bfloat16)
+        return jnp.matmul(
+            x(5, 32, dtype=jnp.bfloat16), w, preferred_element_type=wanted
+        )
+
+    found = interpreter.call(product, {"w": hold(weight, form)})
+    assert found.dtype == (wanted or jnp.bfloat16)
+    # The dense weight is rounded to bfloat16, half a unit of 2^-8 a term; ours is not.
+    exact = x(5, 32, dtype=jnp.bfloat16).astype(jnp.float32) @ dense(hold(weight, form))
+    same(found.astype(jnp.float32), exact, FLOAT32 if wanted else 2**-8)
+
+
+def test_integers_and_arrays_of_others_pass_through():
+    weight, form = packed(CASES["one-expert"])
+    held = hold(weight, form)
+    found = interpreter.call(
+        lambda w: {"k": w.shape[1], "b": None, "x": x(2)}, {"w": held}
+    )
+    assert (found["k"], found["b"]) == (32, None)
+    same(found["x"], x(2))
+
+
+def test_the_dense_weight_is_in_no_program():
+    """Above 4 MiB in float32, where `qjax.matmul` does not form a weight either."""
+    form = Form((16, 128, 1024), (0, 1), (2,))
+    shape = jax.ShapeDtypeStruct((2048, 1024), jnp.float32)
+    weight = jax.eval_shape(lambda w: qjax.quantize(w, 4, 128), shape)
+
+    def product(weight, rows):
+        held = hold(weight, form)
+        return interpreter.call(
+            lambda w: jnp.einsum("tnh,nhd->td", rows, w), {"w": held}
+        )
+
+    rows = jax.ShapeDtypeStruct((8, 16, 128), jnp.float32)
+    memory = jax.jit(product).lower(weight, rows).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2048 * 1024 * 4 / 4
+
+
+def test_an_uneven_reshape_has_no_view():
+    view = View(((Atom("row", 1, 6),), (Atom("column", 1, 4),)), jnp.dtype("float32"))
+    assert view.reshape((4, 6)) is None
+    assert view.reshape((2, 3, 1, 4)).shape == (2, 3, 1, 4)
