@@ -1,7 +1,7 @@
 """Quantizes whole models: `quantize_model`."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -10,7 +10,7 @@ from flax import nnx
 from qjax.layers import rules as rules_
 from qjax.layers.linen import replace as linen
 from qjax.layers.nnx import replace as of_nnx
-from qjax.layers.report import Listener, Report
+from qjax.layers.report import Entry, Listener, Report
 
 
 def quantize_model(
@@ -64,8 +64,9 @@ def quantize_model(
 
     Raises:
       TypeError: If the model is no Flax module, or a rule is none.
-      ValueError: If a pattern is no regular expression, a linen module comes without
-        variables, or ``strict`` and a matched weight cannot be quantized.
+      ValueError: If a pattern is no regular expression, none matches a weight, a linen
+        module comes without variables, or ``strict`` and a matched weight cannot be
+        quantized.
       NotImplementedError: If a rule of qwix asks for more than integer weights.
 
     Example:
@@ -97,8 +98,20 @@ def quantize_model(
         result = tuple(result)
     else:
         raise TypeError(f"model={model!r} must be an nnx.Module or an nn.Module.")
+    _check_matches(checked, entries)
     _tell(Report(tuple(entries)), strict=strict, report=report)
     return result
+
+
+def _check_matches(rules: Sequence[rules_.Rule], entries: Sequence[Entry]) -> None:
+    wanting = [rule for rule in rules if rule.spec is not None]
+    paths = [entry.path for entry in entries]
+    if wanting and not any(rule.matches(path) for rule in wanting for path in paths):
+        patterns = [rule.pattern.pattern for rule in wanting]
+        raise ValueError(
+            f"rules has the patterns {patterns}, and none of them matches all of a "
+            f"path of the model, such as {paths[:3]}."
+        )
 
 
 def _tell(found: Report, *, strict: bool, report: Listener | None) -> None:

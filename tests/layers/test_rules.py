@@ -5,6 +5,7 @@ import re
 
 import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import qjax
 from qjax.layers import rules
@@ -108,3 +109,15 @@ def test_what_rules_of_qwix_cannot_mean_here_names_the_field(options, field):
     options = {"weight_qtype": "int4", **options}
     with pytest.raises(NotImplementedError, match=re.escape(f"rules has {field}")):
         rules.read([QuantizationRule(**options)])
+
+
+def test_patterns_that_match_nothing_are_refused(refuses):
+    layer = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    message = (
+        "rules has the patterns ['kernels'], and none of them matches all of a path of "
+        "the model, such as ['bias', 'kernel']"
+    )
+    with refuses(message):
+        qjax.quantize_model(layer, [("kernels", qjax.Spec(group_size=32))])
+    # Rules that only leave weights alone may leave all of them.
+    qjax.quantize_model(layer, [("kernels", None)])
