@@ -88,7 +88,6 @@ def decoder(size: Size, kind: str) -> Any:
     """A model of random weights."""
     import jax
     import jax.numpy as jnp
-    import model
 
     import qjax
 
@@ -108,6 +107,14 @@ def decoder(size: Size, kind: str) -> Any:
         else:
             tensors[f"{name}.weight"] = dense(key, n, k)
     embedding = dense(jax.random.key(-1), size.vocabulary, size.hidden)
+    return assembled(size, tensors, embedding, jnp.bfloat16)
+
+
+def assembled(size: Size, tensors: dict[str, Any], embedding: Any, dtype: Any) -> Any:
+    """The model of these matrices, norms of ones, and activations of a dtype."""
+    import jax.numpy as jnp
+    import model
+
     tensors["model.embed_tokens.weight"] = embedding
     norms = [
         f"model.layers.{i}.{name}"
@@ -117,7 +124,7 @@ def decoder(size: Size, kind: str) -> Any:
     for name in (*norms, "model.norm"):
         tensors[f"{name}.weight"] = jnp.ones(size.hidden, jnp.bfloat16)
     config = model.Config.from_json(size.config)
-    return model.Decoder(model.Weights(tensors, config, jnp.bfloat16))
+    return model.Decoder(model.Weights(tensors, config, dtype))
 
 
 def run(size: Size, kind: str) -> dict[str, Any]:

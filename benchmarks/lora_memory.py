@@ -46,17 +46,8 @@ def decoder(size: gpu_decode.Size, kind: str, dtype: Any, layout: Any) -> llm.De
             tensors[name] = qjax.prepare(w, layout=layout)
         else:
             tensors[f"{name}.weight"] = jnp.zeros((n, k), KINDS[kind])
-    embedding = (size.vocabulary, size.hidden)
-    tensors["model.embed_tokens.weight"] = jnp.zeros(embedding, jnp.bfloat16)
-    norms = [
-        f"model.layers.{i}.{name}"
-        for i in range(size.layers)
-        for name in ("input_layernorm", "post_attention_layernorm")
-    ]
-    for name in (*norms, "model.norm"):
-        tensors[f"{name}.weight"] = jnp.ones(size.hidden, jnp.bfloat16)
-    config = llm.Config.from_json(size.config)
-    return llm.Decoder(llm.Weights(tensors, config, dtype))
+    embedding = jnp.zeros((size.vocabulary, size.hidden), jnp.bfloat16)
+    return gpu_decode.assembled(size, tensors, embedding, dtype)
 
 
 def adapted(model: llm.Decoder, kind: str) -> llm.Decoder:
@@ -140,6 +131,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "sm_80", "sm_90"])
     for name, default in (("layers", 2), ("batch", 1), ("context", 512)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--results", type=Path, default=harness.RESULTS)
     args = parser.parse_args()
     size, rows = gpu_decode.Size(layers=args.layers), []
     heads = ("weights", "adapters, Adam", "temporaries", "in all")
@@ -153,8 +145,11 @@ def main() -> None:
             cells = " | ".join(f"{s / MIB:.0f}" for s in sizes)
             print(f"| {label} | {cells} |", flush=True)
     release = importlib.metadata.version("jax")
-    report = {"arguments": vars(args), "jax": release, "bytes": rows}
-    print(harness.write(f"lora_memory-{args.device}-jax{release}", report))
+    names = ("device", "layers", "batch", "context")
+    arguments = {name: getattr(args, name) for name in names}
+    report = {"arguments": arguments, "jax": release, "bytes": rows}
+    name = f"lora_memory-{args.device}-jax{release}"
+    print(harness.write(name, report, args.results))
 
 
 if __name__ == "__main__":
