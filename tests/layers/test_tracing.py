@@ -81,6 +81,18 @@ CASES = {
         (2,),
         lambda w: jnp.einsum("td,tkdf->tkf", x(2, 32), w[jnp.array([[0, 2], [1, 1]])]),
     ),
+    "tokens-by-expert": Case(
+        (3, 32, 8),
+        (1,),
+        (2,),
+        lambda w: jax.lax.ragged_dot(x(6, 32), w, jnp.array([2, 0, 3])),
+    ),
+    "tokens-by-transposed-expert": Case(
+        (3, 8, 32),
+        (2,),
+        (1,),
+        lambda w: jax.lax.ragged_dot(x(6, 32), w.mT, jnp.array([2, 0, 3])),
+    ),
     "half-of-the-columns": Case((32, 16), (0,), (1,), lambda w: x(5, 32) @ w[:, 8:]),
     "some-heads": Case(
         (32, 2, 8), (0,), (1, 2), lambda w: x(5, 32) @ w[:, 1, 2:4].reshape(32, 2)
@@ -196,6 +208,7 @@ def test_uses_say_why_a_weight_is_not_packed(reason):
 # One of each kind of use, as far as it has a gradient in JAX.
 DIFFERENTIABLE = (
     *("output", "transposed", "tied", "experts", "an-expert-each", "some-heads"),
+    "tokens-by-expert",
     *("scanned", "rematerialized", "shared-by-a-scan", "in-a-branch"),
 )
 
@@ -216,6 +229,9 @@ def test_gradients_of_scales_are_those_through_the_dense_weight(name):
 DENSE = {
     "mul": lambda w: x(5, 32) @ (w * 2),
     "slice": lambda w: x(5, 16) @ w[:16],
+    "ragged_dot_general": lambda w: jax.lax.ragged_dot(
+        x(6, 4), w.reshape(8, 4, 8), jnp.array([1, 0, 2, 0, 0, 1, 0, 2])
+    ),
     "return": lambda w: w.T,
     "custom_jvp_call": lambda w: x(5, 32) @ jax.nn.relu(w),
     "scan": lambda w: jax.lax.scan(lambda c, _: (c + w, None), w, length=2)[0],

@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from qjax.layers.tracing import held as packed
 from qjax.layers.tracing.held import Held
-from qjax.layers.tracing.products import product
+from qjax.layers.tracing.products import product, ragged_product
 from qjax.layers.tracing.views import Form, follow
 from qjax.tensor import QTensor
 
@@ -161,6 +161,20 @@ def _dot_general(params: dict[str, Any], values: list[_Value]) -> Array | None:
     return y if y is None or sharding is None else jax.sharding.reshard(y, sharding)
 
 
+def _ragged_dot(params: dict[str, Any], values: list[_Value]) -> Array | None:
+    x, held, sizes = values[:3]
+    others = (params["group_offset"], params.get("out_sharding"))
+    if not isinstance(held, Held) or isinstance(x, Held) or others != (None, None):
+        return None
+    return ragged_product(
+        held,
+        jnp.asarray(x),
+        jnp.asarray(sizes),
+        params["ragged_dot_dimension_numbers"],
+        dtype=params["preferred_element_type"] or x.dtype,
+    )
+
+
 def _gather(params: dict[str, Any], values: list[_Value]) -> _Value | None:
     held, index = values
     if not isinstance(held, Held) or isinstance(index, Held):
@@ -189,6 +203,7 @@ def _dynamic_slice(params: dict[str, Any], values: list[_Value]) -> _Value | Non
 # Operations that have a form for packed operands.
 _OPERATIONS: Mapping[str, Callable[..., _Value | None]] = {
     "dot_general": _dot_general,
+    "ragged_dot_general": _ragged_dot,
     "gather": _gather,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,

@@ -1,4 +1,4 @@
-"""A `jax.lax.dot_general` of which one operand is a packed weight."""
+"""Products of JAX of which one operand is a packed weight."""
 
 import functools
 import math
@@ -12,6 +12,7 @@ from jaxtyping import Array
 from qjax import ops
 from qjax.layers.tracing.held import Held
 from qjax.layers.tracing.views import COLUMN, ROW, Atom, in_order, sizes
+from qjax.ragged import ragged_matmul
 from qjax.tensor import QTensor
 
 _FLOATS = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -63,6 +64,43 @@ def product(
     y = y.reshape([x.shape[a] if isinstance(a, int) else a.size for a in found])
     y = y.transpose([found.index(label) for label in wanted])
     return y.reshape(*(x.shape[i] for i in x_batch), *shape).astype(dtype)
+
+
+def ragged_product(
+    held: Held, x: Array, group_sizes: Array, dimension_numbers: Any, *, dtype: Any
+) -> Array | None:
+    """Multiplies runs of rows by a matrix each of a packed stack.
+
+    Args:
+      held: The stack.
+      x: ``[t, k]``.
+      group_sizes: As in `ragged_matmul`.
+      dimension_numbers: As `jax.lax.ragged_dot_general` takes them.
+      dtype: Dtype of the result.
+
+    Returns:
+      ``[t, n]``; None if it is another product than `jax.lax.ragged_dot`'s.
+    """
+    (summed, w_summed), batch = dimension_numbers.dot_dimension_numbers
+    plain = (
+        (x.ndim, summed, batch) == (2, (1,), ((), ()))
+        and dimension_numbers.lhs_ragged_dimensions == (0,)
+        and len(dimension_numbers.rhs_group_dimensions) == 1
+    )
+    if not plain or x.dtype not in _FLOATS or len(held.stack) != 1:
+        return None
+    (group,), dims = dimension_numbers.rhs_group_dimensions, held.view.dims
+    kept = [i for i in range(len(dims)) if i not in (*w_summed, group)]
+    sides = ((w_summed, ROW), (kept, COLUMN))
+    for axes, side in sides:
+        atoms = held.view.pick(axes)
+        if held.side_of(atoms) != side or list(atoms) != in_order(atoms, side):
+            return None
+    if held.counts(dims[group]) is None:
+        return None
+    if jnp.finfo(dtype).bits > jnp.finfo(x.dtype).bits:
+        x = x.astype(dtype)
+    return ragged_matmul(x, held.weight, group_sizes).astype(dtype)
 
 
 def _rows(

@@ -124,6 +124,9 @@ def _through(
             if seen:
                 yield seen.name, _product(eqn, seen, place, shapes[seen.name])
         return []
+    if name == "ragged_dot_general" and operands[1]:
+        yield operands[1].name, _ragged_product(eqn, operands[1])
+        return []
     one = operands[0]
     if name in ("gather", "slice", "dynamic_slice") and one:
         part = _part(eqn, one)
@@ -150,6 +153,15 @@ def _product(eqn: jex.JaxprEqn, seen: _Seen, place: int, shape: tuple[int, ...])
     alone = frozenset(atom.side for atom in seen.view.pick(batch))
     axes = frozenset(extents) if whole and extents else None
     return Use("dot_general", axes, seen.stack | alone, seen.indexed)
+
+
+def _ragged_product(eqn: jex.JaxprEqn, seen: _Seen) -> Use:
+    """The use of a stack of weights, each for a run of rows."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    pick = lambda axes: frozenset(atom.side for atom in seen.view.pick(axes))  # noqa: E731
+    summed = pick(numbers.dot_dimension_numbers[0][1])
+    stack = seen.stack | pick(numbers.rhs_group_dimensions)
+    return Use(eqn.primitive.name, summed or None, stack, seen.indexed)
 
 
 def _part(eqn: jex.JaxprEqn, seen: _Seen) -> _Seen | None:
