@@ -72,7 +72,7 @@ def loss_of(model: llm.Decoder, ids: jax.Array, remat: bool) -> jax.Array:
     for layer, keys, values in zip(model.layers, cache.keys, cache.values, strict=True):
         run = lambda layer, *operands: layer(*operands)[0]  # noqa: E731
         run = nnx.remat(run) if remat else run
-        x = run(layer, x, keys, values, cache.length)
+        x = run(layer, x, keys, values, cache.length, cache.first)
     logits = model.logits(model.norm(x))
     return optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:]).mean()
 

@@ -32,6 +32,7 @@ LLM = Path(__file__).resolve().parent / "llm"
 sys.path.insert(0, str(LLM))
 
 from model import Decoder, load  # noqa: E402  (found on the path just added)
+from placement import MeshOption, place, rows_of  # noqa: E402
 
 SHIPPED = LLM / "checkpoint"
 STDLIB = Path(sysconfig.get_paths()["stdlib"])
@@ -74,7 +75,9 @@ def read_source(tokenizer: Tokenizer, root: Path) -> tuple[np.ndarray, np.ndarra
     return np.concatenate(trained), held_out
 
 
-def windows(ids: np.ndarray, context: int, batch: int, rng: Any) -> Iterator[Array]:
+def windows(
+    ids: np.ndarray, context: int, batch: int, rng: Any
+) -> Iterator[np.ndarray]:
     """Yields batches of ``context + 1`` tokens from random places, without end.
 
     Raises:
@@ -84,7 +87,7 @@ def windows(ids: np.ndarray, context: int, batch: int, rng: Any) -> Iterator[Arr
         raise ValueError(f"{len(ids)} tokens are too few for a context of {context}.")
     while True:
         starts = rng.integers(0, len(ids) - context - 1, batch)
-        yield jnp.asarray(np.stack([ids[s : s + context + 1] for s in starts]))
+        yield np.stack([ids[s : s + context + 1] for s in starts])
 
 
 def loss_of(model: Decoder, ids: Array) -> Array:
@@ -166,10 +169,12 @@ def _loss(model: Decoder, ids: Array) -> Array:
     return loss_of(model, ids)
 
 
-def evaluate(model: Decoder, rows: Array, batch: int) -> float:
-    """Mean nats per token of fixed rows."""
-    parts = jnp.split(rows, len(rows) // batch)
-    return float(np.mean([float(_loss(model, part)) for part in parts]))
+def evaluate(
+    model: Decoder, ids: np.ndarray, batch: int, rows: Callable[[np.ndarray], Array]
+) -> float:
+    """Mean nats per token of fixed rows, which ``rows`` puts on devices."""
+    parts = np.split(ids, len(ids) // batch)
+    return float(np.mean([float(_loss(model, rows(part))) for part in parts]))
 
 
 def draw(path: Path, method: str, losses: list[float], held_out: list[float]) -> None:
@@ -207,15 +212,18 @@ def main(
         Path | None, typer.Option(help="Loss curves; default: finetune-METHOD.png.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the batches.")] = 0,
+    mesh: MeshOption = None,
 ) -> None:
     """Trains on the standard library's source, and measures files that were held out.
 
-    Example: python finetune.py --method weights --steps 100
+    Example: python finetune.py --method weights --steps 100 --mesh 2,2
     """
     console = Console(stderr=True)
     try:
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        decoder = load(model)
+        placement = place(model, mesh)
+        rows = rows_of(placement, batch)
+        decoder = load(model, sharding=placement and placement.weight)
         trained, held = read_source(tokenizer, source)
         fixed = next(windows(held, context, 8 * batch, np.random.default_rng(0)))
     except (ValueError, OSError) as error:
@@ -225,17 +233,19 @@ def main(
     schedule = optax.cosine_decay_schedule(rate or RATES[method], steps, 0.1)
     decoder, step = set_up(decoder, method, schedule)
 
-    before, losses, started = evaluate(decoder, fixed, batch), [], time.perf_counter()
+    before, losses = evaluate(decoder, fixed, batch, rows), []
+    started = time.perf_counter()
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("compiling", total=steps)
         for ids in windows(trained, context, batch, rng):
-            losses.append(float(step(ids)))
+            losses.append(float(step(rows(ids))))
             loss = np.mean(losses[-20:])
             progress.update(task, advance=1, description=f"loss {loss:.4f}")
             if len(losses) == steps:
                 break
-    seconds, after = time.perf_counter() - started, evaluate(decoder, fixed, batch)
+    seconds = time.perf_counter() - started
+    after = evaluate(decoder, fixed, batch, rows)
     path = output or Path(f"finetune-{method}.png")
     draw(path, method, losses, [before, after])
     print(

@@ -104,6 +104,13 @@ def by_segment(w: QTensor) -> QTensor:
     )
 
 
+def cuttable(w: QTensor, spec: PartitionSpec) -> QTensor:
+    """Does `by_segment` where a weight is to be cut along k."""
+    k_axis = len(w.batch)
+    is_cut = len(spec) > k_axis and spec[k_axis] is not None
+    return by_segment(w) if is_cut else w
+
+
 def joined(w: QTensor) -> QTensor:
     """Inverse of `by_segment`.
 
@@ -313,9 +320,7 @@ def shard(w: QTensor, mesh: Mesh, spec: PartitionSpec) -> QTensor:
       >>> [array.data.shape for array in w.words[0].addressable_shards]
       [(32, 16), (32, 16), (32, 16), (32, 16)]
     """
-    k_axis = len(w.batch)
-    if len(spec) > k_axis and spec[k_axis] is not None:
-        w = by_segment(w)
+    w = cuttable(w, spec)
     placed = jax.tree.map(
         lambda leaf_spec: NamedSharding(mesh, leaf_spec), partition_specs(w, spec, mesh)
     )

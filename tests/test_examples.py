@@ -1,6 +1,7 @@
 """The example decoder against references computed by other code, and its commands."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 from typer.testing import CliRunner
 
 import qjax
@@ -22,6 +24,7 @@ sys.path.insert(0, str(ROOT / "examples" / "llm"))
 import evaluate  # noqa: E402
 import generate  # noqa: E402
 import model  # noqa: E402
+import placement  # noqa: E402
 import typer  # noqa: E402
 
 DATA = ROOT / "tests" / "data"
@@ -156,9 +159,11 @@ def test_prefill_and_decode_compile_once(shipped, monkeypatch):
     assert len(list(run([5, 6, 7], key))) == 8
     assert len(list(run([5, 6, 7, 8, 9, 10], key))) == 8
     assert traces == [(1, 6), (1, 1)]
-    token, cache = run.prefill(run.state, np.ones((1, 6), np.int32), np.int32(3), key)
+    ids, first = np.ones((1, 6), np.int32), np.array([3], np.int32)
+    token, cache = run.prefill(run.state, ids, first, key[None])
+    keys = key[None]
     with jax.transfer_guard("disallow"):
-        token, cache = run.decode(run.state, token, cache, key)
+        token, cache = run.decode(run.state, token, cache, keys)
     chex.assert_shape(token, (1,))
     chex.assert_shape(cache.keys, (1, 14, 2, 64))
 
@@ -169,6 +174,73 @@ def test_padding_does_not_change_a_prompt(shipped):
     short = generate.Generator(decoder, generate.Sampling(), 4, 6)([9, 8, 7, 6], key)
     padded = generate.Generator(decoder, generate.Sampling(), 9, 6)([9, 8, 7, 6], key)
     assert list(short) == list(padded)
+
+
+class TestMesh:
+    """What ``--mesh`` asks for: the same text, from pieces of the model."""
+
+    def test_same_tokens_from_rows_and_columns(self):
+        """Two prompts at a time, of other lengths; each matrix on two devices."""
+        path = DATA / "llama1L_hqq4_g64"
+        where = placement.place(path, "2,2")
+        pieces = model.load(path, sharding=where.weight)
+        attention, mlp = pieces.layers[0].self_attn, pieces.layers[0].mlp
+        layers = attention.k_proj, attention.o_proj, mlp.up_proj, mlp.down_proj
+        cuts = [layer.kernel.words[0].sharding.spec for layer in layers]
+        assert cuts == [P(None, "model"), P("model", None)] * 2
+        assert pieces.embed_tokens.sharding.spec == P("model", None)
+
+        prompts, keys = [[40, 41, 42], [9, 8, 7, 6]], jax.random.key(0)
+        sampling, keys = generate.Sampling(0.7), jax.random.split(keys)
+        run = generate.Generator(pieces, sampling, 5, 8, where)
+        found = np.stack(list(run.together(prompts, keys)), 1)
+        alone = generate.Generator(model.load(path), sampling, 5, 8)
+        wanted = [list(alone(*pair)) for pair in zip(prompts, keys, strict=True)]
+        chex.assert_trees_all_equal(found.tolist(), wanted)
+
+        ids, first = where.rows(np.ones((2, 5), np.int32)), where.rows(np.zeros(2, int))
+        token, cache = run.prefill(run.state, ids, first, keys)
+        assert cache.keys[0].sharding.spec == P("data", None, "model")
+        step = run.decode.lower(run.state, token, cache, keys).compile().as_text()
+        assert re.search(r"= f32\S* all-reduce\(", step)
+        assert not re.search(r"= u32\S* all-\w+\(", step)
+
+    def test_same_loss(self, shipped):
+        decoder, tokenizer = shipped
+        where = placement.place(SHIPPED, "2,2")
+        pieces = model.load(SHIPPED, sharding=where.weight)
+        ids = np.random.default_rng(0).integers(2, 512, (3, 17))
+        wanted = evaluate.evaluate(decoder, tokenizer, ids, 2)
+        found = evaluate.evaluate(pieces, tokenizer, ids, 2, where)
+        assert found.nats_per_token == pytest.approx(wanted.nats_per_token, abs=1e-5)
+        with pytest.raises(ValueError, match=r"batch=3 must be a multiple of 2"):
+            evaluate.evaluate(pieces, tokenizer, ids, 3, where)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--mesh", "2"], "--mesh 2 must be two numbers, such as 2,4"),
+            (["--mesh", "1,4"], "2 heads of self_attn.k_proj and v_proj cannot be"),
+            (["--mesh", "8,2"], "--mesh 8,2 asks for 16 devices of 8"),
+            (["--processes", 2], "--processes 2 needs a --mesh"),
+            (["--mesh", "1,1", "--processes", 2], "2 processes cannot share it evenly"),
+        ],
+    )
+    def test_refuses(self, arguments, message, monkeypatch):
+        monkeypatch.setattr(generate, "keep_stdout", lambda process: None)
+        done = invoke(generate.main, *arguments)
+        assert done.exit_code == 1
+        assert message in done.stderr
+
+    def test_a_matrix_that_cannot_be_cut_is_named(self, tmp_path):
+        # Six heads fit the mesh, but 256 columns do not.
+        config = json.loads((SHIPPED / "config.json").read_text())
+        shutil.copytree(SHIPPED, tmp_path, dirs_exist_ok=True)
+        config |= {"num_attention_heads": 6, "num_key_value_heads": 6}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        done = invoke(generate.main, "--model", tmp_path, "--mesh", "1,6")
+        assert done.exit_code == 1
+        assert "model.layers.0.self_attn.q_proj: spec=" in done.stderr
 
 
 class TestSampling:

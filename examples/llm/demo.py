@@ -3,9 +3,11 @@
 import sys
 from pathlib import Path
 
+import typer
 from evaluate import evaluate, read_ids
 from generate import SHIPPED, Sampling, describe, read_tokenizer, stop_ids, stream
 from model import load
+from placement import MeshOption, place
 
 PROMPT = '''class Reader:
     """Reads lines from a file."""
@@ -17,9 +19,10 @@ IDS = Path(__file__).parent / "evaluation.npz"
 REFERENCE_NATS = 2.4927
 
 
-def main() -> None:
+def main(mesh: MeshOption = None) -> None:
     """Generates from the shipped model and prints its loss beside the reference."""
-    model, tokenizer = load(SHIPPED), read_tokenizer(SHIPPED)
+    placement, tokenizer = place(SHIPPED, mesh), read_tokenizer(SHIPPED)
+    model = load(SHIPPED, sharding=placement and placement.weight)
     print(describe(model, SHIPPED), file=sys.stderr)
     stream(
         model,
@@ -28,11 +31,12 @@ def main() -> None:
         sampling=Sampling(temperature=0.6, top_k=20),
         max_new_tokens=160,
         stops=stop_ids(SHIPPED),
+        placement=placement,
     )
-    loss = evaluate(model, tokenizer, read_ids(IDS))
+    loss = evaluate(model, tokenizer, read_ids(IDS), placement=placement)
     print(f"4-bit model:    {loss}")
     print(f"bf16 reference: {REFERENCE_NATS:.4f} nats per token")
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

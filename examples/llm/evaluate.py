@@ -1,5 +1,6 @@
 """Measures the loss of a language model on text: ``python evaluate.py --help``."""
 
+import functools
 import math
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from flax import nnx
 from generate import SHIPPED, describe, read_tokenizer
 from jax import Array
 from model import Decoder, load
+from placement import MeshOption, Placement, place, rows_of
 from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer
@@ -33,7 +35,11 @@ class Loss(NamedTuple):
 
 
 def evaluate(
-    model: Decoder, tokenizer: Tokenizer, ids: np.ndarray, batch: int = 8
+    model: Decoder,
+    tokenizer: Tokenizer,
+    ids: np.ndarray,
+    batch: int = 8,
+    placement: Placement | None = None,
 ) -> Loss:
     """Loss of predicting ``ids[:, 1:]``, each row by itself.
 
@@ -42,12 +48,14 @@ def evaluate(
       tokenizer: Its tokenizer, for the bytes of the predicted tokens.
       ids: Integer token ids ``[sequences, t + 1]``.
       batch: Sequences computed at a time.
+      placement: Where the model is, if on many devices.
 
     Returns:
       The mean loss.
 
     Raises:
-      ValueError: If ``ids`` has no token to predict or holds ids beyond the vocabulary.
+      ValueError: If ``ids`` has no token to predict or holds ids beyond the vocabulary,
+        or devices cannot share a batch evenly.
     """
     if ids.ndim != 2 or ids.shape[1] < 2 or not len(ids):
         raise ValueError(f"ids.shape={ids.shape} must be [sequences, 2 or more].")
@@ -60,9 +68,10 @@ def evaluate(
             f"ids from {ids.min()} to {ids.max()} must lie below the vocabulary of "
             f"{model.config.vocab_size}."
         )
+    rows = rows_of(placement, batch)
     graph, state = nnx.split(model)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=placement and placement.everywhere)
     def nats(state: nnx.State, ids: Array) -> Array:
         logits = nnx.merge(graph, state)(ids[:, :-1])
         target = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
@@ -75,9 +84,10 @@ def evaluate(
     for start in track(
         starts, "loss", console=console, transient=True, disable=not console.is_terminal
     ):
-        rows = ids[start : start + batch]
-        padded = np.resize(rows, (batch, ids.shape[1])).astype(np.int32)
-        total += float(np.asarray(nats(state, padded), np.float64)[: len(rows)].sum())
+        some = ids[start : start + batch]
+        padded = np.resize(some, (batch, ids.shape[1])).astype(np.int32)
+        losses = np.asarray(nats(state, rows(padded)), np.float64)
+        total += float(losses[: len(some)].sum())
     tokens = ids[:, 1:].size
     predicted = [
         tokenizer.decode(row.tolist(), skip_special_tokens=False) for row in ids[:, 1:]
@@ -119,18 +129,20 @@ def main(
     ] = SHIPPED,
     context: Annotated[int, typer.Option(min=1, help="Tokens of text a row.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Rows computed at a time.")] = 8,
+    mesh: MeshOption = None,
 ) -> None:
     """Prints nats per token and bits per byte of a model on SOURCE.
 
-    Example: python evaluate.py my_module.py --model path/to/model
+    Example: python evaluate.py my_module.py --model path/to/model --mesh 2,2
     """
     try:
         tokenizer = read_tokenizer(model)
         is_ids = source.suffix in (".npy", ".npz")
         ids = read_ids(source) if is_ids else encode_text(source, tokenizer, context)
-        decoder = load(model)
+        placement = place(model, mesh)
+        decoder = load(model, sharding=placement and placement.weight)
         print(describe(decoder, model), file=sys.stderr)
-        print(evaluate(decoder, tokenizer, ids, batch))
+        print(evaluate(decoder, tokenizer, ids, batch, placement))
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import typer
 from flax import nnx
 from jax import Array
 from model import Cache, Decoder, load
+from placement import MeshOption, Placement, place, rows_of
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
@@ -60,8 +62,12 @@ class Generator:
         sampling: Sampling,
         prompt_length: int,
         max_new_tokens: int,
+        placement: Placement | None = None,
     ) -> None:
-        """Prepares for prompts of up to ``prompt_length`` tokens."""
+        """Prepares for prompts of up to ``prompt_length`` tokens.
+
+        With a placement, as many are continued at a time as it has rows of devices.
+        """
         size = prompt_length + max_new_tokens
         if size > model.config.max_length:
             raise ValueError(
@@ -69,43 +75,60 @@ class Generator:
                 f"the model's {model.config.max_length} positions."
             )
         self.prompt_length, self.max_new_tokens = prompt_length, max_new_tokens
+        self.batch = 1 if placement is None else placement.mesh.shape["data"]
+        self.rows = rows_of(placement, self.batch)
         graph, self.state = nnx.split(model)
 
         def next_token(
-            model: Decoder, hidden: Array, position: Array, key: Array
+            model: Decoder, hidden: Array, cache: Cache, keys: Array
         ) -> Array:
-            logits = model.logits(hidden)[:, -1]
-            return sampling.draw(logits, jax.random.fold_in(key, position))
+            logits = model.logits(hidden)[:, -1:]
+            keys = jax.vmap(jax.random.fold_in)(keys, cache.length - cache.first)
+            return jax.vmap(sampling.draw)(logits, keys)[:, 0]
 
-        @jax.jit
-        def prefill(state: nnx.State, ids: Array, length: Array, key: Array) -> tuple:
+        # Every process reads the tokens, and the cache stays cut as it is.
+        out = None if placement is None else (placement.everywhere, placement.cache)
+
+        @functools.partial(jax.jit, out_shardings=out)
+        def prefill(state: nnx.State, ids: Array, first: Array, keys: Array) -> tuple:
             model = nnx.merge(graph, state)
-            cache = Cache.empty(model.config, 1, size, model.dtype)
-            hidden, cache = model.forward(ids, cache)
-            # What lies behind the prompt is padding: later positions overwrite it.
-            hidden = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
-            token = next_token(model, hidden, length, key)
-            return token, cache._replace(length=length)
+            cache = Cache.empty(model.config, len(ids), size, model.dtype)
+            hidden, cache = model.forward(ids, cache._replace(first=first))
+            return next_token(model, hidden[:, -1:], cache, keys), cache
 
-        @functools.partial(jax.jit, donate_argnames="cache")
-        def decode(state: nnx.State, token: Array, cache: Cache, key: Array) -> tuple:
+        @functools.partial(jax.jit, donate_argnames="cache", out_shardings=out)
+        def decode(state: nnx.State, token: Array, cache: Cache, keys: Array) -> tuple:
             model = nnx.merge(graph, state)
             hidden, cache = model.forward(token[:, None], cache)
-            return next_token(model, hidden, cache.length, key), cache
+            return next_token(model, hidden, cache, keys), cache
 
         self.prefill, self.decode = prefill, decode
 
     def __call__(self, ids: Sequence[int], key: Array) -> Iterator[int]:
         """Yields the ids of ``max_new_tokens`` tokens that follow ``ids``."""
-        padded = np.zeros((1, self.prompt_length), np.int32)
-        padded[0, : len(ids)] = ids
-        token, cache = self.prefill(self.state, padded, np.int32(len(ids)), key)
+        for tokens in self.together([ids], key[None]):
+            yield int(tokens[0])
+
+    def together(
+        self, prompts: Sequence[Sequence[int]], keys: Array
+    ) -> Iterator[np.ndarray]:
+        """Yields the ids ``[b]`` that follow each of up to `batch` prompts."""
+        # Rows without a prompt repeat one. Prompts end together, after padding.
+        prompts = [prompts[i % len(prompts)] for i in range(self.batch)]
+        keys = keys[np.arange(self.batch) % len(keys)]
+        padded = np.zeros((self.batch, self.prompt_length), np.int32)
+        for row, ids in zip(padded, prompts, strict=True):
+            row[-len(ids) :] = ids
+        first = np.array([self.prompt_length - len(ids) for ids in prompts], np.int32)
+        token, cache = self.prefill(
+            self.state, self.rows(padded), self.rows(first), keys
+        )
         for _ in range(self.max_new_tokens - 1):
-            following, cache = self.decode(self.state, token, cache, key)
+            following, cache = self.decode(self.state, token, cache, keys)
             # The next step is under way before this one's token is waited for.
-            yield int(token[0])
+            yield np.asarray(token)
             token = following
-        yield int(token[0])
+        yield np.asarray(token)
 
 
 def stop_ids(path: Path) -> set[int]:
@@ -158,32 +181,66 @@ def stream(
     max_new_tokens: int,
     seed: int = 0,
     stops: set[int] = frozenset(),
+    placement: Placement | None = None,
 ) -> None:
-    """Streams each prompt and its continuation to stdout, figures to stderr."""
+    """Streams each prompt and its continuation to stdout, figures to stderr.
+
+    Of prompts that are continued together the first is streamed, and others follow.
+    """
     encoded = [tokenizer.encode(prompt).ids for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:
             raise ValueError(f"prompt {prompt!r} has no tokens; pass some text.")
-    generate = Generator(model, sampling, max(map(len, encoded)), max_new_tokens)
-    for number, ids in enumerate(encoded):
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        started, times = time.perf_counter(), []
-        text = DecodeStream(skip_special_tokens=True)
-        print(tokenizer.decode(ids), end="", flush=True)
-        for token in generate(ids, key):
-            times.append(time.perf_counter())
-            if token in stops:
-                break
-            print(text.step(tokenizer, token) or "", end="", flush=True)
-        print(flush=True)
-        report = (
-            f"prompt of {len(ids)} tokens, first token after {times[0] - started:.2f} s"
-        )
-        if len(times) > 2:
-            # The second token may have waited for the compilation of the decode step.
-            speed = (len(times) - 2) / (times[-1] - times[1])
-            report += f", {len(times)} tokens at {speed:.0f} tokens/s"
-        print(report, file=sys.stderr)
+    longest = max(map(len, encoded))
+    generate = Generator(model, sampling, longest, max_new_tokens, placement)
+    fold_in = functools.partial(jax.random.fold_in, jax.random.key(seed))
+    keys = jax.vmap(fold_in)(np.arange(len(prompts)))
+    for start in range(0, len(prompts), generate.batch):
+        chosen = slice(start, start + generate.batch)
+        _stream(generate, tokenizer, encoded[chosen], keys[chosen], stops)
+
+
+def _stream(
+    generate: Generator,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    keys: Array,
+    stops: set[int],
+) -> None:
+    started, times, count = time.perf_counter(), [], 0
+    decoders = [DecodeStream(skip_special_tokens=True) for _ in prompts]
+    texts = [tokenizer.decode(ids) for ids in prompts]
+    print(texts[0], end="", flush=True)
+    running = set(range(len(prompts)))
+    for tokens in generate.together(prompts, keys):
+        times.append(time.perf_counter())
+        count += len(running)
+        running -= {row for row in running if tokens[row] in stops}
+        if not running:
+            break
+        for row in running:
+            piece = decoders[row].step(tokenizer, int(tokens[row])) or ""
+            texts[row] += piece
+            if row == 0:
+                print(piece, end="", flush=True)
+    print("", *texts[1:], sep="\n", flush=True)
+    lengths = " and ".join(str(len(ids)) for ids in prompts)
+    report = f"prompt of {lengths} tokens, first token after {times[0] - started:.2f} s"
+    if len(times) > 2:
+        # The second token may have waited for the compilation of the decode step.
+        speed = count / len(times) * (len(times) - 2) / (times[-1] - times[1])
+        report += f", {count} tokens at {speed:.0f} tokens/s"
+    print(report, file=sys.stderr)
+
+
+def keep_stdout(process: int) -> None:
+    """Leaves stdout to the text, and to the first process, as all have the same.
+
+    Gloo, which connects the processes on CPUs, writes to file 1 from C.
+    """
+    text = os.open(os.devnull, os.O_WRONLY) if process else os.dup(1)
+    os.dup2(2, 1)
+    sys.stdout = os.fdopen(text, "w")
 
 
 def main(
@@ -205,15 +262,37 @@ def main(
         typer.Option(help="Draw from the fewest tokens that reach p, 0 < p <= 1."),
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    mesh: MeshOption = None,
+    coordinator: Annotated[
+        str | None,
+        typer.Option(help="HOST:PORT of process 0, where --mesh spans processes."),
+    ] = None,
+    processes: Annotated[
+        int, typer.Option(min=1, help="How many processes share the mesh.")
+    ] = 1,
+    process: Annotated[
+        int, typer.Option(min=0, help="Which of them this is, from 0: it prints.")
+    ] = 0,
 ) -> None:
     """Continues text. The text goes to stdout, everything else to stderr.
 
     Example: python generate.py --prompt "def main(" --temperature 0.8 --top-p 0.95
+
+    On four devices, two prompts at a time, each matrix on two devices:
+    python generate.py --mesh 2,2 --prompt "def " --prompt "import "
+
+    In two processes, of which each reads its part of the checkpoint (and the same with
+    --process 1 beside it):
+    python generate.py --mesh 1,2 --coordinator HOST:1234 --processes 2 --process 0
     """
     if not 0 < top_p <= 1:
         raise typer.BadParameter(f"top_p={top_p} must lie in (0, 1].")
+    if processes > 1:
+        keep_stdout(process)
     try:
-        tokenizer, decoder = read_tokenizer(model), load(model)
+        tokenizer = read_tokenizer(model)
+        placement = place(model, mesh, coordinator, processes, process)
+        decoder = load(model, sharding=placement and placement.weight)
         print(describe(decoder, model), file=sys.stderr)
         stream(
             decoder,
@@ -223,6 +302,7 @@ def main(
             max_new_tokens=max_new_tokens,
             seed=seed,
             stops=stop_ids(model),
+            placement=placement,
         )
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

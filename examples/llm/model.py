@@ -105,21 +105,23 @@ class Cache(NamedTuple):
     """Keys and values of the positions seen so far.
 
     One array ``[b, s, kv_heads, head_dim]`` a layer, so that a step which owns the
-    cache writes its position in place.
+    cache writes its position in place. Shorter sequences begin later: all of a batch
+    end together.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
-    length: Array  # int32 scalar
+    length: Array  # int32 scalar, the filled part of s
+    first: Array  # int32 [b], where sequences begin
 
     @classmethod
     def empty(cls, config: Config, batch: int, size: int, dtype: DTypeLike) -> "Cache":
-        """A cache for ``size`` positions."""
+        """A cache for ``size`` positions of sequences that begin at the first."""
         shape = (batch, size, config.num_kv_heads, config.head_dim)
         layers = range(config.num_layers)
         keys = tuple(jnp.zeros(shape, dtype) for _ in layers)
         values = tuple(jnp.zeros(shape, dtype) for _ in layers)
-        return cls(keys, values, jnp.int32(0))
+        return cls(keys, values, jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
 
 class Dense(nnx.Module):
@@ -187,15 +189,16 @@ class Attention(nnx.Module):
         self.k_norm = weights.norm(f"{name}.k_norm") if has_norms else None
 
     def __call__(
-        self, x: Array, keys: Array, values: Array, start: Array
+        self, x: Array, keys: Array, values: Array, start: Array, first: Array
     ) -> tuple[Array, Array, Array]:
         """Attends ``x[b, t]`` to the cache and to itself.
 
         Args:
-          x: ``[b, t, hidden]`` inputs at positions ``start .. start + t - 1``.
+          x: ``[b, t, hidden]`` inputs, for ``start .. start + t - 1`` of the cache.
           keys: ``[b, s, kv_heads, head_dim]`` cache, filled up to ``start``.
           values: Like ``keys``.
-          start: Number of positions in the cache.
+          start: Length of the cache so far.
+          first: ``[b]``, where in it sequences begin.
 
         Returns:
           Output ``[b, t, hidden]`` and the cache with the new positions.
@@ -206,7 +209,8 @@ class Attention(nnx.Module):
         v = self.v_proj(x).reshape(b, t, c.num_kv_heads, c.head_dim)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        positions = start + jnp.arange(t)
+        places = start + jnp.arange(t)
+        positions = places - first[:, None]
         q, k = rotate(q, positions, c.frequencies), rotate(k, positions, c.frequencies)
         keys = jax.lax.dynamic_update_slice(keys, k, (0, start, 0, 0))
         values = jax.lax.dynamic_update_slice(values, v, (0, start, 0, 0))
@@ -214,19 +218,23 @@ class Attention(nnx.Module):
         q = q.reshape(b, t, c.num_kv_heads, -1, c.head_dim)
         score = jnp.einsum("bthgd,bshd->bhgts", q, keys, precision="highest")
         score = score.astype(jnp.float32) / math.sqrt(c.head_dim)
-        distance = positions[:, None] - jnp.arange(keys.shape[1])
+        distance = places[:, None] - jnp.arange(keys.shape[1])
         seen = distance >= 0
         if self.window is not None:
             seen &= distance < self.window
-        probability = jax.nn.softmax(jnp.where(seen, score, -jnp.inf)).astype(x.dtype)
+        # What stands before a sequence sees itself, as it must see something.
+        begun = jnp.arange(keys.shape[1]) >= first[:, None]
+        seen = (seen & begun[:, None]) | (distance == 0)
+        score = jnp.where(seen[:, None, None], score, -jnp.inf)
+        probability = jax.nn.softmax(score).astype(x.dtype)
         y = jnp.einsum("bhgts,bshd->bthgd", probability, values, precision="highest")
         return self.o_proj(y.reshape(b, t, -1)), keys, values
 
 
 def rotate(x: Array, positions: Array, frequencies: tuple[float, ...]) -> Array:
     """Turns channel pairs (i, i + dim / 2) of ``x[b, t, heads, dim]`` by position."""
-    angle = positions[:, None].astype(jnp.float32) * jnp.array(frequencies)
-    cos, sin = jnp.cos(angle)[:, None], jnp.sin(angle)[:, None]
+    angle = positions[..., None].astype(jnp.float32) * jnp.array(frequencies)
+    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
@@ -253,10 +261,10 @@ class Block(nnx.Module):
         self.mlp = MLP(weights, f"{name}.mlp")
 
     def __call__(
-        self, x: Array, keys: Array, values: Array, start: Array
+        self, x: Array, keys: Array, values: Array, start: Array, first: Array
     ) -> tuple[Array, Array, Array]:
         attended, keys, values = self.self_attn(
-            self.input_layernorm(x), keys, values, start
+            self.input_layernorm(x), keys, values, start, first
         )
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), keys, values
@@ -285,10 +293,11 @@ class Decoder(nnx.Module):
         """Runs ``ids[b, t]`` after what the cache holds: last hidden states, cache."""
         x = jnp.take(self.embed_tokens[...], ids, axis=0).astype(self.dtype)
         keys, values = list(cache.keys), list(cache.values)
+        place = cache.length, cache.first
         for i, layer in enumerate(self.layers):
-            x, keys[i], values[i] = layer(x, keys[i], values[i], cache.length)
+            x, keys[i], values[i] = layer(x, keys[i], values[i], *place)
         length = cache.length + ids.shape[1]
-        return self.norm(x), Cache(tuple(keys), tuple(values), length)
+        return self.norm(x), Cache(tuple(keys), tuple(values), length, cache.first)
 
     def logits(self, hidden: Array) -> Array:
         """Scores of the next token, in float32."""
@@ -299,12 +308,15 @@ class Decoder(nnx.Module):
         return scores.astype(jnp.float32)
 
 
-def load(path: str | Path, dtype: DTypeLike = jnp.float32) -> Decoder:
+def load(
+    path: str | Path, dtype: DTypeLike = jnp.float32, sharding: Any = None
+) -> Decoder:
     """Loads a model from a Hugging Face directory.
 
     Args:
       path: Directory with config.json and safetensors, quantized or not.
       dtype: Dtype of the activations.
+      sharding: Where each weight goes, as in `qjax.checkpoints.load`.
 
     Returns:
       The model; ``model(ids[b, t])`` gives logits ``[b, t, vocab]`` in float32.
@@ -317,7 +329,8 @@ def load(path: str | Path, dtype: DTypeLike = jnp.float32) -> Decoder:
         config = Config.from_json(qjax.checkpoints.read_config(path))
     except KeyError as error:
         raise ValueError(f"{path}: config.json lacks {error}.") from None
-    weights = Weights(qjax.checkpoints.load(path), config, dtype)
+    tensors = qjax.checkpoints.load(path, sharding=sharding)
+    weights = Weights(tensors, config, dtype)
     if config.tied:
         weights.tensors.pop("lm_head.weight", None)
     model = Decoder(weights)

@@ -8,13 +8,14 @@ before any weight is read, and `verify` looks at every value, too.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
+from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from qjax import ops, progress
-from qjax.checkpoints import modules, shards
+from qjax.checkpoints import cutting, modules, shards
 from qjax.checkpoints.checking import verify
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.writing import convert, save
@@ -23,13 +24,20 @@ from qjax.tensor import QTensor
 __all__ = ["convert", "load", "read_config", "save", "stream", "verify"]
 
 
+Sharding = Callable[[str], NamedSharding | Sequence[NamedSharding]]
+
+
 def load(
-    path: str | os.PathLike[str], *, prepare: bool = True
+    path: str | os.PathLike[str],
+    *,
+    prepare: bool = True,
+    sharding: Sharding | None = None,
 ) -> dict[str, QTensor | Array]:
     """Loads the weights of a checkpoint directory.
 
     Matrices are read one by one, so that host memory holds the model and a few times
-    its largest matrix.
+    its largest matrix; with ``sharding``, of the model only what the devices of this
+    process hold.
 
     Args:
       path: The directory: ``config.json`` beside ``model.safetensors``, or beside the
@@ -41,6 +49,12 @@ def load(
       prepare: Whether `qjax.prepare` gives each matrix the form that this device
         multiplies fastest. False keeps the layout of the file, which `qjax.formats`
         writes back bit for bit.
+      sharding: Says of a name, of those that are returned, where the weight goes: for a
+        quantized matrix a spec of ``(k, n)``, as in `qjax.shard`, and for every other
+        tensor one of its own axes. Of several, the first is taken that cuts the weight
+        evenly. The mesh may span processes: each reads, of GPTQ and AWQ and of dense
+        tensors, the bytes that its devices hold. Of an act-order matrix that is cut
+        along k it reads whole columns, and of other formats whole matrices.
 
     Returns:
       Quantized matrices, ``[k, n]``, under the paths of their modules
@@ -51,8 +65,9 @@ def load(
     Raises:
       FileNotFoundError: If the directory, a JSON file or a shard is missing.
       ValueError: If anything in the directory is not sound, or is not what the
-        quantization says, with the file and the tensor. Nothing is returned of a
-        checkpoint of which only a part is sound.
+        quantization says, with the file and the tensor; or if no sharding cuts a
+        weight evenly, with its name. Nothing is returned of a checkpoint of which only
+        a part is sound.
 
     Example:
       >>> weights = load("examples/llm/checkpoint")
@@ -61,18 +76,33 @@ def load(
       ...     weights["model.norm.weight"].shape,
       ... )
       ((256, 640), (256,))
+
+      Over the devices of a mesh, matrices by columns:
+
+      >>> mesh = jax.make_mesh((2,), ("model",))
+      >>> def place(name):
+      ...     is_packed = name.endswith("_proj")
+      ...     spec = jax.P(None, "model") if is_packed else jax.P()
+      ...     return NamedSharding(mesh, spec)
+      >>> weights = load("examples/llm/checkpoint", sharding=place)
+      >>> words = weights["model.layers.0.mlp.up_proj"].words[0]
+      >>> words.shape, [shard.data.shape for shard in words.addressable_shards]
+      ((32, 640), [(32, 320), (32, 320)])
     """
     parts = modules.open_parts(path)
     weights: dict[str, QTensor | Array] = {}
     with progress.bar(sum(part.nbytes for part in parts.values())) as advance:
-        for name, weight in _read(parts, prepare):
+        for name, weight in _read(parts, prepare, sharding):
             weights[name] = weight
             advance(parts[name].nbytes)
     return weights
 
 
 def stream(
-    path: str | os.PathLike[str], *, prepare: bool = True
+    path: str | os.PathLike[str],
+    *,
+    prepare: bool = True,
+    sharding: Sharding | None = None,
 ) -> Iterator[tuple[str, QTensor | Array]]:
     """Reads the weights of a checkpoint directory one after another.
 
@@ -82,6 +112,7 @@ def stream(
     Args:
       path: The directory, as in `load`.
       prepare: As in `load`.
+      sharding: As in `load`.
 
     Returns:
       An iterator over the names and weights of `load`, each read when it is asked for.
@@ -95,17 +126,20 @@ def stream(
       >>> len([name for name, _ in weights])
       30
     """
-    return _read(modules.open_parts(path), prepare)
+    return _read(modules.open_parts(path), prepare, sharding)
 
 
 def _read(
-    parts: Mapping[str, modules.Matrix | shards.Stored], prepare: bool
+    parts: Mapping[str, modules.Matrix | shards.Stored],
+    prepare: bool,
+    sharding: Sharding | None,
 ) -> Iterator[tuple[str, QTensor | Array]]:
     for name, part in parts.items():
-        weight = jax.device_put(part.read())
+        if sharding is not None:
+            weight = cutting.read(name, part, sharding(name), prepare)
+        else:
+            weight = jax.device_put(part.read())
+            weight = ops.prepare(weight) if prepare else weight
         # JAX works in the background: without waiting, the next matrices would be read
         # while buffers of this one are still alive.
-        yield (
-            name,
-            jax.block_until_ready(ops.prepare(weight) if prepare else weight),
-        )
+        yield name, jax.block_until_ready(weight)

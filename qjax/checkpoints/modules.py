@@ -1,5 +1,6 @@
 """Which tensors of a checkpoint make a quantized matrix, and which stand alone."""
 
+import contextlib
 import dataclasses
 import os
 import types
@@ -69,6 +70,54 @@ class Matrix:
     def read(self) -> QTensor:
         """Reads the matrix in the layout of the file."""
         arrays = {name: _given(stored.read()) for name, stored in self.tensors.items()}
+        return self._built(arrays)
+
+    def piece(self, at: Mapping[str, int], of: Mapping[str, int]) -> "Matrix | None":
+        """Picks one of equal pieces as a matrix of its own, and reads nothing.
+
+        Args:
+          at: Which one, along "k" and "n".
+          of: Into how many the matrix is cut. Along k its groups must be runs of rows,
+            which ``g_idx`` is then not needed to say.
+
+        Returns:
+          The piece, or None where the files do not hold it by itself.
+        """
+        axes = getattr(self.format, "axes", lambda *_: {})(self.tensors, self.config)
+        present = {axis for names in axes.values() for axis in names}
+        wanted = {axis for axis, count in of.items() if count > 1}
+        if axes.keys() != self.tensors.keys() or wanted - present:
+            return None
+        pieces = {}
+        for name, stored in self.tensors.items():
+            if axes[name] == ("k",) and of["k"] > 1:
+                continue
+            ranges = []
+            for size, axis in zip(stored.shape, axes[name], strict=True):
+                # All of a column may share a scale.
+                count = 1 if size == 1 else of.get(axis, 1)
+                if size % count:
+                    return None
+                share, first = size // count, at[axis] if count > 1 else 0
+                ranges.append(slice(first * share, (first + 1) * share))
+            pieces[name] = stored.piece(ranges)
+        matrix = dataclasses.replace(self, tensors=pieces)
+        with contextlib.suppress(ValueError):
+            matrix.check()
+            return matrix
+        return None
+
+    def blank(self) -> QTensor:
+        """A matrix of zeros of the same structure; of the files, ``g_idx`` is read."""
+        arrays = {
+            name: stored.read()
+            if len(stored.shape) == 1
+            else np.zeros(stored.shape, stored.dtype)
+            for name, stored in self.tensors.items()
+        }
+        return self._built(arrays)
+
+    def _built(self, arrays: Mapping[str, Any]) -> QTensor:
         try:
             return self.format.from_tensors(arrays, self.config)
         except ValueError as error:

@@ -1,9 +1,10 @@
 """The tensors of a directory's safetensors files: listed first, read one by one."""
 
 import dataclasses
+import io
 import math
 import mmap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -45,6 +46,8 @@ class Stored:
       shape: Its shape.
       dtype: Its dtype.
       metadata: Texts in the header of the file, which all of its tensors share.
+      whole: The shape in the file, where this is only a part; else None.
+      starts: Where the part begins on each axis.
     """
 
     file: Path
@@ -55,14 +58,33 @@ class Stored:
     metadata: Mapping[str, str] = dataclasses.field(
         default_factory=dict, repr=False, compare=False
     )
+    whole: tuple[int, ...] | None = None
+    starts: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:
         """Bytes in the file."""
         return math.prod(self.shape) * self.dtype.itemsize
 
+    def piece(self, ranges: Sequence[slice]) -> "Stored":
+        """Picks a part of the tensor, and reads nothing.
+
+        Args:
+          ranges: A slice without steps for each axis.
+        """
+        parts = [
+            range(size)[part] for size, part in zip(self.shape, ranges, strict=True)
+        ]
+        starts = self.starts or (0,) * len(parts)
+        return dataclasses.replace(
+            self,
+            shape=tuple(map(len, parts)),
+            whole=self.whole or self.shape,
+            starts=tuple(s + p.start for s, p in zip(starts, parts, strict=True)),
+        )
+
     def read(self) -> np.ndarray:
-        """Reads the tensor into memory of its own.
+        """Reads the tensor into memory of its own; of a part, no byte beside it.
 
         The pages of a map of the file, which safetensors would give, stay resident once
         they are touched. These are whole pages without a file: JAX on the CPU takes
@@ -71,16 +93,40 @@ class Stored:
         """
         private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
         pages = mmap.mmap(-1, max(self.nbytes, 1), flags=private)
-        data = np.frombuffer(pages, np.uint8, self.nbytes)
-        with self.file.open("rb") as stream:
-            stream.seek(self.offset)
-            size = stream.readinto(data)
-        if size != self.nbytes:
-            raise ValueError(
-                f"{self.file}: {self.name} has {size} of {self.nbytes} bytes; the "
-                "file was cut while it was loaded."
-            )
-        return data.view(self.dtype).reshape(self.shape)
+        data = memoryview(pages)[: self.nbytes]
+        offsets = self._runs()
+        size = self.nbytes // max(1, len(offsets))
+        # A buffer would read on.
+        with self.file.open("rb", buffering=0) as stream:
+            for number, offset in enumerate(offsets):
+                stream.seek(offset)
+                self._fill(stream, data, number * size, (number + 1) * size)
+        return np.frombuffer(pages, self.dtype, math.prod(self.shape)).reshape(
+            self.shape
+        )
+
+    def _runs(self) -> list[int]:
+        """Where in the file the runs begin, of equal length, that lie together."""
+        whole = self.whole or self.shape
+        cut = [axis for axis, size in enumerate(whole) if self.shape[axis] != size]
+        offsets = np.array([self.offset])
+        for axis in range(max(cut, default=-1) + 1):
+            stride = math.prod(whole[axis + 1 :]) * self.dtype.itemsize
+            # The last axis that is cut, and all behind it, are one run.
+            count = 1 if axis == cut[-1] else self.shape[axis]
+            steps = (self.starts[axis] + np.arange(count)) * stride
+            offsets = (offsets[:, None] + steps).reshape(-1)
+        return offsets.tolist()
+
+    def _fill(self, stream: io.FileIO, data: memoryview, done: int, end: int) -> None:
+        while done < end:
+            size = stream.readinto(data[done:end])
+            if not size:
+                raise ValueError(
+                    f"{self.file}: {self.name} has {done} of {self.nbytes} bytes; the "
+                    "file was cut while it was loaded."
+                )
+            done += size
 
 
 def scan(directory: Path) -> dict[str, Stored]:

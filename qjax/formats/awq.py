@@ -313,6 +313,14 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
             )
 
 
+def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, ...]]:
+    """Says what runs along the axes of each tensor, as `gptq.axes`."""
+    # Groups of "gemv" are padded along k; "gemv_fast" has rows of four outputs, and
+    # zeros that lie the other way round.
+    along = {"gemm": ("k", "n"), "gemv": ("n", "")}.get(_version(tensors, config))
+    return dict.fromkeys(tensors, along) if along else {}
+
+
 def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     """Reads one quantized matrix.
 

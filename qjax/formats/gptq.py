@@ -281,6 +281,8 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     """
     check_tensors(tensors, _EXPECTED, "GPTQ")
     codes_per_block, words_per_block = block(config.bits)
+    if config.layout == Planar():
+        codes_per_block, words_per_block = 32, config.bits
     rows, n = tensors["qweight"].shape
     if not rows or not n or rows % words_per_block or n % codes_per_block:
         raise ValueError(
@@ -301,6 +303,22 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     }
     source = f"qweight.shape={(rows, n)}, bits={config.bits} and "
     check_shapes(tensors, shapes, source + f"group_size={config.group_size}")
+
+
+def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, ...]]:
+    """Says what runs along the axes of each tensor, so that a part can be read.
+
+    The same share of each is a matrix by itself.
+
+    Args:
+      tensors: As in `check`.
+      config: The module's configuration.
+
+    Returns:
+      "k" or "n" for each axis, "" for one that is not cut, by upstream name.
+    """
+    del config
+    return {name: ("k",) if name == "g_idx" else ("k", "n") for name in tensors}
 
 
 def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:

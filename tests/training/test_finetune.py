@@ -35,8 +35,11 @@ def small_model(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("method", list(finetune.Method))
-def test_each_method_lowers_the_loss(method, small_model, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "mesh"),
+    [*[(method, None) for method in finetune.Method], ("scales", "1,2")],
+)
+def test_each_method_lowers_the_loss(method, mesh, small_model, tmp_path):
     for i in range(12):
         text = "def double(x):\n    return 2 * x\n" * (20 + i)
         (tmp_path / f"file_{i:02}.py").write_text(text)
@@ -46,6 +49,7 @@ def test_each_method_lowers_the_loss(method, small_model, tmp_path):
         **{"--method": method, "--steps": 6, "--batch": 1, "--context": 16},
         **{"--source": tmp_path, "--output": tmp_path / "curves.png"},
         **{"--model": small_model, "--rate": 0.01},
+        **({"--mesh": mesh} if mesh else {}),
     }
     arguments = [str(part) for pair in options.items() for part in pair]
     result = CliRunner().invoke(app, arguments)

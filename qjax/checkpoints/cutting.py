@@ -1,0 +1,200 @@
+"""Weights that are cut over devices while they are read.
+
+A process reads the pieces of its own devices. Dense tensors are read by ranges of every
+axis. So are quantized matrices whose format says what runs along the axes of its
+tensors (``axes``), unless act-order has spread the groups over all rows: those are read
+by columns. Of what cannot be read in pieces, all is read, a matrix at a time, and the
+pieces of other devices are dropped.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from jaxtyping import Array
+
+from qjax import ops, sharding
+from qjax.checkpoints.modules import Matrix
+from qjax.checkpoints.shards import Stored
+from qjax.sharding import P, entry_axes
+from qjax.tensor import Layout, QTensor
+
+Counts = Mapping[str, int]  # of pieces along "k" and "n"
+_WHOLE: Counts = {"k": 1, "n": 1}
+_FIRST: Counts = {"k": 0, "n": 0}
+
+
+def read(
+    name: str,
+    part: Matrix | Stored,
+    wanted: NamedSharding | Sequence[NamedSharding],
+    prepare: bool,
+) -> QTensor | Array:
+    """Reads one weight to where it belongs.
+
+    Args:
+      name: Its name.
+      part: Its tensors.
+      wanted: Where it goes, as ``sharding`` of `checkpoints.load` says.
+      prepare: As in `checkpoints.load`.
+
+    Returns:
+      The weight on its devices.
+
+    Raises:
+      ValueError: If none of the shardings cuts it evenly, with its name.
+    """
+    shardings = [wanted] if isinstance(wanted, NamedSharding) else list(wanted)
+    if isinstance(part, Stored):
+        return _array(name, part, shardings)
+    return _matrix(name, part, shardings, prepare)
+
+
+def _array(name: str, stored: Stored, shardings: Sequence[NamedSharding]) -> Array:
+    def fits(where: NamedSharding) -> NamedSharding:
+        if len(where.spec) > len(stored.shape):
+            raise ValueError(f"spec={where.spec} has more axes than {stored.shape}.")
+        where.shard_shape(stored.shape)  # refuses uneven shares
+        return where
+
+    # Devices that hold the same share one reading.
+    held: dict[str, np.ndarray] = {}
+
+    def part(index: Any) -> np.ndarray:
+        if str(index) not in held:
+            held[str(index)] = stored.piece(index).read()
+        return held[str(index)]
+
+    where = _first(name, fits, shardings)
+    return jax.make_array_from_callback(stored.shape, where, part, dtype=stored.dtype)
+
+
+def _matrix(
+    name: str, matrix: Matrix, shardings: Sequence[NamedSharding], prepare: bool
+) -> QTensor:
+    def prepared(w: QTensor, layout: Layout | None = None) -> QTensor:
+        return ops.prepare(w, layout=layout) if prepare else w
+
+    outline = _outline(matrix, [_counts(one) for one in shardings], prepared)
+    whole = prepared(matrix.read()) if outline is None else outline
+
+    def fits(where: NamedSharding) -> tuple[NamedSharding, QTensor, QTensor]:
+        w = sharding.cuttable(whole, where.spec)
+        return where, w, sharding.partition_specs(w, where.spec, where.mesh)
+
+    where, w, specs = _first(name, fits, shardings)
+    counts = _WHOLE if outline is None else _readable(matrix, w, _counts(where))
+    pieces: list[tuple[Counts, QTensor]] = []
+    for at in _owned(where, counts):
+        part = None if outline is None else matrix.piece(at, counts)
+        piece = w if part is None else prepared(part.read(), w.layout)
+        pieces.append((at, jax.tree.map(np.asarray, piece)))
+
+    def place(axes: P, leaf: Any, spec: P, *held: np.ndarray) -> Array:
+        by_piece = [(at, array) for (at, _), array in zip(pieces, held, strict=True)]
+        return _placed(leaf, axes, NamedSharding(where.mesh, spec), counts, by_piece)
+
+    return jax.tree.map(
+        place, sharding.names(w), w, specs, *[piece for _, piece in pieces]
+    )
+
+
+def _outline(
+    matrix: Matrix, counts: Sequence[Counts], prepared: Callable[[QTensor], QTensor]
+) -> QTensor | None:
+    """The matrix with abstract leaves, or None if it is not to be read in pieces.
+
+    What preparing does to the tree may depend on the values of ``g_idx``, but on none
+    that lie along n: it is done to zeros, of as few columns as are ever asked for.
+    """
+    columns = max(count["n"] for count in counts)
+    narrow = matrix.piece(_FIRST, {"k": 1, "n": columns})
+    if narrow is None or all(count == _WHOLE for count in counts):
+        return None
+    w = prepared(narrow.blank())
+
+    def wide(axes: P, leaf: Array) -> jax.ShapeDtypeStruct:
+        shape = tuple(
+            size * columns if axis == "n" else size
+            for size, axis in zip(leaf.shape, axes, strict=True)
+        )
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return jax.tree.map(wide, sharding.names(w), w)
+
+
+def _counts(where: NamedSharding) -> Counts:
+    """Into how many pieces a sharding cuts a matrix."""
+    entries = itertools.zip_longest("kn", where.spec[:2])
+    return {
+        str(axis): math.prod(where.mesh.shape[name] for name in entry_axes(entry))
+        for axis, entry in entries
+    }
+
+
+def _readable(matrix: Matrix, w: QTensor, counts: Counts) -> Counts:
+    """The pieces in which a matrix is read: those of ``counts``, or larger ones."""
+    in_order = w.order is None and w.row_group is None
+    rows = [counts["k"], 1] if in_order else [1]
+    tried = itertools.product(rows, [counts["n"], 1])
+    grids = [{"k": k, "n": n} for k, n in tried]
+    return next(one for one in grids if matrix.piece(_FIRST, one) is not None)
+
+
+def _owned(where: NamedSharding, counts: Counts) -> list[Counts]:
+    """The pieces that devices of this process have a part of."""
+    cut = _counts(where)
+    entries = NamedSharding(where.mesh, P(*where.spec[:2]))
+    shape = (cut["k"], cut["n"])
+    owned = {
+        tuple(
+            (part.start or 0) * counts[axis] // cut[axis]
+            for axis, part in zip("kn", index, strict=True)
+        )
+        for index in entries.addressable_devices_indices_map(shape).values()
+        if index is not None
+    }
+    return [{"k": k, "n": n} for k, n in sorted(owned)]
+
+
+def _placed(
+    leaf: Any,
+    axes: P,
+    where: NamedSharding,
+    counts: Counts,
+    pieces: Sequence[tuple[Counts, np.ndarray]],
+) -> Array:
+    """Puts a leaf together of the parts that pieces of the matrix have of it."""
+
+    def part(index: Any) -> np.ndarray:
+        at, local = {}, []
+        for size, axis, bounds in zip(leaf.shape, axes, index, strict=True):
+            along = (axis or "")[:1]
+            share = size // counts.get(along, 1)
+            start, stop, _ = bounds.indices(size)
+            if along in counts:
+                at[along] = start // share
+            first = at.get(along, 0) * share
+            local.append(slice(start - first, stop - first))
+        # What has no such axis is the same in every piece.
+        held = next(array for place, array in pieces if at.items() <= place.items())
+        return held[tuple(local)]
+
+    return jax.make_array_from_callback(leaf.shape, where, part, dtype=leaf.dtype)
+
+
+def _first(
+    name: str, fits: Callable[[NamedSharding], Any], shardings: Sequence[NamedSharding]
+) -> Any:
+    """What the first sharding gives that is not refused."""
+    faults = []
+    for where in shardings:
+        try:
+            return fits(where)
+        except ValueError as fault:
+            faults.append(str(fault))
+    raise ValueError(f"{name}: {' '.join(faults)}")

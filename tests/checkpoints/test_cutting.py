@@ -1,0 +1,211 @@
+"""Weights cut over devices while they are read: equal to those that are cut later."""
+
+import io
+import pathlib
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qjax
+from qjax import checkpoints
+from qjax.checkpoints.shards import Stored
+from qjax.formats import awq
+from tests.checkpoints import tiny
+
+TESTS = pathlib.Path(__file__).parents[1]
+PATHS = {
+    "act-order": TESTS.parent / "examples/llm/checkpoint",
+    "gptq": TESTS / "data/llama_gptq3_g64",
+    "awq": TESTS / "data/llama_awq4_g128",
+    "nf4": TESTS / "data/llama_nf4_dq",
+}
+# One of each shape: the files have three layers of them.
+MODULES = [f"model.layers.0.{name}" for name in ("self_attn.k_proj", "mlp.down_proj")]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    axes = (AxisType.Auto, AxisType.Auto)
+    devices = jax.devices("cpu")
+    return jax.make_mesh((2, 4), ("data", "model"), axes, devices=devices)
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Counts the bytes that are read of the weights, file by file."""
+    total, open_path = {}, pathlib.Path.open
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer):
+            size = super().readinto(buffer)
+            total[self.name] = total.get(self.name, 0) + size
+            return size
+
+    def counting(self, mode="r", buffering=-1, **options):
+        if buffering == 0:
+            return Counted(str(self), mode)
+        return open_path(self, mode, buffering, **options)
+
+    monkeypatch.setattr(pathlib.Path, "open", counting)
+    return total
+
+
+def assert_same(found, wanted):
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+    chex.assert_trees_all_equal(found, wanted)
+
+
+def first_layer(path, sharding=None):
+    weights = checkpoints.stream(path, sharding=sharding)
+    return {name: weight for name, weight in weights if name in MODULES}
+
+
+@pytest.mark.parametrize(
+    ("kind", "spec"),
+    [
+        ("act-order", P(None, "model")),
+        ("act-order", P(None, ("data", "model"))),
+        ("gptq", P("data", "model")),
+        ("gptq", P("data")),
+        ("awq", P(None, "data")),
+        ("nf4", P(None, "model")),
+    ],
+    ids=str,
+)
+def test_equals_shard_of_load(kind, spec, mesh):
+    whole = first_layer(PATHS[kind])
+    place = lambda name: NamedSharding(mesh, spec if name in whole else P())  # noqa: E731
+    found = first_layer(PATHS[kind], sharding=place)
+    assert set(found) == set(MODULES)
+    for name, w in whole.items():
+        assert_same(found[name], qjax.shard(w, mesh, spec))
+
+
+def write(directory, **tensors):
+    """A checkpoint of one matrix that is no more than its tensors."""
+    built = tiny.checkpoint()
+    built.tensors = {f"{tiny.MODULE}.{name}": a for name, a in tensors.items()}
+    built.config["quantization_config"]["group_size"] = 16
+    return built.write(directory)
+
+
+def test_rows_of_act_order_are_those_after_sorting(tmp_path, mesh):
+    tensors = tiny.matrix(k=64)
+    tensors["g_idx"] = np.random.default_rng(0).permutation(tensors["g_idx"])
+    path, spec = write(tmp_path, **tensors), P("data", "model")
+    where = NamedSharding(mesh, spec)
+    found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
+    assert found.order is not None
+    assert_same(found, qjax.shard(checkpoints.load(path)[tiny.MODULE], mesh, spec))
+
+
+@pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")], ids=str)
+def test_gemv_of_awq(tmp_path, mesh, spec):
+    # Twelve groups, which the file pads to sixteen, as it would six to eight.
+    dense = np.random.default_rng(0).normal(size=(1536, 64)).astype(np.float32)
+    w = qjax.quantize(jnp.asarray(dense), 4, 128, scale_dtype="float16")
+    built = tiny.checkpoint()
+    built.tensors = {
+        f"{tiny.MODULE}.{name}": np.asarray(array)
+        for name, array in awq.to_tensors(w, "gemv").items()
+    }
+    entry = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"}
+    built.config["quantization_config"] = entry
+    path, where = built.write(tmp_path), NamedSharding(mesh, spec)
+    found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
+    assert_same(found, qjax.shard(checkpoints.load(path)[tiny.MODULE], mesh, spec))
+
+
+@pytest.mark.parametrize("prepare", [True, False])
+def test_unprepared(tmp_path, mesh, prepare):
+    path, spec = write(tmp_path, **tiny.matrix()), P(None, "model")
+    where = NamedSharding(mesh, spec)
+    load = lambda **options: checkpoints.load(path, prepare=prepare, **options)  # noqa: E731
+    found = load(sharding=lambda _: where)[tiny.MODULE]
+    assert_same(found, qjax.shard(load()[tiny.MODULE], mesh, spec))
+
+
+def test_one_group_a_column(tmp_path, mesh):
+    built = tiny.checkpoint()
+    built.tensors = {
+        f"{tiny.MODULE}.{name}": array
+        for name, array in tiny.matrix(group=tiny.K).items()
+    }
+    built.config["quantization_config"]["group_size"] = -1
+    path, spec = built.write(tmp_path), P("data", "model")
+    where = NamedSharding(mesh, spec)
+    found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
+    assert_same(found, qjax.shard(checkpoints.load(path)[tiny.MODULE], mesh, spec))
+
+
+def test_first_sharding_that_fits(tmp_path, mesh):
+    path = tiny.checkpoint().write(tmp_path)
+    # Two groups, which two devices share and four do not; eight tokens.
+    specs = [P("model"), P("data", "model"), P()]
+    where = [NamedSharding(mesh, spec) for spec in specs]
+    found = checkpoints.load(
+        path, sharding=lambda name: where[: 3 if "." in name else 1]
+    )
+    assert found[tiny.MODULE].scale.sharding.spec == P("data", "model")
+    assert found["lm_head.weight"].sharding.spec == P("model")
+
+
+def test_refuses_with_the_name_of_the_weight(tmp_path, mesh, refuses):
+    path = tiny.checkpoint().write(tmp_path)
+    by_row = NamedSharding(mesh, P("model"))
+    with refuses(f"{tiny.MODULE}: spec={P('model')}: k of QTensor(32x64, 4 bits, "):
+        checkpoints.load(path, sharding=lambda _: by_row)
+    by_column = NamedSharding(mesh, P(None, "model"))
+    with refuses(f"model.norm.weight: spec={P(None, 'model')} has more axes than (64"):
+        checkpoints.load(path, sharding=lambda _: by_column)
+    three = NamedSharding(
+        jax.make_mesh((3,), ("three",), devices=jax.devices("cpu")[:3]), P("three")
+    )
+    with refuses("model.norm.weight: "):
+        checkpoints.load(path, sharding=lambda _: three)
+
+
+def test_devices_that_hold_the_same_share_one_reading(tmp_path, mesh, counted):
+    path = write(tmp_path, **tiny.matrix())
+    where = NamedSharding(mesh, P(None, "data"))
+    checkpoints.load(path, sharding=lambda _: where)
+    tensors = tiny.matrix()
+    # The groups are read for the structure, and with each of two pieces.
+    total = sum(array.nbytes for array in tensors.values())
+    assert counted == {
+        str(path / "model.safetensors"): total + 2 * tensors["g_idx"].nbytes
+    }
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        (slice(None), slice(None), slice(None)),
+        (slice(1, 3), slice(None), slice(None)),
+        (slice(None), slice(2, 4), slice(None)),
+        (slice(1, 2), slice(None), slice(3, 5)),
+        (slice(0, 0), slice(None), slice(1, 2)),
+    ],
+    ids=str,
+)
+def test_a_part_of_a_tensor(tmp_path, counted, ranges):
+    array = np.arange(4 * 5 * 6, dtype=np.int16).reshape(4, 5, 6)
+    file = tmp_path / "tensor"
+    file.write_bytes(b"head" + array.tobytes())
+    whole = Stored(
+        file=file, offset=4, name="t", shape=array.shape, dtype=jnp.dtype(np.int16)
+    )
+    part = whole.piece(ranges)
+    chex.assert_trees_all_equal(part.read(), array[ranges])
+    assert counted.get(str(file), 0) == part.nbytes == array[ranges].nbytes
+    if part.nbytes:
+        # A part of a part.
+        again = part.piece([slice(1, None), *[slice(None)] * 2])
+        chex.assert_trees_all_equal(again.read(), array[ranges][1:])
