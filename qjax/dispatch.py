@@ -18,6 +18,8 @@ from qjax.partitioning import explicitly_like, over_devices
 from qjax.sharding import P, Segmented
 from qjax.tensor import Layout, QTensor
 
+# Every implementation of the three products that `matmul` and its gradient need. One
+# raises `NotImplementedError` to decline its operands; other errors are the caller's.
 # Those of the GPU take the index of a matrix in a stack, too.
 _Table = Mapping[str, Callable[..., Any]]
 IMPLEMENTATIONS: Mapping[str, _Table] = {
