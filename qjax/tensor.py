@@ -253,7 +253,17 @@ class QTensor:
         return np.asarray(codes(self))
 
     def __getitem__(self, index: Any) -> Array:
-        """Unpacks the codes, and indexes them as `jax.numpy` does: uint8."""
+        """Unpacks the codes, and indexes them as `jax.numpy` does: uint8.
+
+        Raises:
+          ValueError: If ``index`` is a bare ``...``, by which Flax reads a Variable:
+            code that does wants the weight.
+        """
+        if index is Ellipsis:
+            raise ValueError(
+                "w[...] of a QTensor could mean the weight or the codes; "
+                "qjax.dequantize(w) gives the weight, and qjax.codes(w) the codes."
+            )
         return codes(self)[index]
 
     # Otherwise Python would count indices up until one is refused, and none is.

@@ -362,6 +362,9 @@ class TestPackedTensor:
             taken = w[index]
             assert taken.dtype == jnp.uint8
             chex.assert_trees_all_equal(np.asarray(taken), codes[index])
+        # Flax reads a Variable so, and would take the codes for the weight.
+        with pytest.raises(ValueError, match=r"w\[\.\.\.\] of a QTensor could mean"):
+            w[...]
         at = jax.jit(lambda w, i: w[i, 2:4])(w, 7)
         chex.assert_trees_all_equal(np.asarray(at), codes[7, 2:4])
 
