@@ -23,7 +23,7 @@ class Sharded:
     """``qjax.matmul`` over data and model axes, or its gradient."""
 
     m: int
-    by: str  # columns or rows
+    by: str  # columns, rows, or fsdp: columns, along the axis of the batch
     gradient: bool = False
 
     def __str__(self) -> str:
@@ -34,7 +34,8 @@ class Sharded:
         w = weight(4, 128, k=SIDE, n=SIDE)
         mesh = AbstractMesh(tuple(compiler.MESH.values()), tuple(compiler.MESH))
         cut, whole = P("data", "model"), P("data", None)
-        of_w = P("model", None) if self.by == "rows" else P(None, "model")
+        axis = "data" if self.by == "fsdp" else "model"
+        of_w = P(axis, None) if self.by == "rows" else P(None, axis)
         of_x, of_dy = (cut, whole) if self.by == "rows" else (whole, cut)
         specs = qjax.partition_specs(w, of_w, mesh)
         if self.gradient:
@@ -96,3 +97,19 @@ def test_gradient(case, program):
     assert communicated(program.hlo) == sorted(sums)
     assert words_stay(program.hlo)
     assert no_dense_weight(program.hlo, least=SIDE * SIDE // 4)
+
+
+@pytest.mark.parametrize("case", [Sharded(4096, "fsdp")], ids=str)
+@both
+def test_fsdp(program):
+    # Packed words, scales and zeros are gathered; the weight is formed of them, once.
+    (gathered,) = re.findall(r"= \((.+?)\) all-gather\(", program.hlo)
+    groups = SIDE // 128
+    assert sorted(re.findall(r"(\w+)\[([\d,]+)\]", gathered)) == [
+        ("f16", f"{groups},{SIDE}"),
+        ("u16", f"{SIDE // 64},{SIDE // 16},256"),
+        # The zeros as columns of bytes.
+        ("u8", f"{SIDE // 2},{2 * groups}"),
+    ]
+    assert names(program) == ["dequantize"]
+    assert program.temporaries < 2.5 * DENSE
