@@ -33,7 +33,8 @@ def quantize_model(
     rows that it looks up are dequantized alone. What else it does with a weight makes
     that one dense, with a warning that names its path, and is no error.
 
-    In nnx, plain `nnx.Linear` layers become `layers.nnx.Linear`; all other modules stay
+    In nnx, plain `nnx.Linear` layers become `layers.nnx.Linear`, but for those whose
+    kernels other code reads in the call with ``inputs``; all other modules stay
     instances of their classes, their packed weights in an attribute ``packed``. In
     linen, only ``apply`` of the model itself takes the quantized variables.
 

@@ -279,3 +279,31 @@ def test_words_are_never_parameters(quantized):
     for _, variable in nnx.to_flat_state(nnx.state(quantized, nnx.Param)):
         assert jnp.issubdtype(variable.dtype, jnp.floating)
     assert jax.tree.leaves(nnx.state(quantized, Quantized))
+
+
+class Tied(nnx.Module):
+    """Reads the kernel of a layer that is not its own."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        self.up = nnx.Linear(64, 32, rngs=rngs)
+        self.down = nnx.Linear(32, 64, rngs=rngs)
+
+    def __call__(self, x):
+        h = self.up(x)
+        return self.down(h) + h @ self.up.kernel[...].T
+
+
+def test_a_linear_whose_kernel_others_read_shows_them_the_weight():
+    dense, x = Tied(nnx.Rngs(0)), jnp.ones((2, 64))
+    model = qjax.quantize_model(dense, qjax.Spec(group_size=32), x)
+    assert type(model.down) is qjax.layers.nnx.Linear
+    assert isinstance(model.up, nnx.Linear)
+    with pytest.warns(UserWarning, match="up/kernel is made dense, as it is read out"):
+        found = model(x)
+    for name, packed in (
+        ("up", model.up.packed["kernel"]),
+        ("down", model.down.packed),
+    ):
+        weight = qjax.dequantize(nnx.as_pure(packed))
+        getattr(dense, name).kernel.set_value(weight)
+    same(found, dense(x))

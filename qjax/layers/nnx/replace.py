@@ -1,5 +1,6 @@
 """Quantizes the weights of an nnx model: `Linear` by ours, all others wrapped."""
 
+import contextlib
 import difflib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
@@ -73,6 +74,7 @@ def quantize(
     if unknown and (inputs or keywords):
         known |= _found(model, unknown, inputs, keywords, method)
     entries, replaced = [], []
+    read = _read_by_others(model, inputs, keywords, method)
     with packing.bar(weight.value for weight in chosen) as advance:
         for weight in weights:
             choice, form = choices[weight.path], known.get(weight.path)
@@ -89,8 +91,11 @@ def quantize(
                 replaced.append((weight, form, packed))
             if choice.spec is not None:
                 advance(entry.before)
-    for holder in _by_holder(replaced):
-        _replace(*holder)
+    for module, path, packed, kinds in _by_holder(replaced):
+        if path in read or not _is_plain(module):
+            wrapped.wrap(module, path, packed, kinds)
+        else:
+            _become_ours(module, packed["kernel"])
     return model, entries
 
 
@@ -218,26 +223,81 @@ def _by_holder(
     return list(modules.values())
 
 
-def _replace(
-    module: Any,
-    path: str,
-    packed: dict[str, QTensor],
-    kinds: dict[str, wrapped.Kind],
-) -> None:
-    options = ("precision", "dot_general", "promote_dtype", "preferred_element_type")
+# What a layer of Flax has that ours does not.
+_OPTIONS = ("precision", "dot_general", "promote_dtype", "preferred_element_type")
+
+
+def _is_plain(module: nnx.Module) -> bool:
+    """Whether a module computes what our `Linear` does."""
     defaults = inspect.signature(nnx.Linear.__init__).parameters
-    is_plain = type(module) is nnx.Linear and all(
-        getattr(module, name) is defaults[name].default for name in options
+    return type(module) is nnx.Linear and all(
+        getattr(module, name) is defaults[name].default for name in _OPTIONS
     )
-    if not is_plain:
-        wrapped.wrap(module, path, packed, kinds)
-        return
-    # It computes what ours does, and adapters are for ours.
-    for name in ("kernel", *options):
+
+
+def _become_ours(module: Any, kernel: QTensor) -> None:
+    # Adapters are for ours.
+    for name in ("kernel", *_OPTIONS):
         delattr(module, name)
-    changed: Any = module
-    changed.__class__ = Linear
-    changed.implementation, changed.packed = None, nnx.data(packed["kernel"])
+    module.__class__ = Linear
+    module.implementation, module.packed = None, nnx.data(kernel)
+
+
+def _read_by_others(
+    model: nnx.Module, inputs: tuple, keywords: Mapping[str, Any], method: str
+) -> set[str]:
+    """Paths of the `nnx.Linear` whose kernel is read by code that is not theirs.
+
+    Such code wants a Variable with the dense weight, as wrapped modules show it.
+    """
+    found: set[str] = set()
+    if not inputs and not keywords:
+        return found
+    watched = nnx.clone(model)
+    for path, module in list(nnx.iter_modules(watched)):
+        if type(module) is nnx.Linear:
+            module.__class__ = _watching(_name(path), found)
+    graphdef, state = nnx.split(watched)
+    given, tree = jax.tree.flatten((inputs, dict(keywords)))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in given]
+
+    def run(state: Any, arrays: list[Array]) -> None:
+        passed = iter(arrays)
+        pairs = zip(is_array, given, strict=True)
+        leaves = [next(passed) if is_one else leaf for is_one, leaf in pairs]
+        args, kwargs = jax.tree.unflatten(tree, leaves)
+        getattr(nnx.merge(graphdef, state), method)(*args, **kwargs)
+
+    arrays = [leaf for is_one, leaf in zip(is_array, given, strict=True) if is_one]
+    # What cannot be called so says why when it is called.
+    with contextlib.suppress(Exception):
+        jax.eval_shape(run, state, arrays)
+    return found
+
+
+def _watching(path: str, found: set[str]) -> type[nnx.Linear]:
+    """A `nnx.Linear` that notes whether others read its kernel."""
+    inside: list[None] = []
+
+    class Watched(nnx.Linear):
+        def __call__(self, *args: Any, **kwargs: Any) -> Array:
+            inside.append(None)
+            try:
+                return super().__call__(*args, **kwargs)
+            finally:
+                inside.pop()
+
+        @property
+        def kernel(self) -> nnx.Param:
+            if not inside:
+                found.add(path)
+            return vars(self)["kernel"]
+
+        @kernel.setter
+        def kernel(self, value: nnx.Param) -> None:
+            vars(self)["kernel"] = value
+
+    return Watched
 
 
 def load(model: nnx.Module, weights: Mapping[str, QTensor | Array]) -> None:
