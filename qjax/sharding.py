@@ -7,7 +7,8 @@ its share of every segment.
 
 `shard` puts a weight on a mesh and `partition_specs` gives the specs of its leaves, for
 `jax.shard_map` and ``in_shardings``. `qjax.matmul` of such a weight stays cut wherever
-it is traced (`qjax.partitioning`): packed words never move.
+it is traced (`qjax.partitioning`): packed words move only where the rows of x are cut
+along the same mesh axis and are larger.
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ h = act(up(routed.rows, routed.group_sizes))
 y = combine(down(h, routed.group_sizes), routed, weight)
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -96,6 +97,32 @@ def combine(
     back = y[jnp.argsort(routed.order)].reshape(*weight.shape, -1)
     counted = back.astype(jnp.float32) * weight.astype(jnp.float32)[..., None]
     return counted.sum(1).astype(y.dtype)
+
+
+def route(
+    layer: Callable[..., Array],
+    num_experts: int,
+    x: Num[Array, "t k"],
+    expert: Integer[Array, "t top_k"],
+    weight: Float[Array, "t top_k"],
+) -> Float[Array, "t n"]:
+    """Sorts tokens by expert, applies a layer, and sums over each token's experts.
+
+    Args:
+      layer: Of sorted rows and group sizes.
+      num_experts: As in `dispatch`.
+      x: As in `dispatch`.
+      expert: As in `dispatch`.
+      weight: As in `combine`.
+
+    Returns:
+      As `combine`.
+
+    Raises:
+      ValueError: As `dispatch` and `combine`.
+    """
+    routed = dispatch(x, expert, num_experts)
+    return combine(layer(routed.rows, routed.group_sizes), routed, weight)
 
 
 def apply(

@@ -203,9 +203,7 @@ class LoRA(nn.Module):
     ) -> Float[Array, "t n"]:
         """As `layers.linen.Experts.route`, with the adapters' product added."""
         base: Any = self.base
-        routed = experts.dispatch(inputs, expert, base.num_experts)
-        y = self(routed.rows, routed.group_sizes)
-        return experts.combine(y, routed, weight)
+        return experts.route(self, base.num_experts, inputs, expert, weight)
 
     def _add(self, y: Array, factored: Callable[[Array, Array], Array]) -> Array:
         scaling = lora.scaling(self.rank, self.alpha)

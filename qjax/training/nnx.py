@@ -127,7 +127,8 @@ class Shadowed(nnx.Module):
         weight: Float[Array, "t top_k"],
     ) -> Float[Array, "t n"]:
         """As `layers.nnx.Experts.route`, which the base must have."""
-        return _route(self, inputs, expert, weight)
+        base: Any = self.base
+        return experts.route(self, base.num_experts, inputs, expert, weight)
 
 
 def with_shadows(model: nnx.Module, shadows: Mapping[str, Array]) -> Any:
@@ -260,7 +261,8 @@ class LoRA(nnx.Module):
         weight: Float[Array, "t top_k"],
     ) -> Float[Array, "t n"]:
         """As `layers.nnx.Experts.route`, with the adapters' product added."""
-        return _route(self, inputs, expert, weight)
+        base: Any = self.base
+        return experts.route(self, base.num_experts, inputs, expert, weight)
 
     def _add(self, y: Array, factored: Callable[[Array, Array], Array]) -> Array:
         return lora.add(y, factored, self.a[...], self.b[...], self.scaling)
@@ -351,12 +353,6 @@ def merge_lora(model: nnx.Module) -> Any:
         return node.merge_quantized() if isinstance(node, LoRA) else node
 
     return nnx.recursive_map(merge, model)
-
-
-def _route(layer: Any, inputs: Array, expert: Array, weight: Array) -> Array:
-    routed = experts.dispatch(inputs, expert, layer.base.num_experts)
-    y = layer(routed.rows, routed.group_sizes)
-    return experts.combine(y, routed, weight)
 
 
 def _name(path: tuple) -> str:

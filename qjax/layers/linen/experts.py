@@ -104,9 +104,7 @@ class Experts(nn.Module):
         Raises:
           ValueError: As `Dense`, or if the arguments do not fit.
         """
-        routed = experts.dispatch(inputs, expert, self.num_experts)
-        y = self(routed.rows, routed.group_sizes)
-        return experts.combine(y, routed, weight)
+        return experts.route(self, self.num_experts, inputs, expert, weight)
 
     @nn.nowrap
     def factored(

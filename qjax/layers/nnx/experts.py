@@ -217,9 +217,7 @@ class Experts(Projection):
         Raises:
           ValueError: If shapes or dtypes do not fit.
         """
-        routed = experts.dispatch(inputs, expert, self.num_experts)
-        y = self(routed.rows, routed.group_sizes)
-        return experts.combine(y, routed, weight)
+        return experts.route(self, self.num_experts, inputs, expert, weight)
 
     def factored(
         self,

@@ -3,7 +3,7 @@
 import contextlib
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -162,20 +162,16 @@ def _found(
     graphdef, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     names = {id(weight.variable): weight.path for weight in weights}
-    given, static = jax.tree.flatten((inputs, dict(keywords)))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in given]
+    passed, arguments = _arrays_of(inputs, keywords)
 
     def run(arrays: dict[str, Array], others: list, passed: list) -> Any:
-        rest, mixed = iter(others), iter(passed)
+        rest = iter(others)
         leaves = [
             (path, _with(node, arrays.get(names.get(id(node), "")), rest))
             for path, node in flat
         ]
         merged = nnx.merge(graphdef, nnx.from_flat_state(leaves))
-        leaves = [
-            next(mixed) if a else leaf for a, leaf in zip(is_array, given, strict=True)
-        ]
-        args, kwargs = jax.tree.unflatten(static, leaves)
+        args, kwargs = arguments(passed)
         return getattr(merged, method)(*args, **kwargs)
 
     shapes = {
@@ -183,8 +179,23 @@ def _found(
         for weight in weights
     }
     others = [wrapped.value_of(node) for _, node in flat if names.get(id(node)) is None]
-    passed = [leaf for a, leaf in zip(is_array, given, strict=True) if a]
     return uses.find(run, shapes, others, passed)
+
+
+def _arrays_of(
+    inputs: tuple, keywords: Mapping[str, Any]
+) -> tuple[list[Any], Callable[[list[Any]], tuple[tuple, dict[str, Any]]]]:
+    """The arrays of a call, and what puts others in their place."""
+    given, tree = jax.tree.flatten((inputs, dict(keywords)))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in given]
+
+    def arguments(arrays: list[Any]) -> tuple[tuple, dict[str, Any]]:
+        rest, pairs = iter(arrays), zip(is_array, given, strict=True)
+        leaves = [next(rest) if is_one else leaf for is_one, leaf in pairs]
+        return jax.tree.unflatten(tree, leaves)
+
+    arrays = [leaf for is_one, leaf in zip(is_array, given, strict=True) if is_one]
+    return arrays, arguments
 
 
 def _with(node: Any, array: Array | None, others: Iterator[Any]) -> Any:
@@ -251,24 +262,20 @@ def _read_by_others(
     Such code wants a Variable with the dense weight, as wrapped modules show it.
     """
     found: set[str] = set()
-    if not inputs and not keywords:
+    linears = [m for _, m in nnx.iter_modules(model) if type(m) is nnx.Linear]
+    if not linears or not (inputs or keywords):
         return found
     watched = nnx.clone(model)
     for path, module in list(nnx.iter_modules(watched)):
         if type(module) is nnx.Linear:
             module.__class__ = _watching(_name(path), found)
     graphdef, state = nnx.split(watched)
-    given, tree = jax.tree.flatten((inputs, dict(keywords)))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in given]
+    arrays, arguments = _arrays_of(inputs, keywords)
 
     def run(state: Any, arrays: list[Array]) -> None:
-        passed = iter(arrays)
-        pairs = zip(is_array, given, strict=True)
-        leaves = [next(passed) if is_one else leaf for is_one, leaf in pairs]
-        args, kwargs = jax.tree.unflatten(tree, leaves)
+        args, kwargs = arguments(arrays)
         getattr(nnx.merge(graphdef, state), method)(*args, **kwargs)
 
-    arrays = [leaf for is_one, leaf in zip(is_array, given, strict=True) if is_one]
     # What cannot be called so says why when it is called.
     with contextlib.suppress(Exception):
         jax.eval_shape(run, state, arrays)
