@@ -32,7 +32,8 @@ def matmul(
     The weight is evaluated in float32 from widened scales and zeros, and the product is
     accumulated in float32. On an NVIDIA GPU (sm_80 and later), 16-bit activations and a
     weight that `prepare` put into `formats.tiles.Tiles` are multiplied by a kernel that
-    unpacks the codes in registers; elsewhere, XLA compiles the product.
+    unpacks the codes in registers, and with more than 32 rows rounds each weight to
+    float16; elsewhere, XLA compiles the product.
 
     Differentiable in ``x`` and in the float leaves of ``w``: scale, float zero,
     codebook and input scale; the cotangents of integer leaves are float0.

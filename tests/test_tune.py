@@ -121,7 +121,7 @@ WRONG = {
     "another dtype": ({"dtype": "float8"}, "dtype='float8' must be 'float16'"),
     "a ragged block": ({"block_m": 24}, "block_m=24 must be a power of two from 8"),
     "a large block": ({"block_n": 4096}, "block_n=4096 must be a power of two"),
-    "a small block": ({"block_k": 64}, "block_k=64 must be a power of two from 128"),
+    "a small block": ({"block_k": 32}, "block_k=32 must be a power of two from 64"),
     "no splits": ({"splits": 0}, "splits=0 must be an integer from 1 to 1024"),
     "three warps": ({"warps": 3}, "warps=3 must be a power of two from 1 to 16"),
     "no stages": ({"stages": 0}, "stages=0 must be an integer from 1 to 8"),
@@ -228,8 +228,11 @@ class TestLookup:
             w = weight(k, n)
             found = configs.for_matmul(8, w)
             # Not the splits of another shape, but the heuristic's for the tile.
-            programs = n // tile.block_n
-            splits = max(1, min(-(-528 // programs), k // tile.block_k // 4))
+            words = tile.block_n * 4 // 8
+            shared = tile.stages * tile.block_k * (words + 2 * tile.block_m)
+            programs = 132 * min(16 // tile.warps, (227 << 10) // shared)
+            splits = min(programs // (n // tile.block_n), k // tile.block_k // 4)
+            splits = max(1, splits)
             assert found == dataclasses.replace(tile, splits=splits)
 
     @pytest.mark.parametrize("other", [{"bits": 3}, {"group_size": 64}])
@@ -264,8 +267,8 @@ class TestLookup:
         assert configs.dense_rows("matmul", weight()) == rows
 
     def test_rows_for_the_dense_weight_of_what_was_not_measured(self, on_a_gpu):
-        assert configs.dense_rows("matmul", weight()) == 129
-        assert configs.dense_rows("matmul_t", weight()) == 65
+        assert configs.dense_rows("matmul", weight()) == 513
+        assert configs.dense_rows("matmul_t", weight()) == 257
 
 
 class TestJobs:

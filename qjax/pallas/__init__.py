@@ -4,7 +4,7 @@ Every function takes float32 rows and a matrix in `qjax.formats.tiles.Tiles`, or
 of matrices and the index of one, and raises `NotImplementedError` where it declines.
 The products run in float16 on tensor cores and are accumulated in float32; rows are
 scaled by powers of two first, so that activations that were bfloat16 or float16 lose
-nothing.
+nothing. Weights lose nothing up to 32 rows, and are rounded to float16 above.
 """
 
 from qjax.pallas.configs import dense_rows

@@ -7,18 +7,21 @@ or devices that were not, and programs compiled without a GPU, take the heuristi
 
 import dataclasses
 
+from qjax.formats import tiles
 from qjax.pallas import tables
-from qjax.pallas.operands import Config
+from qjax.pallas.operands import EXACT_ROWS, Config
 from qjax.tensor import QTensor
 
-# Programs that keep a large GPU busy: four on each of 132 multiprocessors.
-_PROGRAMS = 528
+# A large GPU: its multiprocessors, the warps that each holds at 128 registers a thread,
+# and the shared memory of each.
+_MULTIPROCESSORS, _WARPS, _SHARED = 132, 16, 227 << 10
 # Iterations of a program below which its pipeline of loads does not pay.
 _ITERATIONS = 4
 _BLOCK_N = 128
-# Rows from which forming the weight is faster: unpacking it for every 64 rows anew then
-# costs more than writing it once. From a model of the H200, not yet measured.
-_DENSE_ROWS = {"matmul": 129, "matmul_t": 65}
+# Rows from which forming the weight is faster. Writing it takes as long as a dense
+# product of some 230 rows, and unpacking it leaves tensor cores idle for a third of the
+# time or more. So says a model of the H200 (benchmarks/README.md): not yet measured.
+_DENSE_ROWS = {"matmul": 513, "matmul_t": 257}
 
 
 def for_matmul(m: int, w: QTensor) -> Config:
@@ -26,10 +29,15 @@ def for_matmul(m: int, w: QTensor) -> Config:
     return _resolve("matmul", m, w)
 
 
+def for_exact(m: int, w: QTensor) -> Config:
+    """Configures ``x @ W`` without rounding weights, whatever the rows of x."""
+    return _split("matmul", m, w, for_matmul(min(m, EXACT_ROWS), w))
+
+
 def for_blocks(blocks: int, m: int, w: QTensor) -> Config:
     """Configures ``x @ W`` of blocks of ``m`` rows, each by a matrix of its own."""
     config = for_matmul(m, w)
-    block_m = min(config.block_m, _power_of_two(m, 8, 64))
+    block_m = min(config.block_m, _power_of_two(m, 8, 128))
     return _split("matmul", blocks * m, w, dataclasses.replace(config, block_m=block_m))
 
 
@@ -67,31 +75,40 @@ def dense_rows(op: str, w: QTensor) -> int:
 def heuristic(op: str, m: int, w: QTensor) -> Config:
     """Configures an operation of `tables.OPS` without any measurement.
 
-    The fewest rows that hold m, up to where registers end. In ``x @ W``, iterations of
-    256 rows need fewer instructions a weight, and have the registers for it as long as
-    m is small and steps are few.
+    The fewest rows that hold m, up to where registers end.
     """
     if op == "dequantize":
         return _DEQUANTIZE
     if op == "matmul":
-        block_m = _power_of_two(m, 8, 64)
-        # A step of a codebook has no offsets to take off.
-        least = 128 if w.codebook is None else 64
-        few_steps = all((s.group_size or w.k) >= least for s in w.segments)
-        block_k = 256 if block_m <= 16 and few_steps else 128
-        config = Config(block_m, _BLOCK_N, block_k)
+        config = _heuristic_matmul(m, w)
     elif op == "matmul_t":
-        # Two warps have the registers for all rows of a block, of 7 bits for fewer
+        # Two warps have the registers for all rows of a block, of odd widths for fewer
         # columns; of 64 rows of dy, four.
         block_m = _power_of_two(m, 16, 64)
         if block_m == 64:
             config = Config(block_m, 64, 128)
         else:
-            columns = 32 if any(s.bits == 7 for s in w.segments) else 64
+            columns = 32 if any(s.bits in (3, 5, 7) for s in w.segments) else 64
             config = Config(block_m, columns, 128, warps=2)
     else:
         config = Config(_power_of_two(m, 8, 32), _BLOCK_N, 128)
     return _split(op, m, w, config)
+
+
+def _heuristic_matmul(m: int, w: QTensor) -> Config:
+    block_m = _power_of_two(m, 8, 128)
+    if block_m > EXACT_ROWS:
+        # Two programs to a multiprocessor: one unpacks while the other multiplies.
+        warps, block_k = (8, 64) if block_m == 128 else (4, 128)
+        # Long iterations take the shared memory of a third.
+        long = any(tiles.rows_of_block(s.bits) > 128 for s in w.segments)
+        return Config(block_m, _BLOCK_N, block_k, warps=warps, stages=2 if long else 3)
+    # Iterations of 256 rows need fewer instructions a weight, and have the registers
+    # for it as long as m is small and steps are few. A step of a codebook has no
+    # offsets to take off.
+    least = 128 if w.codebook is None else 64
+    few_steps = all((s.group_size or w.k) >= least for s in w.segments)
+    return Config(block_m, _BLOCK_N, 256 if block_m <= 16 and few_steps else 128)
 
 
 # One iteration a program, nothing to pipeline.
@@ -116,8 +133,21 @@ def _split(op: str, m: int, w: QTensor, config: Config) -> Config:
     walked, owned = (along_n, along_k) if op == "matmul_t" else (along_k, along_n)
     programs = _ceil(m, config.block_m) * _ceil(*owned)
     iterations = walked[0] // walked[1]
-    splits = max(1, min(_ceil(_PROGRAMS, programs), iterations // _ITERATIONS))
+    most = iterations // _ITERATIONS
+    if op != "scale_grad":
+        # Sums of splits, four bytes each, are written and read again: at most twice the
+        # bytes of the codes.
+        most = min(most, int(walked[0] * w.bits) // (32 * m))
+    # Not more than run at once: a few that are left over would take as long as all.
+    splits = max(1, min(_at_once(config, w) // programs, most))
     return dataclasses.replace(config, splits=splits)
+
+
+def _at_once(config: Config, w: QTensor) -> int:
+    """Programs that a large GPU holds, as far as warps and shared memory go."""
+    words = config.block_n * max(s.bits for s in w.segments) // 8
+    shared = config.stages * config.block_k * (words + 2 * config.block_m)
+    return _MULTIPROCESSORS * max(1, min(_WARPS // config.warps, _SHARED // shared))
 
 
 def _power_of_two(m: int, least: int, most: int) -> int:

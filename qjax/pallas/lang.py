@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array
 
 from qjax.pallas import lookup
+from qjax.pallas.affine import AffineMap
 
 # Its name on jax 0.10.1, where the backend's module has none.
 _dot = plt.dot if hasattr(plt, "dot") else vars(pl)["dot"]
@@ -35,6 +36,10 @@ class Lang(Protocol):
 
     def unpack(self, recipe: Any, planes: Sequence[Array]) -> Array:
         """Applies a `qjax.pallas.unpack.Recipe` to tiles of slots."""
+        ...
+
+    def affine(self, codes: Array, mapping: AffineMap) -> Array:
+        """Applies a map to float16 codes above its offset."""
         ...
 
     def look_up(self, slots: Array, table: Sequence[Array], sub_block: int) -> Array:
@@ -68,6 +73,17 @@ class _Triton:
         )
         return out
 
+    def affine(self, codes: Array, mapping: AffineMap) -> Array:
+        tiles = jnp.broadcast_arrays(codes, *mapping.columns)
+        (out,) = plt.elementwise_inline_asm(
+            mapping.ptx,
+            args=tiles,
+            pack=2,
+            constraints=",".join(["=r", *["r"] * len(tiles)]),
+            result_shape_dtypes=[jax.ShapeDtypeStruct(codes.shape, jnp.float16)],
+        )
+        return out
+
     def look_up(self, slots: Array, table: Sequence[Array], sub_block: int) -> Array:
         words = [jnp.broadcast_to(word, slots.shape) for word in table]
         (out,) = plt.elementwise_inline_asm(
@@ -95,6 +111,9 @@ class _Interpreted:
 
     def unpack(self, recipe: Any, planes: Sequence[Array]) -> Array:
         return recipe.on_slots(*planes)
+
+    def affine(self, codes: Array, mapping: AffineMap) -> Array:
+        return mapping.on_codes(codes)
 
     def look_up(self, slots: Array, table: Sequence[Array], sub_block: int) -> Array:
         return lookup.on_slots(slots, table, sub_block)

@@ -3,13 +3,8 @@
 The weight is the A operand and ``x`` the B operand (``W.T @ x.T``), because `Tiles`
 stores what a lane feeds to the tensor core as A. A program owns ``block_n`` columns of
 the output, ``block_m`` rows and a run of k (split-K, summed afterwards in a fixed
-order). The codes enter the product as ``q + offset`` (`qjax.pallas.unpack`), and zeros
-are not subtracted from them: the accumulator of a step starts at
-
-    - (sum offset * x) - z * (sum x)
-
-so that it ends at ``sum (q - z) * x``, and the scale of the group is applied to it, in
-float32. What is left for a weight is half a LOP3 and its share of the rest.
+order). With few rows it scales products, with many the weights before them
+(`qjax.pallas.scaling`).
 
 The segments of a mixed matrix are loops one after another in the same launch. Their
 bounds come from a table in memory, so that matrices which mix the same widths in other
@@ -19,7 +14,7 @@ every block of rows may have one of its own.
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +24,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang, rows
+from qjax.pallas import lang, rows, scaling
 from qjax.pallas.operands import (
     DTYPE,
     Config,
@@ -82,7 +77,7 @@ class Operands(NamedTuple):
 
     Attributes:
       x: Rows in the order of `operands.arrange`.
-      start: What the accumulators start at; None with a codebook.
+      start: What the accumulators start at; None with a codebook, or scaled weights.
       bounds: Of every segment, where the kernel is not compiled for them.
       table: Of a codebook.
       words: Of every segment.
@@ -125,7 +120,8 @@ def matmul(
       float32 product.
 
     Raises:
-      NotImplementedError: If the kernel declines ``w``, with the reason.
+      NotImplementedError: If the kernel declines ``w``, with the reason, or bfloat16
+        arithmetic with a ``config`` that scales weights.
     """
     by_block = index is not None and index.ndim == 1
     if w.codebook is not None and by_block:
@@ -133,6 +129,10 @@ def matmul(
     if w.codebook is not None and dtype != DTYPE:
         raise NotImplementedError(
             f"The entries of a codebook become float16, not {dtype}."
+        )
+    if config.scales_weights and dtype != DTYPE:
+        raise NotImplementedError(
+            f"Programs of {config.block_m} rows round weights to float16, not {dtype}."
         )
     runs, bounds = zip(*_segments(w, config), strict=True)
     m, columns = len(x), w.n + w.padding
@@ -205,8 +205,9 @@ def _prepare(
     interpret: bool,
 ) -> Rows:
     """Pads, scales, orders and sums rows: in one launch where all of k is alike."""
-    # No offset stands beside the entries of a codebook.
-    sums = 0 if w.codebook is not None else 1 if w.zero is None else 2
+    # No offset stands beside the entries of a codebook, or beside weights.
+    none = w.codebook is not None or config.scales_weights
+    sums = 0 if none else 1 if w.zero is None else 2
     k = w.k + sum(segment.padding for segment in w.segments)
     if len(runs) == 1 and rows.fits(k):
         (run,) = runs
@@ -277,13 +278,29 @@ def _body(
         Columns(language, ref, run.bits, start, config.block_n, entries, dtype)
         for run, ref in zip(runs, refs.words, strict=True)
     ]
-    program = _Program(language, affine, x_rows, refs)
+    shares = [config.share(split, bound.iterations) for bound in bounds]
+    unit = None
+    if config.scales_weights:
+        spans = list(map(_span, runs, bounds, shares))
+        unit = scaling.unit_of(refs.parameters, affine, segments[0], spans)
+    program = _Program(language, affine, x_rows, refs, config.scales_weights, unit)
     acc = jnp.zeros((config.block_n, config.block_m), jnp.float32)
-    for run, bound, columns in zip(runs, bounds, segments, strict=True):
-        begin, end = config.share(split, bound.iterations)
-        acc = program.add_segment(acc, run, bound, columns, begin, end)
+    for run, bound, columns, share in zip(runs, bounds, segments, shares, strict=True):
+        acc = program.add_segment(acc, run, bound, columns, *share)
+    if unit is not None:
+        acc *= unit.undo
     out = out_ref.at[split, x_rows, segments[0].slice]
     lang.store(out, acc.T, segments[0].inside)
+
+
+def _span(run: Run, bounds: Bounds, share: tuple[Any, Any]) -> scaling.Span:
+    begin, end = (iteration * run.block_k for iteration in share)
+    end = bounds.group + (end + run.group - 1) // run.group
+    return scaling.Span(
+        bounds.group + begin // run.group,
+        jnp.minimum(end, bounds.last_group + 1),
+        run.bits,
+    )
 
 
 class _Program(NamedTuple):
@@ -293,6 +310,8 @@ class _Program(NamedTuple):
     affine: Affine
     rows: Any  # of x, a slice
     refs: Operands
+    scales_weights: bool
+    unit: scaling.Unit | None
 
     def add_segment(
         self,
@@ -333,7 +352,15 @@ class _Program(NamedTuple):
                     places(run.bits, bounds.block + iteration * blocks, row, run.steps),
                     run.steps.joined,
                 )
-                acc = self._add_step(acc, product, sums, scale_and_zero)
+                if self.scales_weights:
+                    read = scaling.weights(
+                        columns, self.affine, self.unit, scale_and_zero
+                    )
+                    acc = product(acc, read)
+                else:
+                    acc = scaling.add_step(
+                        self.language, self.affine, acc, product, sums, scale_and_zero
+                    )
             return acc, following
 
         return lax.fori_loop(begin, end, iterate, (acc, load(begin)))[0]
@@ -354,21 +381,3 @@ class _Program(NamedTuple):
             for ref in self.refs.parameters
         ]
         return sums, scale_and_zero
-
-    def _add_step(
-        self,
-        acc: Array,
-        product: Callable[[Array], Array],
-        sums: Sequence[Array],
-        scale_and_zero: Sequence[Array],
-    ) -> Array:
-        """Adds the product of a step, less offsets and zeros, scaled."""
-        fma = self.language.fma
-        scale, *zero = (p.astype(jnp.float32)[:, None] for p in scale_and_zero)
-        begin, *minus_sum = [s[None] for s in sums] or [jnp.zeros_like(acc)]
-        if zero and self.affine is Affine.ZERO:
-            begin = fma(zero[0], minus_sum[0], begin)
-        acc = fma(product(jnp.broadcast_to(begin, acc.shape)), scale, acc)
-        if zero and self.affine is not Affine.ZERO:
-            acc = fma(-zero[0], minus_sum[0], acc)
-        return acc

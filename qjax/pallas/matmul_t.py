@@ -147,7 +147,6 @@ def _body(
     entries = None if refs.table is None else read_table(refs.table)
     block = iteration * (config.block_k // tiles.rows_of_block(bits))
     step_rows = range(0, config.block_k, steps.rows)
-    centre = affine.centre(bits)
     unit = lang.load_row(refs.unit, 0, columns=pl.ds(0, 1))
 
     def add_columns(j: Array, accs: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -165,8 +164,7 @@ def _body(
             )
             scaled = (dy * (scale.astype(jnp.float32) * unit)[None]).astype(DTYPE)
             for place in places(bits, matrix.block + block, row, steps):
-                offset = columns.offset(place) + centre
-                codes = _codes(columns.operand(place), offset, zero)
+                codes = columns.scaled(place, affine, zero)
                 new.append(next(old) + language.dot(scaled, codes))
         return tuple(new)
 
@@ -179,14 +177,3 @@ def _body(
         for place in places(bits, block, row, steps):
             tile = next(done).reshape(1, config.block_m, place.width, 1, tiles.SIDE)
             lang.store(out_ref.at[(pl.ds(split, 1), rows, *place.rows)], tile)
-
-
-def _codes(operand: Array, offset: float, zero: list[Array]) -> Array:
-    """Takes offset and zero off; exact but for a float zero, rounded once."""
-    if not offset and not zero:
-        return operand
-    if not zero:
-        return operand - jnp.asarray(offset, DTYPE)
-    if jnp.issubdtype(zero[0].dtype, jnp.integer):
-        return operand - (zero[0].astype(DTYPE) + jnp.asarray(offset, DTYPE))[:, None]
-    return operand - jnp.asarray(offset, DTYPE) - zero[0].astype(DTYPE)[:, None]

@@ -24,6 +24,8 @@ from qjax.tensor import Affine, Grouping, QTensor
 DTYPE = jnp.dtype(jnp.float16)
 # Scaled rows of x have their largest element in [2**14, 2**15).
 TOP = 14
+# Programs of more rows have no registers for the products of a step beside their sum.
+EXACT_ROWS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +33,10 @@ class Config:
     """How a launch is cut up.
 
     Attributes:
-      block_m: Rows of x of one program, a power of two from 8.
+      block_m: Rows of x of one program, a power of two from 8. It decides how `matmul`
+        applies scales (`scales_weights`).
       block_n: Columns of one program, a power of two from 32.
-      block_k: Rows of the weight of one iteration, a power of two from 128.
+      block_k: Rows of the weight of one iteration, a power of two from 64.
       splits: Runs of k, each the work of another program.
       warps: Warps of a program.
       stages: Iterations whose words are loaded ahead.
@@ -45,6 +48,11 @@ class Config:
     splits: int = 1
     warps: int = 4
     stages: int = 3
+
+    @property
+    def scales_weights(self) -> bool:
+        """Whether `matmul` scales weights, rounding them, and not their products."""
+        return self.block_m > EXACT_ROWS
 
     def fitting(self, bits: int, rows: int) -> "Config":
         """Returns this with iterations that cut ``rows`` padded rows evenly."""
@@ -80,9 +88,14 @@ class Steps(NamedTuple):
         block = tiles.rows_of_block(bits)
         blocks = max(1, rows // block)
         sub_blocks = min(tiles.sub_blocks(bits), rows // tiles.SIDE)
-        # One product a step keeps wgmma busy. mma.sync, which eight rows of x take,
-        # needs no join, only 32 rows a product.
-        joined = sub_blocks if config.block_m > 8 else -(-2 // blocks)
+        if config.scales_weights:
+            # Two products a step: tensor cores have work while the second is unpacked,
+            # and where one follows another, no two warps unpack the same weights.
+            joined = max(1, sub_blocks // 2)
+        else:
+            # One product a step keeps wgmma busy. mma.sync, which eight rows of x take,
+            # needs no join, only 32 rows a product.
+            joined = sub_blocks if config.block_m > 8 else -(-2 // blocks)
         return cls(rows, blocks, sub_blocks, joined)
 
 

@@ -48,7 +48,7 @@ def fused_bf16(
 ) -> Float[Array, "m n"]:
     """`fused` in bfloat16: elements of a row may differ by more than 2**28."""
     dtype = jnp.dtype(jnp.bfloat16)
-    return matmul(x, w, configs.for_matmul(len(x), w), dtype=dtype, index=index)
+    return matmul(x, w, configs.for_exact(len(x), w), dtype=dtype, index=index)
 
 
 def fused_t(

@@ -1,15 +1,17 @@
-"""A matrix in `Tiles` as a kernel's body reads it: sub-blocks of ``q + offset``."""
+"""A matrix in `Tiles` as a kernel reads it: codes above an offset, or weights."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Num
 
 from qjax.formats import tiles
 from qjax.pallas import lang, unpack
+from qjax.pallas.affine import AffineMap
 from qjax.pallas.operands import DTYPE, Steps
+from qjax.tensor import Affine
 
 
 class Place(NamedTuple):
@@ -45,6 +47,7 @@ class Columns:
     """Some columns of the weight.
 
     Attributes:
+      width: How many.
       slice: Of the columns.
       inside: Which of them exist, or None where all do.
     """
@@ -73,8 +76,7 @@ class Columns:
         self._lang, self._words_ref, self._bits = language, words_ref, bits
         self._recipes, self._table = unpack.recipes(bits, dtype), table
         self._units = pl.ds(start // tiles.SIDE, width // tiles.SIDE)
-        self._width = width
-        self.slice = pl.ds(start, width)
+        self.width, self.slice = width, pl.ds(start, width)
         self.inside = self._units_inside = None
         units = words_ref.shape[2]
         if units * tiles.SIDE % width:
@@ -100,6 +102,32 @@ class Columns:
         """Reads a sub-block of codes in nibbles as entries of a `lookup.table`."""
         return self._lang.look_up(self._slots(place, 0), table, place.sub_block)
 
+    def scaled(
+        self,
+        place: Place,
+        affine: Affine,
+        zero: Sequence[Num[Array, " n"]],
+        scale: Float[Array, " n"] | None = None,
+    ) -> Float[Array, "n k"]:
+        """Reads a sub-block as weights, each rounded to float16.
+
+        Args:
+          place: The sub-block.
+          affine: The map of its codes.
+          zero: Of every column, or none.
+          scale: float16, of every column. None leaves codes less their zeros, which are
+            exact but for a float zero.
+        """
+        column, before = [z.astype(DTYPE)[:, None] for z in zero], affine is Affine.ZERO
+        mapping = AffineMap(
+            self.offset(place) + affine.centre(self._bits),
+            zero=column[0] if column and before else None,
+            scale=None if scale is None else scale[:, None],
+            added=column[0] if column and not before else None,
+            whole=all(jnp.issubdtype(z.dtype, jnp.integer) for z in zero),
+        )
+        return self._lang.affine(self.operand(place), mapping)
+
     def add_product(
         self,
         x_ref: Any,
@@ -108,6 +136,7 @@ class Columns:
         sub_blocks: Sequence[Place],
         joined: int,
         acc: Float[Array, "n m"],
+        read: Callable[[Place], Array] | None = None,
     ) -> Float[Array, "n m"]:
         """Adds the product of a step, offsets included, on tensor cores.
 
@@ -118,9 +147,11 @@ class Columns:
           sub_blocks: Of the step.
           joined: Sub-blocks that one product takes.
           acc: float32 accumulator.
+          read: Reads a sub-block; `operand` unless another is given.
         """
+        read = read or self.operand
         for i in range(0, len(sub_blocks), joined):
-            operand = _join([self.operand(p) for p in sub_blocks[i : i + joined]])
+            operand = _join([read(p) for p in sub_blocks[i : i + joined]])
             xs = x_ref[rows, pl.ds(k, operand.shape[1])]
             acc += self._lang.dot(operand, xs.T)
             k += operand.shape[1]
@@ -139,7 +170,7 @@ class Columns:
         slots = lang.load(self._words_ref.at[where], inside)
         # block, column unit, n2 n1 n0, k2 k1, k3, n3, k0
         axes = slots.reshape(place.width, -1, 8, 4, 2, 2, 2)
-        return axes.transpose(1, 5, 2, 0, 4, 3, 6).reshape(self._width, -1)
+        return axes.transpose(1, 5, 2, 0, 4, 3, 6).reshape(self.width, -1)
 
 
 def _join(parts: Sequence[Array]) -> Array:

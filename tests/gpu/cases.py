@@ -65,6 +65,7 @@ class Matmul:
     block_n: int = 128
     warps: int = 4
     splits: int = 4
+    stages: int = 3
 
     def __str__(self) -> str:
         group = "column" if self.group_size is None else f"g{self.group_size}"
@@ -75,7 +76,14 @@ class Matmul:
 
     @property
     def config(self) -> Config:
-        return Config(self.block_m, self.block_n, self.block_k, self.splits, self.warps)
+        return Config(
+            self.block_m,
+            self.block_n,
+            self.block_k,
+            self.splits,
+            self.warps,
+            self.stages,
+        )
 
     @property
     def rows(self) -> int:
@@ -86,6 +94,18 @@ class Matmul:
     def weights(self) -> float:
         """Weights of one thread in one pass of the loop."""
         return self.rows * self.config.block_n / (32 * self.config.warps)
+
+    @property
+    def words(self) -> int:
+        """The parameter of the kernel with the words: after x, sums of x or a table."""
+        plain = self.config.scales_weights and self.convention != "codebook"
+        return 1 if plain else 2
+
+    @property
+    def fits_float16(self) -> bool:
+        """Whether no weight is rounded, or as float16 they need no common scale."""
+        plain = self.scale == "float16" and self.convention != "codebook"
+        return plain or not self.config.scales_weights
 
     @property
     def weight(self) -> QTensor:

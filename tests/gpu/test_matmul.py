@@ -11,7 +11,6 @@ ARCHS = ("sm_80", "sm_90")
 # One row of configurations for each thing that changes the code, not their product.
 CASES = [
     *(Matmul(4, block_m, block_k) for block_m in (8, 16, 32) for block_k in (128, 256)),
-    Matmul(4, 64, 128),
     Matmul(4, 8, 128, warps=2),
     Matmul(4, 16, 128, warps=2),
     Matmul(4, 8, 128, block_n=64, warps=1),
@@ -30,8 +29,18 @@ CASES = [
     ),
     Matmul(4, 8, 256, 64, "codebook", "float32"),
     Matmul(4, 16, 256, 128, "codebook", "bfloat16"),
+    # These scale weights.
+    Matmul(4, 64),
+    Matmul(4, 64, 128, 64, "offset", "bfloat16"),
+    Matmul(3, 64, 256, stages=2),
+    Matmul(4, 128, 64, warps=8),
+    Matmul(4, 128, 64, 32, "centered", "bfloat16", warps=8),
+    Matmul(4, 128, 64, 64, "codebook", "float32", warps=8),
+    Matmul(2, 128, 128, warps=8),
+    Matmul(8, 128, 64, None, warps=8),
+    Matmul(7, 128, 256, warps=8, stages=2),
 ]
-CODEBOOKS = [case for case in CASES if case.convention == "codebook"]
+CODEBOOKS = [c for c in CASES if c.convention == "codebook" and c.block_m <= 16]
 # Instructions a weight, at most, with groups of 128 and zeros. For scale: while an H200
 # reads a weight of 4 bits, each quarter of a multiprocessor issues 3.3.
 GOALS = {
@@ -75,13 +84,11 @@ def test_weights_go_from_memory_to_registers_in_order(case, arch, kernel):
     size = case.weights * case.bits / 8
     loads = ptx.loads(kernel.ptx)
     # cp.async of 16 bytes: no register holds the words on the way.
-    assert loads.copies[2] == [16] * int(size / 16)
-    assert loads.loop[2] == size
+    assert loads.copies[case.words] == [16] * int(size / 16)
+    assert loads.loop[case.words] == size
     assert kernel.hot.number("LDG.128") == 0
-    # A lane takes its words back 16 bytes at a time, as they lay in memory. 64 rows are
-    # too many accumulators for mma.sync: it goes over the words twice.
-    halves = 2 if arch == "sm_80" and case.block_m == 64 else 1
-    assert kernel.hot.number("LDS.128") == halves * size / 16
+    # A lane takes its words back 16 bytes at a time, as they lay in memory.
+    assert kernel.hot.number("LDS.128") == size / 16
     # What is stored to shared memory is metadata, which a thread loads by the column
     # and needs by the fragment: in each step the scale, and the zero if there is one.
     steps = max(1, case.rows / (case.group_size or case.rows))
@@ -138,11 +145,20 @@ def test_bytes(case, arch, compiled):
     # first; those of the first group are loaded ahead of the loop, as are words, but
     # words are not loaded past the end in return.
     groups = max(1, passes * min(1, case.rows / (case.group_size or w.k)))
-    thread = loads.loop[2] * passes
+    # Where the largest scale is sought first, 32 groups at a time, they are in the L2
+    # when they are read again.
+    steps = max(1, case.rows / (case.group_size or case.rows))
+    sought = 0 if case.fits_float16 else 32 * case.block_n / launch.threads
+    thread = loads.loop[case.words] * passes
     floor = w.words[0].size * 2
-    for parameter, array in ((3, w.scale), (4, w.zero)):
+    for parameter, array in enumerate((w.scale, w.zero), case.words + 1):
         if array is not None:
-            thread += loads.loop[parameter] * groups + loads.before[parameter]
+            of_thread = loads.loop[parameter] * groups + loads.before[parameter]
+            if parameter == case.words + 1 or case.convention == "offset":
+                of_thread -= sought * array.dtype.itemsize
+            # Threads that share a column take its parameters from the L1.
+            columns = steps * case.block_n * array.dtype.itemsize / launch.threads
+            thread += of_thread * min(1, columns / loads.loop[parameter])
             floor += array.size * array.dtype.itemsize
     loaded = thread * launch.threads * math.prod(launch.grid)
     assert 0.99 * floor <= loaded <= 1.03 * floor

@@ -17,6 +17,7 @@ CASES = [
     Other("matmul_t", 4, 64),
     Other("matmul_t", 8, 16),
     Other("matmul_t", 3, 16),
+    Other("matmul_t", 5, 16),
     Other("matmul_t", 7, 16),
     Other("scale_grad", 4, 8),
     Other("scale_grad", 4, 32),

@@ -46,7 +46,7 @@ def no_dense_weight(hlo, least=DENSE // 2):
     return all(size < least for name, size in floats if name != "parameter")
 
 
-@pytest.mark.parametrize("case", [Product(1), Product(16), Product(64)], ids=str)
+@pytest.mark.parametrize("case", [Product(m) for m in (1, 16, 64, 256, 512)], ids=str)
 @both
 def test_matmul(program):
     assert words_stay(program.hlo)
@@ -100,23 +100,23 @@ def test_gradient_of_ragged_matmul(program):
     assert names == {"matmul", "matmul_t", "rows", "scale_grad"}
 
 
-@pytest.mark.parametrize("case", [Product(256)], ids=str)
+@pytest.mark.parametrize("case", [Product(1024)], ids=str)
 @both
 def test_many_rows_form_the_weight_once(program):
     assert words_stay(program.hlo)
     (name,) = (name for name, _ in compiler.calls(program.hlo))
     assert name.startswith("dequantize_4bit")
-    # float16, and no wider or second copy of it.
-    assert DENSE <= program.temporaries < 1.5 * DENSE
+    # float16, and no wider or second copy of it; rows of x, in float16 and as ordered.
+    assert DENSE <= program.temporaries < 1.6 * DENSE
 
 
-@pytest.mark.parametrize("case", [Layers(512)], ids=str)
+@pytest.mark.parametrize("case", [Layers(1024)], ids=str)
 @both
 def test_backward_forms_weights_again(case, program):
     names = [re.sub(r"_4bit.*", "", name) for name, _ in compiler.calls(program.hlo)]
     assert names == ["dequantize"] * 2 * case.count
-    # One at a time, in 16 bits, and rows.
-    assert program.temporaries < 2 * DENSE
+    # One at a time, in 16 bits, and rows, a quarter or half of that each.
+    assert program.temporaries < 3 * DENSE
 
 
 @pytest.mark.parametrize("case", [Native(1)], ids=str)

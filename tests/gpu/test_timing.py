@@ -20,7 +20,7 @@ SIDE = 4096
 def ours():
     w = weight(4, 128, k=SIDE, n=SIDE)
     op = functools.partial(matmul, config=configs.heuristic("matmul", 8, w))
-    return op, jax.ShapeDtypeStruct((8, SIDE), jnp.float32), w
+    return op, jax.ShapeDtypeStruct((8, SIDE), jnp.bfloat16), w
 
 
 def dense():

@@ -55,6 +55,22 @@ def _lop3(a, b, c, table):
     return result
 
 
+def _of_halves(operation):
+    """An operation of two float16 in each register, rounded once."""
+
+    def run(*registers):
+        # Exact in float64 until it is rounded.
+        halves = [
+            np.stack([r & 0xFFFF, r >> 16]).astype(np.uint16).view(np.float16)
+            for r in np.broadcast_arrays(*registers)
+        ]
+        result = operation(*(h.astype(np.float64) for h in halves))
+        low, high = result.astype(np.float16).view(np.uint16).astype(np.uint32)
+        return low | high << np.uint32(16)
+
+    return run
+
+
 def _shift(move):
     def shift(a, distance):
         # PTX clamps; the text has no reason to go so far.
@@ -66,6 +82,11 @@ def _shift(move):
 
 
 _OPERATIONS = {
+    "mov.b32": lambda a: a,
+    "add.rn.f16x2": _of_halves(lambda a, b: a + b),
+    "sub.rn.f16x2": _of_halves(lambda a, b: a - b),
+    "mul.rn.f16x2": _of_halves(lambda a, b: a * b),
+    "fma.rn.f16x2": _of_halves(lambda a, b, c: a * b + c),
     "and.b32": np.bitwise_and,
     "prmt.b32": _prmt,
     "lop3.b32": _lop3,

@@ -97,6 +97,8 @@ def launches(text):
         (7, 32, 256, 128, "centered"),
         (8, 8, 128, None, "centered"),
         (8, 64, 128, 32, "symmetric"),
+        (4, 128, 64, 128, "integer zero"),
+        (5, 128, 256, 64, "float zero"),
     ],
 )
 def test_matmul(bits, block_m, block_k, group_size, convention):
@@ -207,7 +209,7 @@ def stacked(w, count=3):
 
 
 @pytest.mark.parametrize("convention", ["integer zero", "codebook"])
-@pytest.mark.parametrize(("m", "count"), [(4, PRODUCT), (200, 1)])
+@pytest.mark.parametrize(("m", "count"), [(4, PRODUCT), (200, PRODUCT), (600, 1)])
 def test_a_stack_by_index(convention, m, count):
     x, w = struct((m, 512), jnp.bfloat16), stacked(weight(4, 64, convention))
     index = struct((), jnp.int32)

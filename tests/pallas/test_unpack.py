@@ -6,6 +6,7 @@ import pytest
 
 from qjax.formats import tiles
 from qjax.pallas import lookup, unpack
+from qjax.pallas.affine import AffineMap
 from tests.pallas import ptx
 
 FLOAT16, BFLOAT16 = jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)
@@ -107,6 +108,27 @@ def test_lookup_of_every_code(sub_block, rng):
     np.testing.assert_array_equal(found, expected.view(np.uint16))
     in_jnp = lookup.on_slots(jnp.asarray(slots), list(jnp.asarray(words)), sub_block)
     np.testing.assert_array_equal(_bits(in_jnp), expected.view(np.uint16))
+
+
+@pytest.mark.parametrize("offset", [256.0, -1151.0, 0.0])
+@pytest.mark.parametrize("zero", ["whole", "float", None])
+@pytest.mark.parametrize("scaled", ["scaled", "added", None])
+def test_text_does_what_the_map_says(offset, zero, scaled, rng):
+    codes = rng.integers(0, 256, (64, 1)) + offset
+    zeros = rng.integers(0, 256, (64, 1)) + (0.37 if zero == "float" else 0)
+    mapping = AffineMap(
+        offset,
+        zero=jnp.asarray(zeros, FLOAT16) if zero else None,
+        scale=jnp.asarray(rng.random((64, 1)), FLOAT16) if scaled else None,
+        added=jnp.asarray(rng.random((64, 1)), FLOAT16) if scaled == "added" else None,
+        whole=zero != "float",
+    )
+    codes = jnp.asarray(codes, FLOAT16)
+    columns = [_bits(value).astype(np.uint32) for value in (codes, *mapping.columns)]
+    # Two neighbors of a column share a register.
+    result = ptx.run(mapping.ptx, [low | low << 16 for low in columns])
+    expected = _bits(mapping.on_codes(codes)).astype(np.uint32)
+    np.testing.assert_array_equal(result, expected | expected << 16)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)

@@ -35,9 +35,9 @@ OPS = ("matmul", "matmul_t", "scale_grad", "dequantize")
 _LEAST_ROWS, _MOST_ROWS = 8, 4096
 # Values of the fields of a `Config`: least, most, and whether powers of two alone.
 LIMITS = {
-    "block_m": (8, 128, True),
+    "block_m": (8, 256, True),
     "block_n": (32, 256, True),
-    "block_k": (128, 512, True),
+    "block_k": (64, 512, True),
     "splits": (1, 1024, False),
     "warps": (1, 16, True),
     "stages": (1, 8, False),

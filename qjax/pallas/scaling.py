@@ -1,0 +1,140 @@
+"""Where a scale is applied: to the products of a step, or to the weights before them.
+
+Products are scaled in float32: nothing is lost. The codes enter them as ``q + offset``
+(`qjax.pallas.unpack`), and zeros are not subtracted: the accumulator of a step starts
+at
+
+    - (sum offset * x) - z * (sum x)
+
+so that it ends at ``sum (q - z) * x``. What is left for a weight is half a LOP3 and its
+share of the step's rest. That share grows with the rows of x, and a second accumulator
+takes registers. Weights are scaled in float16, each rounded once: one instruction more
+for a weight, none for a step.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array, Float
+
+from qjax.pallas import lang
+from qjax.pallas.operands import DTYPE, TOP, bring_to
+from qjax.pallas.weight import Columns, Place
+from qjax.tensor import Affine
+
+# Groups of which the largest scale is sought at once.
+_GROUPS = 32
+
+
+def add_step(
+    language: lang.Lang,
+    affine: Affine,
+    acc: Float[Array, "n m"],
+    product: Callable[[Array], Array],
+    sums: Sequence[Float[Array, " m"]],
+    scale_and_zero: Sequence[Array],
+) -> Float[Array, "n m"]:
+    """Adds the product of a step, less offsets and zeros, scaled.
+
+    Args:
+      language: What the body is written in.
+      affine: The map of the codes.
+      acc: Sum of the steps before.
+      product: Adds the product of codes with their offsets to what it takes.
+      sums: Of `operands.start`, for this step; none with a codebook.
+      scale_and_zero: Of every column, as stored.
+    """
+    scale, *zero = (p.astype(jnp.float32)[:, None] for p in scale_and_zero)
+    begin, *minus_sum = [s[None] for s in sums] or [jnp.zeros_like(acc)]
+    if zero and affine is Affine.ZERO:
+        begin = language.fma(zero[0], minus_sum[0], begin)
+    acc = language.fma(product(jnp.broadcast_to(begin, acc.shape)), scale, acc)
+    if zero and affine is not Affine.ZERO:
+        acc = language.fma(-zero[0], minus_sum[0], acc)
+    return acc
+
+
+class Span(NamedTuple):
+    """The groups of a segment that a program reads: the first, and one past the last.
+
+    ``bits`` is the width of their codes.
+    """
+
+    first: Any
+    end: Any
+    bits: int
+
+
+class Unit(NamedTuple):
+    """Powers of two that bring the weights of a program into range, and back."""
+
+    factor: Float[Array, ""]
+    undo: Float[Array, ""]
+
+
+def unit_of(
+    parameters: Sequence[Any],
+    affine: Affine,
+    columns: Columns,
+    spans: Sequence[Span],
+) -> Unit | None:
+    """Finds what lets float16 hold the weights of a program, whatever their scales.
+
+    Args:
+      parameters: References to scale, and zero if there is one.
+      affine: The map of the codes.
+      columns: The program's.
+      spans: Its groups.
+
+    Returns:
+      None where scales are float16, and the codes integers: as float16 their products
+      are as exact as in any range, and no larger than the weights of a float16 model.
+    """
+    floats = parameters[:1] if affine is Affine.ZERO else parameters
+    if affine is not Affine.CODEBOOK and all(ref.dtype == DTYPE for ref in floats):
+        return None
+
+    def largest_of(span: Span) -> Callable[[Array, Array], Array]:
+        # Codes, or entries of a codebook, are smaller.
+        bound = 2.0 if affine is Affine.CODEBOOK else 2.0**span.bits
+
+        def largest(i: Array, found: Array) -> Array:
+            start = span.first + i * _GROUPS
+            inside = (start + jnp.arange(_GROUPS) < span.end)[:, None]
+            if columns.inside is not None:
+                inside = inside & columns.inside[None]
+            shape = (_GROUPS, columns.width)
+            inside = jnp.broadcast_to(inside, shape)
+            scale, *added = (
+                jnp.abs(
+                    lang.load(
+                        ref.at[pl.ds(start, _GROUPS), columns.slice], inside
+                    ).astype(jnp.float32)
+                )
+                for ref in floats
+            )
+            return jnp.maximum(found, sum(added, scale * bound).max())
+
+        return largest
+
+    found = jnp.float32(0)
+    for span in spans:
+        chunks = (span.end - span.first + _GROUPS - 1) // _GROUPS
+        found = lax.fori_loop(0, chunks, largest_of(span), found)
+    return Unit(*bring_to(found, TOP))
+
+
+def weights(
+    columns: Columns, affine: Affine, unit: Unit | None, scale_and_zero: Any
+) -> Callable[[Place], Float[Array, "n k"]]:
+    """Returns what reads a sub-block of a step as weights, in their `Unit`."""
+    scale, *zero = scale_and_zero
+    if unit is not None:
+        scale = scale.astype(jnp.float32) * unit.factor
+        if affine is not Affine.ZERO:
+            zero = [z.astype(jnp.float32) * unit.factor for z in zero]
+    scale = scale.astype(DTYPE)
+    return lambda place: columns.scaled(place, affine, zero, scale)
