@@ -1,6 +1,6 @@
 """Times decoding of a Llama of 7 billion random weights: 4 bits against dense bfloat16.
 
-    python benchmarks/gpu_decode.py
+    python benchmarks/gpu_decode.py [--seconds N]
 
     # A smoke run, which shows that the script works:
     python benchmarks/gpu_decode.py --platform cpu --layers 2 --hidden 256 \\
@@ -13,8 +13,10 @@ out at once, packing included, and beside it what XLA plans for a step: weights,
 and temporaries.
 
 Prints a table and writes it, as JSON, to
-``benchmarks/results/gpu_decode-<device>-jax<version>.json``; on a CPU nothing is
-written unless ``--results`` names a folder: such figures mean nothing.
+``benchmarks/results/gpu_decode-<device>-jax<version>.json``, anew after every process.
+With ``--seconds`` it ends before the next process would take longer than that, and says
+in the file what is left out. On a CPU nothing is written unless ``--results`` names a
+folder: such figures mean nothing.
 """
 
 import argparse
@@ -23,7 +25,6 @@ import functools
 import importlib.metadata
 import os
 import platform
-import re
 import statistics
 import sys
 import time
@@ -40,6 +41,7 @@ WARM_UP = 3
 REPEATS = 5
 KINDS = ("dense bf16", "4 bits")
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
+ANSWER = 900  # seconds in which a process has packed, compiled and decoded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,59 +224,83 @@ def table(results: dict[str, dict[str, Any]], title: str) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu")
+    parser.add_argument("--seconds", type=float, help="after which nothing is begun")
     for field in dataclasses.fields(Size):
         parser.add_argument(f"--{field.name}", type=int, default=field.default)
     parser.add_argument("--results", type=Path, help="folder to write to")
     parser.add_argument("--work", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    return parser.parse_args()
+
+
+def measure(
+    kind: str, size: dict[str, int], environment: dict[str, str], within: float
+) -> dict[str, Any]:
+    """The figures of one kind of weights, in a process of its own."""
+    worker = Worker(__file__, kind, **environment)
+    try:
+        figures = worker.ask(within, **size)
+    except harness.GoneError as error:
+        return {"failed": str(error)}
+    worker.end()
+    return figures
+
+
+def main() -> None:
+    arguments = parse()
     if arguments.work:
         work(arguments.work)
         return
+    clock = harness.Clock(arguments.seconds)
     on_cpu = arguments.platform == "cpu"
-    warning = " (CPU: SMOKE RUN, NO MEASUREMENT)" if on_cpu else ""
-    size = {
-        field.name: getattr(arguments, field.name) for field in dataclasses.fields(Size)
-    }
+    names = [field.name for field in dataclasses.fields(Size)]
     environment = harness.environment_of(arguments.platform)
     flags = os.environ.get("XLA_FLAGS", "")
-    variants = (
-        {"": flags} if on_cpu else {"": flags, ", no graphs": f"{flags} {NO_GRAPHS}"}
-    )
-    results: dict[str, dict[str, Any]] = {}
-    for kind in KINDS:
-        for suffix, flags in variants.items():
-            print(f"{kind}{suffix}{warning}", file=sys.stderr, flush=True)
-            worker = Worker(__file__, kind, **environment, XLA_FLAGS=flags.strip())
-            try:
-                results[kind + suffix] = worker.ask(**size)
-                worker.end()
-            except harness.GoneError as error:
-                results[kind + suffix] = {"failed": str(error)}
-    devices = {r["device"] for r in results.values() if "device" in r}
-    if not devices:
-        raise SystemExit(f"Nothing ran: {results[KINDS[0]]['failed']}")
-    device = devices.pop()
-    report = {
+    suffixes = {"": flags}
+    if not on_cpu:
+        suffixes[", no graphs"] = f"{flags} {NO_GRAPHS}".strip()
+    todo = [(kind, suffix) for suffix in suffixes for kind in KINDS]
+    report: dict[str, Any] = {
         "command": " ".join(["python", *sys.argv]),
-        "warning": warning.strip(),
+        "warning": " (CPU: SMOKE RUN, NO MEASUREMENT)" if on_cpu else "",
         "date": time.strftime("%Y-%m-%d"),
-        "device": device,
+        "device": "",
         "cpu": harness.cpu(),
         "python": platform.python_version(),
         "versions": harness.versions(sys.executable, ["jax", "jaxlib", "flax"]),
-        "size": size,
-        "results": results,
+        "size": {name: getattr(arguments, name) for name in names},
+        "results": {},
+        "left_out": [kind + suffix for kind, suffix in todo],
     }
-    print(table(results, f"Decoding on {device}{warning}"))
     folder = arguments.results or (None if on_cpu else harness.RESULTS)
-    if folder is not None:
-        kind = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-        name = f"gpu_decode-{'CPU-SMOKE' if on_cpu else kind}"
-        version = importlib.metadata.version("jax")
-        print(harness.write(f"{name}-jax{version}", report, folder))
+    for kind, suffix in harness.in_time(todo, clock):
+        label = kind + suffix
+        print(label + report["warning"], file=sys.stderr, flush=True)
+        chosen = environment | {"XLA_FLAGS": suffixes[suffix]}
+        # All of what is left, and a little: `in_time` expects no more.
+        within = min(ANSWER, max(60, clock.left))
+        report["results"][label] = measure(kind, report["size"], chosen, within)
+        report["left_out"].remove(label)
+        save(report, folder)
+    device = report["device"] or "no device"
+    print(table(report["results"], f"Decoding on {device}{report['warning']}"))
+    if not report["device"]:
+        raise SystemExit("Nothing ran.")
+    if file := save(report, folder):
+        print(file)
+
+
+def save(report: dict[str, Any], folder: Path | None) -> Path | None:
+    """Writes the report as it is, once a process has named the device."""
+    devices = [r["device"] for r in report["results"].values() if "device" in r]
+    if not devices:
+        return None
+    report["device"] = devices[0]
+    kind = "CPU-SMOKE" if report["warning"] else harness.slug(devices[0])
+    name = f"gpu_decode-{kind}-jax{importlib.metadata.version('jax')}"
+    return None if folder is None else harness.write(name, report, folder)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,21 +137,15 @@ def _stored_bytes(tree: Any) -> int:
     )
 
 
-def jax_weights(k: int, n: int) -> Weights:
-    """Dense bfloat16, and ours: four widths and a mixed matrix."""
-    uniform = {f"qjax, {bits} bits": _ours_of(k, n, bits) for bits in (4, 2, 3, 8)}
-    return {
-        "dense bf16, XLA": lambda: _dense(k, n),
-        **uniform,
-        "qjax, EXL2 mix of 4.0 bits": lambda: _mixed(k, n),
-    }
-
-
-def _dense(k: int, n: int) -> Weight:
+def dense_weights(k: int, n: int) -> Weights:
+    """What XLA makes of a bfloat16 product."""
     import jax.numpy as jnp
 
-    codes = Codes.random(k, n, 4)
-    return _bind(jnp.dot, dense_of(codes), 16, codes)
+    def make() -> Weight:
+        codes = Codes.random(k, n, 4)
+        return _bind(jnp.dot, dense_of(codes), 16, codes)
+
+    return {"dense bf16, XLA": make}
 
 
 def dense_of(codes: Codes) -> Any:
@@ -169,14 +163,15 @@ def dense_of(codes: Codes) -> Any:
     return form(*map(jnp.asarray, codes))
 
 
-def _ours_of(k: int, n: int, bits: int) -> Callable[[], Weight]:
-    def make() -> Weight:
-        import qjax
+def our_weights(k: int, n: int, *, bits: int) -> Weights:
+    """Ours of one width."""
+    import qjax
 
+    def make() -> Weight:
         codes = Codes.random(k, n, bits)
         return _bind(qjax.matmul, qjax.prepare(packed(codes, bits)), bits, codes)
 
-    return make
+    return {f"qjax, {bits} bits": make}
 
 
 def packed(codes: Codes, bits: int) -> Any:
@@ -198,26 +193,30 @@ def packed(codes: Codes, bits: int) -> Any:
 MIX = ((6, 1 / 8), (5, 1 / 8), (4, 3 / 8), (3, 3 / 8))
 
 
-def _mixed(k: int, n: int) -> Weight:
+def mixed_weights(k: int, n: int) -> Weights:
+    """Ours with rows of four widths."""
     import jax.numpy as jnp
 
     import qjax
 
-    parts = [
-        Codes.random(int(k * share), n, bits, symmetric=True) for bits, share in MIX
-    ]
-    w = qjax.tensor.build(
-        tuple(
-            qjax.bits.pack_fields(jnp.asarray(part.q), bits)
-            for part, (bits, _) in zip(parts, MIX, strict=True)
-        ),
-        jnp.concatenate([jnp.asarray(part.scale) for part in parts]),
-        layout=qjax.formats.gptq.Stream(),
-        segments=tuple(qjax.tensor.Segment(bits, GROUP) for bits, _ in MIX),
-        affine=qjax.tensor.Affine.CENTERED,
-    )
-    columns = np.concatenate([part.columns for part in parts])
-    return _bind(qjax.matmul, qjax.prepare(w), 4, columns)
+    def make() -> Weight:
+        parts = [
+            Codes.random(int(k * share), n, bits, symmetric=True) for bits, share in MIX
+        ]
+        w = qjax.tensor.build(
+            tuple(
+                qjax.bits.pack_fields(jnp.asarray(part.q), bits)
+                for part, (bits, _) in zip(parts, MIX, strict=True)
+            ),
+            jnp.concatenate([jnp.asarray(part.scale) for part in parts]),
+            layout=qjax.formats.gptq.Stream(),
+            segments=tuple(qjax.tensor.Segment(bits, GROUP) for bits, _ in MIX),
+            affine=qjax.tensor.Affine.CENTERED,
+        )
+        columns = np.concatenate([part.columns for part in parts])
+        return _bind(qjax.matmul, qjax.prepare(w), 4, columns)
+
+    return {"qjax, EXL2 mix of 4.0 bits": make}
 
 
 def _qarray(codes: Codes) -> Any:
@@ -271,8 +270,14 @@ def tokamax_weights(k: int, n: int) -> Weights:
     }
 
 
+# Each in a process of its own, so that a fault of one kernel ends no other's.
+OURS: dict[str, Callable[[int, int], Weights]] = {
+    **{f"qjax-{b}": functools.partial(our_weights, bits=b) for b in (4, 2, 3, 8)},
+    "qjax-mixed": mixed_weights,
+}
 LIBRARIES: dict[str, Callable[[int, int], Weights]] = {
-    "jax": jax_weights,
+    "dense": dense_weights,
+    **OURS,
     "qwix": qwix_weights,
     "tokamax": tokamax_weights,
 }
@@ -304,8 +309,12 @@ def rates(*, small: bool) -> dict[str, float]:
     return {"bytes": 2 * 4 * words / copy, "operations": 2 * side**3 / product}
 
 
-def layout_moves(k: int, n: int, *, small: bool) -> Iterator[dict[str, Any]]:
-    """Moves 4-bit codes between layouts, and dequantizes: seconds and bytes of each."""
+def layout_moves(k: int, n: int, *, small: bool) -> dict[str, Callable[[], Any]]:
+    """Moves of 4-bit codes between layouts, and to the dense weight.
+
+    Returns:
+      For each, by name, what gives its seconds and bytes.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -322,34 +331,43 @@ def layout_moves(k: int, n: int, *, small: bool) -> Iterator[dict[str, Any]]:
         "Tiles": tiles.Tiles(),
     }
     stream = packed(Codes.random(k, n, 4), 4)
-    count = 2 if small else timing.copies_beyond(stream.nbytes)
+    codes, dense = stream.words[0].nbytes, 2 * k * n
+    to_dense = functools.partial(qjax.dequantize, dtype=jnp.bfloat16)
 
-    def row(name: str, op: Callable[..., Any], w: Any, written: int) -> dict[str, Any]:
+    def launched(w: Any) -> Any:
+        return kernel(w, jnp.bfloat16, configs.for_dequantize(w))
+
+    def move(source: Any, op: Callable[..., Any], written: int) -> dict[str, Any]:
+        w = qjax.relayout(stream, source)
+        count = 2 if small else timing.copies_beyond(w.nbytes)
         copies = [jax.tree.map(jnp.copy, w) for _ in range(count)]
-        nbytes = w.words[0].nbytes + written
-        rounds = 1 if small else timing.rounds(nbytes, 0, count)
+        rounds = 1 if small else timing.rounds(codes + written, 0, count)
         program = timing.chained(op, rounds)
         seconds = timing.timed(lambda: program([], copies), 5)
         return {
-            "name": name,
             "seconds": [s / (rounds * count) for s in seconds],
-            "bytes": nbytes,
+            "bytes": codes + written,
         }
 
-    for source, layout in layouts.items():
-        w = qjax.relayout(stream, layout)
-        for target, other in layouts.items():
-            if target == source:
-                continue
-            move = functools.partial(qjax.relayout, layout=other)
-            written = w.words[0].nbytes
-            yield row(
-                f"{source} to {target}", lambda w, move=move: move(w).words, w, written
-            )
-        dense = functools.partial(qjax.dequantize, dtype=jnp.bfloat16)
-        yield row(f"{source} to dense bf16", dense, w, 2 * k * n)
+    moves: dict[str, Callable[[], Any]] = {}
+    for name, source in layouts.items():
+        for other, target in layouts.items():
+            if other != name:
+                words = functools.partial(_relaid, layout=target)
+                moves[f"{name} to {other}"] = functools.partial(
+                    move, source, words, codes
+                )
+        moves[f"{name} to dense bf16"] = functools.partial(
+            move, source, to_dense, dense
+        )
     if not small:
-        w = qjax.relayout(stream, tiles.Tiles())
-        config = configs.for_dequantize(w)
-        launch = functools.partial(kernel, dtype=jnp.bfloat16, config=config)
-        yield row("Tiles to dense bf16, kernel", launch, w, 2 * k * n)
+        moves["Tiles to dense bf16, kernel"] = functools.partial(
+            move, layouts["Tiles"], launched, dense
+        )
+    return moves
+
+
+def _relaid(w: Any, layout: Any) -> Any:
+    import qjax
+
+    return qjax.relayout(w, layout).words

@@ -1,40 +1,44 @@
 """Times products with packed weights on an NVIDIA GPU: qjax, dense, and peers.
 
-    python benchmarks/gpu_matmul.py [--peer-python PATH] [--quick]
+    python benchmarks/gpu_matmul.py [--peer-python PATH] [--quick] [--seconds N]
 
-Every library runs in a process of its own, and the processes are timed in turn, repeat
-by repeat. The JAX ones put many calls into one program; PyTorch's are captured in a
-CUDA graph. All rotate over copies of the weight that together exceed the L2 cache. A
-result is compared with float64 before it is timed, and what is wrong is not timed. A
-library that does not run is listed with its error; ``--peer-python`` names an
-interpreter that has PyTorch's, since they and JAX may need different ones. The roofs
-are measured in the same run: a copy of 512 MiB, and a bfloat16 product of 8192 x 8192 x
-8192.
+Every width of qjax, the dense product and every peer run in processes of their own,
+which are timed in turn, repeat by repeat. The JAX ones put many calls into one program;
+PyTorch's are captured in a CUDA graph. All rotate over copies of the weight that
+together exceed the L2 cache. A result is compared with float64 before it is timed, and
+what is wrong is not timed. A library that does not run is listed with its error;
+``--peer-python`` names an interpreter that has PyTorch's, since they and JAX may need
+different ones. The roofs are measured in the same run: a copy of 512 MiB, and a
+bfloat16 product of 8192 x 8192 x 8192.
 
-Up to 16 rows, qjax is timed a second time with XLA's CUDA graphs turned off
-(``XLA_FLAGS=--xla_gpu_enable_command_buffer=``). Last, 4-bit codes are moved between
-layouts, as a share of the speed of a copy.
+Up to 16 rows, qjax and the dense product are timed a second time with XLA's CUDA graphs
+turned off (``XLA_FLAGS=--xla_gpu_enable_command_buffer=``). Last, 4-bit codes are moved
+between layouts, as a share of the speed of a copy.
 
 Prints tables and writes them, as JSON and a plot, to
-``benchmarks/results/gpu_matmul-<device>-jax<version>``. On a CPU (``--platform cpu
---quick``) it shows that the harness works, and writes nothing unless ``--results``
-names a folder: such figures mean nothing.
+``benchmarks/results/gpu_matmul-<device>-jax<version>``, the JSON anew after every
+table. With ``--seconds`` it ends before the next table would take longer than that, and
+says in the file what is left out. On a CPU (``--platform cpu --quick``) it shows that
+the harness works, and writes nothing unless ``--results`` names a folder: such figures
+mean nothing.
 """
 
 import argparse
 import importlib.metadata
 import os
 import platform
-import re
 import statistics
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gpu_engines
+import gpu_report
+import gpu_serving
 import harness
-import numpy as np
+from gpu_report import Figures
 from harness import Worker
 
 SHAPES = [(4096, 4096), (8192, 8192)]
@@ -42,13 +46,13 @@ SHAPES += [(4096, 14336), (14336, 4096), (8192, 28672), (28672, 8192)]
 ROWS = [1, 4, 16, 64, 128, 256, 1024, 4096]
 QUICK = {"gpu": ([(4096, 4096)], [1, 16, 128]), "cpu": ([(1024, 512)], [1, 16])}
 LAYOUTS = {"gpu": (4096, 14336), "cpu": (1024, 512)}
-# What bfloat16 results may be off by, relative to the largest element: rounding of the
-# result and of a dense weight, 2**-8 together.
-TOLERANCE = 1e-2
 GRAPH_ROWS = 16  # up to these, launches are what matters
+# Above these, XLA tunes a dense product by timing it, which nothing may disturb.
+TOGETHER_ROWS = 128
 NO_GRAPHS = "--xla_gpu_enable_command_buffer="
-JAX_LIBRARIES = ("jax", "qwix", "tokamax")
+ANSWER = 600  # seconds in which a process has compiled and tuned whatever it is asked
 TORCH_LIBRARIES = ("torch", "gemlite", "humming", "bitsandbytes", "gptqmodel")
+ALL = (*gpu_engines.LIBRARIES, *TORCH_LIBRARIES)
 PACKAGES = [
     "jax",
     "jaxlib",
@@ -58,249 +62,156 @@ PACKAGES = [
     "tokamax",
 ]
 PEERS = ["torch", "triton", "gemlite", "humming-kernels", "bitsandbytes", "gptqmodel"]
-OURS, DENSE = "qjax", "dense"
-
-Figures = dict[str, Any]
-
-
-def work(library: str) -> None:
-    """Serves one library."""
-    weights: dict[str, gpu_engines.Weight] = {}
-    bound: dict[str, gpu_engines.Bound] = {}
-
-    def libraries() -> dict[str, Any]:
-        if library in gpu_engines.LIBRARIES:
-            return gpu_engines.LIBRARIES
-        import gpu_peers
-
-        return gpu_peers.LIBRARIES
-
-    def pack(k: int, n: int) -> Figures:
-        weights.clear()
-        bound.clear()
-        try:
-            makers = libraries()[library](k, n)
-        except Exception as error:
-            return {library: {"failed": harness.reason(error)}}
-        figures: Figures = {}
-        for name, make in makers.items():
-            try:
-                weights[name] = make()
-                weight = weights[name]
-                figures[name] = {"bits": weight.bits, "weight_bytes": weight.nbytes}
-            except Exception as error:
-                figures[name] = {"failed": harness.reason(error)}
-        return figures
-
-    def bind(m: int) -> Figures:
-        bound.clear()
-        figures: Figures = {}
-        for name, weight in weights.items():
-            try:
-                x = gpu_engines.rows(m, len(weight.columns))
-                bound[name] = weight.bind(x)
-                error = checked(bound[name].result(), x, weight.columns)
-                figures[name] = {"error": error}
-            except Exception as error:
-                figures[name] = {"failed": harness.reason(error)}
-        return figures
-
-    def timed(name: str) -> Figures:
-        try:
-            return bound[name].time(1)._asdict()
-        except Exception as error:
-            return {"failed": harness.reason(error)}
-
-    def answer(request: Figures) -> Any:
-        match request:
-            case {"shape": [k, n]}:
-                return pack(k, n)
-            case {"m": m}:
-                return bind(m)
-            case {"time": name}:
-                return timed(name)
-            case {"rates": small}:
-                return gpu_engines.rates(small=small)
-            case {"layouts": [k, n], "small": small}:
-                return list(gpu_engines.layout_moves(k, n, small=small))
-            case _:
-                return device()
-
-    harness.serve(answer)
+# In errors after which a process is of no use: it is gone, or its CUDA context is.
+LOST = ("CUDA", "the process ended", "no answer")
 
 
-def checked(found: np.ndarray, x: np.ndarray, columns: np.ndarray) -> float:
-    """Compares the sampled part of a product; returns its relative error."""
-    expected = x[: gpu_engines.CHECKED[0]].astype(np.float64) @ columns
-    error = float(np.abs(found - expected).max() / np.abs(expected).max())
-    # Not >: NaN is wrong, too.
-    if not error <= TOLERANCE:
-        raise ValueError(f"wrong result: relative error {error:.1e}")
-    return error
+class Process(NamedTuple):
+    """A library at work.
+
+    Attributes:
+      worker: Its process.
+      suffix: What the names of its engines have appended.
+    """
+
+    worker: Worker
+    suffix: str = ""
+
+    @property
+    def ours(self) -> bool:
+        """Whether it runs kernels of qjax."""
+        return self.worker.name in gpu_engines.OURS
 
 
-def device() -> Figures:
-    """The device that JAX computes on."""
-    import jax
-
-    first = jax.devices()[0]
-    capability = getattr(first, "compute_capability", None)
-    return {
-        "platform": first.platform,
-        "device": first.device_kind,
-        "capability": capability,
-    }
+def ask(process: Process, within: float, **request: Any) -> Figures:
+    """What a process answers; if it has ended, that, under the library's name."""
+    process.worker.send(**request)
+    return receive(process, within)
 
 
-def measure(workers: list[Worker], m: int, repeats: int) -> Figures:
-    """Times all engines of all workers in turn with some rows, a repeat each."""
-    where: dict[str, Worker] = {}
+def receive(process: Process, within: float) -> Figures:
+    """The answer to what was sent; as `ask`."""
+    try:
+        return process.worker.receive(within)
+    except harness.GoneError as error:
+        return {process.worker.name: {"failed": str(error)}}
+
+
+def ask_all(
+    processes: Sequence[Process], within: float, **request: Any
+) -> dict[Process, Figures]:
+    """What processes answer that work at the same time."""
+    for process in processes:
+        process.worker.send(**request)
+    return {process: receive(process, within) for process in processes}
+
+
+def bind(processes: Sequence[Process], m: int, within: float) -> dict[Process, Figures]:
+    """Has every engine compiled and compared with some rows."""
+    quiet = [p for p in processes if p.ours and m <= TOGETHER_ROWS]
+    answers = ask_all(quiet, within, m=m)
+    for process in processes:
+        if process not in answers:
+            answers[process] = ask(process, within, m=m)
+    return answers
+
+
+def measure(
+    engines: Mapping[Process, Sequence[str]], m: int, repeats: int, within: float
+) -> Figures:
+    """Times engines in turn with some rows, a repeat each.
+
+    Args:
+      engines: Their names, of every process.
+      m: The number of rows.
+      repeats: How often each is timed.
+      within: Seconds in which a process has to answer.
+
+    Returns:
+      Figures by the name of the engine and the suffix of its process.
+    """
+    answers = bind([p for p, names in engines.items() if names], m, within)
     results: Figures = {}
-    for worker in workers:
-        for name, figures in ask(worker, m=m).items():
-            results[name] = figures
-            if "failed" not in figures:
-                where[name] = worker
-    series: dict[str, list[float]] = {name: [] for name in where}
+    where: dict[str, tuple[Process, str]] = {}
+    for process, names in engines.items():
+        for name in names:
+            answer = answers[process]
+            results[name + process.suffix] = (
+                answer.get(process.worker.name) or answer[name]
+            )
+            where[name + process.suffix] = process, name
+    series: dict[str, list[float]] = {
+        label: [] for label, figures in results.items() if "failed" not in figures
+    }
     for _ in range(repeats):
-        for name, worker in list(where.items()):
-            answer = ask(worker, time=name)
-            answer = answer.get(worker.name, answer)
-            results[name] |= answer
-            if "failed" in answer:
-                del where[name], series[name]
+        for label in list(series):
+            process, name = where[label]
+            answer = ask(process, within, time=name)
+            results[label] |= answer.get(process.worker.name, answer)
+            if "failed" in results[label]:
+                del series[label]
             else:
-                series[name] += results[name].pop("seconds")
-    for name, seconds in series.items():
-        results[name] |= {
+                series[label] += results[label].pop("seconds")
+    for label, seconds in series.items():
+        results[label] |= {
             "us": 1e6 * statistics.median(seconds),
             "spread_us": [1e6 * min(seconds), 1e6 * max(seconds)],
         }
     return results
 
 
-def ask(worker: Worker, **request: Any) -> Figures:
-    """What a worker answers; if its process has ended, that, under its name."""
-    try:
-        return worker.ask(**request)
-    except harness.GoneError as error:
-        return {worker.name: {"failed": str(error)}}
+class Products:
+    """Measures one matrix after another, each with several rows."""
 
+    def __init__(
+        self, processes: Sequence[Process], repeats: int, within: float
+    ) -> None:
+        """Takes over processes that have just started."""
+        self._processes, self._repeats, self._within = processes, repeats, within
+        self._shape: tuple[int, int] | None = None
+        self._packed: dict[Process, Figures] = {}
 
-def floor(nbytes: int, m: int, k: int, n: int, rates: dict[str, float]) -> float:
-    """The least microseconds of a product: bytes moved once, or operations."""
-    moved = nbytes + 2 * m * (k + n)
-    return 1e6 * max(moved / rates["bytes"], 2 * m * k * n / rates["operations"])
-
-
-def judge(results: Figures, shape: tuple[int, int, int], rates: Figures) -> None:
-    """Adds what figures mean: bandwidth, share of the floor, ratios."""
-    m, k, n = shape
-    ran = {name: r for name, r in results.items() if "us" in r}
-    dense = [r["us"] for name, r in ran.items() if name.startswith(DENSE)]
-    for name, r in ran.items():
-        nbytes = r["weight_bytes"]
-        r["gb_per_s"] = (nbytes + 2 * m * (k + n)) / r["us"] / 1e3
-        r["floor_share"] = floor(nbytes, m, k, n, rates) / r["us"]
-        if dense:
-            r["against_dense"] = min(dense) / r["us"]
-        peers = [
-            other["us"]
-            for peer, other in ran.items()
-            if other["bits"] == r["bits"] and not peer.startswith((OURS, DENSE))
-        ]
-        if peers and name.startswith(OURS):
-            r["against_best_peer"] = min(peers) / r["us"]
-
-
-def table(title: str, results: Figures) -> str:
-    """Renders the results of one shape as Markdown."""
-    lines = [
-        f"\n**{title}**\n",
-        "| engine | us (least to most) | GB/s | of the roof | against dense "
-        "| against the best peer | error | timed as |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name, r in results.items():
-        if "us" not in r:
-            lines.append(f"| {name} | {r['failed']} | | | | | | |")
-            continue
-        low, high = r["spread_us"]
-        ratios = (r.get(key) for key in ("against_dense", "against_best_peer"))
-        dense, peer = ("" if x is None else f"{x:.2f}" for x in ratios)
-        lines.append(
-            f"| {name} | {r['us']:.1f} ({low:.1f} to {high:.1f}) "
-            f"| {r['gb_per_s']:.0f} | {r['floor_share']:.0%} | {dense} | {peer} "
-            f"| {r['error']:.0e} | {r['how']} |"
-        )
-    return "\n".join(lines)
-
-
-def layout_table(title: str, rows: list[Figures], rates: Figures) -> str:
-    lines = [
-        f"\n**{title}**\n",
-        "| move | us | GB/s | of a copy |",
-        "|---|---|---|---|",
-    ]
-    for row in rows:
-        seconds = statistics.median(row["seconds"])
-        speed = row["bytes"] / seconds
-        row["of_copy"] = speed / rates["bytes"]
-        lines.append(
-            f"| {row['name']} | {1e6 * seconds:.1f} | {speed / 1e9:.0f} "
-            f"| {row['of_copy']:.0%} |"
-        )
-    return "\n".join(lines)
-
-
-def draw(report: Figures, file: Path) -> None:
-    """Draws speed against M, a panel for each shape, with the roofs."""
-    import matplotlib
-
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    shapes = sorted({tuple(r["shape"][1:]) for r in report["results"]})
-    figure, panels = pyplot.subplots(
-        1,
-        len(shapes),
-        figsize=(6 * len(shapes), 5),
-        squeeze=False,
-        layout="constrained",
-    )
-    labels: dict[str, Any] = {}
-    for axes, (k, n) in zip(panels[0], shapes, strict=True):
-        of_shape = [r for r in report["results"] if tuple(r["shape"][1:]) == (k, n)]
-        names = dict.fromkeys(name for r in of_shape for name in r["engines"])
-        ms = [r["shape"][0] for r in of_shape]
-        for bits, style in ((16, "k--"), (4, "k:")):
-            nbytes = int(
-                k * n * (bits + (24 / gpu_engines.GROUP if bits == 4 else 0)) / 8
-            )
-            roof = [
-                2e-6 * m * k * n / floor(nbytes, m, k, n, report["rates"]) for m in ms
+    def __call__(self, m: int, k: int, n: int) -> Figures:
+        """Returns the figures of every engine, by name."""
+        self._pack(k, n)
+        chosen = [p for p in self._processes if m <= GRAPH_ROWS or not p.suffix]
+        packed = {
+            name + process.suffix: figures
+            for process in chosen
+            for name, figures in self._packed[process].items()
+        }
+        engines = {
+            process: [
+                name
+                for name, figures in self._packed[process].items()
+                if "failed" not in figures
             ]
-            (line,) = axes.plot(ms, roof, style, linewidth=1)
-            labels.setdefault(f"roof, {bits} bits", line)
-        for i, name in enumerate(names):
-            points = [
-                (r["shape"][0], 2e-6 * r["shape"][0] * k * n / r["engines"][name]["us"])
-                for r in of_shape
-                if "us" in r["engines"].get(name, {})
-            ]
-            if points:
-                marker = "o" if name.startswith(OURS) else "x"
-                (line,) = axes.plot(*zip(*points, strict=True), f"C{i}{marker}-", ms=4)
-                labels.setdefault(name, line)
-        axes.set(xscale="log", yscale="log", title=f"{k} x {n}", xlabel="rows")
-        axes.set_xscale("log", base=2)
-    panels[0][0].set_ylabel("TFLOP/s")
-    what = report["device"]["device"]
-    title = f"Products with packed weights, {what}{report['warning']}"
-    figure.suptitle(title, fontsize=9)
-    figure.legend(labels.values(), labels, loc="outside right center", fontsize=7)
-    figure.savefig(file, dpi=130)
-    pyplot.close(figure)
+            for process in chosen
+        }
+        measured = measure(engines, m, self._repeats, self._within)
+        for process, names in engines.items():
+            # The next rows must not fail with an error of these.
+            if any(is_lost(measured[name + process.suffix]) for name in names):
+                process.worker.restart()
+                del self._packed[process]
+        return {
+            label: figures | measured.get(label, {})
+            for label, figures in packed.items()
+        }
+
+    def _pack(self, k: int, n: int) -> None:
+        if (k, n) != self._shape:
+            self._shape, self._packed = (k, n), {}
+        missing = [p for p in self._processes if p not in self._packed]
+        self._packed |= ask_all(missing, self._within, shape=(k, n))
+        for process in missing:
+            if any(map(is_lost, self._packed[process].values())):
+                process.worker.restart()
+
+
+def is_lost(figures: Figures) -> bool:
+    """Whether an error leaves a process of no use."""
+    return any(lost in figures.get("failed", "") for lost in LOST)
 
 
 def parse() -> argparse.Namespace:
@@ -308,49 +219,92 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--peer-python", default=sys.executable)
     parser.add_argument("--platform", choices=["gpu", "cpu"], default="gpu")
     parser.add_argument("--quick", action="store_true", help="one matrix, few rows")
+    parser.add_argument("--seconds", type=float, help="after which nothing is begun")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument(
         "--shape", action="append", metavar="KxN", help="instead of all"
     )
     parser.add_argument("--rows", action="append", type=int, metavar="M")
-    parser.add_argument("--library", action="append", help="instead of all")
+    parser.add_argument(
+        "--library",
+        action="append",
+        choices=["qjax", *ALL],
+        help="instead of all, beside dense; qjax for every width",
+    )
     parser.add_argument("--results", type=Path, help="folder to write to")
     parser.add_argument("--work", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
-def start(arguments: argparse.Namespace) -> tuple[list[Worker], list[Worker]]:
-    """Starts the workers, and those that run without CUDA graphs."""
-    environment = harness.environment_of(arguments.platform)
-    chosen = arguments.library or (*JAX_LIBRARIES, *TORCH_LIBRARIES)
-    workers = [
-        Worker(
-            __file__,
-            library,
-            sys.executable if library in JAX_LIBRARIES else arguments.peer_python,
-            **environment,
+def start(arguments: argparse.Namespace, environment: dict[str, str]) -> list[Process]:
+    """Starts the processes, the dense product's first."""
+    chosen = tuple(arguments.library or ALL)
+    libraries = ["dense", *(a for a in ALL[1:] if a.startswith(chosen))]
+    processes = [
+        Process(
+            Worker(
+                __file__,
+                library,
+                arguments.peer_python if library in TORCH_LIBRARIES else sys.executable,
+                **environment,
+            )
         )
-        for library in dict.fromkeys(["jax", *chosen])
+        for library in libraries
     ]
     if arguments.platform == "cpu":
-        return workers, []
+        return processes
     flags = f"{os.environ.get('XLA_FLAGS', '')} {NO_GRAPHS}".strip()
-    return workers, [Worker(__file__, "jax", **environment, XLA_FLAGS=flags)]
+    return processes + [
+        Process(Worker(__file__, a, **environment, XLA_FLAGS=flags), ", no graphs")
+        for a in libraries
+        if a == "dense" or a in gpu_engines.OURS
+    ]
 
 
 def main() -> None:
     arguments = parse()
     if arguments.work:
-        work(arguments.work)
+        harness.serve(gpu_serving.Server(arguments.work).answer)
         return
+    clock = harness.Clock(arguments.seconds)
+    # A process that hangs leaves time for the others.
+    within = min(ANSWER, max(120, clock.left / 2))
     on_cpu = arguments.platform == "cpu"
     shapes, rows = QUICK[arguments.platform] if arguments.quick else (SHAPES, ROWS)
     if arguments.shape:
         shapes = [tuple(map(int, text.split("x"))) for text in arguments.shape]
-    rows = arguments.rows or rows
-    workers, without_graphs = start(arguments)
-    found, rates = workers[0].ask(), workers[0].ask(rates=on_cpu)
-    report: Figures = {
+    todo = [(m, k, n) for k, n in shapes for m in arguments.rows or rows]
+    environment = harness.environment_of(arguments.platform)
+    processes = start(arguments, environment)
+    report = head(arguments, processes[0].worker, within)
+    report["left_out"] = [*todo, "layouts"]
+    save = saver(report, arguments.results or (None if on_cpu else harness.RESULTS))
+    products = Products(processes, arguments.repeats, within)
+    for shape in harness.in_time(todo, clock):
+        m, k, n = shape
+        title = f"M = {m}, {k} x {n}{report['warning']}"
+        print(title, file=sys.stderr, flush=True)
+        results = products(*shape)
+        gpu_report.judge(results, shape, report["rates"])
+        report["results"].append({"shape": shape, "engines": results})
+        report["left_out"].remove(shape)
+        print(gpu_report.table(title, results), flush=True)
+        save()
+    for process in processes:
+        process.worker.close()
+    for process in processes:
+        process.worker.end()
+    if clock.left > 0:
+        layouts(report, Worker(__file__, "layouts", **environment), clock, within, save)
+    if file := save():
+        draw(report, file)
+
+
+def head(arguments: argparse.Namespace, worker: Worker, within: float) -> Figures:
+    """A report without results: machine, versions and roofs."""
+    on_cpu = arguments.platform == "cpu"
+    found, rates = worker.ask(within), worker.ask(within, rates=on_cpu)
+    report = {
         "command": " ".join(["python", *sys.argv]),
         "warning": " (CPU: SMOKE RUN, NO MEASUREMENT)" if on_cpu else "",
         "date": time.strftime("%Y-%m-%d"),
@@ -367,53 +321,58 @@ def main() -> None:
     print(f"{found['device']}{report['warning']}; {report['versions']}")
     print(
         f"roofs: {rates['bytes'] / 1e9:.0f} GB/s copied, "
-        f"{rates['operations'] / 1e12:.1f} TFLOP/s bf16{report['warning']}"
+        f"{rates['operations'] / 1e12:.1f} TFLOP/s bf16{report['warning']}",
+        flush=True,
     )
-    for k, n in shapes:
-        products(report, workers, without_graphs, (k, n), rows)
-    moves = workers[0].ask(layouts=LAYOUTS[arguments.platform], small=on_cpu)
-    title = "4-bit layouts, {} x {}".format(*LAYOUTS[arguments.platform])
-    print(layout_table(title + report["warning"], moves, rates), flush=True)
-    report["layouts"] = {"shape": LAYOUTS[arguments.platform], "moves": moves}
-    for worker in (*workers, *without_graphs):
-        worker.end()
-    folder = arguments.results or (None if on_cpu else harness.RESULTS)
-    if folder is not None:
-        kind = re.sub(r"[^a-z0-9]+", "-", found["device"].lower()).strip("-")
-        name = f"gpu_matmul-{'CPU-SMOKE' if on_cpu else kind}"
-        name = f"{name}-jax{importlib.metadata.version('jax')}"
-        file = harness.write(name, report, folder)
-        draw(report, file.with_suffix(".png"))
-        print(f"{file} and .png")
+    return report
 
 
-def products(
+def saver(report: Figures, folder: Path | None) -> Callable[[], Path | None]:
+    """Returns what writes the report as it is, and names the file."""
+    device = report["device"]
+    kind = (
+        "CPU-SMOKE" if device["platform"] == "cpu" else harness.slug(device["device"])
+    )
+    name = f"gpu_matmul-{kind}-jax{importlib.metadata.version('jax')}"
+    return lambda: None if folder is None else harness.write(name, report, folder)
+
+
+def layouts(
     report: Figures,
-    workers: list[Worker],
-    without_graphs: list[Worker],
-    extents: tuple[int, int],
-    rows: list[int],
+    worker: Worker,
+    clock: harness.Clock,
+    within: float,
+    save: Callable[[], Any],
 ) -> None:
-    """Measures one matrix with all rows into the report."""
-    packed: Figures = {}
-    for worker in workers:
-        packed |= ask(worker, shape=extents)
-    for worker in without_graphs:
-        ask(worker, shape=extents)
-    for m in rows:
-        title = f"M = {m}, {extents[0]} x {extents[1]}{report['warning']}"
-        print(title, file=sys.stderr, flush=True)
-        results = packed | {
-            name: packed.get(name, {}) | figures
-            for name, figures in measure(workers, m, report["repeats"]).items()
-        }
-        if without_graphs and m <= GRAPH_ROWS:
-            launched = measure(without_graphs, m, report["repeats"])
-            for name, figures in launched.items():
-                results[f"{name}, no graphs"] = packed.get(name, {}) | figures
-        judge(results, (m, *extents), report["rates"])
-        report["results"].append({"shape": (m, *extents), "engines": results})
-        print(table(title, results), flush=True)
+    """Measures the moves between layouts into the report."""
+    small = report["device"]["platform"] == "cpu"
+    shape = LAYOUTS["cpu" if small else "gpu"]
+    moves: list[Figures] = []
+    report["layouts"] = {"shape": shape, "moves": moves}
+    try:
+        names = worker.ask(within, layouts=shape, small=small)
+        for name in harness.in_time(names, clock):
+            moves.append(worker.ask(within, move=name))
+            save()
+        if len(moves) == len(names):
+            report["left_out"].remove("layouts")
+    except harness.GoneError as error:
+        print(f"layouts: {error}", file=sys.stderr)
+    title = "4-bit layouts, {} x {}".format(*shape) + report["warning"]
+    print(gpu_report.layout_table(title, moves, report["rates"]), flush=True)
+    worker.end()
+
+
+def draw(report: Figures, file: Path) -> None:
+    """Draws the report beside its file, where matplotlib is."""
+    if not report["results"]:
+        return
+    try:
+        gpu_report.draw(report, file.with_suffix(".png"))
+    except ImportError as error:
+        print(f"{file}; no plot: {error}")
+    else:
+        print(f"{file} and .png")
 
 
 if __name__ == "__main__":

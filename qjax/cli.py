@@ -411,13 +411,27 @@ def _tune(
         list[Operation] | None,
         typer.Option(help="Operation. [default: matmul and dequantize]"),
     ] = None,
+    seconds: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            show_default=False,
+            help="Stop after so many seconds; what is complete is kept. "
+            "[default: when all is measured]",
+        ),
+    ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="Say what every configuration takes."),
+    ] = False,
 ) -> None:
     """Measure which launches of the kernels are fastest on this GPU.
 
     Without it, a heuristic configures them. Each combination of matrix, operation and
     rows takes some tens of compilations, a minute or so; every result is kept at once,
     known ones are not measured again, and the same command goes on after an
-    interruption. Programs that start later use the results.
+    interruption. Programs that start later use the results. Activations are bfloat16,
+    as those of models.
 
     They are kept in one JSON file a device in `$QJAX_TABLES`, or else in
     `~/.cache/qjax/tables`. Deleting the file forgets them. Needs an NVIDIA GPU of
@@ -428,6 +442,7 @@ def _tune(
 
     * For a model: `qjax tune llama-gptq`
     * For one matrix, generating text: `qjax tune --shape 4096x14336 --rows 1`
+    * As far as five minutes go: `qjax tune llama-gptq --seconds 300`
     * For training: `qjax tune llama-gptq --op matmul --op dequantize --op matmul_t
       --op scale_grad`
     """
@@ -447,19 +462,24 @@ def _tune(
         todo = tune.jobs(weights, op or ("matmul", "dequantize"), rows or tune.ROWS)
         file = tables.user_directory() / tables.file_name(device)
         table = tune.known(device, file)
-        lacking = [job for job in todo if job.key not in table.entries]
+        known = sum(job.key in table.entries for job in todo)
+        measure = tune.Gauge()
+        if verbose:
+            measure = tune.told(measure, lambda line: typer.echo(line, err=True))
+        if seconds is not None:
+            measure = tune.within(measure, seconds)
         try:
             with tune.bar(len(todo)) as begin:
                 save = tune.saver(file)
-                tune.fill(table, todo, tune.Gauge(), save=save, begin=begin)
+                table = tune.fill(table, todo, measure, save=save, begin=begin)
         except KeyboardInterrupt:
             typer.echo(
                 "qjax: interrupted; the same command goes on from here.", err=True
             )
             raise typer.Exit(_INTERRUPTED) from None
-    typer.echo(
-        f"{file}: {len(lacking)} measured, {len(todo) - len(lacking)} were known"
-    )
+    left = sum(job.key not in table.entries for job in todo)
+    said = f"{file}: {len(todo) - known - left} measured, {known} were known"
+    typer.echo(f"{said}, {left} left: the same command goes on" if left else said)
 
 
 def _extents(text: str) -> tuple[int, int]:

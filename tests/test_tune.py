@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import importlib.metadata
 import io
 import itertools
 import json
@@ -15,7 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import qjax
-from qjax import cli, pallas, tune
+from qjax import cli, dispatch, pallas, tune
 from qjax.formats.tiles import Tiles
 from qjax.pallas import configs, lang, tables
 from qjax.pallas.operands import Config
@@ -444,6 +445,34 @@ class TestFill:
         for op in ("scale_grad", "dequantize"):
             assert filled.entries[at(8, op)].dense_us is None
 
+    def test_stops_when_time_is_over(self):
+        todo = tune.jobs([weight()], ("matmul",), (8, 16, 32))
+        measure, asked = bowl(Config(8))
+        first = tune.fill(table(), todo[:1], measure, save=lambda table: None)
+        count = len(asked)
+        # A second for each measurement, and one for the dense product; half the next.
+        ticks = itertools.count()
+        limited = tune.within(measure, 1.5 * count, clock=lambda: next(ticks))
+        saved = []
+        filled = tune.fill(table(), todo, limited, save=saved.append)
+        assert filled.entries == saved[-1].entries == first.entries
+        assert count < len(asked) - count < 1.5 * count
+
+    def test_versions_of_a_checkout_that_is_not_installed(
+        self, own_tables, monkeypatch
+    ):
+        installed = importlib.metadata.version
+
+        def version(name):
+            if name == "qjax":
+                raise importlib.metadata.PackageNotFoundError(name)
+            return installed(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", version)
+        tune.saver(own_tables / "x.json")(table())
+        written = tables.read(own_tables / "x.json").versions
+        assert written == {"jax": jax.__version__}
+
     def test_a_table_of_another_device(self, own_tables):
         tables.write(own_tables / "x.json", table())
         with pytest.raises(ValueError, match="device='NVIDIA H200' is not 'NVIDIA L4'"):
@@ -470,6 +499,28 @@ class TestGauge:
         assert measure(job, configs.heuristic(op, 8, job.w)) > 0
         if op == "matmul":  # The product through the dense weight gives the same.
             assert measure(job, None) > 0
+
+    def test_rows_are_those_of_models(self, monkeypatch):
+        given, taken = {}, {}
+
+        def kernel(x, dy, w, config):
+            given.update(matmul=x.dtype, matmul_t=dy.dtype)
+            return x.astype(jnp.float32)
+
+        job = tune.Job("matmul", 8, weight(128, 96, group_size=64))
+        tune.Gauge({"matmul": kernel}, nbytes=1)(job, Config(8))
+
+        def recording(op, kernel, rows, *operands):
+            taken[op] = rows.dtype
+            return kernel(rows, *operands)
+
+        for op in ("matmul", "matmul_t"):
+            kernels = dispatch.IMPLEMENTATIONS[op]
+            kernel = functools.partial(recording, op, kernels["pallas"])
+            monkeypatch.setitem(kernels, "pallas", kernel)
+        x = jax.ShapeDtypeStruct((8, 128), jnp.bfloat16)
+        jax.eval_shape(jax.grad(lambda x, w: qjax.matmul(x, w).sum()), x, job.w)
+        assert given == taken == {"matmul": jnp.bfloat16, "matmul_t": jnp.float32}
 
     @pytest.mark.parametrize("factor", [1.01, math.nan])
     def test_refuses_what_computes_something_else(self, factor):
@@ -571,7 +622,7 @@ class TestCommand:
         keys = {key[:5] for key in tables.read(file).entries}
         assert {key[0] for key in keys} == {"matmul", "dequantize"}
         assert {key[3] for key in keys} == {(4,), (3,)}
-        assert tables.read(file).versions.keys() == {"jax", "qjax"}
+        assert tables.read(file).versions["jax"] == jax.__version__
         second = self.run(*arguments, "--rows", "16", "--op", "matmul")
         assert second.stdout == f"{file}: 2 measured, 2 were known\n"
 
@@ -580,6 +631,37 @@ class TestCommand:
         assert result.exit_code == 0, result.stderr
         found = tables.read(own_tables / "nvidia-h200.json").entries
         assert {(key.op, key.m) for key in found} == {("matmul_t", 8)}
+
+    def test_stops_after_seconds_and_goes_on(self, pretended, own_tables):
+        arguments = ("--shape", "512x256", "--rows", "8", "--op", "matmul")
+        file = own_tables / "nvidia-h200.json"
+        first = self.run(*arguments, "--seconds", "0")
+        assert first.exit_code == 0, first.stderr
+        assert first.stdout == (
+            f"{file}: 0 measured, 0 were known, 1 left: the same command goes on\n"
+        )
+        assert not pretended
+        second = self.run(*arguments, "--seconds", "1000")
+        assert second.stdout == f"{file}: 1 measured, 0 were known\n"
+
+    def test_says_what_every_configuration_takes(self, pretended):
+        result = self.run("--shape", "512x256", "--rows", "8", "--verbose")
+        lines = result.stderr.splitlines()
+        # Those of both operations, and the dense product.
+        assert len(lines) == len(pretended) + 1
+        said = "matmul 512x256, 4 bits, 8 rows: block_m=8 block_n=128 block_k=256"
+        assert any(line.startswith(said) and line.endswith(" us") for line in lines)
+        assert "matmul 512x256, 4 bits, 8 rows: dense: 20.0 us" in lines
+
+    def test_says_why_a_configuration_is_none(self):
+        def declines(job, config):
+            raise NotImplementedError("too many registers\nand more")
+
+        lines = []
+        job = tune.Job("matmul", 8, weight())
+        with pytest.raises(NotImplementedError):
+            tune.told(declines, lines.append)(job, None)
+        assert lines == [f"{job}: dense: NotImplementedError: too many registers"]
 
     def test_an_interruption(self, own_tables, monkeypatch):
         def interrupted(job, config):

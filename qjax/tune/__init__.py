@@ -3,12 +3,13 @@
 from qjax.tune.bar import bar
 from qjax.tune.gauge import Gauge, gpu
 from qjax.tune.jobs import ROWS, Job, jobs, of_checkpoint, uniform
-from qjax.tune.search import fill, known, saver, search
+from qjax.tune.search import OutOfTimeError, fill, known, saver, search, told, within
 
 __all__ = [
     "ROWS",
     "Gauge",
     "Job",
+    "OutOfTimeError",
     "bar",
     "fill",
     "gpu",
@@ -17,5 +18,7 @@ __all__ = [
     "of_checkpoint",
     "saver",
     "search",
+    "told",
     "uniform",
+    "within",
 ]

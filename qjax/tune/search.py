@@ -5,10 +5,12 @@ long as that is faster. That is some thirty compilations; all combinations would
 thousand.
 """
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import itertools
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -33,6 +35,62 @@ _ROUNDS = 2
 _WITH_DENSE = ("matmul", "matmul_t")
 
 
+class OutOfTimeError(Exception):
+    """The seconds that were given are over."""
+
+
+def within(
+    measure: Measure, seconds: float, clock: Callable[[], float] = time.monotonic
+) -> Measure:
+    """Limits what measurements take together.
+
+    Args:
+      measure: Times a configuration.
+      seconds: From now on.
+      clock: Tells the time in seconds.
+
+    Returns:
+      What raises `OutOfTimeError` instead of beginning another measurement.
+    """
+    end = clock() + seconds
+
+    def limited(job: Job, config: Config | None) -> float:
+        if clock() >= end:
+            raise OutOfTimeError
+        return measure(job, config)
+
+    return limited
+
+
+def told(measure: Measure, tell: Callable[[str], object]) -> Measure:
+    """Lets every measurement be told in a line: job, configuration, and outcome.
+
+    Args:
+      measure: Times a configuration.
+      tell: Called with the line.
+
+    Returns:
+      What measures as ``measure`` does.
+    """
+
+    def telling(job: Job, config: Config | None) -> float:
+        said = "dense" if config is None else _in_short(config)
+        try:
+            seconds = measure(job, config)
+        except (*_DECLINED, WrongResultError) as error:
+            lines = str(error).splitlines() or [""]
+            tell(f"{job}: {said}: {type(error).__name__}: {lines[0]}")
+            raise
+        tell(f"{job}: {said}: {_microseconds(seconds)} us")
+        return seconds
+
+    return telling
+
+
+def _in_short(config: Config) -> str:
+    return " ".join(f"{k}={v}" for k, v in dataclasses.asdict(config).items())
+
+
 def fill(
     table: tables.Table,
     todo: Sequence[Job],
@@ -51,14 +109,18 @@ def fill(
       begin: Called with each job, new or known, before its turn.
 
     Returns:
-      The table with an entry for every job.
+      The table with an entry for every job, or if ``measure`` raised
+      `OutOfTimeError`, for those that were done.
     """
     for job in todo:
         begin(job)
         if job.key in table.entries:
             continue
-        config, seconds = search(job, measure)
-        dense = measure(job, None) if job.op in _WITH_DENSE else None
+        try:
+            config, seconds = search(job, measure)
+            dense = measure(job, None) if job.op in _WITH_DENSE else None
+        except OutOfTimeError:
+            break
         entry = tables.Entry(
             config,
             _microseconds(seconds),
@@ -152,7 +214,11 @@ def known(device: str, file: Path) -> tables.Table:
 
 def saver(file: Path) -> Callable[[tables.Table], None]:
     """Returns what writes a table to a file, with the versions that measured last."""
-    versions = {name: importlib.metadata.version(name) for name in ("jax", "qjax")}
+    versions = {}
+    for name in ("jax", "qjax"):
+        # qjax may run from a checkout, and have no number.
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
 
     def save(table: tables.Table) -> None:
         tables.write(file, dataclasses.replace(table, versions=versions))

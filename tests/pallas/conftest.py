@@ -1,5 +1,8 @@
 """Options for the tests of the kernels: on a GPU, and every case there is."""
 
+import os
+import sys
+
 import jax
 import pytest
 
@@ -27,6 +30,8 @@ def _on_gpu(config):
 def pytest_configure(config):
     config.addinivalue_line("markers", "cpu: says what happens where there is no GPU")
     if _on_gpu(config):
+        # The workers of xdist share the memory of the GPU.
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
             jax.devices("cuda")
         except RuntimeError:
@@ -44,6 +49,23 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         # What is not so marked computes on the CPU by default.
         item.add_marker("gpu")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Ends a worker of xdist whose GPU context is lost: another takes its place.
+
+    A kernel that reads where nothing is would have all tests after it fail.
+    """
+    report = yield
+    lost = call.excinfo is not None and "CUDA_ERROR" in str(call.excinfo.value)
+    if lost and "PYTEST_XDIST_WORKER" in os.environ:
+        capture = item.config.pluginmanager.getplugin("capturemanager")
+        with capture.global_and_fixture_disabled():
+            print(item.nodeid, report.longreprtext, file=sys.stderr, sep="\n")  # noqa: T201
+            sys.stderr.flush()
+        os._exit(1)
+    return report
 
 
 @pytest.fixture(autouse=True)
