@@ -54,7 +54,7 @@ bench-gpu: ## Time products and decoding on an NVIDIA GPU, beside peers
 # In an environment of its own, on the newest Python: the counts are those of the newest
 # JAX. Without a GPU, JAX would complain of the plugin if it were not told to stay on the
 # CPU.
-gpu-check: ## Compile the GPU kernels, without a GPU, and count their instructions
+gpu-check: ## Compile, count and emulate the GPU kernels, without a GPU
 	@$(MAKE) --no-print-directory .venv-gpu/.gpu VENV=.venv-gpu \
 		PYTHON='$(or $(PYTHON),newest)'
 	JAX_PLATFORMS=cpu .venv-gpu/bin/python -m pytest tests/gpu $(ARGS)

@@ -108,6 +108,7 @@ class Launch:
       name: Of the kernel, or of the HLO instruction.
       grid: Of a kernel.
       threads: Of a kernel's program.
+      shared: Bytes of shared memory of a kernel's program.
       captured: Whether it is recorded into a CUDA graph.
     """
 
@@ -115,6 +116,7 @@ class Launch:
     name: str
     grid: tuple[int, ...]
     threads: int
+    shared: int
     captured: bool
 
 
@@ -249,16 +251,18 @@ def _launches(thunks: str) -> Iterator[Launch]:
     graph = None  # indentation of the command buffer that encloses the line
     line = re.compile(
         r"( *)\d+: (k\w+) \[[^\]]*\] ?(\S*)"
-        r"(?: grid: \[([\d, ]+)\] threads: \[([\d, ]+)\])?"
+        r"(?: grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]"
+        r"  shared_memory: (\d+) bytes)?"
     )
-    for indent, kind, name, grid, threads in line.findall(thunks):
+    for indent, kind, name, grid, threads, shared in line.findall(thunks):
         if graph is not None and len(indent) <= graph:
             graph = None
         if kind == "kCommandBuffer":
             graph = len(indent)
             continue
         counts = [tuple(map(int, s.split(", "))) if s else () for s in (grid, threads)]
-        yield Launch(kind, name, counts[0], sum(counts[1][:1]), graph is not None)
+        sizes = sum(counts[1][:1]), int(shared or 0)
+        yield Launch(kind, name, counts[0], *sizes, graph is not None)
 
 
 def calls(hlo: str) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Compiles in other processes, each case once a session; budgets of instructions.
+"""Compiles and emulates in other processes, each case once a session; budgets.
 
 A fatal error of the compiler ends its process, and fails the test that asked.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu import compiler
+from tests.gpu import compiler, running
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 # Above the recorded count, the kernel has become worse; so far below it, the record
@@ -44,41 +44,51 @@ def _processes(count):
 class Pool:
     """Compiler processes; asks for every case of the selected tests at once."""
 
-    def __init__(self, wanted):
-        self._all = _processes(min(8, os.cpu_count()))
-        self._programs = {key: self._all.submit(_compile, *key) for key in wanted}
+    def __init__(self, wanted, work=_compile):
+        self._all, self._work = _processes(min(8, os.cpu_count())), work
+        self._results = {key: self._all.submit(work, *key) for key in wanted}
 
     def __call__(self, case, arch):
-        """Returns the `compiler.Program` of a case."""
+        """Returns what the work makes of a case: a `compiler.Program`, for one."""
         key = (case, arch)
         try:
-            if key not in self._programs:
-                self._programs[key] = self._all.submit(_compile, *key)
-            return self._programs[key].result()
+            if key not in self._results:
+                self._results[key] = self._all.submit(self._work, *key)
+            return self._results[key].result()
         except BrokenProcessPool:
             # Some case has ended a process, and with it the pool: which one?
             with _processes(1) as alone:
-                self._programs[key] = alone.submit(_compile, *key)
-                if isinstance(self._programs[key].exception(), BrokenProcessPool):
+                self._results[key] = alone.submit(self._work, *key)
+                if isinstance(self._results[key].exception(), BrokenProcessPool):
                     pytest.fail(f"The compiler dies of {case} for {arch}.")
-            return self._programs[key].result()
+            return self._results[key].result()
 
     def close(self):
         self._all.shutdown(cancel_futures=True)
 
 
+def _wanted(session, name):
+    """What the selected tests give that parameter, with the GPU each asks for."""
+    parameters = [
+        item.callspec.params for item in session.items if hasattr(item, "callspec")
+    ]
+    return {
+        (p[name], p["arch"]): None for p in parameters if {name, "arch"} <= p.keys()
+    }
+
+
 @pytest.fixture(scope="session")
 def compiled(request):
     """``compiled(case, arch)``: what the compiler makes of it."""
-    parameters = [
-        item.callspec.params
-        for item in request.session.items
-        if hasattr(item, "callspec")
-    ]
-    wanted = {
-        (p["case"], p["arch"]): None for p in parameters if {"case", "arch"} <= p.keys()
-    }
-    pool = Pool(wanted)
+    pool = Pool(_wanted(request.session, "case"))
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def emulated(request):
+    """``emulated(run, arch)``: the `running.Outcome` of a call."""
+    pool = Pool(_wanted(request.session, "run"), running.run)
     yield pool
     pool.close()
 

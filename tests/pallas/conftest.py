@@ -1,4 +1,4 @@
-"""Options for the tests of the kernels: on a GPU, and every case there is."""
+"""Options for the tests of the kernels: on a GPU, emulated, every case there is."""
 
 import os
 import sys
@@ -14,6 +14,11 @@ def pytest_addoption(parser):
         "--on-gpu",
         action="store_true",
         help="compile the kernels for the GPU instead of interpreting them",
+    )
+    parser.addoption(
+        "--emulate",
+        choices=["sm_80", "sm_90"],
+        help="compile the kernels for that GPU, and emulate it on the CPU",
     )
     parser.addoption(
         "--every-case",
@@ -41,12 +46,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not _on_gpu(config):
+    if not _on_gpu(config) and not config.getoption("--emulate", default=None):
         return
     of_the_cpu = [item for item in items if item.get_closest_marker("cpu")]
     config.hook.pytest_deselected(items=of_the_cpu)
     items[:] = [item for item in items if item not in of_the_cpu]
-    for item in items:
+    for item in items if _on_gpu(config) else ():
         # What is not so marked computes on the CPU by default.
         item.add_marker("gpu")
 
@@ -78,3 +83,17 @@ def compiled(request, monkeypatch):
             return launch(*arguments, interpret=False, **options)
 
         monkeypatch.setattr(lang, "launch", compiled_launch)
+
+
+@pytest.fixture(autouse=True)
+def emulated(request):
+    """Every launch is run as a GPU would."""
+    arch = request.config.getoption("--emulate", default=None)
+    if arch is None:
+        yield
+        return
+    # Needs the CUDA plugin of JAX.
+    from tests.gpu.emulator import launches  # noqa: PLC0415
+
+    with launches.emulated(arch):
+        yield

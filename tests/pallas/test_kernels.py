@@ -8,7 +8,6 @@ import warnings
 import chex
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
@@ -25,18 +24,8 @@ from qjax.pallas.scale_grad import scale_grad
 from tests import oracle
 from tests.oracle import relative_error
 from tests.pairs import pairwise
+from tests.samples import BF16, CODEBOOK, F16, F32, MAPS, SCALES, in_tiles, rows
 
-BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
-
-MAPS = {
-    "zero": {},
-    "float_zero": {"float_zero": True},
-    "offset": {"affine": "OFFSET"},
-    "centered": {"affine": "CENTERED"},
-    "centered_zero": {"affine": "CENTERED", "float_zero": True},
-}
-CODEBOOK = {"codebook": {"affine": "CODEBOOK"}}
-SCALES = {"float16": F16, "bfloat16": BF16, "float32": F32}
 # Whole tiles of the kernels, and ragged ones: of the storage and of the tiles.
 SHAPES = {"whole": (512, 128), "ragged": (360, 136), "one unit": (96, 16)}
 GROUPS = (32, 64, 128, 256, None, 96)
@@ -54,30 +43,6 @@ def tolerance(config: Config) -> float:
     return ROUNDED if config.scales_weights else TOLERANCE
 
 
-def in_tiles(matrix: oracle.Matrix):
-    """The matrix as a `QTensor` in `Tiles`."""
-    ends = np.cumsum([part.rows for part in matrix.parts])[:-1]
-    layout = Tiles(nibbles=matrix.affine == "CODEBOOK")
-    words, segments = [], []
-    for part, codes in zip(matrix.parts, np.split(matrix.codes, ends), strict=True):
-        words.append(layout.pack(jnp.asarray(codes), part.bits))
-        k, n = layout.extents(words[-1].shape, part.bits)
-        segment = tensor.Segment(part.bits, part.group_size, k - part.rows)
-        segments.append(segment)
-    leaves = {
-        name: None if (leaf := getattr(matrix, name)) is None else jnp.asarray(leaf)
-        for name in ("scale", "zero", "order", "input_scale", "codebook")
-    }
-    return tensor.build(
-        words=tuple(words),
-        layout=layout,
-        segments=tuple(segments),
-        affine=tensor.Affine[matrix.affine],
-        padding=n - matrix.codes.shape[1],
-        **leaves,
-    )
-
-
 def sample(case: dict, seed: int = 0) -> oracle.Matrix:
     k, n = SHAPES[case["shape"]]
     return oracle.random(
@@ -89,12 +54,6 @@ def sample(case: dict, seed: int = 0) -> oracle.Matrix:
         dtype=SCALES[case["scale"]],
         **(MAPS | CODEBOOK)[case["affine"]],
     )
-
-
-def rows(m: int, k: int, seed: int = 1):
-    """bfloat16 values, as float32."""
-    x = np.random.default_rng(seed).standard_normal((m, k))
-    return x.astype(BF16).astype(F32)
 
 
 def label(case: dict) -> str:

@@ -1,0 +1,138 @@
+"""The compiled kernels, run by an emulator of PTX, against their interpretation.
+
+Every access to memory is checked on the way (`tests.gpu.emulator.memory`).
+"""
+
+import re
+
+import numpy as np
+import pytest
+
+from qjax.pallas.operands import Config
+from tests.gpu import running
+from tests.gpu.emulator import parser
+from tests.gpu.running import (
+    SUMS,
+    Dequantize,
+    Matmul,
+    MatmulT,
+    ScaleGrad,
+    Stack,
+    Weight,
+)
+from tests.oracle import relative_error
+
+EXL2 = Weight(
+    convention="centered", k=416, n=40, parts=((5, 96, 32), (4, 256, 128), (3, 64, 64))
+)
+CASES = [
+    # Every width, and a warp, two, four or eight.
+    Matmul(Weight(1, 256, "zero"), 16),
+    Matmul(Weight(2, 32, "float_zero", "float32"), 5),
+    Matmul(Weight(3, 64, "centered"), 33),
+    Matmul(Weight(4, 128, "zero", k=2048), 1, Config(8, 128, 256, splits=4)),
+    Matmul(Weight(4, 128, "zero", k=1024, n=256), 8, Config(8, 64, 128, 2, warps=1)),
+    Matmul(Weight(4, 64, "offset", "bfloat16", k=1024), 64),
+    Matmul(Weight(5, None, "offset", k=1024), 16, Config(16, 128, 128, warps=2)),
+    Matmul(Weight(6, 256, "centered_zero", "float32"), 8),
+    Matmul(Weight(7, 128, "zero", k=640), 33),
+    Matmul(Weight(8, 32, "zero", n=256), 16, Config(16, 256, 128, warps=8)),
+    # No block divides them; rows beyond a block of 64.
+    Matmul(Weight(4, 128, "zero", k=360, n=136), 130),
+    Matmul(Weight(3, 96, "offset", k=360, n=136), 5, Config(8, 32, 128, 3, warps=2)),
+    Matmul(Weight(8, 64, "centered", k=96, n=16), 33),
+    # Weights scaled in registers, in one iteration and in several, for 128 rows too.
+    Matmul(Weight(1, 128, "centered", k=1024, n=136), 100),
+    Matmul(Weight(2, 64, "float_zero", "bfloat16"), 100),
+    Matmul(Weight(3, 32, "zero", "float32"), 100, Config(64, 64, 256, 2, stages=2)),
+    Matmul(Weight(4, 128, "zero", k=1024, n=136), 200, Config(128, 128, 64, 3, 8)),
+    Matmul(Weight(4, 128, "centered_zero", "bfloat16"), 64, Config(64, 64, 64, 2, 4)),
+    Matmul(Weight(5, 64, "offset", "float32"), 100),
+    Matmul(Weight(6, None, "centered", k=360), 100),
+    Matmul(Weight(8, 32, "zero", "bfloat16"), 100),
+    Matmul(Weight(4, 64, "codebook", "float32"), 100),
+    Matmul(EXL2, 100, Config(128, 128, 64, 2, 8, 2)),
+    Matmul(Weight(4, 64, "codebook", "float32"), 5),
+    Matmul(Weight(4, 32, "codebook", "bfloat16", k=360, n=136), 33),
+    Matmul(EXL2, 5, Config(8, splits=2)),
+    Matmul(EXL2, 33),
+    Matmul(Weight(4, 64, "zero"), 5, dtype="bfloat16"),
+    Matmul(Weight(7, 128, "offset"), 33, dtype="bfloat16"),
+    Stack(Weight(4, 64, "offset", k=384, n=80), 2, m=5),
+    Stack(EXL2, 1, m=5),
+    Stack(Weight(4, 64, "zero", k=384, n=80), (2, 0, -1, 1)),
+    Stack(Weight(3, 128, "centered", k=384, n=80), (1, -1, 2), m=33),
+    Stack(Weight(4, 64, "zero", "bfloat16", k=384, n=80), (1, -1, 2), m=100),
+    MatmulT(Weight(4, 128, "zero", n=512)),
+    MatmulT(Weight(4, 128, "offset", n=512), 64),
+    MatmulT(Weight(3, 64, "centered", k=360, n=136), 5),
+    MatmulT(Weight(7, 32, "float_zero"), 33),
+    MatmulT(Weight(8, 128, "centered_zero"), 16, Config(16, 32, 128, 2, warps=2)),
+    MatmulT(Weight(4, 64, "codebook", "float32"), 16),
+    MatmulT(Weight(1, None, "zero"), 64),
+    ScaleGrad(Weight(4, 128, "zero", k=1024), 8),
+    ScaleGrad(Weight(4, 32, "offset"), 32),
+    ScaleGrad(Weight(3, 64, "centered_zero", k=360, n=136), 16),
+    ScaleGrad(Weight(8, None, "float_zero"), 5),
+    Dequantize(Weight(1, 256, "zero"), "bfloat16"),
+    Dequantize(Weight(2, 128, "centered"), "float16"),
+    Dequantize(Weight(3, 64, "float_zero", k=360, n=136), "float32"),
+    Dequantize(Weight(4, 32, "offset"), "float16"),
+    Dequantize(Weight(5, None, "zero"), "float32"),
+    Dequantize(Weight(6, 96, "centered_zero", "bfloat16"), "bfloat16"),
+    Dequantize(Weight(7, 128, "zero", "float32"), "float32"),
+    Dequantize(Weight(8, 128, "zero"), "bfloat16"),
+    Dequantize(Weight(4, 64, "codebook", "float32", k=360, n=136), "float32"),
+]
+every = pytest.mark.parametrize("run", CASES, ids=str)
+both = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+
+
+@pytest.fixture
+def outcome(run, arch, emulated):
+    return emulated(run, arch)
+
+
+def exact(name, dtype):
+    """Whether nothing is summed on the way to an output of this kernel."""
+    return name.startswith("dequantize") or dtype.itemsize == 2
+
+
+@every
+@both
+def test_launches_are_their_interpretation(outcome):
+    for launched in outcome.launches:
+        pairs = zip(launched.emulated, launched.interpreted, strict=True)
+        for found, expected in pairs:
+            if exact(launched.name, expected.dtype):
+                np.testing.assert_array_equal(found, expected)
+            else:
+                assert relative_error(found, expected) < SUMS
+
+
+@every
+@both
+def test_results_are_those_of_the_oracle(run, outcome):
+    for found, expected in zip(outcome.found, outcome.expected, strict=True):
+        assert relative_error(found, expected) < run.tolerance
+
+
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("bar.sync", "without a barrier"),
+        ("cp.async.wait_group", "a copy is still on its way"),
+        ("fence.proxy.async", "without a proxy fence"),
+    ],
+)
+def test_what_orders_the_threads_is_needed(missing, message, monkeypatch):
+    parse = parser.parse
+
+    def without(ptx):
+        shorter = re.sub(rf"{re.escape(missing)}\b[^;]*;", "", ptx)
+        return parse(shorter)
+
+    monkeypatch.setattr(parser, "parse", without)
+    case = Matmul(Weight(4, 128, "zero", k=1024), 16)
+    with pytest.raises(parser.EmulationError, match=message):
+        running.run(case, "sm_90")
