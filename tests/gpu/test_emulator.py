@@ -4,7 +4,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from tests.gpu.emulator.memory import Lanes
 from tests.gpu.emulator.parser import EmulationError
+from tests.gpu.emulator.traffic import Count, Traffic
 from tests.gpu.texts import emulate, fill, listed, load, of_each_thread, store
 
 F16, BF16, F32, U32 = np.float16, ml_dtypes.bfloat16, np.float32, np.uint32
@@ -13,6 +15,35 @@ rng = np.random.default_rng(0)
 
 def words(count=32):
     return rng.integers(0, 2**32, count, dtype=U32)
+
+
+class TestTraffic:
+    """A warp's accesses, of four bytes a thread unless said otherwise."""
+
+    who = Lanes(np.zeros(32, int), np.zeros(32, int))
+
+    @pytest.mark.parametrize(
+        ("stride", "size", "taken", "least"),
+        [
+            *((4, 4, 1, 1), (8, 4, 2, 1), (128, 4, 32, 1), (0, 4, 1, 1), (2, 2, 1, 1)),
+            *((16, 16, 4, 4), (64, 16, 16, 4), (8, 8, 2, 2), (256, 8, 32, 2)),
+        ],
+    )
+    def test_passes_over_the_banks(self, stride, size, taken, least):
+        traffic = Traffic()
+        addresses = np.arange(32, dtype=np.uint64) * np.uint64(stride)
+        traffic.share("ld", self.who, addresses, size)
+        assert traffic.shared["ld"] == Count(taken, least)
+
+    @pytest.mark.parametrize(
+        ("stride", "size", "taken", "least"),
+        [(4, 4, 4, 4), (16, 16, 16, 16), (32, 4, 32, 4), (0, 4, 1, 1), (8, 1, 8, 1)],
+    )
+    def test_sectors(self, stride, size, taken, least):
+        traffic = Traffic()
+        addresses = np.arange(32, dtype=np.uint64) * np.uint64(stride)
+        traffic.load(self.who, addresses + np.uint64(2 << 40), size)
+        assert traffic.device == {2: Count(taken, least)}
 
 
 class TestThreads:

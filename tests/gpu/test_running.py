@@ -136,3 +136,20 @@ def test_what_orders_the_threads_is_needed(missing, message, monkeypatch):
     case = Matmul(Weight(4, 128, "zero", k=1024), 16)
     with pytest.raises(parser.EmulationError, match=message):
         running.run(case, "sm_90")
+
+
+@every
+@both
+def test_no_access_is_wasteful(outcome):
+    for launched in outcome.launches:
+        for parameter, sectors in launched.traffic.device.items():
+            if "_".join(map(str, (5, 4, 3))) in launched.name:
+                # Bounds of segments are read one by one.
+                continue
+            assert sectors.taken == sectors.least, (launched.name, parameter)
+        for opcode, passes in launched.traffic.shared.items():
+            # A transpose needs the codes of neighbouring columns, which do not lie side
+            # by side.
+            if launched.name.startswith("matmul_t") and opcode == "ld.shared.b16":
+                continue
+            assert passes.taken == passes.least, (launched.name, opcode)

@@ -33,7 +33,7 @@ def emulate(body, *operands, out, threads=32, programs=1):
       ret;
     }}
     """
-    (found,) = machine.run(
+    (found,), _ = machine.run(
         parser.parse(text),
         OPERATIONS,
         operands,

@@ -5,7 +5,7 @@ import math
 import numpy as np
 
 from tests.gpu.emulator.machine import WARP, Group, Operation, parts
-from tests.gpu.emulator.memory import Copy
+from tests.gpu.emulator.memory import Copy, Lanes
 from tests.gpu.emulator.parser import (
     Address,
     EmulationError,
@@ -53,8 +53,10 @@ def _load(space: str, bits: int) -> Operation:
         who, here = group.acting()
         addresses = group.addresses(address).ravel()[here]
         if space == "global":
+            group.traffic.load(who, addresses, size)
             loaded = group.memory.load(addresses, size)
         else:
+            group.traffic.share(statement.opcode, who, addresses, size)
             loaded = group.shared.load(who, addresses, size)
         values = np.zeros((math.prod(group.shape), size), np.uint8)
         values[here] = loaded
@@ -79,6 +81,7 @@ def _store(space: str, bits: int) -> Operation:
         if space == "global":
             group.memory.store(addresses, values[here])
         else:
+            group.traffic.share(statement.opcode, who, addresses, values.shape[1])
             group.shared.store(who, addresses, values[here])
 
     return operate
@@ -99,6 +102,9 @@ def _copy(group: Group, statement: Statement) -> None:
             raise EmulationError("cp.async with a size of its source")
         wanted = ~group.read(predicate, np.bool_).ravel()[here]
     addresses = group.addresses(source).ravel()[here]
+    chosen = Lanes(who.program[wanted], who.warp[wanted])
+    group.traffic.load(chosen, addresses[wanted], size)
+    group.traffic.share(statement.opcode, who, to, size)
     values[wanted] = group.memory.load(addresses[wanted], size)
     copy = Copy(who, to, values)
     group.shared.begin(copy)

@@ -14,6 +14,7 @@ from qjax.pallas import lang
 from tests.gpu import compiler
 from tests.gpu.emulator import machine, parser
 from tests.gpu.emulator.operations import OPERATIONS
+from tests.gpu.emulator.traffic import Traffic
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,13 @@ class Launched:
       name: Of the kernel.
       emulated: Its outputs.
       interpreted: Those of the same body as jnp.
+      traffic: What its accesses to memory cost.
     """
 
     name: str
     emulated: list[np.ndarray]
     interpreted: list[np.ndarray]
+    traffic: Traffic
 
 
 @contextlib.contextmanager
@@ -50,9 +53,10 @@ def emulated(arch: str) -> Iterator[list[Launched]]:
         out = options["out"]
 
         def run(operands: Any, interpreted: Any) -> Any:
-            found = kernel.run(jax.tree.leaves(operands), jax.tree.leaves(out))
+            leaves = jax.tree.leaves(operands)
+            found, traffic = kernel.run(leaves, jax.tree.leaves(out))
             wanted = [np.asarray(leaf) for leaf in jax.tree.leaves(interpreted)]
-            launched.append(Launched(options["name"], found, wanted))
+            launched.append(Launched(options["name"], found, wanted, traffic))
             return jax.tree.unflatten(jax.tree.structure(out), found)
 
         interpreted = launch(body, *operands, interpret=True, **options)
@@ -85,9 +89,11 @@ class Kernel:
         (launched,) = (i for i in program.launches if i.name == kernel.name)
         return cls(parser.parse(kernel.ptx), launched.grid, launched.shared)
 
-    def run(self, operands: list[Any], out: list[Any]) -> list[np.ndarray]:
-        """Returns the outputs, whose shapes and dtypes ``out`` says."""
-        found = machine.run(
+    def run(
+        self, operands: list[Any], out: list[Any]
+    ) -> tuple[list[np.ndarray], Traffic]:
+        """Returns the outputs, whose shapes and dtypes ``out`` says, and the costs."""
+        found, traffic = machine.run(
             self.ptx,
             OPERATIONS,
             [np.asarray(operand) for operand in operands],
@@ -95,7 +101,8 @@ class Kernel:
             self.grid,
             self.shared,
         )
-        return [
+        shaped = [
             data.view(one.dtype).reshape(one.shape)
             for data, one in zip(found, out, strict=True)
         ]
+        return shaped, traffic

@@ -28,6 +28,7 @@ from tests.gpu.emulator.parser import (
     Symbol,
     Vector,
 )
+from tests.gpu.emulator.traffic import Traffic
 
 WARP = 32
 _DTYPES = {1: np.dtype(bool)} | {
@@ -59,6 +60,7 @@ class Group:
     Attributes:
       kernel: What they run.
       memory: Of the device.
+      traffic: Counts the accesses.
       shared: Of the programs.
       place: Where they are in the grid, ``[programs, 3]``.
       grid: Its extents.
@@ -71,6 +73,7 @@ class Group:
 
     kernel: Kernel
     memory: DeviceMemory
+    traffic: Traffic
     shared: SharedMemory
     place: np.ndarray
     grid: tuple[int, ...]
@@ -92,6 +95,7 @@ class Group:
         return Group(
             self.kernel,
             self.memory,
+            self.traffic,
             self.shared.take(programs),
             self.place[programs],
             self.grid,
@@ -192,7 +196,7 @@ def run(
     outputs: Sequence[int],
     grid: tuple[int, ...],
     shared: int,
-) -> list[np.ndarray]:
+) -> tuple[list[np.ndarray], Traffic]:
     """Runs every program of a grid.
 
     Args:
@@ -204,7 +208,7 @@ def run(
       shared: Bytes of shared memory of a program.
 
     Returns:
-      The bytes of every output.
+      The bytes of every output, and what the accesses to memory cost.
 
     Raises:
       EmulationError: Where one does what it must not, or is not known.
@@ -218,11 +222,12 @@ def run(
     memory = DeviceMemory(operands, outputs, align)
     # The x axis is the fastest.
     place = np.indices(grid[::-1]).reshape(3, -1)[::-1].T
-    groups = [Group(kernel, memory, SharedMemory.of(len(place), shared), place, grid)]
+    traffic, of_programs = Traffic(), SharedMemory.of(len(place), shared)
+    groups = [Group(kernel, memory, traffic, of_programs, place, grid)]
     with np.errstate(all="ignore"):
         while groups:
             groups += _advance(groups.pop(), operations)
-    return [b.data for b in memory.buffers if b.written is not None]
+    return [b.data for b in memory.buffers if b.written is not None], traffic
 
 
 def _advance(group: Group, operations: Mapping[str, Operation]) -> list[Group]:

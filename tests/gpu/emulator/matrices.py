@@ -93,6 +93,7 @@ def _load_matrices(count: int, *, transposed: bool) -> Operation:
         group.refuse_guard()
         destination, address = statement.operands
         who, addresses = _rows_of_matrices(group, address, count)
+        group.traffic.share(statement.opcode, who, addresses, 16)
         loaded = np.ascontiguousarray(group.shared.load(who, addresses, 16))
         by = (*group.shape[:1], group.warps, count, 8, 8)
         matrices = loaded.view(np.uint16).reshape(by)
@@ -110,6 +111,7 @@ def _store_matrices(count: int, *, transposed: bool) -> Operation:
         group.refuse_guard()
         address, source = statement.operands
         who, addresses = _rows_of_matrices(group, address, count)
+        group.traffic.share(statement.opcode, who, addresses, 16)
         registers = [group.read(part, np.uint32) for part in parts(source)]
         by = (*group.shape[:1], group.warps, WARP)
         matrices = np.stack([r.reshape(by) for r in registers], 2)

@@ -23,6 +23,12 @@ GARBAGE = 0xFF  # NaN, in every float format
 SHARED = 1024
 
 
+def place_of(addresses: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The parameters in whose ranges addresses of device memory lie, and where."""
+    inside = addresses & np.uint64((1 << _RANGE) - 1)
+    return addresses >> np.uint64(_RANGE), inside.astype(np.int64)
+
+
 @dataclasses.dataclass
 class Buffer:
     """An array of the launch.
@@ -90,7 +96,7 @@ class DeviceMemory:
             raise EmulationError(
                 f"an address is no multiple of {size}: {addresses[0]:#x}"
             )
-        number = addresses >> np.uint64(_RANGE)
+        number, _ = place_of(addresses)
         for i in np.unique(number).tolist():
             if i >= len(self.buffers):
                 raise EmulationError(f"an address in no array: {addresses.max():#x}")
