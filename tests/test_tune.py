@@ -197,7 +197,7 @@ class TestLookup:
     def test_without_a_gpu_the_heuristic(self, own_tables):
         self.put(own_tables, (at(8), entry()))
         assert tables.device_kind() is None
-        assert configs.for_matmul(8, weight()) == Config(8, 128, 256)
+        assert configs.for_matmul(8, weight()) == Config(8, 128, 128, warps=2)
 
     def test_as_measured(self, own_tables, on_a_gpu):
         keys = {

@@ -97,18 +97,17 @@ def heuristic(op: str, m: int, w: QTensor) -> Config:
 
 def _heuristic_matmul(m: int, w: QTensor) -> Config:
     block_m = _power_of_two(m, 8, 128)
+    # Iterations take at least the rows of a block.
+    long = any(tiles.rows_of_block(s.bits) > 128 for s in w.segments)
     if block_m > EXACT_ROWS:
-        # Two programs to a multiprocessor: one unpacks while the other multiplies.
+        # Two programs to a multiprocessor: one unpacks while the other multiplies. The
+        # shared memory of a third stage is that of the second program.
         warps, block_k = (8, 64) if block_m == 128 else (4, 128)
-        # Long iterations take the shared memory of a third.
-        long = any(tiles.rows_of_block(s.bits) > 128 for s in w.segments)
         return Config(block_m, _BLOCK_N, block_k, warps=warps, stages=2 if long else 3)
-    # Iterations of 256 rows need fewer instructions a weight, and have the registers
-    # for it as long as m is small and steps are few. A step of a codebook has no
-    # offsets to take off.
-    least = 128 if w.codebook is None else 64
-    few_steps = all((s.group_size or w.k) >= least for s in w.segments)
-    return Config(block_m, _BLOCK_N, 256 if block_m <= 16 and few_steps else 128)
+    # With few rows two warps have the registers for all columns: what is done for an
+    # iteration costs half as much a weight. Long iterations leave room for fewer
+    # programs, of more warps.
+    return Config(block_m, _BLOCK_N, 128, warps=2 if block_m <= 16 and not long else 4)
 
 
 # One iteration a program, nothing to pipeline.

@@ -156,14 +156,12 @@ def matmul(
             -(-columns // config.block_n),
             config.splits,
         ),
-        out=jax.ShapeDtypeStruct(
-            (config.splits, len(prepared.x), columns), jnp.float32
-        ),
+        out=jax.ShapeDtypeStruct((config.splits, m, columns), jnp.float32),
         warps=config.warps,
         stages=config.stages,
         interpret=interpret,
     )
-    return (partial.sum(0) * (prepared.unscale * unit))[:m, : w.n]
+    return (partial.sum(0) * (prepared.unscale[:m] * unit))[:, : w.n]
 
 
 def _segments(w: QTensor, config: Config) -> Iterator[tuple[Run, Bounds]]:
@@ -285,12 +283,18 @@ def _body(
         unit = scaling.unit_of(refs.parameters, affine, segments[0], spans)
     program = _Program(language, affine, x_rows, refs, config.scales_weights, unit)
     acc = jnp.zeros((config.block_n, config.block_m), jnp.float32)
-    for run, bound, columns, share in zip(runs, bounds, segments, shares, strict=True):
-        acc = program.add_segment(acc, run, bound, columns, *share)
+    for run, bound, segment, share in zip(runs, bounds, segments, shares, strict=True):
+        acc = program.add_segment(acc, run, bound, segment, *share)
     if unit is not None:
         acc *= unit.undo
-    out = out_ref.at[split, x_rows, segments[0].slice]
-    lang.store(out, acc.T, segments[0].inside)
+    inside = segments[0].inside
+    inside = None if inside is None else inside[None]
+    if out_ref.shape[1] % config.block_m:
+        # What splits write has to be read again: only rows that exist.
+        row = m * config.block_m + jnp.arange(config.block_m)[:, None]
+        exists = row < out_ref.shape[1]
+        inside = exists if inside is None else exists & inside
+    lang.store(out_ref.at[split, x_rows, segments[0].slice], acc.T, inside)
 
 
 def _span(run: Run, bounds: Bounds, share: tuple[Any, Any]) -> scaling.Span:

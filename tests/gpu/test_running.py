@@ -60,7 +60,7 @@ CASES = [
     Matmul(Weight(7, 128, "offset"), 33, dtype="bfloat16"),
     Stack(Weight(4, 64, "offset", k=384, n=80), 2, m=5),
     Stack(EXL2, 1, m=5),
-    Stack(Weight(4, 64, "zero", k=384, n=80), (2, 0, -1, 1)),
+    Stack(Weight(4, 64, "zero", k=384, n=96), (2, 0, -1, 1)),
     Stack(Weight(3, 128, "centered", k=384, n=80), (1, -1, 2), m=33),
     Stack(Weight(4, 64, "zero", "bfloat16", k=384, n=80), (1, -1, 2), m=100),
     MatmulT(Weight(4, 128, "zero", n=512)),
@@ -133,7 +133,7 @@ def test_what_orders_the_threads_is_needed(missing, message, monkeypatch):
         return parse(shorter)
 
     monkeypatch.setattr(parser, "parse", without)
-    case = Matmul(Weight(4, 128, "zero", k=1024), 16)
+    case = Matmul(Weight(4, 128, "zero", k=1024), 16, Config(16, splits=2))
     with pytest.raises(parser.EmulationError, match=message):
         running.run(case, "sm_90")
 
