@@ -12,6 +12,7 @@ takes registers. Weights are scaled in float16, each rounded once: one instructi
 for a weight, none for a step.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -93,38 +94,41 @@ def unit_of(
       None where scales are float16, and the codes integers: as float16 their products
       are as exact as in any range, and no larger than the weights of a float16 model.
     """
-    floats = parameters[:1] if affine is Affine.ZERO else parameters
-    if affine is not Affine.CODEBOOK and all(ref.dtype == DTYPE for ref in floats):
+    before = affine is Affine.ZERO  # whether zeros belong to the codes
+    floats, of_codes = (parameters[:1], parameters[1:]) if before else (parameters, [])
+    integers = all(jnp.issubdtype(ref.dtype, jnp.integer) for ref in of_codes)
+    integers &= affine is not Affine.CODEBOOK
+    if integers and all(ref.dtype == DTYPE for ref in floats):
         return None
-
-    def largest_of(span: Span) -> Callable[[Array, Array], Array]:
-        # Codes, or entries of a codebook, are smaller.
-        bound = 2.0 if affine is Affine.CODEBOOK else 2.0**span.bits
-
-        def largest(i: Array, found: Array) -> Array:
-            start = span.first + i * _GROUPS
-            inside = (start + jnp.arange(_GROUPS) < span.end)[:, None]
-            if columns.inside is not None:
-                inside = inside & columns.inside[None]
-            shape = (_GROUPS, columns.width)
-            inside = jnp.broadcast_to(inside, shape)
-            scale, *added = (
-                jnp.abs(
-                    lang.load(
-                        ref.at[pl.ds(start, _GROUPS), columns.slice], inside
-                    ).astype(jnp.float32)
-                )
-                for ref in floats
-            )
-            return jnp.maximum(found, sum(added, scale * bound).max())
-
-        return largest
-
-    found = jnp.float32(0)
+    largest = jnp.float32(0)
     for span in spans:
+        # Entries of a codebook lie below 2.
+        bound = 2.0 if affine is Affine.CODEBOOK else 2.0**span.bits
+        larger = functools.partial(_larger, floats, columns, span, bound)
         chunks = (span.end - span.first + _GROUPS - 1) // _GROUPS
-        found = lax.fori_loop(0, chunks, largest_of(span), found)
-    return Unit(*bring_to(found, TOP))
+        largest = lax.fori_loop(0, chunks, larger, largest)
+    return Unit(*bring_to(largest, TOP))
+
+
+def _larger(
+    floats: Sequence[Any],
+    columns: Columns,
+    span: Span,
+    bound: float,
+    chunk: Array,
+    largest: Array,
+) -> Array:
+    """What a chunk of groups lets weights be at most, if more than ``largest``."""
+    start = span.first + chunk * _GROUPS
+    inside = (start + jnp.arange(_GROUPS) < span.end)[:, None]
+    if columns.inside is not None:
+        inside = inside & columns.inside[None]
+    inside = jnp.broadcast_to(inside, (_GROUPS, columns.width))
+    where = (pl.ds(start, _GROUPS), columns.slice)
+    scale, *added = (
+        jnp.abs(lang.load(ref.at[where], inside).astype(jnp.float32)) for ref in floats
+    )
+    return jnp.maximum(largest, sum(added, scale * bound).max())
 
 
 def weights(
