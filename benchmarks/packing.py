@@ -35,7 +35,8 @@ from typing import Any
 import harness
 import numpy as np
 from harness import Worker
-from packing_engines import GROUP, LIBRARIES, Engine, K, N, Rows
+from packing_engines import LIBRARIES
+from packing_matrix import GROUP, Engine, K, N, Rows
 
 PATIENCE = 10.0  # an engine with so many seconds behind it is called no more
 

@@ -124,6 +124,20 @@ def check_words(words: Array, axes: int, *dtypes: DTypeLike) -> None:
         )
 
 
+def check_method(entry: Mapping[str, Any], name: str) -> None:
+    """Checks that a configuration is one of a format, where it says of which.
+
+    Args:
+      entry: The ``quantization_config``.
+      name: The format's ``quant_method``.
+
+    Raises:
+      ValueError: If it is another.
+    """
+    if entry.get("quant_method", name) != name:
+        raise ValueError(f"quant_method={entry['quant_method']!r} must be {name!r}.")
+
+
 def check_strings(name: str, value: Any) -> tuple[str, ...]:
     """Reads a list of strings from a configuration.
 

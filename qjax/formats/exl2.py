@@ -35,7 +35,13 @@ from jaxtyping import Array, Float, Int32
 from qjax import tensor
 from qjax.bits import pack_fields, unpack_fields
 from qjax.decode import rounded
-from qjax.formats.checks import Expected, check_finite, check_shapes, check_tensors
+from qjax.formats.checks import (
+    Expected,
+    check_finite,
+    check_method,
+    check_shapes,
+    check_tensors,
+)
 from qjax.formats.gptq import Stream
 from qjax.formats.q_groups import (
     check_permutation,
@@ -123,8 +129,7 @@ class Config:
         Raises:
           ValueError: If a field has a wrong type or value.
         """
-        if entry.get("quant_method", "exl2") != "exl2":
-            raise ValueError(f"quant_method={entry['quant_method']!r} must be 'exl2'.")
+        check_method(entry, "exl2")
         bits, head_bits = entry.get("bits"), entry.get("head_bits")
         if bits is not None and not (
             type(bits) in (int, float) and math.isfinite(bits) and bits > 0

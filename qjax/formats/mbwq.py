@@ -37,6 +37,7 @@ from qjax import decode, tensor
 from qjax.formats.checks import (
     Expected,
     check_finite,
+    check_method,
     check_shapes,
     check_tensors,
     group_size_of,
@@ -107,8 +108,7 @@ class Config:
         Raises:
           ValueError: If a field has a wrong type or value.
         """
-        if entry.get("quant_method", "mbwq") != "mbwq":
-            raise ValueError(f"quant_method={entry['quant_method']!r} must be 'mbwq'.")
+        check_method(entry, "mbwq")
         width, group_size = entry.get("bits"), entry.get("group_size")
         if width is not None and (type(width) is not int or width not in _BITS):
             raise ValueError(f"bits={width!r} must be one of {_BITS}.")

@@ -46,6 +46,7 @@ from qjax.formats.checks import (
     FLOATS,
     Expected,
     check_finite,
+    check_method,
     check_shapes,
     check_tensors,
     group_size_of,
@@ -138,8 +139,7 @@ class Config:
         Raises:
           ValueError: If a field has a wrong type or value.
         """
-        if entry.get("quant_method", "mpq") != "mpq":
-            raise ValueError(f"quant_method={entry['quant_method']!r} must be 'mpq'.")
+        check_method(entry, "mpq")
         bits, size = entry.get("bits"), entry.get("group_size")
         if bits is not None and (type(bits) is not int or bits not in BITS):
             raise ValueError(f"bits={bits!r} must be one of {BITS}.")

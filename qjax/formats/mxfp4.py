@@ -35,7 +35,13 @@ from jaxtyping import Array, BFloat16, Float, Integer, UInt8
 
 from qjax import decode, tensor
 from qjax.bits import transpose_codes
-from qjax.formats.checks import check_codes, check_shapes, check_strings, check_words
+from qjax.formats.checks import (
+    check_codes,
+    check_method,
+    check_shapes,
+    check_strings,
+    check_words,
+)
 from qjax.formats.patterns import check_pattern, matches
 from qjax.tensor import Affine, Encoded, Grouping, Layout, QTensor, Segment
 
@@ -156,8 +162,7 @@ class Config:
         Raises:
           ValueError: If a field has a wrong type or value.
         """
-        if entry.get("quant_method", "mxfp4") != "mxfp4":
-            raise ValueError(f"quant_method={entry['quant_method']!r} must be 'mxfp4'.")
+        check_method(entry, "mxfp4")
         field = "modules_to_not_convert"
         ignored = check_strings(field, entry.get(field) or [])
         for pattern in ignored:

@@ -106,12 +106,12 @@ def factored(
 
 
 def low_rank(
-    x: Float[Array, "*batch k"],
+    x: Num[Array, "*batch k"],
     a: Float[Array, "*stack k rank"],
     b: Float[Array, "*stack rank n"] | None,
 ) -> Float[Array, "*batch n"]:
-    """``x @ a @ b``, from the left to the right; without ``b``, ``x @ a``."""
-    low = jnp.matmul(x, a, precision="highest")
+    """``x @ a @ b`` in the dtype of ``a``, left to right; without ``b``, ``x @ a``."""
+    low = jnp.matmul(jnp.asarray(x, a.dtype), a, precision="highest")
     return low if b is None else jnp.matmul(low, b, precision="highest")
 
 

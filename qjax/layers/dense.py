@@ -15,6 +15,8 @@ from qjax.tensor import QTensor
 # An `Initializer`, or a function of (key, shape, dtype) around one.
 Draw = Callable[..., Array]
 
+AXES = "[in_features, out_features]"
+
 
 def start(
     kernel_init: Draw | None,
@@ -130,7 +132,7 @@ def check_shapes(
     shape: tuple[int, ...] | None = None,
     *,
     name: str = "kernel",
-    axes: str = "[in_features, out_features]",
+    axes: str = AXES,
     bias_shape: tuple[int, ...] | None = None,
 ) -> None:
     """Checks a kernel and its bias against each other and against a layer.

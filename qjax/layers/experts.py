@@ -16,6 +16,8 @@ from jaxtyping import Array, DTypeLike, Float, Int32, Integer, Num
 from qjax import ragged
 from qjax.tensor import QTensor
 
+AXES = "[num_experts, in_features, out_features]"
+
 
 class Routed(NamedTuple):
     """Tokens sorted by expert, once for each of their experts.

@@ -15,6 +15,8 @@ Source: GreenBitAI/bitorch-engine, bitorch_engine/optim/diode_beta.py, commit
 0009b1f8178e86df6433383879c0005a49c0cc92.
 """
 
+import dataclasses
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -99,6 +101,25 @@ def diode_mix(
       >>> float(loss(training.shadow.zeros(w), stepped)) < float(loss(gradient, w))
       True
     """
+    _check_numbers(learning_rate, b1, b2, eps)
+    dtype = jnp.dtype(state_dtype)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"state_dtype={dtype} must be a float dtype.")
+    rule = _Rule(
+        learning_rate=learning_rate,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        correct_bias=correct_bias,
+        dtype=dtype,
+        galore=galore,
+    )
+    return optax.GradientTransformation(rule.init, rule.update)
+
+
+def _check_numbers(
+    learning_rate: optax.ScalarOrSchedule, b1: float, b2: float, eps: float
+) -> None:
     for name, value in {"b1": b1, "b2": b2}.items():
         if not 0 <= value < 1:
             raise ValueError(f"{name}={value} must be at least 0 and less than 1.")
@@ -106,14 +127,33 @@ def diode_mix(
         raise ValueError(f"eps={eps} must not be negative.")
     if not callable(learning_rate) and learning_rate < 0:
         raise ValueError(f"learning_rate={learning_rate} must not be negative.")
-    dtype = jnp.dtype(state_dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"state_dtype={dtype} must be a float dtype.")
 
-    def init(params: optax.Params) -> DiodeMixState:
+
+class _Leaf(NamedTuple):
+    step: Array
+    mu: Array
+    nu: Array
+    basis: Basis | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class _Rule:
+    """The two functions of the transformation; the fields are those of `diode_mix`."""
+
+    learning_rate: optax.ScalarOrSchedule
+    b1: float
+    b2: float
+    eps: float
+    correct_bias: bool
+    dtype: jnp.dtype
+    galore: GaLore | None
+
+    def init(self, params: optax.Params) -> DiodeMixState:
         jax.tree.map(_check_param, params)
-        basis = jax.tree.map(lambda p: _start(p.shape, galore), params)
-        moments = jax.tree.map(lambda p: _zeros(p.shape, galore, dtype), params)
+        basis = jax.tree.map(lambda p: _start(p.shape, self.galore), params)
+        moments = jax.tree.map(
+            lambda p: _zeros(p.shape, self.galore, self.dtype), params
+        )
         # Two trees of arrays, not one twice: a step may be given both to write over.
         return DiodeMixState(
             count=jnp.zeros((), jnp.int32),
@@ -123,27 +163,14 @@ def diode_mix(
         )
 
     def update(
-        updates: optax.Updates, state: Any, params: Any = None
+        self, updates: optax.Updates, state: Any, params: Any = None
     ) -> tuple[optax.Updates, DiodeMixState]:
         del params
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         count = jnp.asarray(optax.safe_increment(state.count))
-        size = jnp.asarray(rate, jnp.float32)
-        if correct_bias:
-            size = size * jnp.sqrt(_one_less_power(b2, count))
-            size = size / _one_less_power(b1, count)
-
-        def one(g: Array, mu: Array, nu: Array, basis: Basis | None) -> _Leaf:
-            if galore is not None and basis is not None:
-                basis = galore.refresh(basis, g, state.count)
-                g = galore.project(g.astype(dtype), basis)
-            mu, nu = _moments(g, mu, nu, b1, b2)
-            step = _normalized(mu, nu, eps)
-            if galore is not None and basis is not None:
-                step = galore.back(step, basis)
-            return _Leaf(-size * step.astype(jnp.float32), mu, nu, basis)
-
-        leaves = jax.tree.map(one, updates, state.mu, state.nu, state.basis)
+        step = functools.partial(
+            self._step, self._size(state.count, count), state.count
+        )
+        leaves = jax.tree.map(step, updates, state.mu, state.nu, state.basis)
         steps, mu, nu, basis = (
             jax.tree.map(
                 lambda leaf, i=i: leaf[i],
@@ -154,14 +181,34 @@ def diode_mix(
         )
         return steps, DiodeMixState(count, mu, nu, basis)
 
-    return optax.GradientTransformation(init, update)
+    def _size(self, taken: Array, count: Array) -> Float[Array, ""]:
+        """``a`` of the step ``count``, before which ``taken`` were taken."""
+        rate = self.learning_rate
+        size = jnp.asarray(rate(taken) if callable(rate) else rate, jnp.float32)
+        if self.correct_bias:
+            size = size * jnp.sqrt(_one_less_power(self.b2, count))
+            size = size / _one_less_power(self.b1, count)
+        return size
 
-
-class _Leaf(NamedTuple):
-    step: Array
-    mu: Array
-    nu: Array
-    basis: Basis | None
+    def _step(
+        self,
+        size: Array,
+        taken: Array,
+        g: Array,
+        mu: Array,
+        nu: Array,
+        basis: Basis | None,
+    ) -> _Leaf:
+        """Moves one parameter; the arrays after ``taken`` are its own."""
+        galore = self.galore
+        if galore is not None and basis is not None:
+            basis = galore.refresh(basis, g, taken)
+            g = galore.project(g.astype(self.dtype), basis)
+        mu, nu = _moments(g, mu, nu, self.b1, self.b2)
+        step = _normalized(mu, nu, self.eps)
+        if galore is not None and basis is not None:
+            step = galore.back(step, basis)
+        return _Leaf(-size * step.astype(jnp.float32), mu, nu, basis)
 
 
 def _check_param(param: Any) -> None:

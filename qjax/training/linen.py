@@ -191,8 +191,7 @@ class LoRA(nn.Module):
         """As `layers.linen.Embed.attend`, with the adapters' product added."""
         base: Any = self.base
         return self._add(
-            base.attend(query),
-            lambda a, b: contraction.low_rank(jnp.asarray(query, a.dtype), a, b),
+            base.attend(query), lambda a, b: contraction.low_rank(query, a, b)
         )
 
     def route(

@@ -250,8 +250,7 @@ class LoRA(nnx.Module):
     def attend(self, query: Num[Array, "*batch features"]) -> Float[Array, "..."]:
         """As `layers.nnx.Embed.attend`, with the adapters' product added."""
         return self._add(
-            self.base.attend(query),
-            lambda a, b: contraction.low_rank(jnp.asarray(query, a.dtype), a, b),
+            self.base.attend(query), lambda a, b: contraction.low_rank(query, a, b)
         )
 
     def route(

@@ -85,7 +85,7 @@ WEIGHTS = {
 
 @functools.cache
 def dense() -> dict:
-    return {"params": Model().init(jax.random.key(0), TOKENS)["params"]}
+    return {"params": jax.jit(Model().init)(jax.random.key(0), TOKENS)["params"]}
 
 
 @pytest.fixture(scope="module")

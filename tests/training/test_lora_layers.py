@@ -202,7 +202,7 @@ def test_twins_agree_and_are_base_and_adapters(case):
 
 @case
 def test_start_is_the_base(case):
-    layer = training.nnx.LoRA(case.base(), RANK, rngs=nnx.Rngs(0))
+    layer = training.nnx.LoRA(case.base(), RANK, alpha=ALPHA, rngs=nnx.Rngs(0))
     wanted = run(layer.base, *case.inputs)
     chex.assert_trees_all_equal(run(layer, *case.inputs), wanted)
     *batch, k, n = case.weight.shape

@@ -9,7 +9,7 @@ from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Array, DTypeLike, Float, Num
 
 from qjax.layers import contraction, dense
-from qjax.layers.linen.variables import weight
+from qjax.layers.linen.variables import kernel_and_bias
 
 
 class Dense(nn.Module):
@@ -76,12 +76,9 @@ class Dense(nn.Module):
             or, from ``init``, if the attributes do not fit the inputs.
         """
         shape = (jnp.shape(inputs)[-1], self.features)
-        start = dense.starting(self, self.kernel_init, shape)
-        kernel = weight(self, start, shape)
-        bias = None
-        if self.use_bias:
-            shape = (self.features,)
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        kernel, bias = kernel_and_bias(
+            self, shape, (self.features,), self.kernel_init, self.bias_init
+        )
         return dense.apply(
             inputs, kernel, bias, dtype=self.dtype, implementation=self.implementation
         )
@@ -104,7 +101,7 @@ class Dense(nn.Module):
         Returns:
           What a call returns, in the dtype of ``a``.
         """
-        return contraction.low_rank(jnp.asarray(inputs, a.dtype), a, b)
+        return contraction.low_rank(inputs, a, b)
 
 
 class DenseGeneral(nn.Module):
@@ -182,11 +179,10 @@ class DenseGeneral(nn.Module):
         plan = self._plan(inputs.shape)
         rows = math.prod(inputs.shape[axis] for axis in plan.summed)
         shape = (rows, math.prod(features))
-        kernel = weight(self, dense.starting(self, self.kernel_init, shape), shape)
-        bias = None
-        if self.use_bias:
-            bias_init = contraction.flat(self.bias_init)
-            bias = self.param("bias", bias_init, features, self.param_dtype)
+        bias_init = contraction.flat(self.bias_init)
+        kernel, bias = kernel_and_bias(
+            self, shape, features, self.kernel_init, bias_init
+        )
         return contraction.apply(
             inputs,
             kernel,

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Array, DTypeLike, Float, Num
 
-from qjax.layers import contraction, dense
-from qjax.layers.linen.variables import weight
+from qjax.layers import contraction
+from qjax.layers.linen.variables import kernel_and_bias
 
 
 class Einsum(nn.Module):
@@ -80,13 +80,13 @@ class Einsum(nn.Module):
         inputs = jnp.asarray(inputs)
         equation = contraction.parse(self.einsum_str, self.shape)
         plan = equation.plan(inputs.shape)
-        shape = equation.matrix_shape
-        kernel_init = equation.drawing(self.kernel_init)
-        kernel = weight(self, dense.starting(self, kernel_init, shape), shape)
-        bias = None
-        if self.use_bias:
-            wanted = equation.bias_shape
-            bias = self.param("bias", self.bias_init, wanted, self.param_dtype)
+        kernel, bias = kernel_and_bias(
+            self,
+            equation.matrix_shape,
+            equation.bias_shape,
+            equation.drawing(self.kernel_init),
+            self.bias_init,
+        )
         return contraction.apply(
             inputs,
             kernel,

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Array, DTypeLike, Float, Integer, Num
 
-from qjax.layers import dense, experts
-from qjax.layers.linen.variables import weight
+from qjax.layers import experts
+from qjax.layers.linen.variables import kernel_and_bias
 from qjax.tensor import QTensor
 
 
@@ -119,12 +119,11 @@ class Experts(nn.Module):
 
     @nn.compact
     def _weights(self, k: int) -> tuple[QTensor, Array | None]:
-        shape = (self.num_experts, k, self.features)
-        axes = "[num_experts, in_features, out_features]"
-        start = dense.starting(self, self.kernel_init, shape)
-        kernel = weight(self, start, shape, axes=axes)
-        bias = None
-        if self.use_bias:
-            shape = (self.num_experts, self.features)
-            bias = self.param("bias", self.bias_init, shape, self.param_dtype)
-        return kernel, bias
+        return kernel_and_bias(
+            self,
+            (self.num_experts, k, self.features),
+            (self.num_experts, self.features),
+            self.kernel_init,
+            self.bias_init,
+            experts.AXES,
+        )

@@ -99,7 +99,7 @@ class MBWQDense(nn.Module):
         inputs: Num[Array, "*batch k"],
     ) -> Float[Array, "*batch n"]:
         """As in `Dense`: ``a`` multiplies inputs without ``channel_scale``."""
-        return contraction.low_rank(jnp.asarray(inputs, a.dtype), a, b)
+        return contraction.low_rank(inputs, a, b)
 
     @nn.nowrap
     def load_state_dict(self, tensors: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

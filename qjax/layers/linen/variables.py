@@ -22,7 +22,7 @@ def weight(
     start: Callable[[Array], QTensor],
     shape: tuple[int, ...],
     name: str = "kernel",
-    axes: str = "[in_features, out_features]",
+    axes: str = dense.AXES,
 ) -> QTensor:
     """Puts a layer's weight together, and makes its variables while initializing.
 
@@ -58,6 +58,37 @@ def weight(
     whole = dataclasses.replace(rest, **module.get_variable("params", name))
     dense.check_shapes(whole, None, shape, name=name, axes=axes)
     return whole
+
+
+def kernel_and_bias(
+    layer: Any,
+    shape: tuple[int, ...],
+    bias_shape: tuple[int, ...],
+    kernel_init: dense.Draw | None,
+    bias_init: dense.Draw,
+    axes: str = dense.AXES,
+) -> tuple[QTensor, Array | None]:
+    """Puts a layer's kernel together, and its bias, as `weight` does.
+
+    Args:
+      layer: Has ``use_bias``, and what `dense.starting` reads.
+      shape: The shape that the kernel must have.
+      bias_shape: That of a new bias.
+      kernel_init: As in `dense.start`.
+      bias_init: Initializer of the bias.
+      axes: As in `weight`.
+
+    Returns:
+      The kernel; the bias, or None for a layer without one.
+
+    Raises:
+      ValueError: As `weight`.
+    """
+    start = dense.starting(layer, kernel_init, shape)
+    kernel = weight(layer, start, shape, axes=axes)
+    if not layer.use_bias:
+        return kernel, None
+    return kernel, layer.param("bias", bias_init, bias_shape, layer.param_dtype)
 
 
 def to_variables(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

@@ -202,7 +202,8 @@ class Einsum(Projection):
           ValueError: If the inputs do not fit the equation.
         """
         inputs = jnp.asarray(inputs)
-        return self._product(inputs, self.equation.plan(inputs.shape))
+        plan = self.equation.plan(inputs.shape)
+        return self._apply(contraction.apply, inputs, plan)
 
     def factored(
         self,

@@ -65,7 +65,7 @@ class Experts(Projection):
       bias: ``[num_experts, n]``, an `nnx.Param`, or None.
     """
 
-    _axes = "[num_experts, in_features, out_features]"
+    _axes = experts.AXES
 
     def __init__(
         self,
@@ -189,14 +189,7 @@ class Experts(Projection):
         Raises:
           ValueError: If shapes or dtypes do not fit.
         """
-        return experts.apply(
-            inputs,
-            self.kernel,
-            None if self.bias is None else self.bias[...],
-            group_sizes,
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
+        return self._apply(experts.apply, inputs, group_sizes)
 
     def route(
         self,

@@ -188,7 +188,7 @@ class Linear(Projection):
           ``[..., out_features]``; its dtype is that of `nnx.Linear` with a kernel of
           the scales' dtype.
         """
-        y = self._rows_product(inputs)
+        y = self._apply(dense.apply, inputs)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)
 
     def factored(
@@ -208,4 +208,4 @@ class Linear(Projection):
         Returns:
           What a call returns, in the dtype of ``a``.
         """
-        return contraction.low_rank(jnp.asarray(inputs, a.dtype), a, b)
+        return contraction.low_rank(inputs, a, b)

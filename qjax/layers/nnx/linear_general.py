@@ -206,7 +206,7 @@ class LinearGeneral(Projection):
           ValueError: If the inputs do not fit.
         """
         inputs = jnp.asarray(inputs)
-        return self._product(inputs, self._plan(inputs.shape))
+        return self._apply(contraction.apply, inputs, self._plan(inputs.shape))
 
     def factored(
         self,

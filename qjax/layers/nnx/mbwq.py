@@ -9,7 +9,7 @@ from jax.nn.initializers import zeros
 from jaxtyping import Array, DTypeLike, Float, Float16, Num
 
 from qjax import ops
-from qjax.layers import contraction, mbwq
+from qjax.layers import contraction, dense, mbwq
 from qjax.layers.nnx.packed import Projection
 from qjax.tensor import Layout
 
@@ -160,7 +160,7 @@ class MBWQLinear(Projection):
         Returns:
           ``[..., out_features]``; float16 for float16 inputs.
         """
-        return self._rows_product(inputs)
+        return self._apply(dense.apply, inputs)
 
     def factored(
         self,
@@ -169,4 +169,4 @@ class MBWQLinear(Projection):
         inputs: Num[Array, "*batch k"],
     ) -> Float[Array, "*batch n"]:
         """As in `Linear`: ``a`` multiplies inputs without ``channel_scale``."""
-        return contraction.low_rank(jnp.asarray(inputs, a.dtype), a, b)
+        return contraction.low_rank(inputs, a, b)

@@ -11,7 +11,7 @@ from jax.nn.initializers import zeros
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax import ops
-from qjax.layers import contraction, dense
+from qjax.layers import dense
 from qjax.tensor import QTensor
 
 
@@ -34,7 +34,7 @@ class Packed(nnx.Module):
     """
 
     _weight: ClassVar[str] = "kernel"  # what the layer calls it, and its two axes
-    _axes: ClassVar[str] = "[in_features, out_features]"
+    _axes: ClassVar[str] = dense.AXES
     packed: QTensor
 
     def _make(
@@ -139,21 +139,13 @@ class Projection(Packed):
             )
         dense.check_shapes(kernel, bias, self.kernel.shape, bias_shape=wanted)
 
-    def _rows_product(self, inputs: Array) -> Array:
-        return dense.apply(
+    def _apply(self, apply: Callable[..., Array], inputs: Array, *rest: Any) -> Array:
+        """Calls a product of inputs, kernel, bias and ``rest``, as the layer says."""
+        return apply(
             inputs,
             self.kernel,
             None if self.bias is None else self.bias[...],
-            dtype=self.dtype,
-            implementation=self.implementation,
-        )
-
-    def _product(self, inputs: Array, plan: contraction.Plan) -> Array:
-        return contraction.apply(
-            inputs,
-            self.kernel,
-            None if self.bias is None else self.bias[...],
-            plan,
+            *rest,
             dtype=self.dtype,
             implementation=self.implementation,
         )

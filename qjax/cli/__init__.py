@@ -1,0 +1,52 @@
+"""The command line: checkpoint directories, and configurations for this GPU."""
+
+import os
+import sys
+
+import jax
+import typer
+
+from qjax.cli import convert, inspect, tune, verify
+from qjax.cli.convert import Format
+from qjax.cli.tune import Operation
+
+__all__ = ["Format", "Operation", "app", "main"]
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _qjax() -> None:
+    """Quantized checkpoints: see what is in them, check them, convert them.
+
+    A checkpoint is a directory as Hugging Face hosts it. Results go to stdout,
+    everything else to stderr; the exit code is 1 if something is wrong.
+
+    **Examples**
+
+    * What takes how many bits: `qjax inspect llama-gptq`
+    * Is the download sound: `qjax verify llama-gptq`
+    * GPTQ files for vLLM's compressed-tensors:
+      `qjax convert llama-gptq llama-ct --to compressed-tensors`
+    * Kernels as fast as this GPU allows: `qjax tune llama-gptq`
+    """
+
+
+app.command("inspect")(inspect.run)
+app.command("convert")(convert.run)
+app.command("verify")(verify.run)
+app.command("tune")(tune.run)
+
+
+def main() -> None:
+    """Runs the command line."""
+    if not os.environ.get("JAX_PLATFORMS") and sys.argv[1:2] != ["tune"]:
+        # Words are moved, not multiplied: the GPU is left to others.
+        jax.config.update("jax_platforms", "cpu")
+    app()

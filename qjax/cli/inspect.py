@@ -1,0 +1,229 @@
+"""`qjax inspect`: what is in a checkpoint, as a table, JSON or a picture."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from qjax import progress
+from qjax.checkpoints import modules
+from qjax.cli import faults
+from qjax.cli.arguments import Directory
+from qjax.tensor import QTensor
+
+_PICTURES = (".png", ".svg", ".pdf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+    """What `inspect` says about a matrix or a dense tensor.
+
+    Attributes:
+      name: Path of the module, or full name of a dense tensor.
+      shape: (inputs, outputs) of a matrix, or the shape of the tensor.
+      format: Format of the checkpoint, or the dtype of a dense tensor.
+      bits: Width of a code; the mean if the rows differ.
+      group_size: Rows that share a scale; None for all of them, or if rows differ.
+      bits_per_weight: All bits in the files, scales and zeros too, by the weights.
+      bytes: Bytes in the files.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    format: str
+    bits: float
+    group_size: int | None
+    bits_per_weight: float
+    bytes: int
+
+
+def run(
+    directory: Directory,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of a table.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Draw the bits of each matrix, too: .png, .svg or .pdf. Needs "
+            "matplotlib.",
+        ),
+    ] = None,
+) -> None:
+    """List the matrices of a checkpoint with their bits, groups and bytes.
+
+    Bits per weight count scales, zeros and orders beside the codes.
+
+    **Examples**
+
+    * `qjax inspect llama-gptq`
+    * The five largest:
+      `qjax inspect llama-gptq --json | jq '.matrices | sort_by(-.bytes) | .[:5]'`
+    * A picture of a mixed model: `qjax inspect llama-exl2 --plot bits.png`
+    """
+    with faults.on_stderr():
+        pyplot = None if plot is None else _pyplot(plot)
+        matrices, dense = _rows(directory)
+        if plot is not None:
+            _draw(pyplot, plot, matrices)
+    if as_json:
+        typer.echo(json.dumps(_summary(directory, matrices, dense), indent=2))
+    else:
+        _print_table(matrices, dense)
+
+
+def _rows(directory: Path) -> tuple[list[Row], list[Row]]:
+    parts = modules.open_parts(directory)
+    matrices, dense = [], []
+    with progress.bar(sum(part.nbytes for part in parts.values())) as advance:
+        for name, part in parts.items():
+            if isinstance(part, modules.Matrix):
+                matrices.append(_matrix_row(part, part.read()))
+            else:
+                weights = max(int(np.prod(part.shape)), 1)
+                dense.append(
+                    Row(
+                        name=name,
+                        shape=part.shape,
+                        format=part.dtype.name,
+                        bits=8 * part.dtype.itemsize,
+                        group_size=None,
+                        bits_per_weight=8 * part.nbytes / weights,
+                        bytes=part.nbytes,
+                    )
+                )
+            advance(part.nbytes)
+    return matrices, dense
+
+
+def _matrix_row(part: modules.Matrix, qt: QTensor) -> Row:
+    sizes = {segment.group_size for segment in qt.segments}
+    return Row(
+        name=part.name,
+        shape=qt.shape,
+        format=part.dialect,
+        bits=qt.bits,
+        group_size=sizes.pop() if len(sizes) == 1 else None,
+        bits_per_weight=8 * part.nbytes / (qt.k * qt.n),
+        bytes=part.nbytes,
+    )
+
+
+def _summary(
+    directory: Path, matrices: Sequence[Row], dense: Sequence[Row]
+) -> dict[str, Any]:
+    return {
+        "directory": str(directory),
+        "matrices": [dataclasses.asdict(row) for row in matrices],
+        "dense": [dataclasses.asdict(row) for row in dense],
+        "total": {
+            "weights": _weights(matrices) + _weights(dense),
+            "bytes": _bytes(matrices) + _bytes(dense),
+            "bits_per_weight": _mean_bits([*matrices, *dense]),
+            "matrices": {
+                "weights": _weights(matrices),
+                "bytes": _bytes(matrices),
+                "bits_per_weight": _mean_bits(matrices),
+            },
+        },
+    }
+
+
+def _weights(rows: Sequence[Row]) -> int:
+    return sum(int(np.prod(row.shape)) for row in rows)
+
+
+def _bytes(rows: Sequence[Row]) -> int:
+    return sum(row.bytes for row in rows)
+
+
+def _mean_bits(rows: Sequence[Row]) -> float | None:
+    return 8 * _bytes(rows) / _weights(rows) if _weights(rows) else None
+
+
+def _print_table(matrices: Sequence[Row], dense: Sequence[Row]) -> None:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("name", overflow="fold")
+    table.add_column("shape")
+    table.add_column("format")
+    for column in ("bits", "group", "bits/weight", "bytes"):
+        table.add_column(column, justify="right")
+    for row in matrices:
+        group = "all" if row.group_size is None else str(row.group_size)
+        _add(table, row, f"{row.bits:.4g}", group)
+    if matrices:
+        table.add_section()
+    for row in dense:
+        _add(table, row, f"{row.bits:.4g}", "")
+    table.add_section()
+    for name, rows in (
+        (f"{len(matrices)} matrices", matrices),
+        (f"{len(dense)} dense tensors", dense),
+        ("total", [*matrices, *dense]),
+    ):
+        bits = "" if not _weights(rows) else f"{_mean_bits(rows):.3f}"
+        table.add_row(
+            name, f"{_weights(rows):,}", "", "", "", bits, f"{_bytes(rows):,}"
+        )
+    # Nothing is cut off in a file or a pipe.
+    width = None if sys.stdout.isatty() else 240
+    # Names are from the file: brackets and colons in them mean nothing to rich.
+    console = Console(width=width, highlight=False, markup=False, emoji=False)
+    console.print(table)
+
+
+def _add(table: Table, row: Row, bits: str, group: str) -> None:
+    shape = "x".join(map(str, row.shape))
+    per_weight = f"{row.bits_per_weight:.3f}"
+    table.add_row(
+        row.name, shape, row.format, bits, group, per_weight, f"{row.bytes:,}"
+    )
+
+
+def _pyplot(file: Path) -> Any:
+    """Imports matplotlib, if it can draw that file; before the long work begins."""
+    if file.suffix not in _PICTURES:
+        raise ValueError(f"--plot={file} must end in {', '.join(_PICTURES)}.")
+    if not file.parent.is_dir():
+        raise FileNotFoundError(f"{file.parent} is not a directory; make it first.")
+    try:
+        import matplotlib  # noqa: PLC0415  (an extra)
+
+        matplotlib.use("agg")
+        import matplotlib.pyplot  # noqa: PLC0415
+    except ImportError:
+        raise ValueError(
+            "--plot needs matplotlib: pip install matplotlib, or 'qjax[examples]'."
+        ) from None
+    return matplotlib.pyplot
+
+
+def _draw(pyplot: Any, file: Path, rows: Sequence[Row]) -> None:
+    """Draws one bar a matrix: the codes, and what scales and zeros add."""
+    if not rows:
+        raise ValueError("--plot: no matrix of this checkpoint is quantized.")
+    height = max(2.0, 0.18 * len(rows) + 1)
+    figure, axes = pyplot.subplots(figsize=(9, height), layout="constrained")
+    names = [row.name for row in rows]
+    codes = [row.bits for row in rows]
+    rest = [row.bits_per_weight - row.bits for row in rows]
+    axes.barh(names, codes, label="codes")
+    axes.barh(names, rest, left=codes, label="scales, zeros, orders")
+    axes.invert_yaxis()
+    axes.margins(y=0.01)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("bits per weight")
+    figure.legend(loc="outside upper right", ncols=2, frameon=False)
+    try:
+        figure.savefig(file, dpi=150)
+    finally:
+        pyplot.close(figure)

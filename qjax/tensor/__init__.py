@@ -1,0 +1,32 @@
+"""`QTensor`: a quantized matrix as codes, an affine map, a grouping and a layout."""
+
+from qjax.tensor.building import build
+from qjax.tensor.parts import Affine, Cut, Encoded, Grouping, Layout, Segment, plain
+from qjax.tensor.qtensor import (
+    QTensor,
+    codes,
+    matrix_shape,
+    over_batch,
+    readable,
+    segment_codes,
+)
+from qjax.tensor.segments import group_counts, split
+
+__all__ = [
+    "Affine",
+    "Cut",
+    "Encoded",
+    "Grouping",
+    "Layout",
+    "QTensor",
+    "Segment",
+    "build",
+    "codes",
+    "group_counts",
+    "matrix_shape",
+    "over_batch",
+    "plain",
+    "readable",
+    "segment_codes",
+    "split",
+]

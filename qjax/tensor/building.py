@@ -1,0 +1,128 @@
+"""`build`: a `QTensor` whose leaves fit together."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from qjax.bits import block
+from qjax.tensor.parts import Affine, Layout, Segment
+from qjax.tensor.qtensor import QTensor, matrix_shape
+from qjax.tensor.segments import group_counts
+
+
+def build(
+    words: Sequence[Array],
+    scale: Any,
+    zero: Any = None,
+    *,
+    layout: Layout,
+    segments: Sequence[Segment],
+    **fields: Any,
+) -> QTensor:
+    """Builds a `QTensor` after checking that its leaves fit together.
+
+    Args:
+      words: One array a segment.
+      scale: Float ``[*batch, groups, n or 1]``, or `Encoded`.
+      zero: Like ``scale``, or None; integers only with `Affine.ZERO`.
+      layout: Layout of the words.
+      segments: One `Segment` for each array of words.
+      **fields: The other fields of `QTensor`.
+
+    Returns:
+      The tensor.
+
+    Raises:
+      ValueError: If shapes or dtypes disagree, naming the field, what it has and what
+        it should have. Values are not looked at.
+    """
+    if not words or len(words) != len(segments):
+        raise ValueError(
+            f"words has {len(words)} arrays for {len(segments)} segments; pass one "
+            "each."
+        )
+    qt = QTensor(
+        words=tuple(words),
+        scale=scale,
+        zero=zero,
+        layout=layout,
+        segments=tuple(segments),
+        **fields,
+    )
+    _check_words(qt)
+    _check_parameters(qt)
+    _check_vectors(qt)
+    return qt
+
+
+def _check_words(qt: QTensor) -> None:
+    for array, segment in zip(qt.words, qt.segments, strict=True):
+        block(segment.bits)  # refuses other widths
+        if segment.group_size is not None and segment.group_size < 1:
+            raise ValueError(f"{segment}: group_size must be positive or None.")
+        shape = matrix_shape(array, qt.layout)
+        _, n = qt.layout.extents(shape, segment.bits)
+        _require("n of words", n, qt.n + qt.padding)
+        _require("batch of words", array.shape[: array.ndim - qt.layout.rank], qt.batch)
+        # The layout refuses words that it cannot unpack.
+        matrix = jax.ShapeDtypeStruct(shape, array.dtype)
+        jax.eval_shape(functools.partial(qt.layout.unpack, bits=segment.bits), matrix)
+    if qt.rounding not in (1, 2):
+        raise ValueError(f"rounding={qt.rounding} must be 1 or 2.")
+
+
+def _check_parameters(qt: QTensor) -> None:
+    """Checks scale and zero, and that the affine map has what it needs."""
+    if qt.zero is not None and qt.affine is Affine.CODEBOOK:
+        raise ValueError("zero must be None with a codebook.")
+    if len(qt.scale.shape) < 2:
+        raise ValueError(f"scale.shape={qt.scale.shape} must be [*batch, groups, n].")
+    groups = sum(group_counts(qt)) if qt.row_group is None else qt.scale.shape[-2]
+    for name, array in (("scale", qt.scale), ("zero", qt.zero)):
+        if array is None:
+            continue
+        _require(f"{name}.shape[:-1]", array.shape[:-1], (*qt.batch, groups))
+        columns = array.shape[-1]
+        if columns < qt.n and (columns == 0 or qt.n % columns):
+            raise ValueError(
+                f"{name}.shape[-1]={columns} must be n={qt.n} or a divisor of it."
+            )
+        integer = not jnp.issubdtype(array.dtype, jnp.floating)
+        if integer and (name == "scale" or qt.affine is not Affine.ZERO):
+            raise ValueError(
+                f"{name}.dtype={array.dtype} must be a float dtype"
+                f"{'' if name == 'scale' else f' for {qt.affine.value}'}."
+            )
+    if qt.zero is None and qt.affine in (Affine.ZERO, Affine.OFFSET):
+        raise ValueError(
+            f"zero is None, but {qt.affine.value} needs it; symmetric codes are "
+            "Affine.CENTERED."
+        )
+
+
+def _check_vectors(qt: QTensor) -> None:
+    """Checks the leaves that lie along k, and the codebook."""
+    for name in ("order", "row_group", "input_scale"):
+        array = getattr(qt, name)
+        if array is not None:
+            _require(f"{name}.shape", array.shape, (*qt.batch, qt.k))
+        if array is not None and name != "input_scale":
+            _require(f"{name}.dtype", array.dtype, jnp.dtype(jnp.int32))
+    if (qt.codebook is None) == (qt.affine is Affine.CODEBOOK):
+        raise ValueError(f"codebook and affine={qt.affine} must come together.")
+    if qt.codebook is not None:
+        entries = (*qt.batch, 2 ** max(segment.bits for segment in qt.segments))
+        _require("codebook.shape", qt.codebook.shape, entries)
+    for name in ("codebook", "input_scale"):
+        array = getattr(qt, name)
+        if array is not None and not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(f"{name}.dtype={array.dtype} must be a float dtype.")
+
+
+def _require(name: str, found: Any, wanted: Any) -> None:
+    if found != wanted:
+        raise ValueError(f"{name}={found} must be {wanted}.")
