@@ -95,8 +95,7 @@ def run(
                 "nothing to tune for: name a checkpoint, or a --shape KxN."
             )
         device = tune.gpu()
-        weights = _uniform(shapes, bits or [4], group_size or None)
-        weights += tune.of_checkpoint(directory) if directory is not None else []
+        weights = _weights(directory, shapes, bits or [4], group_size or None)
         todo = tune.jobs(weights, op or ("matmul", "dequantize"), rows or tune.ROWS)
         said = _measure(todo, device, seconds=seconds, verbose=verbose)
     typer.echo(said)
@@ -109,10 +108,15 @@ def _extents(text: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def _uniform(
-    shapes: Sequence[tuple[int, int]], bits: Sequence[int], group_size: int | None
+def _weights(
+    directory: Path | None,
+    shapes: Sequence[tuple[int, int]],
+    bits: Sequence[int],
+    group_size: int | None,
 ) -> list[QTensor]:
-    return [tune.uniform(k, n, width, group_size) for k, n in shapes for width in bits]
+    """Describes the matrices to tune for."""
+    each = [tune.uniform(k, n, width, group_size) for k, n in shapes for width in bits]
+    return each if directory is None else each + tune.of_checkpoint(directory)
 
 
 def _measure(
