@@ -22,7 +22,7 @@ from qjax import dispatch, ops, tensor, xla
 from qjax.formats import gptq
 from qjax.formats.tiles import Tiles
 from qjax.xla import gradients, products, tiles
-from tests import oracle
+from tests import oracle, samples
 from tests.oracle import relative_error
 from tests.pairs import pairwise
 
@@ -64,14 +64,7 @@ STRUCTURES = {
     "flat": {"k": 64, "n": 40, "grouping": "FLAT", "group_size": 48},
     "strided": {"k": 64, "n": 40, "grouping": "STRIDED"},
 }
-MAPS = {
-    "zero": {},
-    "float_zero": {"float_zero": True},
-    "offset": {"affine": "OFFSET"},
-    "centered": {"affine": "CENTERED"},
-    "centered_zero": {"affine": "CENTERED", "float_zero": True},
-    "codebook": {"affine": "CODEBOOK"},
-}
+MAPS = samples.MAPS | samples.CODEBOOK
 SCALES = {"float32": F32, "float16": F16, "bfloat16": BF16}
 WHOLE, ROWS, ALL = list(STRUCTURES)[:5], list(STRUCTURES)[:8], list(STRUCTURES)
 AFFINE = [name for name in MAPS if name != "codebook"]

@@ -91,7 +91,7 @@ class Matmul:
         rounded = self.weight.convention == "codebook" or self._config.scales_weights
         return ROUNDED if rounded else SUMS
 
-    @property
+    @functools.cached_property
     def _config(self) -> Config:
         w = in_tiles(self.weight.matrix())
         exact = self.dtype != "float16"

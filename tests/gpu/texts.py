@@ -76,10 +76,18 @@ def fill(pointer, size, threads):
 
 
 def of_each_thread(instruction, *operands, dtype=U32):
-    """One instruction on words ``$1, $2, ...`` of each thread, to ``$0``."""
-    loads = "\n".join(load(10 + i, 1, i) for i in range(len(operands)))
-    for i in range(len(operands) + 1):
+    """Text on words ``$1, $2, ...`` of each thread of some warps, to ``$0``."""
+    operands = operands or (np.zeros(32, U32),)
+    words = np.stack([np.ascontiguousarray(o).view(U32) for o in operands], -1)
+    # Backwards: $1 is the beginning of $10.
+    for i in reversed(range(len(operands) + 1)):
         instruction = instruction.replace(f"${i}", f"%r{9 + i}")
-    body = f"{loads}\n{instruction}\n{store(9, 1, len(operands))}"
-    words = [np.ascontiguousarray(o).view(U32) for o in operands]
-    return emulate(body, *words, out=np.empty(32, dtype))
+    body = f"""
+      mad.lo.s32 %r2, %r1, 32, %r0;  // the threads of all programs
+      cvt.u64.u32 %rd8, %r2;
+      {load(10, len(operands), 0)}
+      {instruction}
+      {store(9, 1, 1)}
+    """
+    out = np.empty(len(words), dtype)
+    return emulate(body, words, out=out, programs=len(words) // 32)

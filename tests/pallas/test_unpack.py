@@ -1,5 +1,7 @@
 """The PTX text that a GPU runs, run here: the one thing interpret mode does not see."""
 
+import re
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from qjax.formats import tiles
 from qjax.pallas import lookup, unpack
 from qjax.pallas.affine import AffineMap
-from tests.pallas import ptx
+from tests.gpu.texts import of_each_thread
 
 FLOAT16, BFLOAT16 = jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)
 # bfloat16 has too few bits of mantissa for eight.
@@ -48,6 +50,14 @@ def _planes(bits, words, sub_block):
     return planes
 
 
+def _on_registers(text, *registers):
+    """Runs the text on each thread's registers."""
+    # PTX clamps; the text has no reason to go so far.
+    for distance in re.findall(r"sh[lr]\.b32 [^,]+, [^,]+, (\w+);", text):
+        assert 0 <= int(distance, 0) < 32
+    return of_each_thread(text, *registers)
+
+
 def _run(recipe, planes, rng):
     """Runs the text on registers of two slots, paired at random."""
     pairs = rng.permutation(planes[0].size).reshape(-1, 2)
@@ -56,7 +66,7 @@ def _run(recipe, planes, rng):
         | plane[pairs[:, 1]].astype(np.uint32) << 16
         for plane in planes
     ]
-    result = ptx.run(recipe.ptx, registers)
+    result = _on_registers(recipe.ptx, *registers)
     slots = np.empty(planes[0].size, np.uint16)
     slots[pairs[:, 0]] = result & 0xFFFF
     slots[pairs[:, 1]] = result >> 16
@@ -102,7 +112,7 @@ def test_lookup_of_every_code(sub_block, rng):
     slots = rng.permutation(2**16).astype(np.uint16).reshape(-1, 2)
     registers = [slots[:, 0].astype(np.uint32) | slots[:, 1].astype(np.uint32) << 16]
     registers += [np.full(len(slots), word) for word in words for _ in range(2)]
-    result = ptx.run(lookup.ptx(sub_block), registers)
+    result = _on_registers(lookup.ptx(sub_block), *registers)
     found = np.stack([result & 0xFFFF, result >> 16], 1).astype(np.uint16)
     expected = entries[slots >> 4 * sub_block & 15]
     np.testing.assert_array_equal(found, expected.view(np.uint16))
@@ -124,10 +134,12 @@ def test_text_does_what_the_map_says(offset, zero, scaled, rng):
         whole=zero != "float",
     )
     codes = jnp.asarray(codes, FLOAT16)
-    columns = [_bits(value).astype(np.uint32) for value in (codes, *mapping.columns)]
+    columns = [
+        _bits(value).ravel().astype(np.uint32) for value in (codes, *mapping.columns)
+    ]
     # Two neighbors of a column share a register.
-    result = ptx.run(mapping.ptx, [low | low << 16 for low in columns])
-    expected = _bits(mapping.on_codes(codes)).astype(np.uint32)
+    result = _on_registers(mapping.ptx, *(low | low << 16 for low in columns))
+    expected = _bits(mapping.on_codes(codes)).ravel().astype(np.uint32)
     np.testing.assert_array_equal(result, expected | expected << 16)
 
 

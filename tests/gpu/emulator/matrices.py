@@ -78,22 +78,28 @@ def _mma(dtype: np.dtype) -> Operation:
     return operate
 
 
-def _rows_of_matrices(group: Group, address: Any, count: int) -> tuple[Lanes, Any]:
-    """The lanes that say where rows lie, eight for each matrix, and the addresses."""
+def _rows_of_matrices(
+    group: Group, opcode: str, address: Any, count: int
+) -> tuple[Lanes, Any]:
+    """The lanes that say where rows lie, eight for each matrix, and the addresses.
+
+    Whole warps access the rows, which is counted.
+    """
+    group.refuse_guard()
     addresses = group.addresses(address)
     chosen = np.flatnonzero(np.arange(group.shape[1]) % WARP < 8 * count)
     lanes = group.lanes
     by_lane = np.arange(len(lanes.warp)).reshape(group.shape)[:, chosen].ravel()
     who = Lanes(lanes.program[by_lane], lanes.warp[by_lane])
-    return who, addresses[:, chosen].ravel()
+    rows = addresses[:, chosen].ravel()
+    group.traffic.share(opcode, who, rows, 16)
+    return who, rows
 
 
 def _load_matrices(count: int, *, transposed: bool) -> Operation:
     def operate(group: Group, statement: Statement) -> None:
-        group.refuse_guard()
         destination, address = statement.operands
-        who, addresses = _rows_of_matrices(group, address, count)
-        group.traffic.share(statement.opcode, who, addresses, 16)
+        who, addresses = _rows_of_matrices(group, statement.opcode, address, count)
         loaded = np.ascontiguousarray(group.shared.load(who, addresses, 16))
         by = (*group.shape[:1], group.warps, count, 8, 8)
         matrices = loaded.view(np.uint16).reshape(by)
@@ -108,10 +114,8 @@ def _load_matrices(count: int, *, transposed: bool) -> Operation:
 
 def _store_matrices(count: int, *, transposed: bool) -> Operation:
     def operate(group: Group, statement: Statement) -> None:
-        group.refuse_guard()
         address, source = statement.operands
-        who, addresses = _rows_of_matrices(group, address, count)
-        group.traffic.share(statement.opcode, who, addresses, 16)
+        who, addresses = _rows_of_matrices(group, statement.opcode, address, count)
         registers = [group.read(part, np.uint32) for part in parts(source)]
         by = (*group.shape[:1], group.warps, WARP)
         matrices = np.stack([r.reshape(by) for r in registers], 2)
