@@ -157,7 +157,7 @@ class TestBrokenFiles:
             (lambda c: c["entries"].__setitem__(1, 5), "entries[1]: must have the fie"),
             (lambda c: c["entries"][1].pop("us"), "entries[1]: must have the fields"),
             (lambda c: c["entries"][1].update(m=8), "entries[1]: a second entry of"),
-            (lambda c: c.update(format=2), "format=2 must be 1"),
+            (lambda c: c.update(format=1), "format=1 must be 2"),
             (lambda c: c.pop("device"), "must be an object of format, device"),
             (lambda c: c.update(versions={"jax": 1}), "must be an object of format"),
         ],
@@ -274,14 +274,18 @@ class TestLookup:
 
 class TestJobs:
     def test_each_entry_once_and_dequantize_first(self):
-        found = tune.jobs([weight(), weight(), weight(k=1024)], rows=(1, 8, 9))
+        found = tune.jobs([weight(), weight(), weight(k=1024)], rows=(1, 7, 8, 17))
         assert found[0].op == "dequantize"
         assert [str(job) for job in found[1:4]] == [
             "dequantize 1024x256, 4 bits",
-            "matmul 512x256, 4 bits, 8 rows",
-            "matmul 512x256, 4 bits, 16 rows",
+            "matvec 512x256, 4 bits, 1 row",
+            "matvec 512x256, 4 bits, 8 rows",
         ]
-        assert len(found) == 2 + 3 * 4
+        assert [str(job) for job in found[6:8]] == [
+            "matmul 512x256, 4 bits, 8 rows",
+            "matmul 512x256, 4 bits, 32 rows",
+        ]
+        assert len(found) == 2 + 4 * 4
         assert len({job.key for job in found}) == len(found)
 
     def test_of_a_checkpoint(self):
@@ -295,7 +299,7 @@ class TestJobs:
     def test_of_a_mixed_checkpoint(self, tmp_path):
         (mixed,) = tune.of_checkpoint(exl2_directory(tmp_path))
         assert len(mixed.segments) > 1
-        assert {job.op for job in tune.jobs([mixed])} == {"matmul"}
+        assert {job.op for job in tune.jobs([mixed])} == {"matvec", "matmul"}
         key = tables.Key.of("matmul", 1, mixed)
         assert key.bits == tuple(segment.bits for segment in mixed.segments)
 
@@ -335,10 +339,14 @@ def bowl(best, seconds=1e-5):
 class TestSearch:
     @pytest.mark.parametrize("op", tables.OPS)
     def test_finds_the_minimum(self, op):
-        w = weight(8192, 8192)
-        job = tune.Job(op, 64, w)
-        first = configs.heuristic(op, 64, w)
-        still = {} if op != "dequantize" else {"block_m": 8, "splits": 1}
+        w, m = weight(8192, 8192), 4 if op == "matvec" else 64
+        job = tune.Job(op, m, w)
+        first = configs.heuristic(op, m, w)
+        # Of the four rows of matvec, as many as there are slices.
+        still = {
+            "dequantize": {"block_m": 8, "splits": 1},
+            "matvec": {"block_m": 8, "slices": 2},
+        }.get(op, {})
         best = dataclasses.replace(
             Config(16, 256, 256, 2 * first.splits, 8, 2), **still
         )
@@ -349,8 +357,9 @@ class TestSearch:
 
     @pytest.mark.parametrize("op", tables.OPS)
     def test_candidates_are_entries_of_a_table(self, op, own_tables):
-        job = tune.Job(op, 24, weight())
-        config = configs.heuristic(op, 24, weight())
+        m = 2 if op == "matvec" else 24
+        job = tune.Job(op, m, weight())
+        config = configs.heuristic(op, m, weight())
         found = [
             candidate
             for field, up in itertools.product(tables.LIMITS, (True, False))
@@ -358,6 +367,8 @@ class TestSearch:
         ]
         assert config not in found
         assert all(c.block_m <= 32 for c in found)
+        if op == "matvec":
+            assert {c.block_m // c.slices for c in found} == {2}
         if op == "matmul_t":
             assert all(c.block_m >= 16 for c in found)
         if op == "dequantize":
@@ -618,9 +629,9 @@ class TestCommand:
         first = self.run(*arguments)
         assert first.exit_code == 0, first.stderr
         file = own_tables / "nvidia-h200.json"
-        assert first.stdout == f"{file}: 4 measured, 0 were known\n"
+        assert first.stdout == f"{file}: 6 measured, 0 were known\n"
         keys = {key[:5] for key in tables.read(file).entries}
-        assert {key[0] for key in keys} == {"matmul", "dequantize"}
+        assert {key[0] for key in keys} == {"matvec", "matmul", "dequantize"}
         assert {key[3] for key in keys} == {(4,), (3,)}
         assert tables.read(file).versions["jax"] == jax.__version__
         second = self.run(*arguments, "--rows", "16", "--op", "matmul")

@@ -13,8 +13,9 @@ from qjax.cli import faults
 from qjax.pallas import tables
 from qjax.tensor import QTensor
 
-# What is measured.
+# What is measured, and what of it unless anything is named.
 Operation = enum.StrEnum("Operation", tables.OPS)
+_USUAL = ("matvec", "matmul", "dequantize")
 _SHAPE = re.compile(r"([1-9][0-9]*)x([1-9][0-9]*)")
 
 
@@ -44,14 +45,14 @@ def run(
         list[int] | None,
         typer.Option(
             min=1,
-            max=tables.bucket(2**31),
+            max=tables.bucket("matmul", 2**31),
             help="Rows of the activations, rounded up to a power of two. "
             f"[default: {', '.join(map(str, tune.ROWS))}]",
         ),
     ] = None,
     op: Annotated[
         list[Operation] | None,
-        typer.Option(help="Operation. [default: matmul and dequantize]"),
+        typer.Option(help=f"Operation. [default: {', '.join(_USUAL)}]"),
     ] = None,
     seconds: Annotated[
         float | None,
@@ -73,7 +74,7 @@ def run(
     rows takes some tens of compilations, a minute or so; every result is kept at once,
     known ones are not measured again, and the same command goes on after an
     interruption. Programs that start later use the results. Activations are bfloat16,
-    as those of models.
+    as those of models. Up to 16 rows are multiplied by matvec, more by matmul.
 
     They are kept in one JSON file a device in `$QJAX_TABLES`, or else in
     `~/.cache/qjax/tables`. Deleting the file forgets them. Needs an NVIDIA GPU of
@@ -96,7 +97,9 @@ def run(
             )
         device = tune.gpu()
         weights = _weights(directory, shapes, bits or [4], group_size or None)
-        todo = tune.jobs(weights, op or ("matmul", "dequantize"), rows or tune.ROWS)
+        todo = tune.jobs(
+            weights, op or ("matvec", "matmul", "dequantize"), rows or tune.ROWS
+        )
         said = _measure(todo, device, seconds=seconds, verbose=verbose)
     typer.echo(said)
 

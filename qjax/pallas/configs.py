@@ -18,6 +18,10 @@ _MULTIPROCESSORS, _WARPS, _SHARED = 132, 16, 227 << 10
 # Iterations of a program below which its pipeline of loads does not pay.
 _ITERATIONS = 4
 _BLOCK_N = 128
+# Rows up to which a product takes `matvec`: beyond, tensor cores have no time to spare.
+FEW_ROWS = 16
+# Programs that keep a large GPU's memory busy, of two warps and three stages each.
+_BUSY = 256
 # Rows from which forming the weight is faster. Writing it takes as long as a dense
 # product of some 230 rows, and unpacking it leaves tensor cores idle for a third of the
 # time or more. So says a model of the H200 (benchmarks/README.md): not yet measured.
@@ -27,6 +31,11 @@ _DENSE_ROWS = {"matmul": 513, "matmul_t": 257}
 def for_matmul(m: int, w: QTensor) -> Config:
     """Configures ``x @ W``."""
     return _resolve("matmul", m, w)
+
+
+def for_matvec(m: int, w: QTensor) -> Config:
+    """Configures ``x @ W`` of at most `FEW_ROWS` rows, in one launch."""
+    return _resolve("matvec", m, w)
 
 
 def for_exact(m: int, w: QTensor) -> Config:
@@ -81,6 +90,8 @@ def heuristic(op: str, m: int, w: QTensor) -> Config:
         return _DEQUANTIZE
     if op == "matmul":
         config = _heuristic_matmul(m, w)
+    elif op == "matvec":
+        config = _heuristic_matvec(m, w)
     elif op == "matmul_t":
         # Two warps have the registers for all rows of a block, of odd widths for fewer
         # columns; of 64 rows of dy, four.
@@ -110,6 +121,16 @@ def _heuristic_matmul(m: int, w: QTensor) -> Config:
     return Config(block_m, _BLOCK_N, 128, warps=2 if block_m <= 16 and not long else 4)
 
 
+def _heuristic_matvec(m: int, w: QTensor) -> Config:
+    rows = _power_of_two(m, 1, FEW_ROWS)
+    # As many slices as tensor cores have columns; twice as many, for twice as many
+    # programs, cost half an instruction a weight. Eight rows can be split instead.
+    programs = _ceil(w.n, _BLOCK_N * rows // 8)
+    twice = 1 < rows < 8 and programs < _BUSY
+    block_m = 16 if twice or rows > 8 else 8
+    return Config(block_m, _BLOCK_N, 128, warps=2, slices=block_m // rows)
+
+
 # One iteration a program, nothing to pipeline.
 _DEQUANTIZE = Config(block_m=8, stages=1)
 
@@ -128,6 +149,8 @@ def _resolve(op: str, m: int, w: QTensor) -> Config:
 
 def _split(op: str, m: int, w: QTensor, config: Config) -> Config:
     """Splits the axis that programs walk along until they keep a GPU busy."""
+    if config.slices > 1:
+        return dataclasses.replace(config, splits=1)
     along_k, along_n = (w.k, config.block_k), (w.n, config.block_n)
     walked, owned = (along_n, along_k) if op == "matmul_t" else (along_k, along_n)
     programs = _ceil(m, config.block_m) * _ceil(*owned)

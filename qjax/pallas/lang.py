@@ -128,6 +128,15 @@ def load(ref: Any, mask: Array | None = None) -> Array:
     return plt.load(ref, mask=mask, other=None if mask is None else 0)
 
 
+def gather(ref: Any, *index: Array, mask: Array | None = None) -> Array:
+    """Loads the elements at indices that broadcast to the shape of the block."""
+    # Interpret mode takes no arrays beside a slice.
+    index = jnp.broadcast_arrays(*index)
+    if mask is not None:
+        mask = jnp.broadcast_to(mask, index[0].shape)
+    return load(ref.at[tuple(index)], mask)
+
+
 def load_row(ref: Any, *index: Any, columns: Any, mask: Array | None = None) -> Array:
     """Loads part of a row, given by its index on every axis but the last."""
     # Slices of one: interpret mode takes no integers beside a slice.

@@ -6,15 +6,12 @@ the output, ``block_m`` rows and a run of k (split-K, summed afterwards in a fix
 order). With few rows it scales products, with many the weights before them
 (`qjax.pallas.scaling`).
 
-The segments of a mixed matrix are loops one after another in the same launch. Their
-bounds come from a table in memory, so that matrices which mix the same widths in other
-proportions share one compiled kernel. So do the bounds of a matrix in a stack, of which
-every block of rows may have one of its own.
+The segments of a mixed matrix are loops one after another in the same launch
+(`qjax.pallas.segments`).
 """
 
 import functools
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,52 +21,23 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang, rows, scaling
+from qjax.pallas import lang, rows, scaling, segments
 from qjax.pallas.operands import (
     DTYPE,
     Config,
-    Steps,
     arrange,
     codebook_tables,
     fit,
-    group_rows,
     joined_words,
     parameters,
     read_table,
+    split_padded,
     start,
 )
 from qjax.pallas.rows import Rows
+from qjax.pallas.segments import Bounds, Run
 from qjax.pallas.weight import Columns, places
-from qjax.tensor import Affine, QTensor, group_counts
-
-
-class Run(NamedTuple):
-    """What the kernel is compiled for of one segment."""
-
-    bits: int
-    group: int  # rows
-    block_k: int
-    steps: Steps
-
-
-class Bounds(NamedTuple):
-    """Where a segment lies: numbers, or scalars read from the table.
-
-    Attributes:
-      iterations: How many it takes.
-      row: Its first row in the padded x.
-      step: Its first step.
-      block: Its first block in the storage.
-      group: Its first group.
-      last_group: The last one that has a scale.
-    """
-
-    iterations: Any
-    row: Any
-    step: Any
-    block: Any
-    group: Any
-    last_group: Any
+from qjax.tensor import Affine, QTensor
 
 
 class Operands(NamedTuple):
@@ -134,18 +102,17 @@ def matmul(
         raise NotImplementedError(
             f"Programs of {config.block_m} rows round weights to float16, not {dtype}."
         )
-    runs, bounds = zip(*_segments(w, config), strict=True)
+    runs, bounds = zip(*segments.cut(w, config), strict=True)
     m, columns = len(x), w.n + w.padding
     tables, unit = codebook_tables(w, index)
     prepared = _prepare(x, w, runs, config, dtype, interpret)
-    compiled_for = bounds[0] if len(runs) == 1 and index is None else None
     widths = "_".join(str(run.bits) for run in runs)
     partial = lang.launch(
-        functools.partial(_body, runs, compiled_for, by_block, w.affine, config, dtype),
+        functools.partial(_body, runs, bounds, by_block, w.affine, config, dtype),
         Operands(
             x=prepared.x,
             start=prepared.start,
-            bounds=_placed(bounds, w, index) if compiled_for is None else None,
+            bounds=segments.placed(bounds, w, index),
             table=tables[0] if tables else None,
             words=joined_words(w),
             parameters=parameters(w),
@@ -164,36 +131,6 @@ def matmul(
     return (partial.sum(0) * (prepared.unscale[:m] * unit))[:, : w.n]
 
 
-def _segments(w: QTensor, config: Config) -> Iterator[tuple[Run, Bounds]]:
-    row = step = group = 0
-    groups = zip(group_rows(w), group_counts(w), strict=True)
-    for segment, held, (size, count) in zip(w.segments, w.rows, groups, strict=True):
-        padded = held + segment.padding
-        fitting = config.fitting(segment.bits, padded)
-        steps, block_k = Steps.of(segment.bits, size, fitting), fitting.block_k
-        yield (
-            Run(segment.bits, size, block_k, steps),
-            Bounds(padded // block_k, row, step, 0, group, group + count - 1),
-        )
-        row, step, group = row + padded, step + padded // steps.rows, group + count
-
-
-def _placed(bounds: Sequence[Bounds], w: QTensor, index: Array | None) -> Array:
-    """The bounds of segments as a table, for a matrix of a stack or for several."""
-    table = jnp.array(bounds, jnp.int32)
-    if index is None:
-        return table
-    groups = w.scale.shape[-2]
-    strides = [Bounds(0, 0, 0, words.shape[-4], groups, groups) for words in w.words]
-    step = jnp.array(strides, jnp.int32)
-    if not index.ndim:
-        return table + index * step
-    placed = table[None] + index[:, None, None] * step[None]
-    # A block without a matrix takes no iterations.
-    placed = jnp.where((index < 0)[:, None, None], 0, placed)
-    return placed.reshape(-1, len(Bounds._fields))
-
-
 def _prepare(
     x: Array,
     w: QTensor,
@@ -208,9 +145,9 @@ def _prepare(
     sums = 0 if none else 1 if w.zero is None else 2
     k = w.k + sum(segment.padding for segment in w.segments)
     if len(runs) == 1 and rows.fits(k):
-        (run,) = runs
+        (run,), (padded,) = runs, split_padded(x, w)
         return rows.prepare(
-            _pad(x, w, 0),
+            padded,
             run.bits,
             w.affine,
             run.steps,
@@ -219,12 +156,9 @@ def _prepare(
             dtype=dtype,
             interpret=interpret,
         )
-    fitted, unscale = fit(_pad(x, w, -len(x) % config.block_m), dtype)
-    ends = itertools.accumulate(
-        held + segment.padding for held, segment in zip(w.rows, w.segments, strict=True)
-    )
-    split = jnp.split(fitted, [*ends][:-1], axis=1)
-    parts = list(zip(split, runs, strict=True))
+    x = jnp.pad(x, ((0, -len(x) % config.block_m), (0, 0)))
+    fitted, unscale = fit(x, dtype)
+    parts = list(zip(split_padded(fitted, w), runs, strict=True))
     arranged = [arrange(part, run.steps) for part, run in parts]
     starts = [
         start(part, run.bits, w.affine, run.steps, zeros=sums == 2)
@@ -237,21 +171,9 @@ def _prepare(
     )
 
 
-def _pad(x: Array, w: QTensor, count: int) -> Array:
-    """Pads the rows of x, and the columns as the segments are padded."""
-    ends = list(itertools.accumulate(w.rows))
-    parts = [
-        jnp.pad(part, ((0, count), (0, segment.padding)))
-        for part, segment in zip(
-            jnp.split(x, ends[:-1], axis=1), w.segments, strict=True
-        )
-    ]
-    return jnp.concatenate(parts, axis=1)
-
-
 def _body(
     runs: Sequence[Run],
-    compiled_for: Bounds | None,
+    compiled_for: Sequence[Bounds],
     by_block: bool,
     affine: Affine,
     config: Config,
@@ -261,18 +183,11 @@ def _body(
     out_ref: Any,
 ) -> None:
     m, n, split = (pl.program_id(axis) for axis in range(3))
-    if compiled_for is None:
-        count, first = len(Bounds._fields), m * len(runs) if by_block else 0
-        bounds = [
-            Bounds(*lang.scalars(refs.bounds, first + i, count))
-            for i in range(len(runs))
-        ]
-    else:
-        bounds = [compiled_for]
+    bounds = segments.read(refs.bounds, compiled_for, m if by_block else 0)
     x_rows = pl.ds(m * config.block_m, config.block_m)
     start = n * config.block_n
     entries = None if refs.table is None else read_table(refs.table)
-    segments = [
+    columns = [
         Columns(language, ref, run.bits, start, config.block_n, entries, dtype)
         for run, ref in zip(runs, refs.words, strict=True)
     ]
@@ -280,21 +195,21 @@ def _body(
     unit = None
     if config.scales_weights:
         spans = list(map(_span, runs, bounds, shares))
-        unit = scaling.unit_of(refs.parameters, affine, segments[0], spans)
+        unit = scaling.unit_of(refs.parameters, affine, columns[0], spans)
     program = _Program(language, affine, x_rows, refs, config.scales_weights, unit)
     acc = jnp.zeros((config.block_n, config.block_m), jnp.float32)
-    for run, bound, segment, share in zip(runs, bounds, segments, shares, strict=True):
-        acc = program.add_segment(acc, run, bound, segment, *share)
+    for run, bound, of_run, share in zip(runs, bounds, columns, shares, strict=True):
+        acc = program.add_segment(acc, run, bound, of_run, *share)
     if unit is not None:
         acc *= unit.undo
-    inside = segments[0].inside
+    inside = columns[0].inside
     inside = None if inside is None else inside[None]
     if out_ref.shape[1] % config.block_m:
         # What splits write has to be read again: only rows that exist.
         row = m * config.block_m + jnp.arange(config.block_m)[:, None]
         exists = row < out_ref.shape[1]
         inside = exists if inside is None else exists & inside
-    lang.store(out_ref.at[split, x_rows, segments[0].slice], acc.T, inside)
+    lang.store(out_ref.at[split, x_rows, columns[0].slice], acc.T, inside)
 
 
 def _span(run: Run, bounds: Bounds, share: tuple[Any, Any]) -> scaling.Span:
@@ -377,7 +292,7 @@ class _Program(NamedTuple):
         # No offset stands beside the entries of a codebook.
         count = 0 if self.refs.start is None else len(self.refs.parameters)
         sums = [
-            lang.load_row(self.refs.start, step, i, columns=self.rows)
+            lang.load_row(self.refs.start, step, i, columns=self.rows)[None]
             for i in range(count)
         ]
         scale_and_zero = [

@@ -7,6 +7,7 @@ not.
 """
 
 import dataclasses
+import itertools
 import math
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,6 +41,8 @@ class Config:
       splits: Runs of k, each the work of another program.
       warps: Warps of a program.
       stages: Iterations whose words are loaded ahead.
+      slices: Runs of k that one program takes side by side, each a share of ``block_m``
+        and ``block_n`` (`qjax.pallas.matvec`).
     """
 
     block_m: int
@@ -48,6 +51,7 @@ class Config:
     splits: int = 1
     warps: int = 4
     stages: int = 3
+    slices: int = 1
 
     @property
     def scales_weights(self) -> bool:
@@ -184,6 +188,13 @@ def read_origin(ref: Any) -> Origin:
 def joined_words(w: QTensor) -> list[Array]:
     """Returns the words of every segment, those of a stack one after another."""
     return [array.reshape(-1, *array.shape[-3:]) for array in w.words]
+
+
+def split_padded(x: Float[Array, "m k"], w: QTensor) -> list[Float[Array, "m _"]]:
+    """Cuts rows into those of the segments, padded with zeros as they are."""
+    ends = list(itertools.accumulate(w.rows))
+    parts = zip(jnp.split(x, ends[:-1], axis=1), w.segments, strict=True)
+    return [jnp.pad(part, ((0, 0), (0, segment.padding))) for part, segment in parts]
 
 
 def parameters(w: QTensor) -> list[Array]:

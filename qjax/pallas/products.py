@@ -1,5 +1,7 @@
 """The products that `qjax.matmul` and its gradient need, each launch configured."""
 
+import contextlib
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int32
@@ -9,6 +11,7 @@ from qjax.pallas import configs
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
+from qjax.pallas.matvec import check, matvec
 from qjax.pallas.operands import DTYPE, fit, one_of, unit_of
 from qjax.pallas.scale_grad import scale_grad
 from qjax.tensor import Affine, QTensor
@@ -18,7 +21,19 @@ def fused(
     x: Float[Array, "m k"], w: QTensor, index: Array | None = None
 ) -> Float[Array, "m n"]:
     """``x @ W``, the weight unpacked in registers and stored nowhere."""
+    if takes_few_rows(len(x), x.dtype, w):
+        return matvec(x, w, configs.for_matvec(len(x), w), index=index)
     return matmul(x, w, configs.for_matmul(len(x), w), index=index)
+
+
+def takes_few_rows(m: int, dtype: DTypeLike, w: QTensor) -> bool:
+    """Whether `fused` is `matvec`, one launch."""
+    if m > configs.FEW_ROWS:
+        return False
+    with contextlib.suppress(NotImplementedError):
+        check(dtype, w)
+        return True
+    return False
 
 
 def fused_blocks(
@@ -48,6 +63,8 @@ def fused_bf16(
 ) -> Float[Array, "m n"]:
     """`fused` in bfloat16: elements of a row may differ by more than 2**28."""
     dtype = jnp.dtype(jnp.bfloat16)
+    if takes_few_rows(len(x), dtype, w):
+        return matvec(x.astype(dtype), w, configs.for_matvec(len(x), w), index=index)
     return matmul(x, w, configs.for_exact(len(x), w), dtype=dtype, index=index)
 
 

@@ -35,7 +35,7 @@ def add_step(
     affine: Affine,
     acc: Float[Array, "n m"],
     product: Callable[[Array], Array],
-    sums: Sequence[Float[Array, " m"]],
+    sums: Sequence[Float[Array, "#n m"]],
     scale_and_zero: Sequence[Array],
 ) -> Float[Array, "n m"]:
     """Adds the product of a step, less offsets and zeros, scaled.
@@ -49,7 +49,7 @@ def add_step(
       scale_and_zero: Of every column, as stored.
     """
     scale, *zero = (p.astype(jnp.float32)[:, None] for p in scale_and_zero)
-    begin, *minus_sum = [s[None] for s in sums] or [jnp.zeros_like(acc)]
+    begin, *minus_sum = sums or [jnp.zeros_like(acc)]
     if zero and affine is Affine.ZERO:
         begin = language.fma(zero[0], minus_sum[0], begin)
     acc = language.fma(product(jnp.broadcast_to(begin, acc.shape)), scale, acc)

@@ -17,9 +17,10 @@ from qjax.tensor import Affine
 class Place(NamedTuple):
     """Sixteen rows of each of some blocks: the same sub-block of all of them."""
 
-    blocks: Any  # a slice of the storage
-    width: int  # how many blocks
+    blocks: Any  # of the storage: a slice, or the indices of those of every slice of k
+    width: int  # how many blocks, in a slice of k
     sub_block: int
+    inside: Any = None  # which indices exist, where not all do
 
     @property
     def rows(self) -> tuple[Any, ...]:
@@ -61,6 +62,7 @@ class Columns:
         width: int,
         table: Sequence[Array] | None = None,
         dtype: jnp.dtype = DTYPE,
+        slices: int = 1,
     ):
         """Describes ``width`` columns from ``start``.
 
@@ -72,9 +74,11 @@ class Columns:
           width: How many, a power of two.
           table: Words of `lookup.table` where codes stand for its entries.
           dtype: Of the operands.
+          slices: Runs of k that operands have side by side, slice after slice.
         """
         self._lang, self._words_ref, self._bits = language, words_ref, bits
         self._recipes, self._table = unpack.recipes(bits, dtype), table
+        self._slices = slices
         self._units = pl.ds(start // tiles.SIDE, width // tiles.SIDE)
         self.width, self.slice = width, pl.ds(start, width)
         self.inside = self._units_inside = None
@@ -151,7 +155,7 @@ class Columns:
         """
         read = read or self.operand
         for i in range(0, len(sub_blocks), joined):
-            operand = _join([read(p) for p in sub_blocks[i : i + joined]])
+            operand = join([read(p) for p in sub_blocks[i : i + joined]])
             xs = x_ref[rows, pl.ds(k, operand.shape[1])]
             acc += self._lang.dot(operand, xs.T)
             k += operand.shape[1]
@@ -162,18 +166,34 @@ class Columns:
 
         The compiler merges the loads of sub-blocks that share a unit.
         """
-        where = (place.blocks, pl.ds(unit, 1), self._units, slice(None))
-        inside = self._units_inside
-        if inside is not None:
-            shape = (place.width, 1, inside.size, tiles.SLOTS)
-            inside = jnp.broadcast_to(inside[None, None, :, None], shape)
-        slots = lang.load(self._words_ref.at[where], inside)
-        # block, column unit, n2 n1 n0, k2 k1, k3, n3, k0
-        axes = slots.reshape(place.width, -1, 8, 4, 2, 2, 2)
-        return axes.transpose(1, 5, 2, 0, 4, 3, 6).reshape(self.width, -1)
+        units, inside = self._units, self._units_inside
+        if isinstance(place.blocks, pl.Slice):
+            shape = (place.width, 1, units.size, tiles.SLOTS)
+            if inside is not None:
+                inside = jnp.broadcast_to(inside[:, None], shape)
+            where = (place.blocks, pl.ds(unit, 1), units, slice(None))
+            slots = lang.load(self._words_ref.at[where], inside)
+        else:
+            mask = None if inside is None else inside[None, :, None]
+            if place.inside is not None:
+                of_blocks = place.inside[:, None, None]
+                mask = of_blocks if mask is None else of_blocks & mask
+            unit_of_column = units.start + jnp.arange(units.size)
+            slots = lang.gather(
+                self._words_ref,
+                place.blocks[:, None, None],
+                jnp.full((1, 1, 1), unit),
+                unit_of_column[None, :, None],
+                jnp.arange(tiles.SLOTS)[None, None],
+                mask=mask,
+            )
+        # slice, block, column unit, n2 n1 n0, k2 k1, k3, n3, k0
+        axes = slots.reshape(self._slices, place.width, -1, 8, 4, 2, 2, 2)
+        ordered = axes.transpose(0, 2, 6, 3, 1, 5, 4, 7)
+        return ordered.reshape(self._slices * self.width, -1)
 
 
-def _join(parts: Sequence[Array]) -> Array:
+def join(parts: Sequence[Array]) -> Array:
     """Puts a power of two of operands side by side along k."""
     parts = list(parts)
     while len(parts) > 1:

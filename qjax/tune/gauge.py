@@ -14,10 +14,11 @@ from qjax.pallas import products
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
+from qjax.pallas.matvec import matvec
 from qjax.pallas.operands import DTYPE, Config
 from qjax.pallas.scale_grad import scale_grad
 from qjax.tune import timing
-from qjax.tune.jobs import Job
+from qjax.tune.jobs import Job, rows_dtype
 
 _LEAST_CAPABILITY = (8, 0)
 _REPEATS = 5
@@ -30,6 +31,10 @@ Kernel = Callable[..., Any]  # of x, dy, w and, by name, config
 
 def _matmul(x: Array, dy: Array, w: Any, config: Config) -> Array:
     return matmul(x, w, config)
+
+
+def _matvec(x: Array, dy: Array, w: Any, config: Config) -> Array:
+    return matvec(x, w, config)
 
 
 def _matmul_t(x: Array, dy: Array, w: Any, config: Config) -> Array:
@@ -49,6 +54,7 @@ def _dense_t(x: Array, dy: Array, w: Any) -> Array:
 
 
 KERNELS: Mapping[str, Kernel] = {
+    "matvec": _matvec,
     "matmul": _matmul,
     "matmul_t": _matmul_t,
     "scale_grad": scale_grad,
@@ -101,8 +107,8 @@ class WrongResultError(ValueError):
 class Gauge:
     """Times configurations on the default device: a `search.Measure`.
 
-    With what models call the products with: activations in bfloat16, and cotangents in
-    float32, since `qjax.matmul` rounds its result after the product.
+    With what models call the products with: activations of `jobs.rows_dtype`, and
+    cotangents in float32, since `qjax.matmul` rounds its result after the product.
     """
 
     def __init__(
@@ -143,7 +149,7 @@ class Gauge:
         self._copies, self._expected = [], None
         self._copies = timing.copies(job.w, self._nbytes)
         x, dy = (
-            jax.random.normal(key, (job.m, extent), jnp.bfloat16)
+            jax.random.normal(key, (job.m, extent), rows_dtype(job.op, job.w))
             for key, extent in zip(
                 jax.random.split(jax.random.key(1)), (job.w.k, job.w.n), strict=True
             )

@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from qjax import decode, ops, progress, rtn
 from qjax.checkpoints import modules
 from qjax.formats.tiles import Tiles
-from qjax.pallas import check, tables
+from qjax.pallas import check, configs, products, tables
 from qjax.pallas.operands import group_rows, layout_of
 from qjax.tensor import QTensor, plain
 
 # Rows of the activations that are measured unless others are named.
-ROWS = (8, 16, 32, 64, 128, 256, 512)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 class Job(NamedTuple):
@@ -40,7 +40,8 @@ class Job(NamedTuple):
     def __str__(self) -> str:
         """Names it in a line: ``matmul 4096x4096, 4 bits, 8 rows``."""
         bits = "+".join(str(segment.bits) for segment in self.w.segments)
-        rows = "" if self.key.m is None else f", {self.m} rows"
+        count = f"{self.m} row{'s' * (self.m > 1)}"
+        rows = "" if self.key.m is None else f", {count}"
         return f"{self.op} {self.w.k}x{self.w.n}, {bits} bits{rows}"
 
 
@@ -103,16 +104,28 @@ def jobs(
     """Lists what there is to measure, each entry of a table once.
 
     `dequantize` comes first: the products through the dense weight use it. Only
-    `matmul` takes a mixed matrix at once, so the others are left out for one.
+    products take a mixed matrix at once, so the others are left out for one, and
+    `matvec` takes few rows alone.
     """
-    weights, chosen = list(weights), set(operations)
-    buckets = sorted({tables.bucket(m) for m in rows})
+    weights, chosen, rows = list(weights), set(operations), list(rows)
+    few = [m for m in rows if m <= configs.FEW_ROWS]
     found = [
-        Job(op, m, w)
-        for op in ("dequantize", "matmul", "matmul_t", "scale_grad")
+        Job(op, tables.bucket(op, m), w)
+        for op in ("dequantize", "matvec", "matmul", "matmul_t", "scale_grad")
         if op in chosen
         for w in weights
-        if op == "matmul" or len(w.segments) == 1
-        for m in ([1] if op == "dequantize" else buckets)
+        if op in ("matvec", "matmul") or len(w.segments) == 1
+        for m in sorted({"dequantize": [1], "matvec": few}.get(op, rows))
+        if op != "matvec" or products.takes_few_rows(m, rows_dtype(op, w), w)
     ]
     return list({job.key: job for job in found}.values())
+
+
+def rows_dtype(op: str, w: QTensor) -> jnp.dtype:
+    """The dtype of the activations that an operation is measured with.
+
+    bfloat16, as of most models. `matvec` computes in it, and has no bfloat16 that holds
+    8 bits.
+    """
+    wide = any(segment.bits == 8 for segment in w.segments)
+    return jnp.dtype(jnp.float16 if op == "matvec" and wide else jnp.bfloat16)

@@ -169,12 +169,20 @@ def search(job: Job, measure: Measure) -> tuple[Config, float]:
 def climb(job: Job, config: Config, field: str, *, up: bool) -> Iterator[Config]:
     """Yields configurations with more and more of one field, or less and less."""
     least, most, powers = tables.LIMITS[field]
+    if field == "slices":
+        return  # They go with block_m.
     if job.op == "dequantize" and field in ("block_m", "splits"):
         return  # They mean nothing there.
-    if field == "block_m":
+    rows = max(1, config.block_m // config.slices)
+    if job.op == "matvec" and field == "block_m":
+        # The rows that there are, times the slices.
+        most = min(most, rows * tables.LIMITS["slices"][1])
+    elif field == "block_m":
         # Tensor cores take sixteen rows of dy at least; more rows than there are idle.
         least = max(least, 16) if job.op == "matmul_t" else least
-        most = min(most, max(least, tables.bucket(job.m)))
+        most = min(most, max(least, tables.bucket(job.op, job.m)))
+    elif field == "block_n":
+        least = max(least, config.slices * tables.LEAST_COLUMNS)
     value = getattr(config, field)
     while True:
         if powers or field == "splits":
@@ -183,7 +191,12 @@ def climb(job: Job, config: Config, field: str, *, up: bool) -> Iterator[Config]
             value = value + 1 if up else value - 1
         if not least <= value <= most:
             return
-        yield dataclasses.replace(config, **{field: value})
+        changed = dataclasses.replace(config, **{field: value})
+        if job.op == "matvec" and field == "block_m":
+            changed = dataclasses.replace(changed, slices=value // rows)
+            if value // rows * tables.LEAST_COLUMNS > config.block_n:
+                return
+        yield changed
 
 
 def _seconds(measure: Measure, job: Job, config: Config) -> float:

@@ -13,6 +13,7 @@ from qjax.pallas import configs
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
+from qjax.pallas.matvec import matvec
 from qjax.pallas.operands import Config
 from qjax.pallas.scale_grad import scale_grad
 from qjax.tensor import Affine, QTensor, Segment
@@ -96,6 +97,16 @@ class Matmul:
         return self.rows * self.config.block_n / (32 * self.config.warps)
 
     @property
+    def pieces(self) -> int:
+        """Into how many k is cut."""
+        return self.splits
+
+    @property
+    def products(self) -> float:
+        """Tensor-core instructions of a warp in one pass, of eight rows of x each."""
+        return self.weights * 32 / 256 * self.block_m / 8
+
+    @property
     def words(self) -> int:
         """The parameter of the kernel with the words: after x, sums of x or a table."""
         plain = self.config.scales_weights and self.convention != "codebook"
@@ -123,6 +134,44 @@ class Matmul:
         """Returns the function to compile and its arguments."""
         x = jax.ShapeDtypeStruct((self.block_m, K), jnp.float32)
         return functools.partial(matmul, config=self.config), (x, self.weight)
+
+
+@dataclasses.dataclass(frozen=True)
+class Matvec(Matmul):
+    """A launch of `qjax.pallas.matvec`."""
+
+    m: int = 1
+    dtype: str = "bfloat16"
+    slices: int = 8
+    warps: int = 2
+    splits: int = 1
+
+    words = 1
+    fits_float16 = True
+
+    def __str__(self) -> str:
+        cut = super().__str__().removeprefix("matmul ")
+        return f"matvec {cut} s{self.slices} {self.dtype} x"
+
+    @property
+    def config(self) -> Config:
+        return dataclasses.replace(super().config, slices=self.slices)
+
+    @property
+    def pieces(self) -> int:
+        return self.splits * self.slices
+
+    @property
+    def products(self) -> float:
+        # Those by rows of constants serve all columns of a warp.
+        columns = self.block_n / 16 / self.warps
+        constants = 1 if self.weight.zero is None else 2
+        return super().products * (1 + constants / columns)
+
+    def __call__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """Returns the function to compile and its arguments."""
+        x = jax.ShapeDtypeStruct((self.m, K), jnp.dtype(self.dtype))
+        return functools.partial(matvec, config=self.config), (x, self.weight)
 
 
 @dataclasses.dataclass(frozen=True)

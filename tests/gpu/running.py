@@ -17,6 +17,7 @@ from qjax.pallas import configs, products
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
+from qjax.pallas.matvec import matvec
 from qjax.pallas.operands import EXACT_ROWS, Config
 from qjax.pallas.scale_grad import scale_grad
 from tests import oracle
@@ -105,6 +106,36 @@ class Matmul:
         dtype = jnp.dtype(self.dtype)
         call = functools.partial(matmul, jnp.asarray(x), w, self._config, dtype=dtype)
         return call, [matrix.matmul(x)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Matvec:
+    """``x @ W`` of few rows; without a config, as the heuristic cuts it up."""
+
+    weight: Weight
+    m: int = 1
+    config: Config | None = None
+    dtype: str = "bfloat16"
+    index: int | None = None
+
+    tolerance = SUMS
+
+    def __str__(self) -> str:
+        stack = "" if self.index is None else f" of {self.index}"
+        cut = _cut(self.config)
+        return f"matvec {self.weight} m{self.m} {self.dtype}{cut}{stack}"
+
+    def __call__(self) -> tuple[Callable[[], Any], list[np.ndarray]]:
+        """Returns the call and what it should give."""
+        matrices = [self.weight.matrix(seed) for seed in range(3)]
+        x, (w, *others) = rows(self.m, self.weight.k), map(in_tiles, matrices)
+        config = self.config or configs.for_matvec(self.m, w)
+        if self.index is not None:
+            w = jax.tree.map(lambda *leaves: jnp.stack(leaves), w, *others)
+        index = None if self.index is None else jnp.int32(self.index)
+        call = functools.partial(matvec, jnp.asarray(x, self.dtype), w, config)
+        call = functools.partial(call, index=index)
+        return call, [matrices[self.index or 0].matmul(x)]
 
 
 @dataclasses.dataclass(frozen=True)

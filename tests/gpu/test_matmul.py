@@ -1,4 +1,4 @@
-"""`qjax.pallas.matmul` as XLA compiles it for an A100 and an H100."""
+"""`qjax.pallas.matmul` and `matvec` as XLA compiles them for an A100 and an H100."""
 
 import dataclasses
 import math
@@ -8,7 +8,7 @@ import pytest
 from qjax.formats import tiles
 from qjax.pallas import configs
 from tests.gpu import ptx
-from tests.gpu.cases import Matmul
+from tests.gpu.cases import Matmul, Matvec
 
 ARCHS = ("sm_80", "sm_90")
 
@@ -17,6 +17,14 @@ def usual(bits: int, block_m: int) -> Matmul:
     """The heuristic's configuration for up to 16 rows."""
     long = tiles.rows_of_block(bits) > 128
     return Matmul(bits, block_m, 256 if long else 128, warps=4 if long else 2)
+
+
+def few(bits: int, m: int, dtype: str = "bfloat16") -> Matvec:
+    """The heuristic's configuration for up to 16 rows, in one launch."""
+    long = tiles.rows_of_block(bits) > 128
+    block_m = 16 if m in (2, 4, 16) else 8
+    case = Matvec(bits, block_m, 256 if long else 128, m=m, dtype=dtype)
+    return dataclasses.replace(case, slices=block_m // m, splits=4 if m >= 8 else 1)
 
 
 # One row of configurations for each thing that changes the code, not their product.
@@ -47,8 +55,15 @@ CASES = [
     Matmul(2, 128, 128, warps=8),
     Matmul(8, 128, 64, None, warps=8),
     Matmul(7, 128, 256, warps=8, stages=2),
+    *(few(bits, 1) for bits in range(1, 8)),
+    *(few(bits, 1, "float16") for bits in (2, 3, 4, 6, 8)),
+    *(few(4, m) for m in (4, 8, 16)),
+    *(few(4, m, "float16") for m in (8, 16)),
+    Matvec(4, 8, 128, 32, "centered", "bfloat16"),
+    Matvec(4, 8, 128, None, "offset"),
 ]
 CODEBOOKS = [c for c in CASES if c.convention == "codebook" and c.block_m <= 16]
+SLICED = [c for c in CASES if isinstance(c, Matvec)]
 # Instructions a weight, at most, with groups of 128 and zeros. For scale: while an H200
 # reads a weight of 4 bits, each quarter of a multiprocessor issues 3.3.
 GOALS = {
@@ -79,9 +94,8 @@ def test_registers_suffice(kernel):
 def test_tensor_cores(case, arch, kernel):
     # Hopper's own where there are the rows of x and the warps for them, and exactly as
     # many as the tile has: an unrolled loop would falsify the counts.
-    products = case.weights * 32 / 256
     wide = arch == "sm_90" and case.block_m >= 16 and case.warps >= 4
-    expected = products if wide else products * case.block_m / 8
+    expected = case.products / (case.block_m / 8 if wide else 1)
     assert kernel.hot.number("HGMMA") == (expected if wide else 0)
     assert kernel.hot.number("HMMA") == (0 if wide else expected)
 
@@ -123,6 +137,45 @@ def test_goals(case, kernel):
     assert len(kernel.hot) / case.weights <= goal
 
 
+# Of `matvec`: the first goals of 4 bits hold in bfloat16 too, which takes a shift for
+# half of the codes.
+FEW_GOALS = {
+    (8, "float16"): {2: 2.0, 3: 2.8, 4: 1.55, 6: 2.8, 8: 2.0},
+    (8, "bfloat16"): {1: 2.0, 2: 2.0, 3: 2.8, 4: 1.75, 5: 2.8, 6: 2.8, 7: 4.0},
+    (16, "float16"): {4: 2.0},
+    (16, "bfloat16"): {4: 2.2},
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [c for c in SLICED if (c.convention, c.group_size) == ("zero", 128)],
+    ids=str,
+)
+@both
+def test_goals_of_few_rows(case, kernel):
+    goal = FEW_GOALS[case.block_m, case.dtype][case.bits]
+    assert len(kernel.hot) / case.weights <= goal
+
+
+@pytest.mark.parametrize("case", SLICED, ids=str)
+@both
+def test_few_rows_are_one_launch(case, arch, compiled):
+    program = compiled(case, arch)
+    assert len(program.launches) == (1 if case.splits == 1 else 2)
+    if case.splits == 1:
+        assert program.temporaries == 0
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("m", [1, 2, 4, 8, 16])
+def test_few_rows_are_what_the_heuristic_says(bits, m):
+    case = few(bits, m)
+    found = configs.heuristic("matvec", m, case.weight).fitting(bits, case.weight.k)
+    assert (found.splits == 1) == (case.splits == 1)
+    assert dataclasses.replace(found, splits=case.splits) == case.config
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("block_m", [8, 16])
 def test_the_usual_is_what_the_heuristic_says(bits, block_m):
@@ -145,10 +198,9 @@ def test_bytes(case, arch, compiled):
     program = compiled(case, arch)
     launch, w = program.kernel_launch, case.weight
     loads = ptx.loads(program.kernel.ptx)
-    passes = w.k / case.rows / case.splits
+    passes = w.k / case.rows / case.pieces
     # The parameters of a group that takes several passes come from the L1 after the
-    # first; those of the first group are loaded ahead of the loop, as are words, but
-    # words are not loaded past the end in return.
+    # first; those of the first group are loaded ahead of the loop, of the last twice.
     groups = max(1, passes * min(1, case.rows / (case.group_size or w.k)))
     # Where the largest scale is sought first, 32 groups at a time, they are in the L2
     # when they are read again.
@@ -158,7 +210,7 @@ def test_bytes(case, arch, compiled):
     floor = w.words[0].size * 2
     for parameter, array in enumerate((w.scale, w.zero), case.words + 1):
         if array is not None:
-            of_thread = loads.loop[parameter] * groups + loads.before[parameter]
+            of_thread = loads.loop[parameter] * (groups - 1) + loads.before[parameter]
             if parameter == case.words + 1 or case.convention == "offset":
                 of_thread -= sought * array.dtype.itemsize
             # Threads that share a column take its parameters from the L1.

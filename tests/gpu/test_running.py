@@ -16,6 +16,7 @@ from tests.gpu.running import (
     Dequantize,
     Matmul,
     MatmulT,
+    Matvec,
     ScaleGrad,
     Stack,
     Weight,
@@ -63,6 +64,21 @@ CASES = [
     Stack(Weight(4, 64, "zero", k=384, n=96), (2, 0, -1, 1)),
     Stack(Weight(3, 128, "centered", k=384, n=80), (1, -1, 2), m=33),
     Stack(Weight(4, 64, "zero", "bfloat16", k=384, n=80), (1, -1, 2), m=100),
+    # Eight slices of k, four, two; whole and uneven; with splits beside them.
+    Matvec(Weight(4, 128, "zero", k=2048)),
+    Matvec(Weight(4, 128, "zero", k=2048), dtype="float16"),
+    Matvec(Weight(1, 256, "centered", k=360, n=136)),
+    Matvec(Weight(2, 64, "float_zero", "float32", k=1152, n=40), 2),
+    Matvec(Weight(3, 32, "offset", k=896), 2, Config(8, slices=4, warps=2, splits=2)),
+    Matvec(Weight(4, 32, "centered_zero", "bfloat16", k=1152, n=136), 3),
+    Matvec(Weight(5, None, "zero", k=1000, n=40), 5),
+    Matvec(Weight(6, 96, "offset", k=1152, n=136), 7, dtype="float16"),
+    Matvec(Weight(7, 128, "zero", k=640)),
+    Matvec(Weight(8, 64, "zero", k=640, n=136), 4, dtype="float16"),
+    Matvec(EXL2),
+    Matvec(EXL2, 3, dtype="float16"),
+    Matvec(EXL2, 2, index=1),
+    Matvec(Weight(4, 64, "offset", k=384, n=80), index=2),
     MatmulT(Weight(4, 128, "zero", n=512)),
     MatmulT(Weight(4, 128, "offset", n=512), 64),
     MatmulT(Weight(3, 64, "centered", k=360, n=136), 5),
@@ -145,6 +161,10 @@ def test_no_access_is_wasteful(outcome):
         for parameter, sectors in launched.traffic.device.items():
             # Bounds of segments are read one by one.
             if "5_4_3bit" in launched.name:
+                continue
+            if launched.name.startswith("matvec") and parameter == 3:
+                # Zeros of 16 columns are half a sector; another program has the rest.
+                assert sectors.taken <= 2 * sectors.least
                 continue
             assert sectors.taken == sectors.least, (launched.name, parameter)
         for opcode, passes in launched.traffic.shared.items():

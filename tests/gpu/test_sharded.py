@@ -67,7 +67,7 @@ def program(case, arch, compiled):
 )
 @both
 def test_columns(program):
-    assert names(program) == ["matmul", "rows"]
+    assert names(program) == ["matvec"]
     assert communicated(program.hlo) == []
     assert words_stay(program.hlo)
     assert no_dense_weight(program.hlo, least=SIDE * SIDE // 4)
@@ -77,7 +77,7 @@ def test_columns(program):
 @pytest.mark.parametrize("case", [Sharded(2, "rows"), Sharded(32, "rows")], ids=str)
 @both
 def test_rows(case, program):
-    assert names(program) == ["matmul", "rows"]
+    assert names(program) == ["matvec"]
     assert communicated(program.hlo) == [("all-reduce", f"f32[{case.m // 2},{SIDE}]")]
     assert words_stay(program.hlo)
     assert no_dense_weight(program.hlo, least=SIDE * SIDE // 4)
@@ -89,7 +89,7 @@ def test_rows(case, program):
 )
 @both
 def test_gradient(case, program):
-    assert names(program) == ["matmul", "matmul_t", "rows", "scale_grad"]
+    assert names(program) == ["matmul_t", "matvec", "scale_grad"]
     # One sum over columns or rows, and that of the gradient of scales over the batch.
     sums = [("all-reduce", f"f32[16,{SIDE}]")]
     scales = (SIDE // 128, SIDE // 4) if case.by == "columns" else (8, SIDE)

@@ -14,10 +14,11 @@ import pytest
 import qjax
 from qjax import decode, pallas, tensor
 from qjax.formats.tiles import Tiles
-from qjax.pallas import configs, operands, products
+from qjax.pallas import configs, operands, products, unpack
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
+from qjax.pallas.matvec import matvec
 from qjax.pallas.operands import Config
 from qjax.pallas.rows import prepare
 from qjax.pallas.scale_grad import scale_grad
@@ -72,6 +73,12 @@ OTHER = AXES | {"bits": (3, 4, 8), "group": (32, 128, None)}
 # What the ``case`` of a test is made of.
 COVERED = {
     "test_matmul": AXES | {"m": ROWS},
+    "test_matvec": AXES
+    | {
+        "group": (32, 128, None, 96),
+        "m": (1, 2, 3, 5, 8),
+        "x": ("bfloat16", "float16"),
+    },
     "test_dequantize_is_bit_exact": OTHER,
     "test_gradients": OTHER,
     "test_codebooks": {
@@ -109,6 +116,49 @@ def test_matmul(case):
     y = matmul(jnp.asarray(x), w, config, interpret=True)
     assert y.dtype == jnp.float32
     assert relative_error(y, matrix.matmul(x)) < tolerance(config)
+
+
+def test_matvec(case):
+    matrix, m = sample(case), case["m"]
+    x, w = rows(m, len(matrix.codes)), in_tiles(matrix)
+    x, config = jnp.asarray(x, case["x"]), configs.for_matvec(m, w)
+    if case["x"] == "bfloat16" and case["bits"] == 8:
+        with pytest.raises(NotImplementedError, match="codes of 8 bits"):
+            matvec(x, w, config, interpret=True)
+        return
+    y = matvec(x, w, config, interpret=True)
+    assert y.dtype == jnp.float32
+    assert relative_error(y, matrix.matmul(np.asarray(x, F32))) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(8, slices=8, splits=3, warps=2),
+        Config(16, slices=8, warps=2),
+        Config(32, 64, slices=4),
+        Config(8, 64, slices=2, splits=2, warps=2),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("m", [1, 7])
+def test_slices_that_do_not_fit(config, m):
+    # Slices that are left without rows of the weight, programs without rows of x.
+    matrix = oracle.random(0, 360, 136, bits=4, group_size=64, float_zero=True)
+    x, w = rows(m, 360), in_tiles(matrix)
+    y = matvec(jnp.asarray(x, jnp.bfloat16), w, config, interpret=True)
+    assert relative_error(y, matrix.matmul(x)) < TOLERANCE
+
+
+def test_constants_of_matvec_are_exact():
+    # What the tensor cores multiply by the sums of x.
+    for dtype, bits in itertools.product((BF16, F16), range(1, 9)):
+        if dtype == BF16 and bits == 8:
+            continue
+        for recipe in unpack.recipes(bits, jnp.dtype(dtype)):
+            for affine in tensor.Affine:
+                constant = recipe.offset + affine.centre(bits)
+                assert float(dtype(constant)) == constant
 
 
 def test_dequantize_is_bit_exact(case):
@@ -451,7 +501,7 @@ class TestDispatch:
     @pytest.fixture
     def interpreted(self, monkeypatch):
         """Puts the kernels, interpreted, in the place of the ones for a GPU."""
-        for name in ("matmul", "matmul_t", "scale_grad", "dequantize"):
+        for name in ("matvec", "matmul", "matmul_t", "scale_grad", "dequantize"):
             kernel = functools.partial(getattr(products, name), interpret=True)
             monkeypatch.setattr(products, name, kernel)
 

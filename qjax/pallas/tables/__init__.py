@@ -5,11 +5,11 @@ The files lie beside this one, named after the device ("NVIDIA H200" in
 ``$XDG_CACHE_HOME/qjax/tables`` (``~/.cache/qjax/tables``), whose entries come first. A
 file reads
 
-    {"format": 1, "device": "NVIDIA H200", "versions": {"jax": "0.12.0.1"}, "entries": [
+    {"format": 2, "device": "NVIDIA H200", "versions": {"jax": "0.12.0.1"}, "entries": [
       {"op": "matmul", "k": 4096, "n": 4096, "bits": [4], "codebook": false,
        "group": 128, "m": 8, "dtype": "float16",
        "block_m": 8, "block_n": 128, "block_k": 256, "splits": 4, "warps": 4,
-       "stages": 3, "us": 1.0, "dense_us": 2.0}, ...]}
+       "stages": 3, "slices": 1, "us": 1.0, "dense_us": 2.0}, ...]}
 
 and a file that does not is refused with the entry that is wrong, not passed over.
 """
@@ -30,9 +30,9 @@ import jax
 from qjax.pallas.operands import DTYPE, Config
 from qjax.tensor import QTensor
 
-OPS = ("matmul", "matmul_t", "scale_grad", "dequantize")
+OPS = ("matvec", "matmul", "matmul_t", "scale_grad", "dequantize")
 # Fewest rows of a bucket, and the most that are told apart.
-_LEAST_ROWS, _MOST_ROWS = 8, 4096
+_ROWS = {op: (1, 16) if op == "matvec" else (8, 4096) for op in OPS}
 # Values of the fields of a `Config`: least, most, and whether powers of two alone.
 LIMITS = {
     "block_m": (8, 256, True),
@@ -41,8 +41,11 @@ LIMITS = {
     "splits": (1, 1024, False),
     "warps": (1, 16, True),
     "stages": (1, 8, False),
+    "slices": (1, 16, True),
 }
-_FORMAT = 1
+# Columns of the weight that a slice of a program has.
+LEAST_COLUMNS = 16
+_FORMAT = 2
 _EXTENT = 2**31 - 1
 
 
@@ -57,7 +60,8 @@ class Key(NamedTuple):
       codebook: Whether codes are looked up in a table.
       group: Rows of its smallest group; None for one group a column.
       m: Rows of the activations, as `bucket` rounds them; None for `dequantize`.
-      dtype: Of the arithmetic, whatever 16-bit dtype the activations have.
+      dtype: Of the arithmetic, whatever 16-bit dtype the activations have. That of
+        `matvec` is theirs, and its configuration the same for both.
     """
 
     op: str
@@ -73,7 +77,7 @@ class Key(NamedTuple):
     def of(cls, op: str, m: int, w: QTensor) -> "Key":
         """Returns the key of a launch with ``m`` rows."""
         groups = [s.group_size for s in w.segments if s.group_size is not None]
-        rows = None if op == "dequantize" else bucket(m)
+        rows = None if op == "dequantize" else bucket(op, m)
         bits = tuple(segment.bits for segment in w.segments)
         codebook = w.codebook is not None
         return cls(op, w.k, w.n, bits, codebook, min(groups, default=None), rows)
@@ -153,9 +157,10 @@ class Table:
         return (max(won, default=0) + 1) if rows else None
 
 
-def bucket(m: int) -> int:
-    """The smallest power of two from 8 to 4096 that holds m, or 4096."""
-    return min(_MOST_ROWS, max(_LEAST_ROWS, 1 << (m - 1).bit_length()))
+def bucket(op: str, m: int) -> int:
+    """The smallest power of two from 8 to 4096, of matvec 1 to 16, that holds m."""
+    least, most = _ROWS[op]
+    return min(most, max(least, 1 << (m - 1).bit_length()))
 
 
 def _distance(a: int, b: int) -> float:
@@ -307,14 +312,17 @@ def _parse(item: Any) -> tuple[Key, Entry]:
     if item["op"] == "dequantize":
         _require(item, "m", rows is None, "null for dequantize")
     else:
-        sound = _whole(rows, _LEAST_ROWS, _MOST_ROWS, powers=True)
-        wanted = f"a power of two from {_LEAST_ROWS} to {_MOST_ROWS}"
-        _require(item, "m", sound, wanted)
+        least, most = _ROWS[item["op"]]
+        sound = _whole(rows, least, most, powers=True)
+        _require(item, "m", sound, f"a power of two from {least} to {most}")
     _require(item, "dtype", item["dtype"] == DTYPE.name, repr(DTYPE.name))
     for name, (least, most, powers) in LIMITS.items():
         kind = "a power of two" if powers else "an integer"
         sound = _whole(item[name], least, most, powers=powers)
         _require(item, name, sound, f"{kind} from {least} to {most}")
+    most = min(item["block_m"], item["block_n"] // LEAST_COLUMNS)
+    most = most if item["op"] == "matvec" else 1
+    _require(item, "slices", item["slices"] <= most, f"at most {most} here")
     _require(item, "us", _positive(item["us"]), "a positive number")
     sound = item["dense_us"] is None or _positive(item["dense_us"])
     _require(item, "dense_us", sound, "a positive number or null")
