@@ -43,11 +43,20 @@ def for_exact(m: int, w: QTensor) -> Config:
     return _split("matmul", m, w, for_matmul(min(m, EXACT_ROWS), w))
 
 
-def for_blocks(blocks: int, m: int, w: QTensor) -> Config:
-    """Configures ``x @ W`` of blocks of ``m`` rows, each by a matrix of its own."""
-    config = for_matmul(m, w)
-    block_m = min(config.block_m, _power_of_two(m, 8, 128))
-    return _split("matmul", blocks * m, w, dataclasses.replace(config, block_m=block_m))
+def for_blocks(op: str, blocks: int, m: int, w: QTensor) -> Config:
+    """Configures ``x @ W`` of blocks of ``m`` rows, each by a matrix of its own.
+
+    Args:
+      op: "matvec" or "matmul".
+      blocks: How many there are.
+      m: Rows of each.
+      w: The matrices.
+    """
+    config = _resolve(op, m, w)
+    if op == "matmul":
+        block_m = min(config.block_m, _power_of_two(m, 8, 128))
+        config = dataclasses.replace(config, block_m=block_m)
+    return _split(op, blocks * m, w, config)
 
 
 def for_matmul_t(m: int, w: QTensor) -> Config:

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang, rows, scaling, segments
+from qjax.pallas import lang, rows, scaling
 from qjax.pallas.operands import (
     DTYPE,
     Config,
@@ -35,7 +35,7 @@ from qjax.pallas.operands import (
     start,
 )
 from qjax.pallas.rows import Rows
-from qjax.pallas.segments import Bounds, Run
+from qjax.pallas.segments import Bounds, Run, Walk
 from qjax.pallas.weight import Columns, places
 from qjax.tensor import Affine, QTensor
 
@@ -46,7 +46,7 @@ class Operands(NamedTuple):
     Attributes:
       x: Rows in the order of `operands.arrange`.
       start: What the accumulators start at; None with a codebook, or scaled weights.
-      bounds: Of every segment, where the kernel is not compiled for them.
+      places: Of the segments.
       table: Of a codebook.
       words: Of every segment.
       parameters: Scale, and zero if there is one.
@@ -54,7 +54,7 @@ class Operands(NamedTuple):
 
     x: Any
     start: Any
-    bounds: Any
+    places: Any
     table: Any
     words: list[Any]
     parameters: list[Any]
@@ -91,8 +91,8 @@ def matmul(
       NotImplementedError: If the kernel declines ``w``, with the reason, or bfloat16
         arithmetic with a ``config`` that scales weights.
     """
-    by_block = index is not None and index.ndim == 1
-    if w.codebook is not None and by_block:
+    walk = Walk.of(w, config, index)
+    if w.codebook is not None and walk.by_block:
         raise NotImplementedError("The kernel holds one codebook, not one a block.")
     if w.codebook is not None and dtype != DTYPE:
         raise NotImplementedError(
@@ -102,17 +102,16 @@ def matmul(
         raise NotImplementedError(
             f"Programs of {config.block_m} rows round weights to float16, not {dtype}."
         )
-    runs, bounds = zip(*segments.cut(w, config), strict=True)
     m, columns = len(x), w.n + w.padding
     tables, unit = codebook_tables(w, index)
-    prepared = _prepare(x, w, runs, config, dtype, interpret)
-    widths = "_".join(str(run.bits) for run in runs)
+    prepared = _prepare(x, w, walk.runs, config, dtype, interpret)
+    widths = "_".join(str(run.bits) for run in walk.runs)
     partial = lang.launch(
-        functools.partial(_body, runs, bounds, by_block, w.affine, config, dtype),
+        functools.partial(_body, walk, w.affine, config, dtype),
         Operands(
             x=prepared.x,
             start=prepared.start,
-            bounds=segments.placed(bounds, w, index),
+            places=walk.places(index),
             table=tables[0] if tables else None,
             words=joined_words(w),
             parameters=parameters(w),
@@ -172,9 +171,7 @@ def _prepare(
 
 
 def _body(
-    runs: Sequence[Run],
-    compiled_for: Sequence[Bounds],
-    by_block: bool,
+    walk: Walk,
     affine: Affine,
     config: Config,
     dtype: jnp.dtype,
@@ -183,7 +180,7 @@ def _body(
     out_ref: Any,
 ) -> None:
     m, n, split = (pl.program_id(axis) for axis in range(3))
-    bounds = segments.read(refs.bounds, compiled_for, m if by_block else 0)
+    bounds, runs = walk.read(refs.places, m), walk.runs
     x_rows = pl.ds(m * config.block_m, config.block_m)
     start = n * config.block_n
     entries = None if refs.table is None else read_table(refs.table)

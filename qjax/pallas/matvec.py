@@ -28,9 +28,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang, scaling, segments
+from qjax.pallas import lang, scaling
 from qjax.pallas.operands import Config, joined_words, parameters, split_padded
-from qjax.pallas.segments import Bounds, Run
+from qjax.pallas.segments import Bounds, Run, Walk
 from qjax.pallas.weight import Columns, Place, join
 from qjax.tensor import Affine, QTensor
 
@@ -40,13 +40,13 @@ class Operands(NamedTuple):
 
     Attributes:
       x: Rows, padded as the segments are.
-      bounds: Of every segment, where the kernel is not compiled for them.
+      places: Of the segments.
       words: Of every segment.
       parameters: Scale, and zero if there is one.
     """
 
     x: Any
-    bounds: Any
+    places: Any
     words: list[Any]
     parameters: list[Any]
 
@@ -85,7 +85,8 @@ def matvec(
       w: As `qjax.pallas.matmul.matmul` takes it, but for what `check` declines.
       config: How to cut the launch up. A program owns ``block_m / slices`` rows and
         ``block_n / slices`` columns of the product.
-      index: Which matrix of ``w``, where that is a stack ``[count, k, n]``.
+      index: Which matrix of ``w``, where that is a stack ``[count, k, n]``: one for all
+        rows, or one for every ``block_m / slices`` of them, where -1 gives zeros.
       interpret: Whether to run as jnp, on any device.
 
     Returns:
@@ -95,14 +96,14 @@ def matvec(
       NotImplementedError: If the kernel declines the operands, with the reason.
     """
     check(x.dtype, w)
-    runs, bounds = zip(*segments.cut(w, config), strict=True)
+    walk = Walk.of(w, config, index)
     m, columns = len(x), config.block_n // config.slices
-    widths = "_".join(str(run.bits) for run in runs)
+    widths = "_".join(str(run.bits) for run in walk.runs)
     partial = lang.launch(
-        functools.partial(_body, runs, bounds, w.affine, config),
+        functools.partial(_body, walk, w.affine, config),
         Operands(
             x=jnp.concatenate(split_padded(x, w), axis=1),
-            bounds=segments.placed(bounds, w, index),
+            places=walk.places(index),
             words=joined_words(w),
             parameters=parameters(w),
         ),
@@ -121,8 +122,7 @@ def matvec(
 
 
 def _body(
-    runs: Sequence[Run],
-    compiled_for: Sequence[Bounds],
+    walk: Walk,
     affine: Affine,
     config: Config,
     language: lang.Lang,
@@ -144,8 +144,8 @@ def _body(
         exists=None if m % height == 0 else m,
     )
     acc = jnp.zeros((config.block_n, config.block_m), jnp.float32)
-    bounds = segments.read(refs.bounds, compiled_for, 0)
-    for run, bound, words in zip(runs, bounds, refs.words, strict=True):
+    bounds = walk.read(refs.places, pl.program_id(0))
+    for run, bound, words in zip(walk.runs, bounds, refs.words, strict=True):
         columns = Columns(
             language, words, run.bits, start, width, dtype=refs.x.dtype, slices=slices
         )

@@ -50,12 +50,15 @@ def fused_blocks(
       float32 products.
     """
     blocks, m, k = x.shape
-    config = configs.for_blocks(blocks, m, w)
+    few = takes_few_rows(m, x.dtype, w)
+    config = configs.for_blocks("matvec" if few else "matmul", blocks, m, w)
+    of_program = config.block_m // config.slices
     # Whole tiles of the kernel.
-    side = max(8, 1 << (m - 1).bit_length())
+    side = max(of_program, 1 << (m - 1).bit_length())
     rows = jnp.pad(x, ((0, 0), (0, side - m), (0, 0))).reshape(-1, k)
-    index = jnp.repeat(index, side // config.block_m)
-    return matmul(rows, w, config, index=index).reshape(blocks, side, -1)[:, :m]
+    index = jnp.repeat(index, side // of_program)
+    product = (matvec if few else matmul)(rows, w, config, index=index)
+    return product.reshape(blocks, side, -1)[:, :m]
 
 
 def fused_bf16(

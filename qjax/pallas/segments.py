@@ -1,14 +1,15 @@
 """The segments of a matrix as kernels walk along them, one after another.
 
-Their bounds come from a table in memory, so that matrices which mix the same widths in
-other proportions share one compiled kernel. So do the bounds of a matrix in a stack, of
-which every block of rows may have one of its own.
+The bounds of several come from a table in memory, so that matrices which mix the same
+widths in other proportions share one compiled kernel. Those of a matrix in a stack are
+reckoned from its index, of which every block of rows may have one of its own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from qjax.pallas import lang
@@ -17,16 +18,23 @@ from qjax.tensor import QTensor, group_counts
 
 
 class Run(NamedTuple):
-    """What a kernel is compiled for of one segment."""
+    """What a kernel is compiled for of one segment.
+
+    Attributes:
+      bits: Width of a code.
+      group: Rows of a group.
+      block_k: Rows of an iteration.
+      steps: Of an iteration.
+    """
 
     bits: int
-    group: int  # rows
+    group: int
     block_k: int
     steps: Steps
 
 
 class Bounds(NamedTuple):
-    """Where a segment lies: numbers, or scalars read from the table.
+    """Where a segment lies: numbers, or scalars in the kernel.
 
     Attributes:
       iterations: How many it takes.
@@ -45,12 +53,89 @@ class Bounds(NamedTuple):
     last_group: Any
 
 
-def cut(w: QTensor, config: Config) -> Iterator[tuple[Run, Bounds]]:
-    """Yields every segment of a matrix in `Tiles`, its iterations fitting.
+class Places(NamedTuple):
+    """What tells a kernel where its segments lie: arrays, or references to them.
 
-    Raises:
-      NotImplementedError: As `operands.group_rows`.
+    Attributes:
+      table: The bounds of several segments. Those of one are compiled into the kernel.
+      index: Which matrix of a stack: one, or one for every block of rows, where -1
+        stands for none. None for a matrix that is in no stack.
     """
+
+    table: Any
+    index: Any
+
+
+class Walk(NamedTuple):
+    """The segments of a matrix, as a kernel is compiled for them.
+
+    Attributes:
+      runs: Of every segment.
+      bounds: Of every segment, of the first matrix of a stack.
+      strides: From one matrix of a stack to the next.
+      by_block: Whether each block of rows has an index of its own.
+    """
+
+    runs: tuple[Run, ...]
+    bounds: tuple[Bounds, ...]
+    strides: tuple[Bounds, ...]
+    by_block: bool
+
+    @classmethod
+    def of(cls, w: QTensor, config: Config, index: Array | None) -> "Walk":
+        """Cuts a matrix in `Tiles`, or those of a stack, into iterations.
+
+        Raises:
+          NotImplementedError: As `operands.group_rows`.
+        """
+        runs, bounds = zip(*_cut(w, config), strict=True)
+        groups = w.scale.shape[-2]
+        strides = [
+            Bounds(0, 0, 0, words.shape[-4], groups, groups) for words in w.words
+        ]
+        return cls(runs, bounds, tuple(strides), index is not None and index.ndim == 1)
+
+    def places(self, index: Array | None) -> Places:
+        """Returns what the kernel takes, to `read` where its segments lie."""
+        several = len(self.bounds) > 1
+        return Places(
+            jnp.array(self.bounds, jnp.int32) if several else None,
+            # As it is: to reckon with it here would be one more launch.
+            None if index is None else index.reshape(-1),
+        )
+
+    def read(self, refs: Places, block: Any) -> list[Bounds]:
+        """Reads, in the kernel's body, the bounds of every segment.
+
+        Args:
+          refs: References to `places`.
+          block: The block of rows.
+        """
+        bounds = list(self.bounds)
+        if refs.table is not None:
+            rows, count = range(len(bounds)), len(Bounds._fields)
+            bounds = [Bounds(*lang.scalars(refs.table, i, count)) for i in rows]
+        if refs.index is None:
+            return bounds
+        at = pl.ds(block if self.by_block else 0, 1)
+        matrix = lang.load_row(refs.index, columns=at).sum()
+        return [
+            self._moved(matrix, *pair)
+            for pair in zip(bounds, self.strides, strict=True)
+        ]
+
+    def _moved(self, matrix: Array, bounds: Bounds, stride: Bounds) -> Bounds:
+        iterations = bounds.iterations
+        if self.by_block:
+            # A block without a matrix takes no iterations.
+            iterations = jnp.where(matrix < 0, 0, jnp.int32(iterations))
+            matrix = jnp.maximum(matrix, 0)
+        pairs = zip(bounds, stride, strict=True)
+        moved = Bounds(*(at + matrix * by if by else at for at, by in pairs))
+        return moved._replace(iterations=iterations)
+
+
+def _cut(w: QTensor, config: Config) -> Iterator[tuple[Run, Bounds]]:
     row = step = group = 0
     groups = zip(group_rows(w), group_counts(w), strict=True)
     for segment, held, (size, count) in zip(w.segments, w.rows, groups, strict=True):
@@ -62,46 +147,3 @@ def cut(w: QTensor, config: Config) -> Iterator[tuple[Run, Bounds]]:
             Bounds(padded // block_k, row, step, 0, group, group + count - 1),
         )
         row, step, group = row + padded, step + padded // steps.rows, group + count
-
-
-def placed(bounds: Sequence[Bounds], w: QTensor, index: Array | None) -> Array | None:
-    """Makes the table, if the kernel is not compiled for the bounds.
-
-    Args:
-      bounds: Of every segment.
-      w: The matrix, or a stack.
-      index: Which matrix of a stack: one, or one for every block of rows.
-
-    Returns:
-      A row for every segment, of every block of rows; None for a single segment of a
-      matrix that is in no stack.
-    """
-    if len(bounds) == 1 and index is None:
-        return None
-    table = jnp.array(bounds, jnp.int32)
-    if index is None:
-        return table
-    groups = w.scale.shape[-2]
-    strides = [Bounds(0, 0, 0, words.shape[-4], groups, groups) for words in w.words]
-    step = jnp.array(strides, jnp.int32)
-    if not index.ndim:
-        return table + index * step
-    table = table[None] + index[:, None, None] * step[None]
-    # A block without a matrix takes no iterations.
-    table = jnp.where((index < 0)[:, None, None], 0, table)
-    return table.reshape(-1, len(Bounds._fields))
-
-
-def read(table_ref: Any, compiled_for: Sequence[Bounds], block: Any) -> list[Bounds]:
-    """Reads, in a kernel's body, what `placed` has returned.
-
-    Args:
-      table_ref: Reference to it, or None.
-      compiled_for: The bounds of every segment, as `cut` gives them.
-      block: The block of rows, where each has a matrix of its own, and else 0.
-    """
-    if table_ref is None:
-        return list(compiled_for)
-    count, first = len(Bounds._fields), block * len(compiled_for)
-    rows = range(len(compiled_for))
-    return [Bounds(*lang.scalars(table_ref, first + i, count)) for i in rows]

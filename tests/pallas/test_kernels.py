@@ -304,14 +304,16 @@ class TestStacks:
         each, stacked = stack
         if stacked.codebook is not None:
             return
-        interpreted = functools.partial(matmul, interpret=True)
-        monkeypatch.setattr(products, "matmul", interpreted)
-        x = rows(3 * m, 384).reshape(3, m, 384)
-        y = products.fused_blocks(jnp.asarray(x), stacked, jnp.array([1, -1, 2]))
-        assert not y[1].any()
-        for i, e in ((0, 1), (2, 2)):
-            alone = products.fused(jnp.asarray(x[i]), each[e])
-            chex.assert_trees_all_close(y[i], alone, rtol=1e-5, atol=1e-5)
+        for kernel in (matmul, matvec):
+            interpreted = functools.partial(kernel, interpret=True)
+            monkeypatch.setattr(products, kernel.__name__, interpreted)
+        for dtype in (jnp.float32, jnp.bfloat16):
+            x = jnp.asarray(rows(3 * m, 384), dtype).reshape(3, m, 384)
+            y = products.fused_blocks(x, stacked, jnp.array([1, -1, 2]))
+            assert not y[1].any()
+            for i, e in ((0, 1), (2, 2)):
+                alone = products.fused(x[i], each[e])
+                chex.assert_trees_all_close(y[i], alone, rtol=1e-5, atol=1e-5)
 
     def test_mixed_widths(self):
         parts = MIXES["exl2"]
