@@ -23,7 +23,7 @@ from qjax.tensor import Layout, QTensor
 # Those of the GPU take the index of a matrix in a stack, too.
 _Table = Mapping[str, Callable[..., Any]]
 IMPLEMENTATIONS: Mapping[str, _Table] = {
-    # x [m, k], w -> x @ W
+    # x [m, k], w -> x @ W; those of the GPU in a dtype, rounded once
     "matmul": {
         "pallas": pallas.fused,
         "pallas_bf16": pallas.fused_bf16,
@@ -63,10 +63,17 @@ class Choice(NamedTuple):
     Attributes:
       implementation: The one that the caller named, or None.
       kernels: Whether the activations have 16 bits, which the GPU kernels keep exactly.
+      dtype: Of the product. float32 is what it is computed in.
     """
 
     implementation: str | None
     kernels: bool
+    dtype: Any = jnp.float32
+
+    @property
+    def wide(self) -> "Choice":
+        """The same with a product that is not rounded."""
+        return self._replace(dtype=jnp.float32)
 
 
 def _xla_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
@@ -93,7 +100,7 @@ def _gpu_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
 #   dx = g W^T,   dW = x^T g,   ds = sum over its group of dW * df/ds, and so for z.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def product(x: Array, w: QTensor, index: Array | None, choice: Choice) -> Array:
-    """``x @ W`` in float32, differentiable, each device on its pieces.
+    """``x @ W``, differentiable, each device on its pieces.
 
     Args:
       x: ``[..., k]``.
@@ -105,8 +112,14 @@ def product(x: Array, w: QTensor, index: Array | None, choice: Choice) -> Array:
       ``[..., n]``.
     """
     named, units = _names(x, w, index)
-    function = functools.partial(_product, choice)
-    return over_devices(function, (w, x, index), named, _of_result(x), units)
+    return over_devices(
+        functools.partial(_product, choice),
+        (w, x, index),
+        named,
+        _of_result(x),
+        units,
+        summand=functools.partial(_product, choice.wide),
+    )
 
 
 def _forward(x: Array, w: QTensor, index: Array | None, choice: Choice) -> tuple:
@@ -119,7 +132,7 @@ def _backward(
     x, w, index = residuals
     # Where many rows have the weight formed, it is formed again: XLA would keep that of
     # the forward pass, and of every layer of a model.
-    w, dy = jax.lax.optimization_barrier((w, dy))
+    w, dy = jax.lax.optimization_barrier((w, dy.astype(jnp.float32)))
     (of_w, of_x, of_index), units = _names(x, w, index)
     of_dy = _of_result(x)
     dx = over_devices(
@@ -254,27 +267,24 @@ def multiply(
       index: Which matrix of a stack.
 
     Returns:
-      float32 product.
+      Product in ``choice.dtype``.
     """
+    if len(w.segments) == 1:
+        return _run("matmul", choice, x, w, index)
 
     def by_parts(x: Array, w: QTensor, index: Array | None) -> Array:
         products = (
-            _run("matmul", choice, xs, part, index) for xs, part in _parts(x, w)
+            _run("matmul", choice.wide, xs, part, index) for xs, part in _parts(x, w)
         )
-        return functools.reduce(jnp.add, products)
+        return functools.reduce(jnp.add, products).astype(choice.dtype)
 
     # The fused kernel multiplies all segments in one launch.
-    if len(w.segments) == 1:
-        return by_parts(x, w, index)
     if choice.implementation in ("pallas", "pallas_bf16"):
-        return IMPLEMENTATIONS["matmul"][choice.implementation](x, w, index)
-    fused = (
-        goes_to_kernels(w, choice) and _gpu_order("matmul", len(x), w)[0] == "pallas"
-    )
-    if fused:
-        return jax.lax.platform_dependent(
-            x, w, index, cuda=pallas.fused, default=by_parts
-        )
+        fused = IMPLEMENTATIONS["matmul"][choice.implementation]
+        return fused(x, w, index, dtype=choice.dtype)
+    if goes_to_kernels(w, choice) and _gpu_order("matmul", len(x), w)[0] == "pallas":
+        fused = functools.partial(pallas.fused, dtype=choice.dtype)
+        return jax.lax.platform_dependent(x, w, index, cuda=fused, default=by_parts)
     return by_parts(x, w, index)
 
 
@@ -359,20 +369,24 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
     """
     *rows, w, index = operands
     name, m = choice.implementation, rows[0].shape[0]
+    # Other results than products stay as they are.
+    rounded = {"dtype": choice.dtype} if op == "matmul" else {}
     if name in ON_GPU:
-        return IMPLEMENTATIONS[op][name](*operands)
+        return IMPLEMENTATIONS[op][name](*operands, **rounded)
     if name is not None:
         wide = [row.astype(jnp.float32) for row in rows]
-        return IMPLEMENTATIONS[op][name](*wide, pallas.one_of(w, index))
+        found = IMPLEMENTATIONS[op][name](*wide, pallas.one_of(w, index))
+        return found.astype(choice.dtype) if rounded else found
 
     def on_gpu(*operands: Any) -> Any:
-        return _first(op, _gpu_order(op, m, w), operands)
+        return _first(op, _gpu_order(op, m, w), operands, **rounded)
 
     def elsewhere(*operands: Any) -> Any:
         *rows, w, index = operands
         native = in_layout(pallas.one_of(w, index), xla.NATIVE)
         wide = [row.astype(jnp.float32) for row in rows]
-        return _first(op, _xla_order(op, m, native), (*wide, native))
+        found = _first(op, _xla_order(op, m, native), (*wide, native))
+        return found.astype(choice.dtype) if rounded else found
 
     # What the entries of a codebook are worth is summed by XLA.
     by_codebook = op == "leaf_grad" and w.codebook is not None
@@ -382,11 +396,13 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
     return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=elsewhere)
 
 
-def _first(op: str, names: tuple[str, ...], operands: tuple[Any, ...]) -> Any:
+def _first(
+    op: str, names: tuple[str, ...], operands: tuple[Any, ...], **rounded: Any
+) -> Any:
     reasons = []
     for name in names:
         try:
-            return IMPLEMENTATIONS[op][name](*operands)
+            return IMPLEMENTATIONS[op][name](*operands, **rounded)
         except NotImplementedError as error:
             reasons.append(error)
     raise ExceptionGroup(f"no implementation of {op} takes {operands[-1]!r}", reasons)

@@ -85,9 +85,9 @@ def _apply(
         factors = input_scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
         scaled = x.astype(jnp.float32) * factors
     stored = dataclasses.replace(decoded(w), input_scale=None)
-    choice = dispatch.Choice(implementation, kernels=x.dtype != jnp.float32)
-    y = dispatch.product(*vary_together(scaled, stored, index), choice)
-    return y.astype(x.dtype)
+    kernels = x.dtype != jnp.float32
+    choice = dispatch.Choice(implementation, kernels, dtype=x.dtype)
+    return dispatch.product(*vary_together(scaled, stored, index), choice)
 
 
 def decoded(w: QTensor) -> QTensor:

@@ -36,6 +36,8 @@ def over_devices(
     named: tuple[Any, ...],
     results: Any,
     units: Mapping[str, int],
+    *,
+    summand: Callable[..., Any] | None = None,
 ) -> Any:
     """Calls a function, each device on its own pieces of the operands.
 
@@ -51,6 +53,8 @@ def over_devices(
         only some operands have. Those that begin with "k" are cut alike.
       results: What ``function`` returns, likewise.
       units: Into how many pieces an axis may be cut, by name.
+      summand: Called instead where devices have summands of a result: the same in a
+        wider dtype. The sum is rounded to what ``function`` returns.
 
     Returns:
       What ``function`` returns.
@@ -62,11 +66,12 @@ def over_devices(
     leaves, tree = jax.tree.flatten(operands)
     task = _Task.of(jax.tree.leaves(named), jax.tree.leaves(results), units)
 
-    def flat(*leaves: Array) -> tuple[Array, ...]:
-        return tuple(jax.tree.leaves(function(*tree.unflatten(leaves))))
+    def flattened(function: Callable[..., Any]) -> Flat:
+        return lambda *leaves: tuple(jax.tree.leaves(function(*tree.unflatten(leaves))))
 
+    functions = _Functions(flattened(function), flattened(summand or function))
     explicit = AxisType.Explicit in mesh.axis_types
-    out = (_over_shards if explicit else _over_pieces)(task, flat, leaves)
+    out = (_over_shards if explicit else _over_pieces)(task, functions, leaves)
     return jax.tree.structure(results).unflatten(out)
 
 
@@ -105,6 +110,16 @@ def vary_together(*operands: Any) -> tuple[Any, ...]:
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(cast, operands)
+
+
+class _Functions(NamedTuple):
+    """What a device calls, of leaves: for a result, or for a summand of it."""
+
+    whole: Flat
+    summand: Flat
+
+    def map(self, transform: Callable[[Flat], Flat]) -> "_Functions":
+        return _Functions(*map(transform, self))
 
 
 class _Operand(NamedTuple):
@@ -246,18 +261,31 @@ class _Choice:
         """The spec of an array."""
         return P(*[self.axes.get(_family(name)) or None for name in names])
 
-    def summed(self, flat: Flat, leaves: Sequence[Array], results: Any) -> tuple:
+    def summed(
+        self, functions: _Functions, leaves: Sequence[Array], results: Any
+    ) -> tuple:
         """Calls the function of a device, and sums what others have summands of."""
         shared = {axis for axes in self.axes.values() for axis in axes}
-        sums = []
-        for leaf, names in zip(flat(*leaves), results, strict=True):
-            held = {a for name in names for a in self.axes.get(_family(name), ())}
-            axes = tuple(sorted(shared - held))
-            sums.append(jax.lax.psum(leaf, axes) if axes else leaf)
-        return tuple(sums)
+        over = [
+            tuple(sorted(shared - {a for name in names for a in self._held(name)}))
+            for names in results
+        ]
+        if not any(over):
+            return functions.whole(*leaves)
+        wanted = jax.eval_shape(functions.whole, *leaves)
+        summands = functions.summand(*leaves)
+        return tuple(
+            (jax.lax.psum(leaf, axes) if axes else leaf).astype(result.dtype)
+            for leaf, axes, result in zip(summands, over, wanted, strict=True)
+        )
+
+    def _held(self, name: str | None) -> tuple[str, ...]:
+        return self.axes.get(_family(name), ())
 
 
-def _over_shards(task: _Task, flat: Flat, leaves: Sequence[Array]) -> tuple[Array, ...]:
+def _over_shards(
+    task: _Task, functions: _Functions, leaves: Sequence[Array]
+) -> tuple[Array, ...]:
     """Where arrays are traced with their pieces."""
     mesh = jax.sharding.get_abstract_mesh()
     typed = [
@@ -268,7 +296,7 @@ def _over_shards(task: _Task, flat: Flat, leaves: Sequence[Array]) -> tuple[Arra
     specs = tuple(map(choice.spec, task.operands))
 
     def local(*leaves: Array) -> tuple[Array, ...]:
-        return choice.summed(flat, vary_together(*leaves), task.results)
+        return choice.summed(functions, vary_together(*leaves), task.results)
 
     mapped = jax.shard_map(
         local,
@@ -279,11 +307,13 @@ def _over_shards(task: _Task, flat: Flat, leaves: Sequence[Array]) -> tuple[Arra
     return mapped(*map(jax.sharding.reshard, leaves, specs))
 
 
-def _over_pieces(task: _Task, flat: Flat, leaves: Sequence[Array]) -> tuple[Array, ...]:
+def _over_pieces(
+    task: _Task, functions: _Functions, leaves: Sequence[Array]
+) -> tuple[Array, ...]:
     """Where XLA finds out about the pieces; under every transformation of JAX."""
     # What the function closes over stays a matter of the inner jit.
-    partitioned = custom_partitioning(jax.jit(flat))
-    partitioned.def_partition(_partition(task, flat), sharding_rule=task.rule)
+    partitioned = custom_partitioning(jax.jit(functions.whole))
+    partitioned.def_partition(_partition(task, functions), sharding_rule=task.rule)
 
     @custom_vmap
     def mapped(*leaves: Array) -> tuple[Array, ...]:
@@ -291,18 +321,21 @@ def _over_pieces(task: _Task, flat: Flat, leaves: Sequence[Array]) -> tuple[Arra
 
     @mapped.def_vmap
     def _(size: int, batched: list[bool], *leaves: Array) -> tuple:
-        flat_batch = jax.vmap(flat, [0 if b else None for b in batched])
-        out = _over_pieces(task.batched(size, batched), flat_batch, leaves)
+        axes = [0 if b else None for b in batched]
+        of_batch = functions.map(lambda flat: jax.vmap(flat, axes))
+        out = _over_pieces(task.batched(size, batched), of_batch, leaves)
         return out, (True,) * len(out)
 
     # The partitioned function has no derivative of its own. The gradient of
     # `qjax.matmul` needs none; that of a gradient does.
     differentiable = jax.custom_jvp(mapped)
-    differentiable.defjvp(lambda primals, tangents: jax.jvp(flat, primals, tangents))
+    differentiable.defjvp(
+        lambda primals, tangents: jax.jvp(functions.whole, primals, tangents)
+    )
     return differentiable(*leaves)
 
 
-def _partition(task: _Task, flat: Flat) -> Callable[..., Any]:
+def _partition(task: _Task, functions: _Functions) -> Callable[..., Any]:
     """What XLA calls to learn which pieces a device takes, and what it does."""
 
     def partition(mesh: Mesh, operands: Any, results: Any) -> tuple:
@@ -315,7 +348,7 @@ def _partition(task: _Task, flat: Flat) -> Callable[..., Any]:
         place = lambda names: NamedSharding(mesh, choice.spec(names))  # noqa: E731
 
         def local(*leaves: Array) -> tuple[Array, ...]:
-            return choice.summed(flat, leaves, task.results)
+            return choice.summed(functions, leaves, task.results)
 
         return (
             mesh,

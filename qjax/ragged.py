@@ -173,31 +173,31 @@ def _apply(
     if w.input_scale is not None:
         scale = w.input_scale.astype(jnp.float32)[blocks.expert]
         rows = rows.astype(jnp.float32) * scale[:, None]
-    choice = Choice(implementation, kernels=x.dtype != jnp.float32)
+    choice = Choice(implementation, kernels=x.dtype != jnp.float32, dtype=x.dtype)
     bare = dataclasses.replace(ops.decoded(w), input_scale=None)
     operands = vary_together(rows, bare, blocks.expert, blocks.used)
-    y = _products(*operands, choice, x.dtype).reshape(-1, w.n)
+    y = _products(*operands, choice).reshape(-1, w.n)
     return jnp.where(blocks.has_expert[:, None], y[blocks.place], 0)
 
 
 # A block's product is y = x W of its expert, and with g its cotangent
 #   dx = g W^T,   dW = sum over the expert's blocks of x^T g.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
 def _products(
     rows: Float[Array, "blocks block_m k"],
     w: QTensor,
     expert: Int32[Array, " blocks"],
     used: Int32[Array, ""],
     choice: Choice,
-    dtype: jnp.dtype,
 ) -> Float[Array, "blocks block_m n"]:
     """Multiplies each block that holds tokens by its expert; the others give zeros."""
     return over_devices(
-        functools.partial(_forward, choice, dtype),
+        functools.partial(_forward, choice),
         (w, rows, expert, used),
         _names(w),
         P(None, None, "n"),
         dispatch.units_of(w),
+        summand=functools.partial(_forward, choice.wide),
     )
 
 
@@ -215,23 +215,18 @@ def _in_order(rows: Array, order: Array | None, expert: Array) -> Array:
 
 
 def _forward(
-    choice: Choice,
-    dtype: jnp.dtype,
-    w: QTensor,
-    rows: Array,
-    expert: Array,
-    used: Array,
+    choice: Choice, w: QTensor, rows: Array, expert: Array, used: Array
 ) -> Array:
     def one_by_one(rows: Array, w: QTensor, expert: Array, used: Array) -> Array:
         def one(b: Array) -> Array:
             matrix, index = dispatch.native(w, expert[b])
-            return dispatch.multiply(choice, matrix, rows[b], index).astype(dtype)
+            return dispatch.multiply(choice, matrix, rows[b], index)
 
         return _each(one, rows, used)
 
     def in_one_launch(rows: Array, w: QTensor, expert: Array, used: Array) -> Array:
         index = jnp.where(jnp.arange(len(expert)) < used, expert, -1)
-        return pallas.fused_blocks(rows, w, index).astype(dtype)
+        return pallas.fused_blocks(rows, w, index, choice.dtype)
 
     w, order = dispatch.stored(w)
     operands = _in_order(rows, order, expert), w, expert, used
@@ -297,20 +292,12 @@ def _each(one: Callable[[Array], Array], rows: Array, used: Array) -> Array:
 
 
 def _products_forward(
-    rows: Array,
-    w: QTensor,
-    expert: Array,
-    used: Array,
-    choice: Choice,
-    dtype: jnp.dtype,
+    rows: Array, w: QTensor, expert: Array, used: Array, choice: Choice
 ) -> tuple:
-    return _products(rows, w, expert, used, choice, dtype), (rows, w, expert, used)
+    return _products(rows, w, expert, used, choice), (rows, w, expert, used)
 
 
-def _products_backward(
-    choice: Choice, dtype: jnp.dtype, residuals: tuple, dy: Array
-) -> tuple:
-    del dtype
+def _products_backward(choice: Choice, residuals: tuple, dy: Array) -> tuple:
     rows, w, expert, used = residuals
     operands = w, rows, expert, used, dy.astype(jnp.float32)
     of_operands = (*_names(w), P(None, None, "n"))

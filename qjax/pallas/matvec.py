@@ -76,6 +76,7 @@ def matvec(
     config: Config,
     *,
     index: Array | None = None,
+    dtype: DTypeLike = jnp.float32,
     interpret: bool = False,
 ) -> Float[Array, "m n"]:
     """Multiplies few rows by a matrix in `Tiles`, uniform or mixed.
@@ -87,10 +88,11 @@ def matvec(
         ``block_n / slices`` columns of the product.
       index: Which matrix of ``w``, where that is a stack ``[count, k, n]``: one for all
         rows, or one for every ``block_m / slices`` of them, where -1 gives zeros.
+      dtype: Of the result.
       interpret: Whether to run as jnp, on any device.
 
     Returns:
-      float32 product.
+      Product, summed in float32 and rounded once.
 
     Raises:
       NotImplementedError: If the kernel declines the operands, with the reason.
@@ -113,12 +115,14 @@ def matvec(
             -(-w.n // columns),
             config.splits,
         ),
-        out=jax.ShapeDtypeStruct((config.splits, m, w.n), jnp.float32),
+        out=jax.ShapeDtypeStruct(
+            (config.splits, m, w.n), dtype if config.splits == 1 else jnp.float32
+        ),
         warps=config.warps,
         stages=config.stages,
         interpret=interpret,
     )
-    return partial.sum(0)
+    return partial[0] if config.splits == 1 else partial.sum(0).astype(dtype)
 
 
 def _body(
@@ -155,7 +159,8 @@ def _body(
         row, column = rows + jnp.arange(height), start + jnp.arange(width)
         inside = (row < m)[:, None] & (column < n)[None]
     where = out_ref.at[split, pl.ds(rows, height), pl.ds(start, width)]
-    lang.store(where, _sum_of_slices(acc, slices).T, inside)
+    y = _sum_of_slices(acc, slices).T
+    lang.store(where, y.astype(out_ref.dtype), inside)
 
 
 def _sum_of_slices(acc: Float[Array, "a b"], slices: int) -> Float[Array, "n m"]:

@@ -18,12 +18,16 @@ from qjax.tensor import Affine, QTensor
 
 
 def fused(
-    x: Float[Array, "m k"], w: QTensor, index: Array | None = None
+    x: Float[Array, "m k"],
+    w: QTensor,
+    index: Array | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "m n"]:
-    """``x @ W``, the weight unpacked in registers and stored nowhere."""
+    """``x @ W`` in a dtype, the weight unpacked in registers and stored nowhere."""
     if takes_few_rows(len(x), x.dtype, w):
-        return matvec(x, w, configs.for_matvec(len(x), w), index=index)
-    return matmul(x, w, configs.for_matmul(len(x), w), index=index)
+        config = configs.for_matvec(len(x), w)
+        return matvec(x, w, config, index=index, dtype=dtype)
+    return matmul(x, w, configs.for_matmul(len(x), w), index=index).astype(dtype)
 
 
 def takes_few_rows(m: int, dtype: DTypeLike, w: QTensor) -> bool:
@@ -37,7 +41,10 @@ def takes_few_rows(m: int, dtype: DTypeLike, w: QTensor) -> bool:
 
 
 def fused_blocks(
-    x: Float[Array, "blocks m k"], w: QTensor, index: Int32[Array, " blocks"]
+    x: Float[Array, "blocks m k"],
+    w: QTensor,
+    index: Int32[Array, " blocks"],
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "blocks m n"]:
     """`fused` of blocks of rows, each by its matrix of a stack, in one launch.
 
@@ -45,9 +52,10 @@ def fused_blocks(
       x: Blocks of at most 128 rows.
       w: ``[count, k, n]``.
       index: Which matrix each block takes; -1 for none, which gives zeros.
+      dtype: Of the products.
 
     Returns:
-      float32 products.
+      Products, rounded once.
     """
     blocks, m, k = x.shape
     few = takes_few_rows(m, x.dtype, w)
@@ -57,18 +65,25 @@ def fused_blocks(
     side = max(of_program, 1 << (m - 1).bit_length())
     rows = jnp.pad(x, ((0, 0), (0, side - m), (0, 0))).reshape(-1, k)
     index = jnp.repeat(index, side // of_program)
-    product = (matvec if few else matmul)(rows, w, config, index=index)
+    if few:
+        product = matvec(rows, w, config, index=index, dtype=dtype)
+    else:
+        product = matmul(rows, w, config, index=index).astype(dtype)
     return product.reshape(blocks, side, -1)[:, :m]
 
 
 def fused_bf16(
-    x: Float[Array, "m k"], w: QTensor, index: Array | None = None
+    x: Float[Array, "m k"],
+    w: QTensor,
+    index: Array | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "m n"]:
     """`fused` in bfloat16: elements of a row may differ by more than 2**28."""
-    dtype = jnp.dtype(jnp.bfloat16)
-    if takes_few_rows(len(x), dtype, w):
-        return matvec(x.astype(dtype), w, configs.for_matvec(len(x), w), index=index)
-    return matmul(x, w, configs.for_exact(len(x), w), dtype=dtype, index=index)
+    bf16 = jnp.dtype(jnp.bfloat16)
+    if takes_few_rows(len(x), bf16, w):
+        return fused(x.astype(bf16), w, index, dtype)
+    config = configs.for_exact(len(x), w)
+    return matmul(x, w, config, dtype=bf16, index=index).astype(dtype)
 
 
 def fused_t(
@@ -89,10 +104,13 @@ def fused_grad(
 
 
 def dense(
-    x: Float[Array, "m k"], w: QTensor, index: Array | None = None
+    x: Float[Array, "m k"],
+    w: QTensor,
+    index: Array | None = None,
+    dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "m n"]:
     """``x @ W`` for many rows: forms the weight in float16, then multiplies."""
-    return _through_dense(x, w, index, (((1,), (0,)), ((), ())))
+    return _through_dense(x, w, index, (((1,), (0,)), ((), ()))).astype(dtype)
 
 
 def dense_t(

@@ -64,10 +64,10 @@ def test_matmul(case, program):
 @pytest.mark.parametrize("case", [Product(1), Product(16), Product(64)], ids=str)
 @both
 def test_launches_of_a_product(case, program):
-    # Few rows: the product, and the sum over splits or the rounding of the result,
-    # which in a model is part of what follows. More: the rows of x before them. XLA
-    # makes a CUDA graph of five launches or more: a decoder's step is in one.
-    assert len(program.launches) == (2 if case.m <= 16 else 3)
+    # One row: the product and nothing else. Several: the sum over splits after it.
+    # Many: the rows of x before it. XLA makes a CUDA graph of five launches or more: a
+    # decoder's step is in one.
+    assert len(program.launches) == {1: 1, 16: 2, 64: 3}[case.m]
     assert {launch.kind for launch in program.launches} == {"kCustomKernel"}
 
 
