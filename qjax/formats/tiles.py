@@ -67,7 +67,7 @@ NIBBLES = ((0, 4, 8, 12),)
 SIDE = 16  # of a unit, in columns and in rows of a sub-block
 SLOTS = SIDE * SIDE
 # Rows are padded to whole steps of the kernels' loops.
-_STEP = 128
+STEP = 128
 
 
 def sub_blocks(bits: int) -> int:
@@ -155,7 +155,7 @@ class Tiles(Layout):
 
 
 def _step(bits: int) -> int:
-    return math.lcm(_STEP, rows_of_block(bits))
+    return math.lcm(STEP, rows_of_block(bits))
 
 
 def _positions(bits: int, nibbles: bool) -> tuple[tuple[int, ...], ...]:

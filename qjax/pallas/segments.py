@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
+from qjax.formats import tiles
 from qjax.pallas import lang
 from qjax.pallas.operands import Config, Steps, group_rows
 from qjax.tensor import QTensor, group_counts
@@ -114,7 +116,10 @@ class Walk(NamedTuple):
         bounds = list(self.bounds)
         if refs.table is not None:
             rows, count = range(len(bounds)), len(Bounds._fields)
-            bounds = [Bounds(*lang.scalars(refs.table, i, count)) for i in rows]
+            read = [Bounds(*lang.scalars(refs.table, i, count)) for i in rows]
+            # Which the compiler has to know, or it loads x an element at a time.
+            aligned = [lax.div(b.row, tiles.STEP) * tiles.STEP for b in read]
+            bounds = [b._replace(row=row) for b, row in zip(read, aligned, strict=True)]
         if refs.index is None:
             return bounds
         at = pl.ds(block if self.by_block else 0, 1)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import qjax
 from examples.llm import model
+from qjax.tensor import Affine, QTensor, Segment
 from tests.gpu.cases import weight
 
 # A function to compile, and its arguments as structs.
@@ -35,6 +36,37 @@ class Product:
         x = _struct((self.m, SIDE), jnp.bfloat16)
         w = weight(4, 128, k=SIDE, n=SIDE)
         return (gradient, (x, x, w)) if self.gradient else (qjax.matmul, (x, w))
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixed:
+    """One row by a matrix of 6, 4 and 3 bits, as EXL2 mixes them."""
+
+    group_size: int = 32
+    padded: int = 0  # rows that the first segment lacks
+
+    def __str__(self) -> str:
+        return f"mixed g{self.group_size}{' padded' * bool(self.padded)}"
+
+    @property
+    def weight(self) -> QTensor:
+        g = self.group_size
+        parts = [weight(b, g, k=k, n=SIDE) for b, k in ((6, 256), (4, 2048), (3, 1792))]
+        segments = [Segment(b, g) for b in (6, 4, 3)]
+        segments[0] = Segment(6, g, self.padded)
+        groups = (SIDE - self.padded) // g
+        return dataclasses.replace(
+            parts[0],
+            words=tuple(part.words[0] for part in parts),
+            scale=_struct((groups, SIDE), jnp.float16),
+            zero=None,
+            segments=tuple(segments),
+            affine=Affine.CENTERED,
+        )
+
+    def __call__(self) -> Source:
+        w = self.weight
+        return qjax.matmul, (_struct((1, w.k), jnp.bfloat16), w)
 
 
 def gradient(x, dy, w):

@@ -11,6 +11,7 @@ from tests.gpu.programs import (
     DENSE,
     DecoderStep,
     Layers,
+    Mixed,
     Native,
     Product,
     Ragged,
@@ -69,6 +70,21 @@ def test_launches_of_a_product(case, program):
     # decoder's step is in one.
     assert len(program.launches) == {1: 1, 16: 2, 64: 3}[case.m]
     assert {launch.kind for launch in program.launches} == {"kCustomKernel"}
+
+
+@pytest.mark.parametrize("case", [Mixed(32, padded=32), Mixed(128)], ids=str)
+@both
+def test_mixed_widths(case, program):
+    # Where segments are padded, so is x, before.
+    assert len(program.launches) == (2 if case.padded else 1)
+    assert words_stay(program.hlo)
+    (kernel,) = program.kernels
+    assert kernel.spills == 0
+    # A loop for each, of the same width of loads as alone.
+    assert len(kernel.loops) == 3
+    for loop in kernel.loops:
+        assert loop.number("LDG.16") <= 1 + 2 * (256 // case.group_size)
+        assert loop.number("LDGSTS.128") > 0
 
 
 @pytest.mark.parametrize("case", [Product(16, gradient=True)], ids=str)
