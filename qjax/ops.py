@@ -52,9 +52,10 @@ def matmul(
         copy; products with all of a stack go through `jax.vmap`.
       implementation: None takes the first of `dispatch.IMPLEMENTATIONS` that supports
         the operands. A name takes that one and no other: "pallas" never falls back, and
-        fails where there is no GPU. "pallas_bf16" does without the scaling of rows
-        that lets float16 hold them: it takes bfloat16 of any range. "xla_int8" rounds
-        the activations to int8. Both are never taken unless named.
+        fails where there is no GPU. "pallas_bf16" does without the scaling that lets
+        float16 hold rows of bfloat16, where there are more than 16 of them: it takes
+        those of any range. "xla_int8" rounds the activations to int8. Both are never
+        taken unless named.
 
     Returns:
       ``[..., n]`` product in the dtype of ``x``.

@@ -1,10 +1,11 @@
 """Products with a quantized matrix as GPU kernels: Pallas, lowered through Triton.
 
-Every function takes float32 rows and a matrix in `qjax.formats.tiles.Tiles`, or a stack
-of matrices and the index of one, and raises `NotImplementedError` where it declines.
-The products run in float16 on tensor cores and are accumulated in float32; rows are
-scaled by powers of two first, so that activations that were bfloat16 or float16 lose
-nothing. Weights lose nothing up to 32 rows, and are rounded to float16 above.
+Every function takes rows and a matrix in `qjax.formats.tiles.Tiles`, or a stack of
+matrices and the index of one, and raises `NotImplementedError` where it declines. The
+products run on tensor cores and are accumulated in float32. Up to 16 rows of 16 bits
+are multiplied as they are (`matvec`); more, and rows of float32, in float16, scaled by
+powers of two first, so that what was bfloat16 or float16 loses nothing. Weights lose
+nothing up to 32 rows, and are rounded to float16 above.
 """
 
 from qjax.pallas.configs import dense_rows

@@ -10,11 +10,13 @@ the highest bit of the codes, chooses between them. That is 24 instructions for 
 weights, whatever the table.
 """
 
+import functools
+import operator
 from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float16, Float32, UInt16
+from jaxtyping import Array, Float16, Float32, UInt16, UInt32
 
 ENTRIES = 16
 WORDS = 8
@@ -24,12 +26,25 @@ LANES = 32
 def table(entries: Float16[Array, " 16"]) -> Float32[Array, "16 32"]:
     """Cuts the entries of a table into half-words, as numbers, one for every lane.
 
-    `operands.read_table` makes of them the words that `ptx` and `on_slots` take.
+    `operands.read_table` makes of them what `words` makes of entries.
     """
     patterns = lax.bitcast_convert_type(entries, jnp.uint16)
     bytes_ = jnp.concatenate([patterns >> 8, patterns & 255]).astype(jnp.uint8)
     halves = lax.bitcast_convert_type(bytes_.reshape(2 * WORDS, 2), jnp.uint16)
     return jnp.repeat(halves.astype(jnp.float32)[:, None], LANES, axis=1)
+
+
+def words(entries: Sequence[Float16[Array, ""]]) -> list[UInt32[Array, ""]]:
+    """Makes, in a kernel's body, the words that `ptx` and `on_slots` take."""
+    patterns = [
+        lax.bitcast_convert_type(entry, jnp.uint16).astype(jnp.uint32)
+        for entry in entries
+    ]
+    bytes_ = [(p >> right) & 255 for right in (8, 0) for p in patterns]
+    return [
+        functools.reduce(operator.or_, (bytes_[4 * i + j] << 8 * j for j in range(4)))
+        for i in range(WORDS)
+    ]
 
 
 _SELECT = "0xE4"  # of LOP3: the bits of a where those of c are 1, else those of b

@@ -26,11 +26,11 @@ from qjax.pallas.operands import (
     DTYPE,
     Config,
     arrange,
-    codebook_tables,
+    books,
     fit,
     joined_words,
     parameters,
-    read_table,
+    read_book,
     split_padded,
     start,
 )
@@ -47,7 +47,7 @@ class Operands(NamedTuple):
       x: Rows in the order of `operands.arrange`.
       start: What the accumulators start at; None with a codebook, or scaled weights.
       places: Of the segments.
-      table: Of a codebook.
+      books: Codebooks, if there are any.
       words: Of every segment.
       parameters: Scale, and zero if there is one.
     """
@@ -55,7 +55,7 @@ class Operands(NamedTuple):
     x: Any
     start: Any
     places: Any
-    table: Any
+    books: Any
     words: list[Any]
     parameters: list[Any]
 
@@ -103,7 +103,6 @@ def matmul(
             f"Programs of {config.block_m} rows round weights to float16, not {dtype}."
         )
     m, columns = len(x), w.n + w.padding
-    tables, unit = codebook_tables(w, index)
     prepared = _prepare(x, w, walk.runs, config, dtype, interpret)
     widths = "_".join(str(run.bits) for run in walk.runs)
     partial = lang.launch(
@@ -112,7 +111,7 @@ def matmul(
             x=prepared.x,
             start=prepared.start,
             places=walk.places(index),
-            table=tables[0] if tables else None,
+            books=books(w),
             words=joined_words(w),
             parameters=parameters(w),
         ),
@@ -127,7 +126,7 @@ def matmul(
         stages=config.stages,
         interpret=interpret,
     )
-    return (partial.sum(0) * (prepared.unscale[:m] * unit))[:, : w.n]
+    return (partial.sum(0) * prepared.unscale[:m])[:, : w.n]
 
 
 def _prepare(
@@ -183,9 +182,9 @@ def _body(
     bounds, runs = walk.read(refs.places, m), walk.runs
     x_rows = pl.ds(m * config.block_m, config.block_m)
     start = n * config.block_n
-    entries = None if refs.table is None else read_table(refs.table)
+    book = read_book(refs.books, walk.matrix(refs.places))
     columns = [
-        Columns(language, ref, run.bits, start, config.block_n, entries, dtype)
+        Columns(language, ref, run.bits, start, config.block_n, book.words, dtype)
         for run, ref in zip(runs, refs.words, strict=True)
     ]
     shares = [config.share(split, bound.iterations) for bound in bounds]
@@ -199,6 +198,8 @@ def _body(
         acc = program.add_segment(acc, run, bound, of_run, *share)
     if unit is not None:
         acc *= unit.undo
+    if book.undo is not None:
+        acc *= book.undo
     inside = columns[0].inside
     inside = None if inside is None else inside[None]
     if out_ref.shape[1] % config.block_m:

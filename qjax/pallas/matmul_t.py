@@ -21,15 +21,15 @@ from qjax.pallas.operands import (
     DTYPE,
     Config,
     Steps,
-    codebook_tables,
+    books,
     fit,
     group_rows,
     joined_words,
     one_of,
     origin,
     parameters,
+    read_book,
     read_origin,
-    read_table,
     unit_of,
 )
 from qjax.pallas.weight import Columns, places
@@ -43,7 +43,7 @@ class Operands(NamedTuple):
       dy: Padded rows.
       unit: By which scales are multiplied, ``[1, 1]``.
       origin: Of the matrix in a stack.
-      table: Of a codebook.
+      books: Codebooks, if there are any.
       words: Of the one segment.
       parameters: Scale, and the zero that is taken off the codes.
     """
@@ -51,7 +51,7 @@ class Operands(NamedTuple):
     dy: Any
     unit: Any
     origin: Any
-    table: Any
+    books: Any
     words: Any
     parameters: list[Any]
 
@@ -89,7 +89,6 @@ def matmul_t(
     scale, *zero = parameters(w)
     added = bool(zero) and w.affine is not Affine.ZERO
     unit, undo = unit_of(one_of(w.scale, index))
-    tables, entry = codebook_tables(w, index)
     k = w.k + segment.padding
     partial = lang.launch(
         functools.partial(
@@ -99,7 +98,7 @@ def matmul_t(
             dy=rows,
             unit=unit.reshape(1, 1),
             origin=origin(w, index),
-            table=tables[0] if tables else None,
+            books=books(w),
             words=joined_words(w)[0],
             parameters=[scale] if added else [scale, *zero],
         ),
@@ -119,7 +118,7 @@ def matmul_t(
         stages=config.stages,
         interpret=interpret,
     )
-    dx = (partial.sum(0).reshape(-1, k) * unscale)[:m, : w.k] * (undo * entry)
+    dx = (partial.sum(0).reshape(-1, k) * unscale)[:m, : w.k] * undo
     if added:
         zeros = zero[0][:, : w.n].astype(jnp.float32)
         if index is not None:
@@ -144,14 +143,14 @@ def _body(
     m, iteration, split = (pl.program_id(axis) for axis in range(3))
     rows = pl.ds(m * config.block_m, config.block_m)
     matrix = read_origin(refs.origin)
-    entries = None if refs.table is None else read_table(refs.table)
+    book = read_book(refs.books, matrix.group // groups)
     block = iteration * (config.block_k // tiles.rows_of_block(bits))
     step_rows = range(0, config.block_k, steps.rows)
     unit = lang.load_row(refs.unit, 0, columns=pl.ds(0, 1))
 
     def add_columns(j: Array, accs: tuple[Array, ...]) -> tuple[Array, ...]:
         columns = Columns(
-            language, refs.words, bits, j * config.block_n, config.block_n, entries
+            language, refs.words, bits, j * config.block_n, config.block_n, book.words
         )
         dy = refs.dy[rows, columns.slice].astype(jnp.float32)
         old, new = iter(accs), []
@@ -175,5 +174,6 @@ def _body(
     done = iter(lax.fori_loop(begin, end, add_columns, accs))
     for row in step_rows:
         for place in places(bits, block, row, steps):
-            tile = next(done).reshape(1, config.block_m, place.width, 1, tiles.SIDE)
+            dx = next(done) if book.undo is None else next(done) * book.undo
+            tile = dx.reshape(1, config.block_m, place.width, 1, tiles.SIDE)
             lang.store(out_ref.at[(pl.ds(split, 1), rows, *place.rows)], tile)

@@ -82,7 +82,8 @@ def matvec(
     """Multiplies few rows by a matrix in `Tiles`, uniform or mixed.
 
     Args:
-      x: bfloat16 or float16, k as ``w.k``. Nothing is rounded.
+      x: bfloat16 or float16, k as ``w.k``. Nothing is rounded. Where elements exceed
+        2**100, sums of codes with their offsets may overflow: NaN.
       w: As `qjax.pallas.matmul.matmul` takes it, but for what `check` declines.
       config: How to cut the launch up. A program owns ``block_m / slices`` rows and
         ``block_n / slices`` columns of the product.

@@ -7,6 +7,7 @@ not.
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple, TypeVar
@@ -217,8 +218,42 @@ def parameters(w: QTensor) -> list[Array]:
     return [whole(p) for p in (w.scale, w.zero) if p is not None]
 
 
+class Book(NamedTuple):
+    """A codebook in float16, as a kernel looks codes up.
+
+    Attributes:
+      words: Of `lookup.words`; None without a codebook.
+      undo: The power of two that undoes what scaled the entries into range.
+    """
+
+    words: list[Array] | None = None
+    undo: Array | None = None
+
+
+def read_book(ref: Any, row: Any) -> Book:
+    """Reads, in a kernel's body, one of the `books`, if there are any."""
+    if ref is None:
+        return Book()
+    # Each lane reads another entry, as `read_table` says why.
+    lanes = jnp.arange(lookup.LANES) % lookup.ENTRIES
+    entry = lang.gather(ref, jnp.full(lanes.shape, row), lanes)
+    entries = [
+        jnp.where(lanes == i, entry, -jnp.inf).max() for i in range(lookup.ENTRIES)
+    ]
+    largest = functools.reduce(jnp.maximum, map(jnp.abs, entries))
+    factor, undo = bring_to(largest, 0)
+    return Book(lookup.words([(e * factor).astype(DTYPE) for e in entries]), undo)
+
+
+def books(w: QTensor) -> Float[Array, "count 16"] | None:
+    """Returns the codebook, or those of a stack; None without one."""
+    if w.codebook is None:
+        return None
+    return w.codebook.astype(jnp.float32).reshape(-1, lookup.ENTRIES)
+
+
 def codebook_tables(
-    w: QTensor, index: Array | None, *, exponent: int = 0, count: int = 1
+    w: QTensor, index: Array | None, *, exponent: int, count: int
 ) -> tuple[list[Array], Array]:
     """Tables of float16 whose entries add up to the codebook's, and their unit.
 

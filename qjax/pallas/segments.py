@@ -106,6 +106,13 @@ class Walk(NamedTuple):
             None if index is None else index.reshape(-1),
         )
 
+    def matrix(self, refs: Places, block: Any = 0) -> Any:
+        """Reads, in the kernel's body, which matrix of the stack it is."""
+        if refs.index is None:
+            return 0
+        at = pl.ds(block if self.by_block else 0, 1)
+        return lang.load_row(refs.index, columns=at).sum()
+
     def read(self, refs: Places, block: Any) -> list[Bounds]:
         """Reads, in the kernel's body, the bounds of every segment.
 
@@ -122,8 +129,7 @@ class Walk(NamedTuple):
             bounds = [b._replace(row=row) for b, row in zip(read, aligned, strict=True)]
         if refs.index is None:
             return bounds
-        at = pl.ds(block if self.by_block else 0, 1)
-        matrix = lang.load_row(refs.index, columns=at).sum()
+        matrix = self.matrix(refs, block)
         return [
             self._moved(matrix, *pair)
             for pair in zip(bounds, self.strides, strict=True)

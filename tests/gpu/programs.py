@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 import qjax
 from examples.llm import model
+from qjax.formats import tiles
 from qjax.tensor import Affine, QTensor, Segment
 from tests.gpu.cases import weight
 
@@ -28,13 +29,21 @@ class Product:
 
     m: int
     gradient: bool = False
+    codebook: bool = False
 
     def __str__(self) -> str:
-        return f"{'gradient' if self.gradient else 'matmul'} m{self.m}"
+        kind = "codebook " * self.codebook
+        return f"{kind}{'gradient' if self.gradient else 'matmul'} m{self.m}"
 
     def __call__(self) -> Source:
         x = _struct((self.m, SIDE), jnp.bfloat16)
         w = weight(4, 128, k=SIDE, n=SIDE)
+        if self.codebook:
+            entries = _struct((16,), jnp.float32)
+            nibbles = tiles.Tiles(nibbles=True)
+            w = dataclasses.replace(
+                w, affine=Affine.CODEBOOK, zero=None, codebook=entries, layout=nibbles
+            )
         return (gradient, (x, x, w)) if self.gradient else (qjax.matmul, (x, w))
 
 

@@ -385,23 +385,40 @@ class TestConfigs:
         assert configs.for_exact(8, wide) == configs.for_matmul(8, wide)
 
 
+def prepared(x, w):
+    """`matmul`, which scales rows into the range of float16."""
+    return matmul(jnp.asarray(x), w, Config(8), interpret=True)
+
+
+def sliced(x, w):
+    """`matvec`, whose arithmetic has the range of bfloat16."""
+    config = Config(16, slices=4, warps=2)
+    return matvec(jnp.asarray(x, jnp.bfloat16), w, config, interpret=True)
+
+
+both_kernels = pytest.mark.parametrize("product", [prepared, sliced])
+
+
 class TestRange:
     """float16 has a narrow exponent: powers of two keep rows and scales inside."""
 
+    @both_kernels
     @pytest.mark.parametrize("magnitude", [1e-30, 1e-9, 1e9, 1e30])
-    def test_rows_of_any_magnitude(self, magnitude):
-        matrix = oracle.random(0, 128, 32, dtype=F16)
-        x = (rows(3, 128) * np.float32(magnitude)).astype(BF16).astype(F32)
-        y = matmul(jnp.asarray(x), in_tiles(matrix), Config(8), interpret=True)
+    def test_rows_of_any_magnitude(self, magnitude, product):
+        matrix = oracle.random(0, 512, 32, dtype=F16)
+        x = (rows(3, 512) * np.float32(magnitude)).astype(BF16).astype(F32)
+        y = product(x, in_tiles(matrix))
         assert relative_error(y, matrix.matmul(x)) < TOLERANCE
 
-    def test_outliers(self):
+    @both_kernels
+    def test_outliers(self, product):
         # One feature a thousand times the others, as in the residuals of real models.
         matrix = oracle.random(0, 512, 64, group_size=128, dtype=F16)
         x = rows(4, 512)
         x[:, 7] *= 1024
-        y = matmul(jnp.asarray(x), in_tiles(matrix), Config(8), interpret=True)
-        assert relative_error(y, matrix.matmul(x)) < TOLERANCE
+        assert (
+            relative_error(product(x, in_tiles(matrix)), matrix.matmul(x)) < TOLERANCE
+        )
 
     def test_what_vanishes_is_2_to_minus_39_of_the_largest(self):
         x = np.array([[2.0**60, 2.0**21, -(2.0**60)]], F32)
@@ -409,20 +426,20 @@ class TestRange:
         back = np.asarray(fitted, np.float64) * np.asarray(undo, np.float64)
         assert np.abs(back - x).max() <= 2.0**60 * 2.0**-39
 
+    @both_kernels
     @pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan])
-    def test_infinities_and_nan_stay_in_their_rows(self, value):
-        matrix = oracle.random(0, 128, 32, dtype=F16)
-        x = rows(3, 128)
+    def test_infinities_and_nan_stay_in_their_rows(self, value, product):
+        matrix = oracle.random(0, 512, 32, dtype=F16)
+        x = rows(3, 512)
         x[1, 5] = value
-        y = np.asarray(
-            matmul(jnp.asarray(x), in_tiles(matrix), Config(8), interpret=True)
-        )
+        y = np.asarray(product(x, in_tiles(matrix)))
         assert not np.isfinite(y[1]).any()
         assert relative_error(y[[0, 2]], matrix.matmul(x[[0, 2]])) < TOLERANCE
 
-    def test_a_row_of_zeros(self):
+    @both_kernels
+    def test_a_row_of_zeros(self, product):
         w = in_tiles(oracle.random(0, 128, 32, dtype=F16))
-        y = matmul(jnp.zeros((2, 128)), w, Config(8), interpret=True)
+        y = product(jnp.zeros((2, 128)), w)
         chex.assert_trees_all_equal(y, jnp.zeros((2, 32)))
 
     # Scales on both sides of float16's range, in columns and groups side by side.
