@@ -260,10 +260,10 @@ class TestLookup:
 
     @pytest.mark.parametrize(
         ("dense_us", "rows"),
-        [((20, 20, 20), 33), ((20, 9, 9), 9), ((20, 20, 9), 17), ((9, 9, 9), 1)],
+        [((20, 20, 20), 65), ((20, 9, 9), 17), ((20, 20, 9), 33), ((9, 9, 9), 17)],
     )
     def test_rows_for_the_dense_weight(self, dense_us, rows, own_tables, on_a_gpu):
-        pairs = zip((8, 16, 32), dense_us, strict=True)
+        pairs = zip((16, 32, 64), dense_us, strict=True)
         self.put(own_tables, *((at(m), entry(dense_us=us)) for m, us in pairs))
         assert configs.dense_rows("matmul", weight()) == rows
 
@@ -281,11 +281,12 @@ class TestJobs:
             "matvec 512x256, 4 bits, 1 row",
             "matvec 512x256, 4 bits, 8 rows",
         ]
+        # Not what matvec takes.
         assert [str(job) for job in found[6:8]] == [
-            "matmul 512x256, 4 bits, 8 rows",
             "matmul 512x256, 4 bits, 32 rows",
+            "matmul 1024x256, 4 bits, 32 rows",
         ]
-        assert len(found) == 2 + 4 * 4
+        assert len(found) == 2 + 4 + 2 + 2 * 4
         assert len({job.key for job in found}) == len(found)
 
     def test_of_a_checkpoint(self):
@@ -449,7 +450,8 @@ class TestFill:
 
     def test_times(self, own_tables):
         measure, _ = bowl(configs.heuristic("matmul", 8, weight()), 1.23456e-5)
-        todo = tune.jobs([weight()], rows=(8,))
+        kinds = ("matmul", "scale_grad", "dequantize")
+        todo = tune.jobs([weight()], kinds, rows=(8,))
         filled = tune.fill(table(), todo, measure, save=lambda table: None)
         found = filled.entries[at(8)]
         assert (found.us, found.dense_us) == (12.35, 24.69)
@@ -521,9 +523,9 @@ class TestGauge:
         job = tune.Job("matmul", 8, weight(128, 96, group_size=64))
         tune.Gauge({"matmul": kernel}, nbytes=1)(job, Config(8))
 
-        def recording(op, kernel, rows, *operands):
+        def recording(op, kernel, rows, *operands, **rounded):
             taken[op] = rows.dtype
-            return kernel(rows, *operands)
+            return kernel(rows, *operands, **rounded)
 
         for op in ("matmul", "matmul_t"):
             kernels = dispatch.IMPLEMENTATIONS[op]
@@ -625,8 +627,8 @@ class TestCommand:
         return asked
 
     def test_writes_and_resumes(self, pretended, own_tables):
-        arguments = ("--shape", "512x256", "--bits", "4", "--bits", "3", "--rows", "8")
-        first = self.run(*arguments)
+        arguments = ("--shape", "512x256", "--bits", "4", "--bits", "3", "--rows", "32")
+        first = self.run(*arguments, "--rows", "1")
         assert first.exit_code == 0, first.stderr
         file = own_tables / "nvidia-h200.json"
         assert first.stdout == f"{file}: 6 measured, 0 were known\n"
@@ -656,13 +658,13 @@ class TestCommand:
         assert second.stdout == f"{file}: 1 measured, 0 were known\n"
 
     def test_says_what_every_configuration_takes(self, pretended):
-        result = self.run("--shape", "512x256", "--rows", "8", "--verbose")
+        result = self.run("--shape", "512x256", "--rows", "32", "--verbose")
         lines = result.stderr.splitlines()
         # Those of both operations, and the dense product.
         assert len(lines) == len(pretended) + 1
-        said = "matmul 512x256, 4 bits, 8 rows: block_m=8 block_n=128 block_k=256"
+        said = "matmul 512x256, 4 bits, 32 rows: block_m=32 block_n="
         assert any(line.startswith(said) and line.endswith(" us") for line in lines)
-        assert "matmul 512x256, 4 bits, 8 rows: dense: 20.0 us" in lines
+        assert "matmul 512x256, 4 bits, 32 rows: dense: 20.0 us" in lines
 
     def test_says_why_a_configuration_is_none(self):
         def declines(job, config):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from qjax import decode, ops, progress, rtn
 from qjax.checkpoints import modules
 from qjax.formats.tiles import Tiles
-from qjax.pallas import check, configs, products, tables
+from qjax.pallas import check, products, tables
 from qjax.pallas.operands import group_rows, layout_of
 from qjax.tensor import QTensor, plain
 
@@ -104,19 +104,24 @@ def jobs(
     """Lists what there is to measure, each entry of a table once.
 
     `dequantize` comes first: the products through the dense weight use it. Only
-    products take a mixed matrix at once, so the others are left out for one, and
-    `matvec` takes few rows alone.
+    products take a mixed matrix at once, so the others are left out for one. Rows that
+    `matvec` takes are not measured for `matmul`, if for both.
     """
-    weights, chosen, rows = list(weights), set(operations), list(rows)
-    few = [m for m in rows if m <= configs.FEW_ROWS]
+    weights, chosen, rows = list(weights), set(operations), sorted(rows)
+
+    def measured(op: str, m: int, w: QTensor) -> bool:
+        if op not in ("matvec", "matmul"):
+            return len(w.segments) == 1
+        few = products.takes_few_rows(m, rows_dtype("matvec", w), w)
+        return few if op == "matvec" else not (few and "matvec" in chosen)
+
     found = [
         Job(op, tables.bucket(op, m), w)
         for op in ("dequantize", "matvec", "matmul", "matmul_t", "scale_grad")
         if op in chosen
         for w in weights
-        if op in ("matvec", "matmul") or len(w.segments) == 1
-        for m in sorted({"dequantize": [1], "matvec": few}.get(op, rows))
-        if op != "matvec" or products.takes_few_rows(m, rows_dtype(op, w), w)
+        for m in ([1] if op == "dequantize" else rows)
+        if measured(op, m, w)
     ]
     return list({job.key: job for job in found}.values())
 
