@@ -371,12 +371,16 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
     name, m = choice.implementation, rows[0].shape[0]
     # Other results than products stay as they are.
     rounded = {"dtype": choice.dtype} if op == "matmul" else {}
+
+    def as_chosen(found: Any) -> Any:
+        return found.astype(choice.dtype) if op == "matmul" else found
+
     if name in ON_GPU:
         return IMPLEMENTATIONS[op][name](*operands, **rounded)
     if name is not None:
         wide = [row.astype(jnp.float32) for row in rows]
         found = IMPLEMENTATIONS[op][name](*wide, pallas.one_of(w, index))
-        return found.astype(choice.dtype) if rounded else found
+        return as_chosen(found)
 
     def on_gpu(*operands: Any) -> Any:
         return _first(op, _gpu_order(op, m, w), operands, **rounded)
@@ -385,8 +389,7 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
         *rows, w, index = operands
         native = in_layout(pallas.one_of(w, index), xla.NATIVE)
         wide = [row.astype(jnp.float32) for row in rows]
-        found = _first(op, _xla_order(op, m, native), (*wide, native))
-        return found.astype(choice.dtype) if rounded else found
+        return as_chosen(_first(op, _xla_order(op, m, native), (*wide, native)))
 
     # What the entries of a codebook are worth is summed by XLA.
     by_codebook = op == "leaf_grad" and w.codebook is not None

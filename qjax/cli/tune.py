@@ -97,9 +97,7 @@ def run(
             )
         device = tune.gpu()
         weights = _weights(directory, shapes, bits or [4], group_size or None)
-        todo = tune.jobs(
-            weights, op or ("matvec", "matmul", "dequantize"), rows or tune.ROWS
-        )
+        todo = tune.jobs(weights, op or _USUAL, rows or tune.ROWS)
         said = _measure(todo, device, seconds=seconds, verbose=verbose)
     typer.echo(said)
 

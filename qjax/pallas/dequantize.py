@@ -22,10 +22,10 @@ from qjax.pallas.operands import (
     codebook_tables,
     group_rows,
     joined_words,
-    origin,
     parameters,
-    read_origin,
+    read_index,
     read_table,
+    stack_index,
 )
 from qjax.pallas.weight import Columns, Place, places
 from qjax.tensor import Affine, QTensor
@@ -36,7 +36,7 @@ class Operands(NamedTuple):
 
     Attributes:
       unit: By which scales are multiplied, ``[1, 1]``, or None.
-      origin: Of the matrix in a stack.
+      index: Of the matrix in a stack.
       tables: Of a codebook: some whose entries add up to it.
       entry: Their unit, ``[1, 1]``, or None.
       words: Of the one segment.
@@ -44,7 +44,7 @@ class Operands(NamedTuple):
     """
 
     unit: Any
-    origin: Any
+    index: Any
     tables: list[Any]
     entry: Any
     words: Any
@@ -111,7 +111,7 @@ def dequantize(
         functools.partial(_body, task, config),
         Operands(
             unit=None if unit is None else unit.reshape(1, 1),
-            origin=origin(w, index),
+            index=stack_index(index),
             tables=tables,
             entry=entry.reshape(1, 1) if tables else None,
             words=joined_words(w)[0],
@@ -142,7 +142,8 @@ def _body(
     columns = Columns(
         language, refs.words, task.bits, n * config.block_n, config.block_n
     )
-    matrix, centre = read_origin(refs.origin), task.affine.centre(task.bits)
+    matrix, centre = read_index(refs.index), task.affine.centre(task.bits)
+    first_block, first_group = matrix * out_ref.shape[0], matrix * task.groups
     tables = [read_table(ref) for ref in refs.tables]
     block = iteration * (config.block_k // tiles.rows_of_block(task.bits))
     step_rows = range(0, config.block_k, task.steps.rows)
@@ -155,12 +156,12 @@ def _body(
     # Before the first store, for all the compiler knows one to the words: only then are
     # the loads of sub-blocks that share a slot one load.
     loaded = [
-        [tiles_of(p) for p in places(task.bits, matrix.block + block, row, task.steps)]
+        [tiles_of(p) for p in places(task.bits, first_block + block, row, task.steps)]
         for row in step_rows
     ]
     for row, operands in zip(step_rows, loaded, strict=True):
         g = (iteration * config.block_k + row) // task.group
-        g = matrix.group + jnp.minimum(g, task.groups - 1)
+        g = first_group + jnp.minimum(g, task.groups - 1)
         scale, *zero = (
             lang.load_row(ref, g, columns=columns.slice, mask=columns.inside).astype(
                 jnp.float32

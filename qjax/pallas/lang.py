@@ -137,6 +137,13 @@ def gather(ref: Any, *index: Array, mask: Array | None = None) -> Array:
     return load(ref.at[tuple(index)], mask)
 
 
+def both(a: Array | None, b: Array | None) -> Array | None:
+    """Returns where two masks, either of which may be missing, let elements through."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
 def load_row(ref: Any, *index: Any, columns: Any, mask: Array | None = None) -> Array:
     """Loads part of a row, given by its index on every axis but the last."""
     # Slices of one: interpret mode takes no integers beside a slice.

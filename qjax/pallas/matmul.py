@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang, rows, scaling
+from qjax.pallas import lang, rows, scaling, segments
 from qjax.pallas.operands import (
     DTYPE,
     Config,
@@ -205,8 +204,7 @@ def _body(
     if out_ref.shape[1] % config.block_m:
         # What splits write has to be read again: only rows that exist.
         row = m * config.block_m + jnp.arange(config.block_m)[:, None]
-        exists = row < out_ref.shape[1]
-        inside = exists if inside is None else exists & inside
+        inside = lang.both(row < out_ref.shape[1], inside)
     lang.store(out_ref.at[split, x_rows, columns[0].slice], acc.T, inside)
 
 
@@ -255,11 +253,7 @@ class _Program(NamedTuple):
                 for i, row in enumerate(step_rows)
             ]
 
-        def iterate(iteration: Array, carry: Any) -> Any:
-            acc, loaded = carry
-            # One iteration ahead: only the loads of the products are pipelined by the
-            # compiler.
-            following = load(jnp.minimum(iteration + 1, end - 1))
+        def add(acc: Array, iteration: Array, loaded: Any) -> Array:
             for row, (sums, scale_and_zero) in zip(step_rows, loaded, strict=True):
                 product = functools.partial(
                     columns.add_product,
@@ -278,9 +272,9 @@ class _Program(NamedTuple):
                     acc = scaling.add_step(
                         self.language, self.affine, acc, product, sums, scale_and_zero
                     )
-            return acc, following
+            return acc
 
-        return lax.fori_loop(begin, end, iterate, (acc, load(begin)))[0]
+        return segments.iterate(begin, end, load, add, acc)
 
     def _load_step(
         self, step: Array, group: Array, last_group: Any, columns: Columns

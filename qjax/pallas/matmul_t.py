@@ -26,10 +26,10 @@ from qjax.pallas.operands import (
     group_rows,
     joined_words,
     one_of,
-    origin,
     parameters,
     read_book,
-    read_origin,
+    read_index,
+    stack_index,
     unit_of,
 )
 from qjax.pallas.weight import Columns, places
@@ -42,7 +42,7 @@ class Operands(NamedTuple):
     Attributes:
       dy: Padded rows.
       unit: By which scales are multiplied, ``[1, 1]``.
-      origin: Of the matrix in a stack.
+      index: Of the matrix in a stack.
       books: Codebooks, if there are any.
       words: Of the one segment.
       parameters: Scale, and the zero that is taken off the codes.
@@ -50,7 +50,7 @@ class Operands(NamedTuple):
 
     dy: Any
     unit: Any
-    origin: Any
+    index: Any
     books: Any
     words: Any
     parameters: list[Any]
@@ -97,7 +97,7 @@ def matmul_t(
         Operands(
             dy=rows,
             unit=unit.reshape(1, 1),
-            origin=origin(w, index),
+            index=stack_index(index),
             books=books(w),
             words=joined_words(w)[0],
             parameters=[scale] if added else [scale, *zero],
@@ -142,8 +142,9 @@ def _body(
 ) -> None:
     m, iteration, split = (pl.program_id(axis) for axis in range(3))
     rows = pl.ds(m * config.block_m, config.block_m)
-    matrix = read_origin(refs.origin)
-    book = read_book(refs.books, matrix.group // groups)
+    matrix = read_index(refs.index)
+    first_block, first_group = matrix * out_ref.shape[2], matrix * groups
+    book = read_book(refs.books, matrix)
     block = iteration * (config.block_k // tiles.rows_of_block(bits))
     step_rows = range(0, config.block_k, steps.rows)
     unit = lang.load_row(refs.unit, 0, columns=pl.ds(0, 1))
@@ -156,13 +157,13 @@ def _body(
         old, new = iter(accs), []
         for row in step_rows:
             g = (iteration * config.block_k + row) // group
-            g = matrix.group + jnp.minimum(g, groups - 1)
+            g = first_group + jnp.minimum(g, groups - 1)
             scale, *zero = (
                 lang.load_row(ref, g, columns=columns.slice, mask=columns.inside)
                 for ref in refs.parameters
             )
             scaled = (dy * (scale.astype(jnp.float32) * unit)[None]).astype(DTYPE)
-            for place in places(bits, matrix.block + block, row, steps):
+            for place in places(bits, first_block + block, row, steps):
                 codes = columns.scaled(place, affine, zero)
                 new.append(next(old) + language.dot(scaled, codes))
         return tuple(new)

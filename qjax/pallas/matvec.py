@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang, scaling
+from qjax.pallas import lang, scaling, segments
 from qjax.pallas.operands import Config, joined_words, parameters, split_padded
 from qjax.pallas.segments import Bounds, Run, Walk
 from qjax.pallas.weight import Columns, Place, join
@@ -211,17 +211,12 @@ class _Segment(NamedTuple):
     def add_to(self, acc: Float[Array, "a b"]) -> Float[Array, "a b"]:
         """Adds the product of the segment."""
 
-        def iterate(i: Array, carry: Any) -> Any:
-            acc, loaded = carry
-            # One iteration ahead: only the loads of the products are pipelined by the
-            # compiler.
-            following = self._load_parameters(jnp.minimum(i + 1, self._count - 1))
+        def add(acc: Array, i: Array, loaded: list[list[Array]]) -> Array:
             for row, scale_and_zero in zip(self._step_rows, loaded, strict=True):
                 acc = self._add_step(acc, i, row, scale_and_zero)
-            return acc, following
+            return acc
 
-        start = acc, self._load_parameters(0)
-        return lax.fori_loop(0, self._count, iterate, start)[0]
+        return segments.iterate(0, self._count, self._load_parameters, add, acc)
 
     @property
     def _count(self) -> Any:
@@ -247,7 +242,7 @@ class _Segment(NamedTuple):
         """Loads scale and zero of every step of the ``i``-th iterations."""
         iteration, inside = self._iteration(jnp.arange(self.program.slices), i)
         of_columns = self.columns.inside
-        inside = _both(
+        inside = lang.both(
             None if inside is None else inside[:, None],
             None if of_columns is None else of_columns[None],
         )
@@ -312,7 +307,7 @@ class _Segment(NamedTuple):
             jnp.arange(len(program.row)) % program.slices, i, row
         )
         if program.exists is not None:
-            inside = _both(program.row < program.exists, inside)
+            inside = lang.both(program.row < program.exists, inside)
         k = jnp.arange(len(sub_blocks) * blocks * tiles.SIDE)[None]
         sixteen = lax.div(k, tiles.SIDE)
         block = block[:, None] + lax.rem(sixteen, blocks)
@@ -345,10 +340,3 @@ class _Segment(NamedTuple):
                 totals[t] += self.program.language.dot(rows, x.T)
         shape = (width // tiles.SIDE, *totals[0].shape)
         return [jnp.broadcast_to(t, shape).reshape(width, -1) for t in totals]
-
-
-def _both(a: Array | None, b: Array | None) -> Array | None:
-    """Whether what may be masked twice lies inside; None if it is not masked."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a & b

@@ -167,23 +167,15 @@ def one_of(tree: _Tree, index: Array | None) -> _Tree:
     return tree if index is None else jax.tree.map(lambda leaf: leaf[index], tree)
 
 
-class Origin(NamedTuple):
-    """Where a matrix lies in its stack: the first of its blocks, and of its groups."""
-
-    block: Any = 0
-    group: Any = 0
-
-
-def origin(w: QTensor, index: Array | None) -> Array | None:
-    """The `Origin` of the matrix ``index`` of a stack of one segment, ``[1, 2]``."""
-    if index is None:
-        return None
-    return index * jnp.array([[w.words[0].shape[-4], w.scale.shape[-2]]], jnp.int32)
+def stack_index(index: Array | None) -> Array | None:
+    """Returns, for a kernel, which matrices of a stack it takes: one, or several."""
+    # As it is: to reckon with it here would be one more launch.
+    return None if index is None else index.reshape(-1)
 
 
-def read_origin(ref: Any) -> Origin:
-    """Reads, in a kernel's body, what `origin` has returned."""
-    return Origin() if ref is None else Origin(*lang.scalars(ref, 0, 2))
+def read_index(ref: Any, at: Any = 0) -> Any:
+    """Reads, in a kernel's body, one that `stack_index` has returned; 0 of none."""
+    return 0 if ref is None else lang.load_row(ref, columns=pl.ds(at, 1)).sum()
 
 
 def joined_words(w: QTensor) -> list[Array]:

@@ -28,9 +28,9 @@ from qjax.pallas.operands import (
     group_rows,
     joined_words,
     one_of,
-    origin,
     parameters,
-    read_origin,
+    read_index,
+    stack_index,
     start,
 )
 from qjax.pallas.weight import Columns, places
@@ -44,14 +44,14 @@ class Operands(NamedTuple):
       x: Rows in the order of `operands.arrange`.
       start: What the accumulators start at.
       dy: Padded rows.
-      origin: Of the matrix in a stack.
+      index: Of the matrix in a stack.
       words: Of the one segment.
     """
 
     x: Any
     start: Any
     dy: Any
-    origin: Any
+    index: Any
     words: Any
 
 
@@ -137,7 +137,7 @@ def _group_products(
             x=arrange(rows, steps),
             start=start(rows, bits, w.affine, steps, zeros=False),
             dy=cotangent,
-            origin=origin(w, index),
+            index=stack_index(index),
             words=joined_words(w)[0],
         ),
         name=f"scale_grad_{bits}bit_{config.block_m}",
@@ -172,7 +172,7 @@ def _body(
     columns = Columns(language, refs.words, bits, n * config.block_n, config.block_n)
     step_rows = range(0, config.block_k, steps.rows)
     blocks = config.block_k // tiles.rows_of_block(bits)
-    first_block = read_origin(refs.origin).block
+    first_block = read_index(refs.index) * iterations * blocks
     mask = columns.inside
     if mask is not None:
         mask = jnp.broadcast_to(mask, (config.block_m, config.block_n))

@@ -5,17 +5,22 @@ widths in other proportions share one compiled kernel. Those of a matrix in a st
 reckoned from its index, of which every block of rows may have one of its own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from qjax.formats import tiles
 from qjax.pallas import lang
-from qjax.pallas.operands import Config, Steps, group_rows
+from qjax.pallas.operands import (
+    Config,
+    Steps,
+    group_rows,
+    read_index,
+    stack_index,
+)
 from qjax.tensor import QTensor, group_counts
 
 
@@ -102,16 +107,12 @@ class Walk(NamedTuple):
         several = len(self.bounds) > 1
         return Places(
             jnp.array(self.bounds, jnp.int32) if several else None,
-            # As it is: to reckon with it here would be one more launch.
-            None if index is None else index.reshape(-1),
+            stack_index(index),
         )
 
     def matrix(self, refs: Places, block: Any = 0) -> Any:
         """Reads, in the kernel's body, which matrix of the stack it is."""
-        if refs.index is None:
-            return 0
-        at = pl.ds(block if self.by_block else 0, 1)
-        return lang.load_row(refs.index, columns=at).sum()
+        return read_index(refs.index, block if self.by_block else 0)
 
     def read(self, refs: Places, block: Any) -> list[Bounds]:
         """Reads, in the kernel's body, the bounds of every segment.
@@ -144,6 +145,33 @@ class Walk(NamedTuple):
         pairs = zip(bounds, stride, strict=True)
         moved = Bounds(*(at + matrix * by if by else at for at, by in pairs))
         return moved._replace(iterations=iterations)
+
+
+def iterate(
+    begin: Any,
+    end: Any,
+    load: Callable[[Any], Any],
+    add: Callable[[Array, Array, Any], Array],
+    acc: Array,
+) -> Array:
+    """Adds the iterations of a segment to an accumulator.
+
+    Args:
+      begin: The first.
+      end: One past the last.
+      load: Loads what an iteration needs beside its products.
+      add: Adds an iteration to the accumulator, given what was loaded for it.
+      acc: The accumulator.
+    """
+
+    def one(iteration: Array, carry: Any) -> Any:
+        acc, loaded = carry
+        # One iteration ahead: only the loads of the products are pipelined by the
+        # compiler.
+        following = load(jnp.minimum(iteration + 1, end - 1))
+        return add(acc, iteration, loaded), following
+
+    return lax.fori_loop(begin, end, one, (acc, load(begin)))[0]
 
 
 def _cut(w: QTensor, config: Config) -> Iterator[tuple[Run, Bounds]]:

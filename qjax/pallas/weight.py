@@ -174,10 +174,7 @@ class Columns:
             where = (place.blocks, pl.ds(unit, 1), units, slice(None))
             slots = lang.load(self._words_ref.at[where], inside)
         else:
-            mask = None if inside is None else inside[None, :, None]
-            if place.inside is not None:
-                of_blocks = place.inside[:, None, None]
-                mask = of_blocks if mask is None else of_blocks & mask
+            exists = place.inside
             unit_of_column = units.start + jnp.arange(units.size)
             slots = lang.gather(
                 self._words_ref,
@@ -185,7 +182,10 @@ class Columns:
                 jnp.full((1, 1, 1), unit),
                 unit_of_column[None, :, None],
                 jnp.arange(tiles.SLOTS)[None, None],
-                mask=mask,
+                mask=lang.both(
+                    None if exists is None else exists[:, None, None],
+                    None if inside is None else inside[None, :, None],
+                ),
             )
         # slice, block, column unit, n2 n1 n0, k2 k1, k3, n3, k0
         axes = slots.reshape(self._slices, place.width, -1, 8, 4, 2, 2, 2)

@@ -129,8 +129,8 @@ def jobs(
 def rows_dtype(op: str, w: QTensor) -> jnp.dtype:
     """The dtype of the activations that an operation is measured with.
 
-    bfloat16, as of most models. `matvec` computes in it, and has no bfloat16 that holds
-    8 bits.
+    bfloat16, as of most models; float16 where `matvec`, which computes in it, declines.
     """
-    wide = any(segment.bits == 8 for segment in w.segments)
-    return jnp.dtype(jnp.float16 if op == "matvec" and wide else jnp.bfloat16)
+    bf16 = jnp.dtype(jnp.bfloat16)
+    declined = op == "matvec" and not products.takes_few_rows(1, bf16, w)
+    return jnp.dtype(jnp.float16) if declined else bf16

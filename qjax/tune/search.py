@@ -176,7 +176,8 @@ def climb(job: Job, config: Config, field: str, *, up: bool) -> Iterator[Config]
     rows = max(1, config.block_m // config.slices)
     if job.op == "matvec" and field == "block_m":
         # The rows that there are, times the slices.
-        most = min(most, rows * tables.LIMITS["slices"][1])
+        slices = config.block_n // tables.LEAST_COLUMNS
+        most = min(most, rows * min(slices, tables.LIMITS["slices"][1]))
     elif field == "block_m":
         # Tensor cores take sixteen rows of dy at least; more rows than there are idle.
         least = max(least, 16) if job.op == "matmul_t" else least
@@ -192,10 +193,8 @@ def climb(job: Job, config: Config, field: str, *, up: bool) -> Iterator[Config]
         if not least <= value <= most:
             return
         changed = dataclasses.replace(config, **{field: value})
-        if job.op == "matvec" and field == "block_m":
-            changed = dataclasses.replace(changed, slices=value // rows)
-            if value // rows * tables.LEAST_COLUMNS > config.block_n:
-                return
+        if job.op == "matvec":
+            changed = dataclasses.replace(changed, slices=changed.block_m // rows)
         yield changed
 
 

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 import qjax
 from examples.llm import model
-from qjax.formats import tiles
 from qjax.tensor import Affine, QTensor, Segment
 from tests.gpu.cases import weight
 
@@ -37,13 +36,8 @@ class Product:
 
     def __call__(self) -> Source:
         x = _struct((self.m, SIDE), jnp.bfloat16)
-        w = weight(4, 128, k=SIDE, n=SIDE)
-        if self.codebook:
-            entries = _struct((16,), jnp.float32)
-            nibbles = tiles.Tiles(nibbles=True)
-            w = dataclasses.replace(
-                w, affine=Affine.CODEBOOK, zero=None, codebook=entries, layout=nibbles
-            )
+        codes = {"affine": Affine.CODEBOOK, "zero": None} if self.codebook else {}
+        w = weight(4, 128, k=SIDE, n=SIDE, **codes)
         return (gradient, (x, x, w)) if self.gradient else (qjax.matmul, (x, w))
 
 
@@ -60,17 +54,17 @@ class Mixed:
     @property
     def weight(self) -> QTensor:
         g = self.group_size
-        parts = [weight(b, g, k=k, n=SIDE) for b, k in ((6, 256), (4, 2048), (3, 1792))]
-        segments = [Segment(b, g) for b in (6, 4, 3)]
-        segments[0] = Segment(6, g, self.padded)
-        groups = (SIDE - self.padded) // g
+        cut = ((6, 256), (4, 2048), (3, 1792))
+        codes = {"affine": Affine.CENTERED, "zero": None}
+        first, *others = (weight(b, g, k=k, n=SIDE, **codes) for b, k in cut)
         return dataclasses.replace(
-            parts[0],
-            words=tuple(part.words[0] for part in parts),
-            scale=_struct((groups, SIDE), jnp.float16),
-            zero=None,
-            segments=tuple(segments),
-            affine=Affine.CENTERED,
+            first,
+            words=(*first.words, *(part.words[0] for part in others)),
+            scale=_struct(((SIDE - self.padded) // g, SIDE), jnp.float16),
+            segments=(
+                Segment(first.segments[0].bits, g, self.padded),
+                *(part.segments[0] for part in others),
+            ),
         )
 
     def __call__(self) -> Source:

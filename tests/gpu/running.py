@@ -109,12 +109,10 @@ class Matmul:
 
 
 @dataclasses.dataclass(frozen=True)
-class Matvec:
-    """``x @ W`` of few rows; without a config, as the heuristic cuts it up."""
+class Matvec(Matmul):
+    """The same of few rows in one launch, as they are, by one of a stack if need be."""
 
-    weight: Weight
     m: int = 1
-    config: Config | None = None
     dtype: str = "bfloat16"
     index: int | None = None
 
@@ -122,20 +120,27 @@ class Matvec:
 
     def __str__(self) -> str:
         stack = "" if self.index is None else f" of {self.index}"
-        cut = _cut(self.config)
-        return f"matvec {self.weight} m{self.m} {self.dtype}{cut}{stack}"
+        return super().__str__().replace("matmul", "matvec", 1) + stack
 
     def __call__(self) -> tuple[Callable[[], Any], list[np.ndarray]]:
         """Returns the call and what it should give."""
-        matrices = [self.weight.matrix(seed) for seed in range(3)]
-        x, (w, *others) = rows(self.m, self.weight.k), map(in_tiles, matrices)
+        if self.index is None:
+            matrices, index = [self.weight.matrix()], None
+            w = in_tiles(*matrices)
+        else:
+            (matrices, w), index = _stack(self.weight), jnp.int32(self.index)
+        x = rows(self.m, self.weight.k)
         config = self.config or configs.for_matvec(self.m, w)
-        if self.index is not None:
-            w = jax.tree.map(lambda *leaves: jnp.stack(leaves), w, *others)
-        index = None if self.index is None else jnp.int32(self.index)
         call = functools.partial(matvec, jnp.asarray(x, self.dtype), w, config)
         call = functools.partial(call, index=index)
         return call, [matrices[self.index or 0].matmul(x)]
+
+
+def _stack(weight: Weight) -> tuple[list[oracle.Matrix], Any]:
+    """Three matrices, and the stack of them."""
+    matrices = [weight.matrix(seed) for seed in range(3)]
+    in_stack = map(in_tiles, matrices)
+    return matrices, jax.tree.map(lambda *leaves: jnp.stack(leaves), *in_stack)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,10 +161,7 @@ class Stack:
 
     def __call__(self) -> tuple[Callable[[], Any], list[np.ndarray]]:
         """Returns the call and what it should give."""
-        matrices = [self.weight.matrix(seed) for seed in range(3)]
-        stacked = jax.tree.map(
-            lambda *leaves: jnp.stack(leaves), *map(in_tiles, matrices)
-        )
+        matrices, stacked = _stack(self.weight)
         index = jnp.asarray(self.index, jnp.int32)
         if not index.ndim:
             x = rows(self.m, self.weight.k)
