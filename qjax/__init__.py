@@ -1,12 +1,11 @@
 """Quantized matmul for JAX: packing formats, kernels and Flax layers."""
 
 from qjax import checkpoints, formats, layers, sharding
-from qjax.decode import relayout
 from qjax.formats.flattening import flatten, unflatten
 from qjax.layers.memory import memory_report
 from qjax.layers.replace import quantize_model
 from qjax.layers.rules import Spec
-from qjax.ops import dequantize, matmul, prepare
+from qjax.ops import dequantize, matmul, prepare, relayout
 from qjax.ragged import ragged_matmul
 from qjax.rtn import quantize
 from qjax.sharding import partition_specs, shard

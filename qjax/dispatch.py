@@ -446,5 +446,34 @@ def native(w: QTensor, index: Array | None) -> tuple[QTensor, Array | None]:
 def in_layout(w: QTensor, layout: Layout) -> QTensor:
     """Moves the codes if the layout can hold them."""
     with contextlib.suppress(ValueError):  # xla.dense reads any layout.
-        return decode.relayout(w, layout)
+        return decode.relayout(w, layout, move=move_words)
     return w
+
+
+def move_words(
+    words: Array, source: Layout, target: Layout, bits: int, shape: tuple[int, int]
+) -> Array:
+    """`decode.move_words`; on a GPU by a kernel, each device on its pieces."""
+
+    def piece(words: Array) -> tuple[int, int]:
+        k, n = map(min, shape, source.extents(words.shape, bits))
+        return k, n
+
+    def elsewhere(words: Array) -> Array:
+        return decode.move_words(words, source, target, bits, piece(words))
+
+    def on_gpu(words: Array) -> Array:
+        with contextlib.suppress(NotImplementedError):
+            return pallas.relayout(words, source, target, bits, piece(words))
+        return elsewhere(words)
+
+    def moved(words: Array) -> Array:
+        return jax.lax.platform_dependent(words, cuda=on_gpu, default=elsewhere)
+
+    layouts = source, target
+    if any(layout.digits(bits) is None for layout in layouts):
+        return elsewhere(words)
+    of_words, of_moved = (sharding.words_names(one, bits) for one in layouts)
+    held = source.extents(words.shape, bits)
+    units = sharding.words_units(layouts, bits, shape, held)
+    return over_devices(moved, (words,), (of_words,), of_moved, units)

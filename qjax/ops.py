@@ -128,6 +128,32 @@ def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b 
     return decode.dequantize(qt, dtype, stored=_stored_weight)
 
 
+def relayout(qt: QTensor, layout: Layout) -> QTensor:
+    """Moves the codes into another layout; scales, zeros and order stay as they are.
+
+    Lossless: nothing is requantized. On an NVIDIA GPU, one launch reads the words and
+    writes them, if both layouts only permute codes of 1, 2, 4 or 8 bits; elsewhere, the
+    codes are unpacked and packed.
+
+    Args:
+      qt: A quantized tensor, stacked or not.
+      layout: The layout to move to.
+
+    Returns:
+      A tensor with the same codes and the same weight.
+
+    Raises:
+      ValueError: If ``layout`` cannot hold the codes, with the reason.
+
+    Example:
+      >>> w = qjax.quantize(jnp.eye(64), bits=3, group_size=32)
+      >>> planar = relayout(w, qjax.formats.gptq.Planar())
+      >>> bool((qjax.codes(planar) == qjax.codes(w)).all())
+      True
+    """
+    return decode.relayout(qt, layout, move=dispatch.move_words)
+
+
 def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
     def on_gpu(w: QTensor) -> Array:
         with contextlib.suppress(NotImplementedError):
@@ -230,7 +256,7 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
 
     Example:
       >>> w = qjax.quantize(jnp.eye(64), bits=3, group_size=32)
-      >>> planar = decode.relayout(w, qjax.formats.gptq.Planar())
+      >>> planar = relayout(w, qjax.formats.gptq.Planar())
       >>> prepare({"kernel": planar})["kernel"].layout
       Stream()
     """

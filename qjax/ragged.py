@@ -9,7 +9,7 @@ How many blocks there are is only known when the program runs, and a loop visits
 alone; how many there can be, which bounds the memory, follows from the shapes. In a
 block all rows have one expert, and so it is a product of `qjax.matmul` with the index
 of a matrix, which the GPU kernels read where it lies. On a GPU one launch multiplies
-all blocks, but for codebooks; the gradients are loops there, too.
+all blocks; the gradients are loops there, too.
 """
 
 import dataclasses
@@ -230,7 +230,7 @@ def _forward(
 
     w, order = dispatch.stored(w)
     operands = _in_order(rows, order, expert), w, expert, used
-    if w.codebook is None and dispatch.goes_to_kernels(w, choice):
+    if dispatch.goes_to_kernels(w, choice):
         # The platform is known when the program is lowered, not here.
         return lax.platform_dependent(*operands, cuda=in_one_launch, default=one_by_one)
     return one_by_one(*operands)

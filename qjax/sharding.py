@@ -14,6 +14,7 @@ along the same mesh axis and are larger.
 import dataclasses
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from qjax.tensor import Encoded, Grouping, QTensor, group_counts, plain
+from qjax.tensor import Encoded, Grouping, Layout, QTensor, group_counts, plain
 
 P = PartitionSpec
 
@@ -144,11 +145,7 @@ def names(w: QTensor) -> QTensor:
     one_k = "k0" if single else None
 
     def words(i: int) -> PartitionSpec:
-        cut = w.layout.cut(w.segments[i].bits)
-        axes: list[str | None] = [None] * w.layout.rank
-        if cut is not None:
-            axes[cut.k_axis], axes[cut.n_axis] = f"k{i}", "n"
-        return P(*batch, *axes)
+        return P(*batch, *words_names(w.layout, w.segments[i].bits, i))
 
     def parameter(leaf: Any) -> Any:
         if leaf is None:
@@ -180,6 +177,39 @@ def names(w: QTensor) -> QTensor:
         # In the order of the inputs, which is that of the rows only without an order.
         input_scale=vector(w.input_scale, one_k if w.order is None else None),
     )
+
+
+def words_names(layout: Layout, bits: int, segment: int = 0) -> PartitionSpec:
+    """Names the axes of the words of one segment of one matrix, as `names` does."""
+    axes: list[str | None] = [None] * layout.rank
+    if (cut := layout.cut(bits)) is not None:
+        axes[cut.k_axis], axes[cut.n_axis] = f"k{segment}", "n"
+    return P(*axes)
+
+
+def words_units(
+    layouts: Sequence[Layout],
+    bits: int,
+    shape: tuple[int, int],
+    held: tuple[int, int],
+) -> dict[str, int]:
+    """Counts the pieces of words that are whole in several layouts.
+
+    Args:
+      layouts: The layouts.
+      bits: Width of a code.
+      shape: Rows and columns of the matrix.
+      held: The same with the padding that the words have.
+
+    Returns:
+      Counts of "k0" and "n", as `units` does for a weight.
+    """
+    cuts = [layout.cut(bits) for layout in layouts]
+    counts = {"k0": 1, "n": 1}
+    if None not in cuts and shape == held:
+        counts["k0"] = _pieces(shape[0], *[cut.rows for cut in cuts if cut])
+        counts["n"] = _pieces(shape[1], *[cut.columns for cut in cuts if cut])
+    return counts
 
 
 def units(w: QTensor) -> dict[str, int]:

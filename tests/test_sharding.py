@@ -2,6 +2,8 @@
 
 import collections
 import dataclasses
+import functools
+import itertools
 import re
 
 import jax
@@ -13,8 +15,13 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax import sharding, tensor
-from qjax.formats.awq import Gemm
+from qjax.formats.awq import Gemm, Gemv
+from qjax.formats.awq_v2 import Interleaved
+from qjax.formats.compressed_tensors import Dense
+from qjax.formats.gptq import Stream
 from qjax.formats.tiles import Tiles
+from qjax.formats.tinygemm import TensorCoreTiled
+from qjax.formats.torchao import Bytes
 from tests import oracle
 from tests.oracle import relative_error
 
@@ -40,6 +47,8 @@ KINDS = {
         "input_scale": True,
     },
 }
+# Layouts that can be cut between words, as files have them.
+PACKINGS = [Stream(), Gemm(), Gemv(), Interleaved(), Dense(), TensorCoreTiled(2)]
 # Of the weight and of x.
 CUTS = {
     "columns": (P(None, "model"), P("data")),
@@ -275,6 +284,23 @@ class TestCommunication:
         assert communicated(qjax.dequantize, w) == {}
         assert (jax.jit(qjax.dequantize)(w) == qjax.dequantize(packed())).all()
 
+    @pytest.mark.parametrize("spec", [P(None, "model"), P("model"), P("data", "model")])
+    @pytest.mark.parametrize(
+        ("source", "target"), [*itertools.pairwise([*PACKINGS, PACKINGS[0]])], ids=str
+    )
+    @pytest.mark.filterwarnings("ignore:.* is moved to Stream")
+    def test_other_packings(self, source, target, spec):
+        whole = qjax.relayout(packed(), source)
+        w = qjax.shard(whole, MESH, spec)
+        move = functools.partial(qjax.relayout, layout=target)
+        assert communicated(move, w) == {}
+        moved = move(w)
+        expected = qjax.shard(moved, MESH, spec).words[0].sharding
+        assert moved.words[0].sharding.is_equivalent_to(expected, moved.words[0].ndim)
+        np.testing.assert_array_equal(moved.words[0], move(whole).words[0])
+        x = draw((M, K), 1)
+        assert relative_error(qjax.matmul(x, w), x @ qjax.dequantize(whole)) < TOLERANCE
+
     def test_no_device_holds_the_dense_weight(self):
         w = qjax.shard(packed(), MESH, P(None, "model"))
         x = place(draw((1, K), 1), P())
@@ -346,8 +372,8 @@ class TestSpecs:
             qjax.partition_specs(mixed, P("model"), MESH)
         with refuses("qjax.sharding.by_segment, lets mixed widths be cut"):
             qjax.partition_specs(mixed, P("model"), MESH)
-        foreign = qjax.relayout(packed(), Gemm())
-        with refuses("Gemm() is never cut, but what qjax.prepare makes of it is"):
+        foreign = qjax.relayout(packed(), Bytes())
+        with refuses("Bytes() is never cut, but what qjax.prepare makes of it is"):
             qjax.shard(foreign, MESH, P(None, "model"))
 
 

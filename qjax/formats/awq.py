@@ -38,7 +38,7 @@ from qjax.bits import pack_fields, transpose, unpack_fields
 from qjax.formats import awq_v2
 from qjax.formats.awq_v2 import four_bits, zeros_width
 from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words, refusal
-from qjax.tensor import Affine, Layout, QTensor, Segment
+from qjax.tensor import Affine, Cut, Digits, Layout, QTensor, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +66,16 @@ class Gemm(Layout):
         del bits
         return shape[0], 8 * shape[1]
 
+    def cut(self, bits: int = 4) -> Cut:
+        """Cuts between rows, and between words."""
+        del bits
+        return Cut(k_axis=0, rows=1, n_axis=1, columns=8)
+
+    def digits(self, bits: int = 4) -> Digits:
+        """Permutes them: field i holds output ``2 * (i % 4) + i // 4``."""
+        del bits
+        return Digits("k", fields="n0 n2 n1")
+
 
 @dataclasses.dataclass(frozen=True)
 class Gemv(Layout):
@@ -91,6 +101,15 @@ class Gemv(Layout):
         """Returns ``(k, n)`` of ``[n, k / 8]``."""
         del bits
         return 8 * shape[1], shape[0]
+
+    def cut(self, bits: int = 4) -> Cut:
+        """Cuts between words, and between columns."""
+        del bits
+        return Cut(k_axis=1, rows=8, n_axis=0, columns=1)
+
+    def digits(self, bits: int = 4) -> Digits | None:
+        """Permutes them as a stream along k."""
+        return Digits.of_stream("n", bits)
 
 
 @functools.partial(jax.jit, static_argnames="reorder")

@@ -33,7 +33,7 @@ from jaxtyping import Array, Float, Int16, Integer, UInt8, UInt16
 from qjax import tensor
 from qjax.bits import transpose
 from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words, refusal
-from qjax.tensor import Affine, Layout, QTensor, Segment
+from qjax.tensor import Affine, Cut, Digits, Layout, QTensor, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +60,16 @@ class Interleaved(Layout):
         """Returns ``(k, n)`` of ``[n / 4, k]``."""
         del bits
         return shape[1], 4 * shape[0]
+
+    def cut(self, bits: int = 4) -> Cut:
+        """Cuts between runs of words: 64 inputs of 4 outputs."""
+        del bits
+        return Cut(k_axis=1, rows=64, n_axis=0, columns=4)
+
+    def digits(self, bits: int = 4) -> Digits:
+        """Permutes those of 4 outputs and 64 inputs."""
+        del bits
+        return Digits("n", fields="k4 k3", run="n1 n0 k5 k2 k1 k0", width=16)
 
 
 def four_bits(bits: int) -> None:

@@ -44,7 +44,7 @@ from qjax.formats.checks import (
     check_tensors,
     check_words,
 )
-from qjax.tensor import Affine, Encoded, Grouping, Layout, QTensor, Segment
+from qjax.tensor import Affine, Digits, Encoded, Grouping, Layout, QTensor, Segment
 
 __all__ = ["TABLES", "TENSORS", "Absmax", "Config", "Flat", "Nested", "check"]
 __all__ += ["from_tensors", "pack_nibbles", "quantize_4bit", "to_tensors"]
@@ -81,6 +81,11 @@ class Flat(Layout):
         if len(shape) != 2 or shape[1] != 1:
             raise ValueError(f"words.shape={shape} must be [n * k / 2, 1].")
         return self.k, 2 * shape[0] // self.k
+
+    def digits(self, bits: int) -> Digits:
+        """Permutes them; the first field of a byte is the upper one."""
+        del bits
+        return Digits("n", fields="k0", width=8, flip=1)
 
 
 def _four(bits: int) -> None:

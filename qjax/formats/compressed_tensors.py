@@ -89,6 +89,14 @@ class Dense(tensor.Layout):
         """Returns ``(words * 32 // bits, n)``."""
         return shape[1] * WORD // bits, shape[0]
 
+    def cut(self, bits: int) -> tensor.Cut:
+        """Cuts where a code begins a word, and between columns."""
+        return tensor.Cut(k_axis=1, rows=block(bits)[0], n_axis=0, columns=1)
+
+    def digits(self, bits: int) -> tensor.Digits | None:
+        """Permutes those of codes that fill words evenly."""
+        return tensor.Digits.of_stream("n", bits)
+
 
 @dataclasses.dataclass(frozen=True)
 class Aligned(tensor.Layout):
@@ -109,6 +117,14 @@ class Aligned(tensor.Layout):
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(words * (32 // bits), n)``."""
         return shape[1] * (WORD // bits), shape[0]
+
+    def cut(self, bits: int) -> tensor.Cut:
+        """Cuts between words, and between columns."""
+        return tensor.Cut(k_axis=1, rows=WORD // bits, n_axis=0, columns=1)
+
+    def digits(self, bits: int) -> tensor.Digits | None:
+        """Permutes those of codes that fill words evenly."""
+        return tensor.Digits.of_stream("n", bits)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "axis"))

@@ -46,7 +46,7 @@ from qjax.formats.checks import (
 )
 from qjax.formats.g_idx import in_input_order, read_g_idx
 from qjax.formats.patterns import check_pattern, matches
-from qjax.tensor import Cut, Layout, QTensor, Segment
+from qjax.tensor import Cut, Digits, Layout, QTensor, Segment
 
 # Planes of a width as (bits of the plane, its lowest bit of the code), low plane first.
 PLANES = {3: ((2, 0), (1, 2)), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4))}
@@ -75,6 +75,10 @@ class Stream(Layout):
         """Cuts where a code begins a word, and between any columns."""
         return Cut(k_axis=0, rows=block(bits)[0], n_axis=1, columns=1)
 
+    def digits(self, bits: int) -> Digits | None:
+        """Permutes those of codes that fill words evenly."""
+        return Digits.of_stream("k", bits)
+
 
 @dataclasses.dataclass(frozen=True)
 class Planar(Layout):
@@ -96,6 +100,15 @@ class Planar(Layout):
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(rows * 32 / bits, n)``."""
         return shape[0] * 32 // bits, shape[1]
+
+    def cut(self, bits: int) -> Cut:
+        """Cuts between blocks of planes, and between any columns."""
+        rows = 32 if bits in PLANES else block(bits)[0]
+        return Cut(k_axis=0, rows=rows, n_axis=1, columns=1)
+
+    def digits(self, bits: int) -> Digits | None:
+        """Permutes those of codes that are a single plane."""
+        return Digits.of_stream("k", bits)
 
 
 @functools.partial(jax.jit, static_argnames=("bits", "axis"))

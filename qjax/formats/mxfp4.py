@@ -43,7 +43,7 @@ from qjax.formats.checks import (
     check_words,
 )
 from qjax.formats.patterns import check_pattern, matches
-from qjax.tensor import Affine, Encoded, Grouping, Layout, QTensor, Segment
+from qjax.tensor import Affine, Cut, Digits, Encoded, Grouping, Layout, QTensor, Segment
 
 # The numbers of the codes 0 to 15.
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
@@ -83,6 +83,16 @@ class Blocks(Layout):
         if len(shape) != 3 or shape[2] != BLOCK // 2:
             raise ValueError(f"words.shape={shape} must be [n, k / {BLOCK}, 16].")
         return BLOCK * shape[1], shape[0]
+
+    def cut(self, bits: int) -> Cut:
+        """Cuts between blocks, and between columns."""
+        del bits
+        return Cut(k_axis=1, rows=BLOCK, n_axis=0, columns=1)
+
+    def digits(self, bits: int) -> Digits:
+        """Permutes them: blocks follow each other."""
+        del bits
+        return Digits("n", fields="k0", width=8)
 
 
 def _four(bits: int) -> None:

@@ -31,7 +31,7 @@ from jaxtyping import Array, Integer, UInt8, UInt16
 
 from qjax.bits import block
 from qjax.formats.checks import check_codes, check_words
-from qjax.tensor import Cut, Layout
+from qjax.tensor import Cut, Digits, Layout
 
 # Widths of the planes of a code, the high bits first.
 PLANES = {
@@ -142,6 +142,19 @@ class Tiles(Layout):
     def cut(self, bits: int) -> Cut:
         """Cuts between whole steps of the kernels' loops, and between units."""
         return Cut(k_axis=0, rows=_step(bits), n_axis=2, columns=SIDE)
+
+    def digits(self, bits: int) -> Digits | None:
+        """Permutes those of codes that are a single plane."""
+        if len(PLANES[bits]) > 1:
+            return None
+        count = sub_blocks(bits).bit_length() - 1
+        return Digits(
+            "k",
+            fields=" ".join(f"k{4 + i}" for i in reversed(range(count))),
+            run="n2 n1 n0 k2 k1 k3 n3 k0",
+            width=16,
+            rotate=_positions(bits, self.nibbles)[0][0],
+        )
 
     def __repr__(self) -> str:
         """The constructor, without what is the default."""

@@ -102,6 +102,18 @@ class TensorCoreTiled(tensor.Layout):
         del bits
         return shape[1] * 32 * shape[3], shape[0] * 8
 
+    def cut(self, bits: int) -> tensor.Cut:
+        """Cuts between whole tiles."""
+        del bits
+        rows = 16 * self.inner_k_tiles
+        return tensor.Cut(k_axis=1, rows=rows, n_axis=0, columns=8)
+
+    def digits(self, bits: int) -> tensor.Digits:
+        """Permutes those of 8 columns and ``16 * inner_k_tiles`` rows."""
+        del bits
+        tiles = {2: "", 4: "k5", 8: "k6 k5"}[self.inner_k_tiles]
+        return tensor.Digits("n", fields="k0 k4 k3", run=f"n2 n1 n0 k2 k1 {tiles}")
+
     def check(self, bits: int) -> None:
         """Refuses widths and tilings that tinygemm does not have."""
         if bits != 4 or self.inner_k_tiles not in INNER_K_TILES:

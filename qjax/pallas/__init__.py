@@ -20,7 +20,8 @@ from qjax.pallas.products import (
     fused_t,
     weight,
 )
+from qjax.pallas.relayout import relayout
 
 __all__ = ["check", "dense", "dense_rows", "dense_t", "fused"]
 __all__ += ["fused_bf16", "fused_blocks", "fused_grad", "fused_t", "layout_of"]
-__all__ += ["one_of", "weight"]
+__all__ += ["one_of", "relayout", "weight"]

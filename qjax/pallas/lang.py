@@ -42,8 +42,10 @@ class Lang(Protocol):
         """Applies a map to float16 codes above its offset."""
         ...
 
-    def look_up(self, slots: Array, table: Sequence[Array], sub_block: int) -> Array:
-        """Looks the codes of a sub-block up in a `qjax.pallas.lookup.table`."""
+    def look_up(
+        self, slots: Array, table: Sequence[Array], sub_block: int, dtype: jnp.dtype
+    ) -> Array:
+        """Looks the codes of a sub-block up in `qjax.pallas.lookup.words`."""
         ...
 
 
@@ -84,7 +86,9 @@ class _Triton:
         )
         return out
 
-    def look_up(self, slots: Array, table: Sequence[Array], sub_block: int) -> Array:
+    def look_up(
+        self, slots: Array, table: Sequence[Array], sub_block: int, dtype: jnp.dtype
+    ) -> Array:
         words = [jnp.broadcast_to(word, slots.shape) for word in table]
         (out,) = plt.elementwise_inline_asm(
             lookup.ptx(sub_block),
@@ -92,7 +96,7 @@ class _Triton:
             pack=2,
             # Two slots share a register, and two registers hold a word for them.
             constraints=",".join(["=r", "r", *["r", "r"] * len(words)]),
-            result_shape_dtypes=[jax.ShapeDtypeStruct(slots.shape, jnp.float16)],
+            result_shape_dtypes=[jax.ShapeDtypeStruct(slots.shape, dtype)],
         )
         return out
 
@@ -115,8 +119,10 @@ class _Interpreted:
     def affine(self, codes: Array, mapping: AffineMap) -> Array:
         return mapping.on_codes(codes)
 
-    def look_up(self, slots: Array, table: Sequence[Array], sub_block: int) -> Array:
-        return lookup.on_slots(slots, table, sub_block)
+    def look_up(
+        self, slots: Array, table: Sequence[Array], sub_block: int, dtype: jnp.dtype
+    ) -> Array:
+        return lookup.on_slots(slots, table, sub_block, dtype)
 
 
 TRITON: Lang = _Triton()

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float16, Float32, UInt16, UInt32
+from jaxtyping import Array, Float, Float16, Float32, UInt16, UInt32
 
 ENTRIES = 16
 WORDS = 8
@@ -34,8 +34,12 @@ def table(entries: Float16[Array, " 16"]) -> Float32[Array, "16 32"]:
     return jnp.repeat(halves.astype(jnp.float32)[:, None], LANES, axis=1)
 
 
-def words(entries: Sequence[Float16[Array, ""]]) -> list[UInt32[Array, ""]]:
-    """Makes, in a kernel's body, the words that `ptx` and `on_slots` take."""
+def words(entries: Sequence[Float[Array, ""]]) -> list[UInt32[Array, ""]]:
+    """Makes, in a kernel's body, the words that `ptx` and `on_slots` take.
+
+    Args:
+      entries: Sixteen, float16 or bfloat16.
+    """
     patterns = [
         lax.bitcast_convert_type(entry, jnp.uint16).astype(jnp.uint32)
         for entry in entries
@@ -84,10 +88,13 @@ def ptx(sub_block: int) -> str:
 
 
 def on_slots(
-    slots: UInt16[Array, "..."], words: Sequence[Array], sub_block: int
-) -> Float16[Array, "..."]:
+    slots: UInt16[Array, "..."],
+    words: Sequence[Array],
+    sub_block: int,
+    dtype: jnp.dtype,
+) -> Float[Array, "..."]:
     """Does in jnp what `ptx` does."""
     bytes_ = lax.bitcast_convert_type(jnp.stack(words), jnp.uint8).reshape(2, ENTRIES)
     high, low = bytes_.astype(jnp.uint16)
-    entries = lax.bitcast_convert_type(high << 8 | low, jnp.float16)
+    entries = lax.bitcast_convert_type(high << 8 | low, dtype)
     return entries[(slots >> 4 * sub_block) & 15]

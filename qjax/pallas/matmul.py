@@ -75,10 +75,10 @@ def matmul(
         and rounded to float16, which is exact for bfloat16 and float16 values
         (`operands.fit`).
       w: Codes in stored row order, groups of a multiple of 32 rows or one a column.
-        The entries of a codebook are rounded to float16.
+        The entries of a codebook are rounded to ``dtype``.
       config: How to cut the launch up.
       dtype: Of the tensor cores' operands: float16, or bfloat16, which is exact for
-        bfloat16 ``x`` of any range, and takes codes of up to 7 bits.
+        bfloat16 ``x`` of any range.
       index: Which matrix of ``w``, where that is a stack ``[count, k, n]``: one for all
         rows, or one for every ``config.block_m`` of them, where -1 gives zeros.
       interpret: Whether to run as jnp, on any device.
@@ -91,12 +91,6 @@ def matmul(
         arithmetic with a ``config`` that scales weights.
     """
     walk = Walk.of(w, config, index)
-    if w.codebook is not None and walk.by_block:
-        raise NotImplementedError("The kernel holds one codebook, not one a block.")
-    if w.codebook is not None and dtype != DTYPE:
-        raise NotImplementedError(
-            f"The entries of a codebook become float16, not {dtype}."
-        )
     if config.scales_weights and dtype != DTYPE:
         raise NotImplementedError(
             f"Programs of {config.block_m} rows round weights to float16, not {dtype}."
@@ -181,7 +175,8 @@ def _body(
     bounds, runs = walk.read(refs.places, m), walk.runs
     x_rows = pl.ds(m * config.block_m, config.block_m)
     start = n * config.block_n
-    book = read_book(refs.books, walk.matrix(refs.places))
+    # A block that takes no matrix has no iterations, and any codebook.
+    book = read_book(refs.books, jnp.maximum(walk.matrix(refs.places, m), 0), dtype)
     columns = [
         Columns(language, ref, run.bits, start, config.block_n, book.words, dtype)
         for run, ref in zip(runs, refs.words, strict=True)

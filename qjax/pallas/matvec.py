@@ -29,10 +29,20 @@ from jaxtyping import Array, DTypeLike, Float
 
 from qjax.formats import tiles
 from qjax.pallas import lang, scaling, segments
-from qjax.pallas.operands import Config, joined_words, parameters, split_padded
+from qjax.pallas.operands import (
+    Config,
+    books,
+    joined_words,
+    parameters,
+    read_book,
+    split_padded,
+)
 from qjax.pallas.segments import Bounds, Run, Walk
 from qjax.pallas.weight import Columns, Place, join
 from qjax.tensor import Affine, QTensor
+
+# Of the rows, in the arithmetic of which they are multiplied.
+DTYPES = (jnp.float16, jnp.bfloat16)
 
 
 class Operands(NamedTuple):
@@ -41,33 +51,16 @@ class Operands(NamedTuple):
     Attributes:
       x: Rows, padded as the segments are.
       places: Of the segments.
+      books: Codebooks, if there are any.
       words: Of every segment.
       parameters: Scale, and zero if there is one.
     """
 
     x: Any
     places: Any
+    books: Any
     words: list[Any]
     parameters: list[Any]
-
-
-def check(dtype: DTypeLike, w: QTensor) -> None:
-    """Declines what `qjax.pallas.matmul` has to multiply.
-
-    Args:
-      dtype: Of the rows.
-      w: As `matvec` takes it; its leaves may be structs.
-
-    Raises:
-      NotImplementedError: With the reason.
-    """
-    dtype = jnp.dtype(dtype)
-    if dtype not in (jnp.float16, jnp.bfloat16):
-        raise NotImplementedError(f"matvec takes 16-bit rows, not x.dtype={dtype}.")
-    if w.affine is Affine.CODEBOOK:
-        raise NotImplementedError("matvec takes codes of an affine map, no codebook.")
-    if dtype == jnp.bfloat16 and any(segment.bits == 8 for segment in w.segments):
-        raise NotImplementedError("matvec has no bfloat16 that holds codes of 8 bits.")
 
 
 def matvec(
@@ -82,9 +75,10 @@ def matvec(
     """Multiplies few rows by a matrix in `Tiles`, uniform or mixed.
 
     Args:
-      x: bfloat16 or float16, k as ``w.k``. Nothing is rounded. Where elements exceed
+      x: bfloat16 or float16, k as ``w.k``. Nothing is rounded but the entries of a
+        codebook, to the dtype of x. Where elements exceed
         2**100, sums of codes with their offsets may overflow: NaN.
-      w: As `qjax.pallas.matmul.matmul` takes it, but for what `check` declines.
+      w: As `qjax.pallas.matmul.matmul` takes it.
       config: How to cut the launch up. A program owns ``block_m / slices`` rows and
         ``block_n / slices`` columns of the product.
       index: Which matrix of ``w``, where that is a stack ``[count, k, n]``: one for all
@@ -98,7 +92,8 @@ def matvec(
     Raises:
       NotImplementedError: If the kernel declines the operands, with the reason.
     """
-    check(x.dtype, w)
+    if x.dtype not in DTYPES:
+        raise NotImplementedError(f"matvec takes 16-bit rows, not x.dtype={x.dtype}.")
     walk = Walk.of(w, config, index)
     m, columns = len(x), config.block_n // config.slices
     widths = "_".join(str(run.bits) for run in walk.runs)
@@ -107,6 +102,7 @@ def matvec(
         Operands(
             x=jnp.concatenate(split_padded(x, w), axis=1),
             places=walk.places(index),
+            books=books(w),
             words=joined_words(w),
             parameters=parameters(w),
         ),
@@ -148,13 +144,19 @@ def _body(
         row=rows + jnp.arange(config.block_m) // slices,
         exists=None if m % height == 0 else m,
     )
+    dtype = refs.x.dtype
+    # A block that takes no matrix has no iterations, and any codebook.
+    matrix = jnp.maximum(walk.matrix(refs.places, pl.program_id(0)), 0)
+    book = read_book(refs.books, matrix, dtype)
     acc = jnp.zeros((config.block_n, config.block_m), jnp.float32)
     bounds = walk.read(refs.places, pl.program_id(0))
     for run, bound, words in zip(walk.runs, bounds, refs.words, strict=True):
         columns = Columns(
-            language, words, run.bits, start, width, dtype=refs.x.dtype, slices=slices
+            language, words, run.bits, start, width, book.words, dtype, slices
         )
         acc = _Segment(program, run, bound, columns).add_to(acc)
+    if book.undo is not None:
+        acc *= book.undo
     inside = None
     if m % height or n % width:
         row, column = rows + jnp.arange(height), start + jnp.arange(width)
@@ -282,13 +284,15 @@ class _Segment(NamedTuple):
                 acc += self.program.language.dot(operand, x.T)
             return acc
 
+        # No offset stands beside the entries of a codebook.
         offsets = [[self.columns.offset(place(i)) for i in p] for p in products]
+        plain = self.program.affine is Affine.CODEBOOK
         return scaling.add_step(
             self.program.language,
             self.program.affine,
             acc,
             product,
-            self._sums(offsets, xs, len(acc)),
+            [] if plain else self._sums(offsets, xs, len(acc)),
             scale_and_zero,
         )
 

@@ -211,18 +211,19 @@ def parameters(w: QTensor) -> list[Array]:
 
 
 class Book(NamedTuple):
-    """A codebook in float16, as a kernel looks codes up.
+    """A codebook in 16 bits, as a kernel looks codes up.
 
     Attributes:
       words: Of `lookup.words`; None without a codebook.
-      undo: The power of two that undoes what scaled the entries into range.
+      undo: The power of two that undoes what scaled the entries into the range of
+        float16; bfloat16 has that of any.
     """
 
     words: list[Array] | None = None
     undo: Array | None = None
 
 
-def read_book(ref: Any, row: Any) -> Book:
+def read_book(ref: Any, row: Any, dtype: jnp.dtype = DTYPE) -> Book:
     """Reads, in a kernel's body, one of the `books`, if there are any."""
     if ref is None:
         return Book()
@@ -232,6 +233,8 @@ def read_book(ref: Any, row: Any) -> Book:
     entries = [
         jnp.where(lanes == i, entry, -jnp.inf).max() for i in range(lookup.ENTRIES)
     ]
+    if dtype != DTYPE:
+        return Book(lookup.words([entry.astype(dtype) for entry in entries]))
     largest = functools.reduce(jnp.maximum, map(jnp.abs, entries))
     factor, undo = bring_to(largest, 0)
     return Book(lookup.words([(e * factor).astype(DTYPE) for e in entries]), undo)

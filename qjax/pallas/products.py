@@ -1,7 +1,5 @@
 """The products that `qjax.matmul` and its gradient need, each launch configured."""
 
-import contextlib
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int32
@@ -11,7 +9,7 @@ from qjax.pallas import configs
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
-from qjax.pallas.matvec import check, matvec
+from qjax.pallas.matvec import DTYPES, matvec
 from qjax.pallas.operands import DTYPE, fit, one_of, unit_of
 from qjax.pallas.scale_grad import scale_grad
 from qjax.tensor import Affine, QTensor
@@ -24,20 +22,15 @@ def fused(
     dtype: DTypeLike = jnp.float32,
 ) -> Float[Array, "m n"]:
     """``x @ W`` in a dtype, the weight unpacked in registers and stored nowhere."""
-    if takes_few_rows(len(x), x.dtype, w):
+    if takes_few_rows(len(x), x.dtype):
         config = configs.for_matvec(len(x), w)
         return matvec(x, w, config, index=index, dtype=dtype)
     return matmul(x, w, configs.for_matmul(len(x), w), index=index).astype(dtype)
 
 
-def takes_few_rows(m: int, dtype: DTypeLike, w: QTensor) -> bool:
+def takes_few_rows(m: int, dtype: DTypeLike) -> bool:
     """Whether `fused` is `matvec`, one launch."""
-    if m > configs.FEW_ROWS:
-        return False
-    with contextlib.suppress(NotImplementedError):
-        check(dtype, w)
-        return True
-    return False
+    return m <= configs.FEW_ROWS and dtype in DTYPES
 
 
 def fused_blocks(
@@ -58,7 +51,7 @@ def fused_blocks(
       Products, rounded once.
     """
     blocks, m, k = x.shape
-    few = takes_few_rows(m, x.dtype, w)
+    few = takes_few_rows(m, x.dtype)
     config = configs.for_blocks("matvec" if few else "matmul", blocks, m, w)
     of_program = config.block_m // config.slices
     # Whole tiles of the kernel.
@@ -80,7 +73,7 @@ def fused_bf16(
 ) -> Float[Array, "m n"]:
     """`fused` in bfloat16: elements of a row may differ by more than 2**28."""
     bf16 = jnp.dtype(jnp.bfloat16)
-    if takes_few_rows(len(x), bf16, w):
+    if takes_few_rows(len(x), bf16):
         return fused(x.astype(bf16), w, index, dtype)
     config = configs.for_exact(len(x), w)
     return matmul(x, w, config, dtype=bf16, index=index).astype(dtype)

@@ -10,12 +10,17 @@ Half of the sub-blocks hold ``-(base + 2**bits - 1 - q) = q + offset`` instead (
 complement and the sign bit are free in the LOP3), so that the sum of ``offset * x``
 stays small when ``x`` has a mean.
 
+Eight bits are one more than bfloat16 has beside its leading one. The seven low bits are
+taken so, and the eighth is added as one of two numbers whose patterns differ in one
+bit, by one FMA for the two slots.
+
 A `Recipe` is the plan for one sub-block. Its PTX text acts on each 16-bit slot alone,
 because Triton does not say which elements share a register; `Recipe.on_slots` is the
 same in jnp, for interpret mode and as the specification of the text.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -26,6 +31,8 @@ from qjax.formats.tiles import PLANES, POSITIONS, sub_blocks
 
 # Mantissa bits and exponent bias.
 _FLOATS = {jnp.dtype(jnp.float16): (10, 15), jnp.dtype(jnp.bfloat16): (7, 127)}
+# 1 in bfloat16, and -256, which is -128 with the last bit of the exponent cleared.
+_ONE, _BELOW = 0x3F80, 0xC380
 # Fields that start at bit 2 or above keep the base at a quarter of the largest
 # possible: what the accumulator loses to it falls by four.
 _LOWEST = 2
@@ -54,6 +61,29 @@ class Take(NamedTuple):
     view: View
     mask: int
 
+    @property
+    def ptx(self) -> list[str]:
+        """Lines that leave the view in t. What texts share, ptxas computes once."""
+        source, lines = f"${1 + self.plane}", []
+        if self.view.swap:
+            lines.append(f"prmt.b32 t, {source}, {source}, 0x2301;")
+            source = "t"
+        if self.view.right:
+            op = "shr" if self.view.right > 0 else "shl"
+            lines.append(f"{op}.b32 t, {source}, {abs(self.view.right)};")
+        elif not self.view.swap:
+            lines.append(f"mov.b32 t, {source};")
+        return lines
+
+    def on_slots(self, planes: Sequence[UInt16[Array, "..."]]) -> UInt16[Array, "..."]:
+        """Takes the bits in jnp."""
+        slots = planes[self.plane]
+        if self.view.swap:
+            slots = (slots << 8) | (slots >> 8)
+        right = self.view.right
+        slots = slots >> right if right >= 0 else slots << -right
+        return slots & jnp.uint16(self.mask)
+
 
 class Recipe(NamedTuple):
     """How the codes of one sub-block become floats.
@@ -64,6 +94,7 @@ class Recipe(NamedTuple):
       magic: The 16-bit pattern that they are merged into.
       negative: Whether bits are merged by exclusive or, below a sign bit.
       offset: The float is ``code + offset``.
+      above: The highest bit of a code, where the mantissa has no room for it.
     """
 
     dtype: jnp.dtype
@@ -71,6 +102,7 @@ class Recipe(NamedTuple):
     magic: int
     negative: bool
     offset: float
+    above: Take | None = None
 
     @property
     def ptx(self) -> str:
@@ -79,32 +111,35 @@ class Recipe(NamedTuple):
         table = "0x6A" if self.negative else "0xEA"
         lines, merged = [], f"{_both(self.magic):#x}"
         for take in self.takes:
-            source = f"${1 + take.plane}"
-            if take.view.swap:
-                lines.append(f"prmt.b32 t, {source}, {source}, 0x2301;")
-                source = "t"
-            if take.view.right:
-                op = "shr" if take.view.right > 0 else "shl"
-                lines.append(f"{op}.b32 t, {source}, {abs(take.view.right)};")
-                source = "t"
-            mask = f"{_both(take.mask):#x}"
-            lines.append(f"lop3.b32 v, {source}, {mask}, {merged}, {table};")
+            lines += [
+                *take.ptx,
+                f"lop3.b32 v, t, {_both(take.mask):#x}, {merged}, {table};",
+            ]
             merged = "v"
-        lines[-1] = lines[-1].replace("lop3.b32 v,", "lop3.b32 $0,")
-        return "{ .reg .b32 t, v; " + " ".join(lines) + " }"
+        if self.above is None:
+            lines.append("mov.b32 $0, v;")
+        else:
+            # sm_80 has no addition of bfloat16, but FMA.
+            mask, pattern = _both(self.above.mask), _both(_BELOW)
+            lines += [
+                *self.above.ptx,
+                f"lop3.b32 t, t, {mask:#x}, {pattern:#x}, 0x6A;",
+                f"mov.b32 o, {_both(_ONE):#x};",
+                "fma.rn.bf16x2 $0, v, o, t;",
+            ]
+        return "{ .reg .b32 t, v, o; " + " ".join(lines) + " }"
 
     def on_slots(self, *planes: UInt16[Array, "..."]) -> Float[Array, "..."]:
         """Does in jnp what `ptx` does."""
         merged = jnp.uint16(self.magic)
         for take in self.takes:
-            slots = planes[take.plane]
-            if take.view.swap:
-                slots = (slots << 8) | (slots >> 8)
-            right = take.view.right
-            slots = slots >> right if right >= 0 else slots << -right
-            bits = slots & jnp.uint16(take.mask)
+            bits = take.on_slots(planes)
             merged = merged ^ bits if self.negative else merged | bits
-        return lax.bitcast_convert_type(merged, self.dtype)
+        values = lax.bitcast_convert_type(merged, self.dtype)
+        if self.above is None:
+            return values
+        pattern = self.above.on_slots(planes) ^ jnp.uint16(_BELOW)
+        return values + lax.bitcast_convert_type(pattern, self.dtype)
 
 
 def _both(pattern: int) -> int:
@@ -118,10 +153,6 @@ def recipes(bits: int, dtype: jnp.dtype) -> tuple[Recipe, ...]:
     Args:
       bits: Width of a code, 1 to 8.
       dtype: float16 or bfloat16.
-
-    Raises:
-      NotImplementedError: If the dtype cannot hold the codes above a base (8 bits in
-        bfloat16).
 
     Example:
       >>> [recipe.offset for recipe in recipes(4, jnp.dtype(jnp.float16))]
@@ -137,6 +168,8 @@ def recipes(bits: int, dtype: jnp.dtype) -> tuple[Recipe, ...]:
 
 def _recipe(bits: int, sub_block: int, dtype: jnp.dtype, negative: bool) -> Recipe:
     mantissa, bias = _FLOATS[dtype]
+    if bits > mantissa:
+        return _tall_recipe(bits, sub_block, dtype)
     low = bits - PLANES[bits][0]  # bits that lie below the main plane's
     view, start = _main_view(bits, sub_block, mantissa)
     place = start - low  # of the code in the mantissa
@@ -152,6 +185,20 @@ def _recipe(bits: int, sub_block: int, dtype: jnp.dtype, negative: bool) -> Reci
         magic ^= 0x8000 | top << place
     offset = -(base + top) if negative else base
     return Recipe(dtype, tuple(takes), magic, negative, offset)
+
+
+def _tall_recipe(bits: int, sub_block: int, dtype: jnp.dtype) -> Recipe:
+    """Of 8-bit codes in bfloat16: ``128 + low`` less 256, or 128 with the high bit."""
+    mantissa, bias = _FLOATS[dtype]
+    position = POSITIONS[bits][0][sub_block]
+    views = [View(swap, View(swap, 0).start(position)) for swap in (False, True)]
+    view = min(
+        (view for view in views if view.right + bits <= 16), key=lambda view: view.cost
+    )
+    low, high = 2**mantissa - 1, 2**mantissa
+    take, above = Take(0, view, low), Take(0, view, high)
+    magic = (bias + mantissa) << mantissa
+    return Recipe(dtype, (take,), magic, False, -float(high), above)
 
 
 def _main_view(bits: int, sub_block: int, mantissa: int) -> tuple[View, int]:
@@ -170,9 +217,7 @@ def _main_view(bits: int, sub_block: int, mantissa: int) -> tuple[View, int]:
             right_place = place == low if bits == 7 else place >= least
             if in_slot and right_place and place + width <= mantissa:
                 return view, place
-    raise NotImplementedError(
-        f"{bits}-bit codes do not fit a mantissa of {mantissa} bits."
-    )
+    raise AssertionError(f"{bits}-bit codes and a mantissa of {mantissa} bits")
 
 
 def _low_view(bits: int, plane: int, sub_block: int, place: int) -> View:

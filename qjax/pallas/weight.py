@@ -78,7 +78,7 @@ class Columns:
         """
         self._lang, self._words_ref, self._bits = language, words_ref, bits
         self._recipes, self._table = unpack.recipes(bits, dtype), table
-        self._slices = slices
+        self._slices, self._dtype = slices, dtype
         self._units = pl.ds(start // tiles.SIDE, width // tiles.SIDE)
         self.width, self.slice = width, pl.ds(start, width)
         self.inside = self._units_inside = None
@@ -104,7 +104,8 @@ class Columns:
 
     def entry(self, place: Place, table: Sequence[Array]) -> Float[Array, "n k"]:
         """Reads a sub-block of codes in nibbles as entries of a `lookup.table`."""
-        return self._lang.look_up(self._slots(place, 0), table, place.sub_block)
+        slots = self._slots(place, 0)
+        return self._lang.look_up(slots, table, place.sub_block, self._dtype)
 
     def scaled(
         self,

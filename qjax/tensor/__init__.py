@@ -1,6 +1,7 @@
 """`QTensor`: a quantized matrix as codes, an affine map, a grouping and a layout."""
 
 from qjax.tensor.building import build
+from qjax.tensor.digits import Digits
 from qjax.tensor.parts import Affine, Cut, Encoded, Grouping, Layout, Segment, plain
 from qjax.tensor.qtensor import (
     QTensor,
@@ -15,6 +16,7 @@ from qjax.tensor.segments import group_counts, split
 __all__ = [
     "Affine",
     "Cut",
+    "Digits",
     "Encoded",
     "Grouping",
     "Layout",

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Integer, UInt8
 
+from qjax.tensor.digits import Digits
+
 
 class Cut(typing.NamedTuple):
     """Where words may be cut without unpacking them.
@@ -50,6 +52,10 @@ class Layout(abc.ABC):
 
     def cut(self, bits: int) -> Cut | None:
         """Returns where words may be cut; None: nowhere."""
+        return None
+
+    def digits(self, bits: int) -> Digits | None:
+        """Returns where rows and columns go, if words permute their binary digits."""
         return None
 
 

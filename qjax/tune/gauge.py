@@ -18,7 +18,7 @@ from qjax.pallas.matvec import matvec
 from qjax.pallas.operands import DTYPE, Config
 from qjax.pallas.scale_grad import scale_grad
 from qjax.tune import timing
-from qjax.tune.jobs import Job, rows_dtype
+from qjax.tune.jobs import ROWS_DTYPE, Job
 
 _LEAST_CAPABILITY = (8, 0)
 _REPEATS = 5
@@ -107,7 +107,7 @@ class WrongResultError(ValueError):
 class Gauge:
     """Times configurations on the default device: a `search.Measure`.
 
-    With what models call the products with: activations of `jobs.rows_dtype`, and
+    With what models call the products with: activations of `jobs.ROWS_DTYPE`, and
     cotangents in float32, since `qjax.matmul` rounds its result after the product.
     """
 
@@ -149,7 +149,7 @@ class Gauge:
         self._copies, self._expected = [], None
         self._copies = timing.copies(job.w, self._nbytes)
         x, dy = (
-            jax.random.normal(key, (job.m, extent), rows_dtype(job.op, job.w))
+            jax.random.normal(key, (job.m, extent), ROWS_DTYPE)
             for key, extent in zip(
                 jax.random.split(jax.random.key(1)), (job.w.k, job.w.n), strict=True
             )

@@ -17,6 +17,8 @@ from qjax.tensor import QTensor, plain
 
 # Rows of the activations that are measured unless others are named.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+# Of most models' activations.
+ROWS_DTYPE = jnp.bfloat16
 
 
 class Job(NamedTuple):
@@ -112,7 +114,7 @@ def jobs(
     def measured(op: str, m: int, w: QTensor) -> bool:
         if op not in ("matvec", "matmul"):
             return len(w.segments) == 1
-        few = products.takes_few_rows(m, rows_dtype("matvec", w), w)
+        few = products.takes_few_rows(m, ROWS_DTYPE)
         return few if op == "matvec" else not (few and "matvec" in chosen)
 
     found = [
@@ -124,13 +126,3 @@ def jobs(
         if measured(op, m, w)
     ]
     return list({job.key: job for job in found}.values())
-
-
-def rows_dtype(op: str, w: QTensor) -> jnp.dtype:
-    """The dtype of the activations that an operation is measured with.
-
-    bfloat16, as of most models; float16 where `matvec`, which computes in it, declines.
-    """
-    bf16 = jnp.dtype(jnp.bfloat16)
-    declined = op == "matvec" and not products.takes_few_rows(1, bf16, w)
-    return jnp.dtype(jnp.float16) if declined else bf16

@@ -146,7 +146,6 @@ class Matvec(Matmul):
     warps: int = 2
     splits: int = 1
 
-    words = 1
     fits_float16 = True
 
     def __str__(self) -> str:
@@ -158,6 +157,10 @@ class Matvec(Matmul):
         return dataclasses.replace(super().config, slices=self.slices)
 
     @property
+    def words(self) -> int:
+        return 2 if self.convention == "codebook" else 1
+
+    @property
     def pieces(self) -> int:
         return self.splits * self.slices
 
@@ -166,6 +169,8 @@ class Matvec(Matmul):
         # Those by rows of constants serve all columns of a warp.
         columns = self.block_n / 16 / self.warps
         constants = 1 if self.weight.zero is None else 2
+        if self.convention == "codebook":
+            constants = 0
         return super().products * (1 + constants / columns)
 
     def __call__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:

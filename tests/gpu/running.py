@@ -19,7 +19,9 @@ from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
 from qjax.pallas.matvec import matvec
 from qjax.pallas.operands import EXACT_ROWS, Config
+from qjax.pallas.relayout import relayout
 from qjax.pallas.scale_grad import scale_grad
+from qjax.tensor import Layout
 from tests import oracle
 from tests.gpu.emulator import launches
 from tests.samples import CODEBOOK, MAPS, SCALES, in_tiles, rows
@@ -116,7 +118,11 @@ class Matvec(Matmul):
     dtype: str = "bfloat16"
     index: int | None = None
 
-    tolerance = SUMS
+    @property
+    def tolerance(self) -> float:
+        # Entries are rounded to the dtype of x.
+        half_a_step = float(jnp.finfo(self.dtype).eps) / 2
+        return half_a_step if self.weight.convention == "codebook" else SUMS
 
     def __str__(self) -> str:
         stack = "" if self.index is None else f" of {self.index}"
@@ -246,6 +252,34 @@ class Dequantize:
             dequantize, in_tiles(matrix), jnp.dtype(self.dtype), config
         )
         return call, [matrix.stored]
+
+
+@dataclasses.dataclass(frozen=True)
+class Relayout:
+    """Words in another layout."""
+
+    source: Layout
+    target: Layout
+    bits: int = 4
+    k: int = 256
+    n: int = 128
+    tolerance = 0.0
+
+    def __str__(self) -> str:
+        shape = f"{self.k}x{self.n}"
+        return f"relayout {self.bits}bit {self.source} to {self.target} {shape}"
+
+    def __call__(self) -> tuple[Callable[[], Any], list[np.ndarray]]:
+        """Returns the call and what it should give."""
+        generator, shape = np.random.default_rng(0), (self.k, self.n)
+        codes = jnp.asarray(generator.integers(0, 2**self.bits, shape), jnp.uint8)
+        words, expected = (
+            layout.pack(codes, self.bits) for layout in (self.source, self.target)
+        )
+        call = functools.partial(
+            relayout, words, self.source, self.target, self.bits, shape
+        )
+        return call, [np.asarray(expected)]
 
 
 def _cut(c: Config | None) -> str:

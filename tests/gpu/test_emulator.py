@@ -125,6 +125,14 @@ class TestFloats:
         wide = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
         np.testing.assert_array_equal(found.view(F16), wide.astype(F16))
 
+    def test_fma_of_bfloat16_rounds_once(self):
+        # The product lies half-way between two of them, and 2**-60 decides.
+        a, b = np.full(64, 1.5, BF16), np.full(64, 1 + 2.0**-7, BF16)
+        c = np.resize(np.array([2.0**-60, -(2.0**-60)], BF16), 64)
+        found = of_each_thread("fma.rn.bf16x2 $0, $1, $2, $3;", a, b, c)
+        expected = np.where(c > 0, BF16(1 + 66 / 128), BF16(1 + 65 / 128))
+        np.testing.assert_array_equal(found.view(BF16), expected)
+
     @pytest.mark.parametrize(("name", "dtype"), [("f16", F16), ("bf16", BF16)])
     def test_conversions_round_to_even_and_pack_the_first_high(self, name, dtype):
         step = float(ml_dtypes.finfo(dtype).eps)

@@ -55,12 +55,14 @@ CASES = [
     Matmul(2, 128, 128, warps=8),
     Matmul(8, 128, 64, None, warps=8),
     Matmul(7, 128, 256, warps=8, stages=2),
-    *(few(bits, 1) for bits in range(1, 8)),
+    *(few(bits, 1) for bits in range(1, 9)),
     *(few(bits, 1, "float16") for bits in (2, 3, 4, 6, 8)),
     *(few(4, m) for m in (4, 8, 16)),
     *(few(4, m, "float16") for m in (8, 16)),
     Matvec(4, 8, 128, 32, "centered", "bfloat16"),
     Matvec(4, 8, 128, None, "offset"),
+    Matvec(4, 8, 128, 32, "codebook", "float32"),
+    Matvec(4, 16, 128, 128, "codebook", "float32", m=16, slices=1, splits=4),
 ]
 CODEBOOKS = [c for c in CASES if c.convention == "codebook" and c.block_m <= 16]
 SLICED = [c for c in CASES if isinstance(c, Matvec)]
@@ -138,10 +140,10 @@ def test_goals(case, kernel):
 
 
 # Of `matvec`: the first goals of 4 bits hold in bfloat16 too, which takes a shift for
-# half of the codes.
+# half of the codes. Its mantissa lacks a bit for eight, which have twice the time of 4.
 FEW_GOALS = {
     (8, "float16"): {2: 2.0, 3: 2.8, 4: 1.6, 6: 2.8, 8: 2.0},
-    (8, "bfloat16"): {1: 2.0, 2: 2.0, 3: 2.8, 4: 1.75, 5: 2.8, 6: 2.8, 7: 4.0},
+    (8, "bfloat16"): {1: 2.0, 2: 2.0, 3: 2.8, 4: 1.75, 5: 2.8, 6: 2.8, 7: 4.0, 8: 3.2},
     (16, "float16"): {4: 2.0},
     (16, "bfloat16"): {4: 2.2},
 }

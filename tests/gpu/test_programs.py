@@ -72,9 +72,9 @@ def test_launches_of_a_product(case, program):
     # One row: the product and nothing else. Several: the sum over splits after it.
     # Many: the rows of x before it. XLA makes a CUDA graph of five launches or more: a
     # decoder's step is in one.
-    # Those of a codebook, too; the kernel itself makes its table.
+    # The table of a codebook is made by the kernel itself.
     few = {1: 1, 16: 2}
-    assert len(program.launches) == (3 if case.codebook else few.get(case.m, 3))
+    assert len(program.launches) == few.get(case.m, 3)
     assert {launch.kind for launch in program.launches} == {"kCustomKernel"}
 
 

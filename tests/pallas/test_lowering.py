@@ -179,8 +179,6 @@ def test_few_rows_that_matvec_declines(name, count):
     w = dataclasses.replace(w, input_scale=struct((512,), jnp.float32))
     f = functools.partial(qjax.matmul, implementation=name)
     assert launches(lower(f, x, w)) == count
-    bits = functools.partial(qjax.matmul, implementation="pallas")
-    assert launches(lower(bits, x, weight(8, 128))) == PRODUCT
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -199,10 +197,10 @@ def test_ragged_matmul_reads_the_stack_where_it_lies(t, experts, convention):
     w = jax.tree.map(add, weight(4, 128, convention))
     x, sizes = struct((t, 512), jnp.bfloat16), struct((experts,), jnp.int32)
     text = lower(qjax.ragged_matmul, x, w, sizes)
-    few = t <= 256 and convention != "codebook"  # rows of an expert's block
+    few = t <= 256  # rows of an expert's block
     assert launches(text) == (FEW if few else PRODUCT)
-    # One launch takes all blocks; with codebooks, a loop has one for each.
-    assert ("stablehlo.while" in text) == (convention == "codebook")
+    # One launch takes all blocks.
+    assert "stablehlo.while" not in text
     if convention == "codebook":
         return
 
@@ -229,7 +227,8 @@ def test_gradient():
 
 
 def test_gradient_of_a_codebook():
-    # What the entries are worth is left to XLA; x goes through the kernel.
+    # What the entries are worth is left to XLA, which reads another layout; x goes
+    # through the kernel.
     x, w = struct((4, 512), jnp.bfloat16), weight(4, 64, "codebook")
 
     def loss(x, w):
@@ -237,7 +236,8 @@ def test_gradient_of_a_codebook():
 
     assert launches(lower(jax.grad(loss), x, w)) == 1
     by_codebook = lambda x, w, c: loss(x, dataclasses.replace(w, codebook=c))  # noqa: E731
-    assert launches(lower(jax.grad(by_codebook, 2), x, w, w.codebook)) == 0
+    text = lower(jax.grad(by_codebook, 2), x, w, w.codebook)
+    assert launches(text) == text.count('name = "relayout_4bit"') == 1
 
 
 def stacked(w, count=3):
@@ -245,13 +245,11 @@ def stacked(w, count=3):
 
 
 @pytest.mark.parametrize("convention", ["integer zero", "codebook"])
-@pytest.mark.parametrize(("m", "count"), [(4, PRODUCT), (200, PRODUCT), (600, 1)])
+@pytest.mark.parametrize(("m", "count"), [(4, FEW), (200, PRODUCT), (600, 1)])
 def test_a_stack_by_index(convention, m, count):
     x, w = struct((m, 512), jnp.bfloat16), stacked(weight(4, 64, convention))
     index = struct((), jnp.int32)
     text = lower(lambda x, w, i: qjax.matmul(x, w, index=i), x, w, index)
-    if m == 4 and convention != "codebook":
-        count = FEW
     assert launches(text) == count
     # Nothing but the kernel takes words: none is sliced off.
     taken = [line for line in text.splitlines() if "x256xui16>" in line]

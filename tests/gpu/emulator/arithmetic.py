@@ -38,8 +38,23 @@ def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
     total = product + c
     back = total - product
     error = (product - (total - back)) + (c - back)
-    even = (total.view(U64) & U64(1)) == 0
-    away = np.nextafter(total, np.where(error > 0, np.inf, -np.inf))
+    return _to_odd(total, error)
+
+
+def _fma_bf16(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    """The same for a format that ml_dtypes makes of float64 by way of float32."""
+    exact = _fma(a, b, c)
+    with np.errstate(over="ignore"):
+        narrow = exact.astype(F32)
+    return _to_odd(narrow, exact - narrow)
+
+
+def _to_odd(total: np.ndarray, error: np.ndarray) -> np.ndarray:
+    """Rounds ``total + error`` to odd, where ``total`` is the nearest number."""
+    one = total.dtype.type(1)
+    even = (total.view(f"u{total.itemsize}") & one.astype(f"u{total.itemsize}")) == 0
+    infinity = total.dtype.type(np.inf)
+    away = np.nextafter(total, np.where(error > 0, infinity, -infinity))
     inexact = np.isfinite(total) & (error != 0) & even
     return np.where(inexact, away, total)
 
@@ -225,9 +240,8 @@ OPERATIONS: dict[str, Operation] = {
         for t, d in _FLOATS.items()
     },
     **{
-        f"fma.rn.{t}": elementwise(_fma, d, d, d, d)
+        f"fma.rn.{t}": elementwise(_fma_bf16 if d is BF16 else _fma, d, d, d, d)
         for t, d in _FLOATS.items()
-        if d is not BF16  # ml_dtypes rounds twice on the way from float64
     },
     **{f"abs.{t}": elementwise(np.abs, d, d) for t, d in _FLOATS.items()},
     **{f"neg.{t}": elementwise(np.negative, d, d) for t, d in _FLOATS.items()},
