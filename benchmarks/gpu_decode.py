@@ -90,6 +90,7 @@ def decoder(size: Size, kind: str) -> Any:
     """A model of random weights."""
     import jax
     import jax.numpy as jnp
+    from weights import join
 
     import qjax
 
@@ -108,6 +109,7 @@ def decoder(size: Size, kind: str) -> Any:
             tensors[name] = qjax.prepare(packed(key, n, k))
         else:
             tensors[f"{name}.weight"] = dense(key, n, k)
+    join(tensors)
     embedding = dense(jax.random.key(-1), size.vocabulary, size.hidden)
     return assembled(size, tensors, embedding, jnp.bfloat16)
 
@@ -116,6 +118,7 @@ def assembled(size: Size, tensors: dict[str, Any], embedding: Any, dtype: Any) -
     """The model of these matrices, norms of ones, and activations of a dtype."""
     import jax.numpy as jnp
     import model
+    from weights import Weights
 
     tensors["model.embed_tokens.weight"] = embedding
     norms = [
@@ -126,7 +129,7 @@ def assembled(size: Size, tensors: dict[str, Any], embedding: Any, dtype: Any) -
     for name in (*norms, "model.norm"):
         tensors[f"{name}.weight"] = jnp.ones(size.hidden, jnp.bfloat16)
     config = model.Config.from_json(size.config)
-    return model.Decoder(model.Weights(tensors, config, dtype))
+    return model.Decoder(Weights(tensors, config, dtype))
 
 
 def run(size: Size, kind: str) -> dict[str, Any]:

@@ -9,13 +9,14 @@ from qjax.ops import dequantize, matmul, prepare, relayout
 from qjax.ragged import ragged_matmul
 from qjax.rtn import quantize
 from qjax.sharding import partition_specs, shard
-from qjax.tensor import QTensor, codes
+from qjax.tensor import QTensor, codes, concatenate
 
 __all__ = [
     "QTensor",
     "Spec",
     "checkpoints",
     "codes",
+    "concatenate",
     "dequantize",
     "flatten",
     "formats",

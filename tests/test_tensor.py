@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import qjax
 from qjax import tensor
-from qjax.formats import awq, awq_v2, gptq
+from qjax.formats import awq, awq_v2, bnb, compressed_tensors, gptq, tiles, tinygemm
 from tests import oracle
 
 PARTS = [(8, 8, 8), (6, 16, 8), (3, 32, 16), (2, 32, None)]
@@ -516,3 +516,111 @@ def test_build_accepts(changes):
 def test_build_refuses(changes, message, refuses):
     with refuses(message):
         tensor.build(**leaves(**changes))
+
+
+class TestConcatenate:
+    """Matrices of the same inputs become one."""
+
+    KINDS: typing.ClassVar = {
+        "4 bits": {"bits": 4, "group_size": 32},
+        "3 bits a column": {"bits": 3, "group_size": None, "affine": "CENTERED"},
+        "codebook": {"bits": 4, "group_size": 64, "affine": "CODEBOOK"},
+        "float zeros": {"bits": 2, "group_size": 64, "affine": "OFFSET"},
+        "mixed": {"parts": [(6, 128, 32), (3, 64, 32)], "affine": "CENTERED"},
+    }
+
+    @staticmethod
+    def check(weights):
+        joined = qjax.concatenate(weights)
+        n = sum(w.n for w in weights)
+        assert joined.shape == (*weights[0].shape[:-1], n)
+        expected = jnp.concatenate([qjax.dequantize(w) for w in weights], -1)
+        chex.assert_trees_all_equal(qjax.dequantize(joined), expected)
+        return joined
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_columns_stay_what_they_were(self, kind, as_qtensor):
+        weights = [
+            as_qtensor(oracle.random(i, 192, n, **self.KINDS[kind]))
+            for i, n in enumerate((48, 16, 5))
+        ]
+        if kind == "codebook":
+            book = weights[0].codebook
+            weights = [dataclasses.replace(w, codebook=book) for w in weights]
+        joined = self.check(weights)
+        x = jnp.ones((2, 192))
+        y = jnp.split(qjax.matmul(x, joined), [48, 64], axis=-1)
+        for part, w in zip(y, weights, strict=True):
+            chex.assert_trees_all_close(part, qjax.matmul(x, w), rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "layout",
+        [
+            awq.Gemm(),
+            awq.Gemv(),
+            awq_v2.Interleaved(),
+            compressed_tensors.Dense(),
+            gptq.Planar(),
+            tiles.Tiles(),
+            tinygemm.TensorCoreTiled(2),
+        ],
+        ids=str,
+    )
+    def test_layouts(self, layout, as_qtensor):
+        weights = [
+            as_qtensor(oracle.random(i, 64, n, bits=4, group_size=32), layout)
+            for i, n in enumerate((48, 16))
+        ]
+        assert self.check(weights).layout == layout
+
+    def test_padding_at_the_end(self, refuses):
+        weights = [qjax.quantize(jnp.ones((64, n)), group_size=32) for n in (16, 20)]
+        padded = [qjax.relayout(w, tiles.Tiles()) for w in weights]
+        assert self.check(padded).padding == 12
+        with refuses("weights[0] has 12 padded columns in Tiles(), and another after"):
+            qjax.concatenate(padded[::-1])
+
+    def test_stacks_and_shared_scales(self):
+        def shared(n):
+            w = qjax.quantize(jnp.ones((3, 64, n)), group_size=32)
+            first = {"scale": w.scale[..., :1], "zero": w.zero[..., :1]}
+            return dataclasses.replace(w, **first)
+
+        self.check([shared(8), shared(24)])
+
+    def test_orders_that_are_equal(self, as_qtensor, refuses):
+        w, other = (as_qtensor(oracle.random(i, 64, 8, order=True)) for i in (0, 1))
+        self.check([w, dataclasses.replace(other, order=jnp.copy(w.order))])
+        with refuses("weights[1].order has other values than that of weights[0]"):
+            qjax.concatenate([w, other])
+        with refuses("weights[1].order is traced and cannot be compared"):
+            jax.jit(lambda *weights: qjax.concatenate(weights))(w, other)
+        with refuses("weights[1].order.dtype=None must be int32, as of weights[0]"):
+            qjax.concatenate([w, dataclasses.replace(other, order=None)])
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"bits": 3}, "weights[1].segments="),
+            ({"group_size": 16}, "weights[1].segments="),
+            ({"symmetric": True}, "weights[1].affine=Affine.CENTERED must be"),
+        ],
+        ids=str,
+    )
+    def test_refuses_what_differs(self, change, message, refuses):
+        ones = jnp.ones((64, 8))
+        w = qjax.quantize(ones, **{"bits": 4, "group_size": 32})
+        other = qjax.quantize(ones, **({"bits": 4, "group_size": 32} | change))
+        with refuses(message):
+            qjax.concatenate([w, other])
+
+    def test_refuses_what_cannot_be_joined(self, refuses):
+        w = qjax.quantize(jnp.ones((64, 8)), group_size=32)
+        with refuses("weights is empty"):
+            qjax.concatenate([])
+        longer = qjax.quantize(jnp.ones((96, 8)), group_size=32)
+        with refuses("weights[1].shape[:-1]=(96,) must be (64,)"):
+            qjax.concatenate([w, longer])
+        flat = qjax.relayout(w, bnb.Flat(64))
+        with refuses("Flat(k=64) has no axis of columns to join along"):
+            qjax.concatenate([flat, flat])

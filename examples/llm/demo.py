@@ -22,7 +22,8 @@ REFERENCE_NATS = 2.4927
 def main(mesh: MeshOption = None) -> None:
     """Generates from the shipped model and prints its loss beside the reference."""
     placement, tokenizer = place(SHIPPED, mesh), read_tokenizer(SHIPPED)
-    model = load(SHIPPED, sharding=placement and placement.weight)
+    where = placement and placement.weight
+    model = load(SHIPPED, sharding=where, joined=where is None)
     print(describe(model, SHIPPED), file=sys.stderr)
     stream(
         model,

@@ -292,7 +292,8 @@ def main(
     try:
         tokenizer = read_tokenizer(model)
         placement = place(model, mesh, coordinator, processes, process)
-        decoder = load(model, sharding=placement and placement.weight)
+        where = placement and placement.weight
+        decoder = load(model, sharding=where, joined=where is None)
         print(describe(decoder, model), file=sys.stderr)
         stream(
             decoder,

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
+from weights import Weights, join
 
 import qjax
 
@@ -124,65 +125,16 @@ class Cache(NamedTuple):
         return cls(keys, values, jnp.int32(0), jnp.zeros(batch, jnp.int32))
 
 
-class Dense(nnx.Module):
-    """A matrix that the checkpoint left dense, ``[n, k]`` as Hugging Face stores it."""
-
-    def __init__(self, weight: Array, bias: Array | None, dtype: DTypeLike) -> None:
-        self.weight = nnx.Param(weight)
-        self.bias = None if bias is None else nnx.Param(bias)
-        self.dtype = dtype
-
-    def __call__(self, x: Array) -> Array:
-        weight = self.weight[...].astype(self.dtype)
-        y = jnp.einsum("...k,nk->...n", x, weight, precision="highest")
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
-
-
-class Norm(nnx.Module):
-    """Root-mean-square norm, computed in float32."""
-
-    def __init__(self, weight: Array, eps: float) -> None:
-        self.weight = nnx.Param(weight)
-        self.eps = eps
-
-    def __call__(self, x: Array) -> Array:
-        wide = x.astype(jnp.float32)
-        scale = jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.eps)
-        weight = self.weight[...].astype(jnp.float32)
-        return (wide * scale * weight).astype(x.dtype)
-
-
-class Weights:
-    """Named tensors of a checkpoint, each to be taken once."""
-
-    def __init__(self, tensors: dict[str, Any], config: Config, dtype: DTypeLike):
-        self.tensors, self.config, self.dtype = tensors, config, dtype
-
-    def take(self, name: str) -> Any:
-        if name not in self.tensors:
-            raise ValueError(f"the checkpoint has no tensor {name!r}.")
-        return self.tensors.pop(name)
-
-    def linear(self, name: str) -> nnx.Module:
-        """The linear layer ``name``, quantized or not, with its bias if it has one."""
-        bias = self.tensors.pop(f"{name}.bias", None)
-        if name in self.tensors:
-            kernel = self.take(name)
-            return qjax.layers.nnx.Linear.from_qtensor(kernel, bias, dtype=self.dtype)
-        return Dense(self.take(f"{name}.weight"), bias, self.dtype)
-
-    def norm(self, name: str) -> Norm:
-        return Norm(self.take(f"{name}.weight"), self.config.norm_eps)
-
-
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
     def __init__(self, weights: Weights, name: str, window: int | None) -> None:
         self.config, self.window = weights.config, window
-        self.q_proj = weights.linear(f"{name}.q_proj")
-        self.k_proj = weights.linear(f"{name}.k_proj")
-        self.v_proj = weights.linear(f"{name}.v_proj")
+        self.qkv_proj = weights.joined(f"{name}.qkv_proj")
+        if self.qkv_proj is None:
+            self.q_proj = weights.linear(f"{name}.q_proj")
+            self.k_proj = weights.linear(f"{name}.k_proj")
+            self.v_proj = weights.linear(f"{name}.v_proj")
         self.o_proj = weights.linear(f"{name}.o_proj")
         has_norms = f"{name}.q_norm.weight" in weights.tensors  # Qwen3
         self.q_norm = weights.norm(f"{name}.q_norm") if has_norms else None
@@ -204,9 +156,12 @@ class Attention(nnx.Module):
           Output ``[b, t, hidden]`` and the cache with the new positions.
         """
         (b, t, _), c = x.shape, self.config
-        q = self.q_proj(x).reshape(b, t, c.num_heads, c.head_dim)
-        k = self.k_proj(x).reshape(b, t, c.num_kv_heads, c.head_dim)
-        v = self.v_proj(x).reshape(b, t, c.num_kv_heads, c.head_dim)
+        if self.qkv_proj is None:
+            parts = [self.q_proj(x), self.k_proj(x), self.v_proj(x)]
+        else:
+            ends = c.num_heads * c.head_dim, (c.num_heads + c.num_kv_heads) * c.head_dim
+            parts = jnp.split(self.qkv_proj(x), ends, axis=-1)
+        q, k, v = (y.reshape(b, t, -1, c.head_dim) for y in parts)
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         places = start + jnp.arange(t)
@@ -243,12 +198,18 @@ class MLP(nnx.Module):
     """The gated feed-forward layer."""
 
     def __init__(self, weights: Weights, name: str) -> None:
-        self.gate_proj = weights.linear(f"{name}.gate_proj")
-        self.up_proj = weights.linear(f"{name}.up_proj")
+        self.gate_up_proj = weights.joined(f"{name}.gate_up_proj")
+        if self.gate_up_proj is None:
+            self.gate_proj = weights.linear(f"{name}.gate_proj")
+            self.up_proj = weights.linear(f"{name}.up_proj")
         self.down_proj = weights.linear(f"{name}.down_proj")
 
     def __call__(self, x: Array) -> Array:
-        return self.down_proj(jax.nn.silu(self.gate_proj(x)) * self.up_proj(x))
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -309,7 +270,11 @@ class Decoder(nnx.Module):
 
 
 def load(
-    path: str | Path, dtype: DTypeLike = jnp.float32, sharding: Any = None
+    path: str | Path,
+    dtype: DTypeLike = jnp.float32,
+    sharding: Any = None,
+    *,
+    joined: bool = False,
 ) -> Decoder:
     """Loads a model from a Hugging Face directory.
 
@@ -317,6 +282,8 @@ def load(
       path: Directory with config.json and safetensors, quantized or not.
       dtype: Dtype of the activations.
       sharding: Where each weight goes, as in `qjax.checkpoints.load`.
+      joined: Whether to `join` what it can. Layers then have other names than in the
+        checkpoint, which training would write back.
 
     Returns:
       The model; ``model(ids[b, t])`` gives logits ``[b, t, vocab]`` in float32.
@@ -329,7 +296,9 @@ def load(
         config = Config.from_json(qjax.checkpoints.read_config(path))
     except KeyError as error:
         raise ValueError(f"{path}: config.json lacks {error}.") from None
-    tensors = qjax.checkpoints.load(path, sharding=sharding)
+    tensors = dict(qjax.checkpoints.load(path, sharding=sharding))
+    if joined:
+        join(tensors)
     weights = Weights(tensors, config, dtype)
     if config.tied:
         weights.tensors.pop("lm_head.weight", None)

@@ -69,9 +69,9 @@ def for_scale_grad(m: int, w: QTensor) -> Config:
     return _resolve("scale_grad", m, w)
 
 
-def for_dequantize(w: QTensor | None = None) -> Config:
-    """Configures `dequantize`; without the weight, by the heuristic."""
-    return _DEQUANTIZE if w is None else _resolve("dequantize", 1, w)
+def for_dequantize(w: QTensor) -> Config:
+    """Configures `dequantize`."""
+    return _resolve("dequantize", 1, w)
 
 
 def dense_rows(op: str, w: QTensor) -> int:
@@ -101,7 +101,9 @@ def heuristic(op: str, m: int, w: QTensor) -> Config:
     The fewest rows that hold m, up to where registers end.
     """
     if op == "dequantize":
-        return _DEQUANTIZE
+        # One iteration a program, nothing to pipeline. What three tables of a codebook
+        # hold takes the registers of half of the columns.
+        return Config(8, _BLOCK_N if w.codebook is None else _BLOCK_N // 2, stages=1)
     if op == "matmul":
         config = _heuristic_matmul(m, w)
     elif op == "matvec":
@@ -143,10 +145,6 @@ def _heuristic_matvec(m: int, w: QTensor) -> Config:
     twice = 1 < rows < 8 and programs < _BUSY
     block_m = 16 if twice or rows > 8 else 8
     return Config(block_m, _BLOCK_N, 128, warps=2, slices=block_m // rows)
-
-
-# One iteration a program, nothing to pipeline.
-_DEQUANTIZE = Config(block_m=8, stages=1)
 
 
 def _resolve(op: str, m: int, w: QTensor) -> Config:

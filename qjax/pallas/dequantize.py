@@ -19,12 +19,12 @@ from qjax.pallas.operands import (
     TOP,
     Config,
     Steps,
-    codebook_tables,
+    books,
     group_rows,
     joined_words,
     parameters,
+    read_book,
     read_index,
-    read_table,
     stack_index,
 )
 from qjax.pallas.weight import Columns, Place, places
@@ -37,16 +37,14 @@ class Operands(NamedTuple):
     Attributes:
       unit: By which scales are multiplied, ``[1, 1]``, or None.
       index: Of the matrix in a stack.
-      tables: Of a codebook: some whose entries add up to it.
-      entry: Their unit, ``[1, 1]``, or None.
+      books: Codebooks, if there are any.
       words: Of the one segment.
       parameters: Scale, and zero if there is one.
     """
 
     unit: Any
     index: Any
-    tables: list[Any]
-    entry: Any
+    books: Any
     words: Any
     parameters: list[Any]
 
@@ -61,6 +59,7 @@ class _Task(NamedTuple):
     affine: Affine
     rounding: int
     exact: jnp.dtype | None
+    tables: int  # of a codebook
 
 
 def dequantize(
@@ -102,18 +101,15 @@ def dequantize(
         w.affine,
         w.rounding,
         exact=w.dtype if dtype is None else None,
-    )
-    # For a product, its float16 will do.
-    tables, entry = codebook_tables(
-        w, index, exponent=TOP, count=3 if unit is None else 1
+        # For a product, float16 entries will do.
+        tables=3 if unit is None else 1,
     )
     dense = lang.launch(
         functools.partial(_body, task, config),
         Operands(
             unit=None if unit is None else unit.reshape(1, 1),
             index=stack_index(index),
-            tables=tables,
-            entry=entry.reshape(1, 1) if tables else None,
+            books=books(w),
             words=joined_words(w)[0],
             parameters=parameters(w),
         ),
@@ -144,14 +140,14 @@ def _body(
     )
     matrix, centre = read_index(refs.index), task.affine.centre(task.bits)
     first_block, first_group = matrix * out_ref.shape[0], matrix * task.groups
-    tables = [read_table(ref) for ref in refs.tables]
+    book = read_book(refs.books, matrix, exponent=TOP, count=task.tables)
     block = iteration * (config.block_k // tiles.rows_of_block(task.bits))
     step_rows = range(0, config.block_k, task.steps.rows)
 
     def tiles_of(place: Place) -> list[Array]:
-        if not tables:
+        if not book.tables:
             return [columns.operand(place)]
-        return [columns.entry(place, table) for table in tables]
+        return [columns.entry(place, table) for table in book.tables]
 
     # Before the first store, for all the compiler knows one to the words: only then are
     # the loads of sub-blocks that share a slot one load.
@@ -176,12 +172,10 @@ def _body(
         written = places(task.bits, block, row, task.steps)
         for place, parts in zip(written, operands, strict=True):
             first, *rest = (part.astype(jnp.float32) for part in parts)
-            if refs.entry is None:
+            if book.undo is None:
                 c = first - (columns.offset(place) + centre)
             else:
-                # Loaded where it is used: held, it would cost the last register.
-                (entry,) = lang.scalars(refs.entry, 0, 1)
-                c = sum(rest, first) * entry
+                c = sum(rest, first) * book.undo
             values = (
                 decode.affine_map(
                     c, scale, zero[0], task.affine, task.rounding, task.exact, _convert

@@ -16,22 +16,11 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float16, Float32, UInt16, UInt32
+from jaxtyping import Array, Float, UInt16, UInt32
 
 ENTRIES = 16
 WORDS = 8
 LANES = 32
-
-
-def table(entries: Float16[Array, " 16"]) -> Float32[Array, "16 32"]:
-    """Cuts the entries of a table into half-words, as numbers, one for every lane.
-
-    `operands.read_table` makes of them what `words` makes of entries.
-    """
-    patterns = lax.bitcast_convert_type(entries, jnp.uint16)
-    bytes_ = jnp.concatenate([patterns >> 8, patterns & 255]).astype(jnp.uint8)
-    halves = lax.bitcast_convert_type(bytes_.reshape(2 * WORDS, 2), jnp.uint16)
-    return jnp.repeat(halves.astype(jnp.float32)[:, None], LANES, axis=1)
 
 
 def words(entries: Sequence[Float[Array, ""]]) -> list[UInt32[Array, ""]]:

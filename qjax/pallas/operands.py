@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -214,30 +215,63 @@ class Book(NamedTuple):
     """A codebook in 16 bits, as a kernel looks codes up.
 
     Attributes:
-      words: Of `lookup.words`; None without a codebook.
+      tables: Each the words of `lookup.words`; their entries add up to the codebook's.
+        None without a codebook.
       undo: The power of two that undoes what scaled the entries into the range of
         float16; bfloat16 has that of any.
     """
 
-    words: list[Array] | None = None
+    tables: Sequence[list[Array]] = ()
     undo: Array | None = None
 
+    @property
+    def words(self) -> list[Array] | None:
+        """The only table, if there is one."""
+        return self.tables[0] if self.tables else None
 
-def read_book(ref: Any, row: Any, dtype: jnp.dtype = DTYPE) -> Book:
-    """Reads, in a kernel's body, one of the `books`, if there are any."""
+
+def read_book(
+    ref: Any,
+    row: Any,
+    dtype: jnp.dtype = DTYPE,
+    *,
+    exponent: int = 0,
+    count: int = 1,
+) -> Book:
+    """Reads, in a kernel's body, one of the `books`, if there are any.
+
+    Args:
+      ref: The books, or None.
+      row: Which.
+      dtype: Of the entries.
+      exponent: float16 entries are scaled so that the largest lies in
+        ``[2**exponent, 2**(exponent + 1))``.
+      count: How many tables. Each holds what those before have left: eleven bits of
+        float16, where float32 has 24.
+    """
     if ref is None:
         return Book()
-    # Each lane reads another entry, as `read_table` says why.
+    # Each lane reads another entry, and a maximum of floats leaves it in a register. Of
+    # integers, or of what is loaded alone, the assembler knows that all lanes have the
+    # same: it keeps that in uniform registers, from which PRMT does not read, and moves
+    # it for every use, one more instruction for each weight.
     lanes = jnp.arange(lookup.LANES) % lookup.ENTRIES
     entry = lang.gather(ref, jnp.full(lanes.shape, row), lanes)
-    entries = [
-        jnp.where(lanes == i, entry, -jnp.inf).max() for i in range(lookup.ENTRIES)
-    ]
-    if dtype != DTYPE:
-        return Book(lookup.words([entry.astype(dtype) for entry in entries]))
-    largest = functools.reduce(jnp.maximum, map(jnp.abs, entries))
-    factor, undo = bring_to(largest, 0)
-    return Book(lookup.words([(e * factor).astype(DTYPE) for e in entries]), undo)
+    rest = [jnp.where(lanes == i, entry, -jnp.inf).max() for i in range(lookup.ENTRIES)]
+    undo = None
+    if dtype == DTYPE:
+        largest = functools.reduce(jnp.maximum, map(jnp.abs, rest))
+        factor, undo = bring_to(largest, exponent)
+        rest = [one * factor for one in rest]
+    tables = []
+    for _ in range(count):
+        entries = [one.astype(dtype) for one in rest]
+        tables.append(lookup.words(entries))
+        rest = [
+            one - held.astype(jnp.float32)
+            for one, held in zip(rest, entries, strict=True)
+        ]
+    return Book(tables, undo)
 
 
 def books(w: QTensor) -> Float[Array, "count 16"] | None:
@@ -245,51 +279,6 @@ def books(w: QTensor) -> Float[Array, "count 16"] | None:
     if w.codebook is None:
         return None
     return w.codebook.astype(jnp.float32).reshape(-1, lookup.ENTRIES)
-
-
-def codebook_tables(
-    w: QTensor, index: Array | None, *, exponent: int, count: int
-) -> tuple[list[Array], Array]:
-    """Tables of float16 whose entries add up to the codebook's, and their unit.
-
-    Each holds what those before have left: eleven bits, where float32 has 24. Without a
-    codebook, there is none, and the unit of the codes is 1.
-
-    Args:
-      w: A matrix, or a stack of them.
-      index: Which matrix of a stack.
-      exponent: The unit is the power of two that lets the largest entry lie in
-        ``[2**exponent, 2**(exponent + 1))``.
-      count: How many tables.
-
-    Returns:
-      Each a `lookup.table`, and the unit.
-    """
-    if w.codebook is None:
-        return [], jnp.float32(1)
-    rest = one_of(w.codebook, index).astype(jnp.float32)
-    factor, unit = bring_to(jnp.abs(rest).max(), exponent)
-    rest, tables = rest * factor, []
-    for _ in range(count):
-        entries = rest.astype(DTYPE)
-        tables.append(lookup.table(entries))
-        rest -= entries.astype(jnp.float32)
-    return tables, unit
-
-
-def read_table(ref: Any) -> list[Array]:
-    """Reads, in a kernel's body, the words of a `lookup.table`."""
-    # A maximum of floats over the lanes leaves every word in a register of its own. Of
-    # integers, or of words loaded alone, the assembler knows that all lanes have the
-    # same: it keeps them in uniform registers, from which PRMT does not read, and moves
-    # them for every use, one more instruction for each weight.
-    lanes = pl.ds(0, lookup.LANES)
-    halves = [
-        lang.load_row(ref, i, columns=lanes).max().astype(jnp.uint32)
-        for i in range(2 * lookup.WORDS)
-    ]
-    pairs = zip(halves[::2], halves[1::2], strict=True)
-    return [low | high << 16 for low, high in pairs]
 
 
 def fit(

@@ -72,7 +72,7 @@ class Columns:
           bits: Width of a code.
           start: The first column.
           width: How many, a power of two.
-          table: Words of `lookup.table` where codes stand for its entries.
+          table: Words of `lookup.words` where codes stand for its entries.
           dtype: Of the operands.
           slices: Runs of k that operands have side by side, slice after slice.
         """
@@ -103,7 +103,7 @@ class Columns:
         return self._lang.unpack(self._recipes[place.sub_block], planes)
 
     def entry(self, place: Place, table: Sequence[Array]) -> Float[Array, "n k"]:
-        """Reads a sub-block of codes in nibbles as entries of a `lookup.table`."""
+        """Reads a sub-block of codes in nibbles as entries of a table."""
         slots = self._slots(place, 0)
         return self._lang.look_up(slots, table, place.sub_block, self._dtype)
 

@@ -2,6 +2,7 @@
 
 from qjax.tensor.building import build
 from qjax.tensor.digits import Digits
+from qjax.tensor.joining import concatenate
 from qjax.tensor.parts import Affine, Cut, Encoded, Grouping, Layout, Segment, plain
 from qjax.tensor.qtensor import (
     QTensor,
@@ -24,6 +25,7 @@ __all__ = [
     "Segment",
     "build",
     "codes",
+    "concatenate",
     "group_counts",
     "matrix_shape",
     "over_batch",

@@ -204,7 +204,7 @@ class Other:
     def config(self) -> Config:
         w = self.weight
         if self.kernel == "dequantize":
-            return configs.for_dequantize()
+            return configs.for_dequantize(w)
         config = getattr(configs, f"for_{self.kernel}")(self.m, w)
         # Few enough for a loop to be left.
         return dataclasses.replace(config, splits=2)

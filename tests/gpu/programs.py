@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -10,9 +12,12 @@ import jax
 import jax.numpy as jnp
 
 import qjax
-from examples.llm import model
 from qjax.tensor import Affine, QTensor, Segment
 from tests.gpu.cases import weight
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "llm"))
+import model
+from weights import Weights
 
 # A function to compile, and its arguments as structs.
 Source = tuple[Callable[..., Any], tuple[Any, ...]]
@@ -39,6 +44,20 @@ class Product:
         codes = {"affine": Affine.CODEBOOK, "zero": None} if self.codebook else {}
         w = weight(4, 128, k=SIDE, n=SIDE, **codes)
         return (gradient, (x, x, w)) if self.gradient else (qjax.matmul, (x, w))
+
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """``qjax.dequantize`` of such a matrix, in another dtype than its scale."""
+
+    codebook: bool = False
+
+    def __str__(self) -> str:
+        return f"{'codebook ' * self.codebook}dequantize"
+
+    def __call__(self) -> Source:
+        (_, w) = Product(1, codebook=self.codebook)()[1]
+        return functools.partial(qjax.dequantize, dtype=jnp.bfloat16), (w,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,15 +201,12 @@ class DecoderStep:
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """Shape of every matrix by its name in the checkpoint."""
+        """Shape of every matrix by its name, those of the same inputs joined."""
         hidden, keys = self.hidden, 256
         layer = {
-            "self_attn.q_proj": (hidden, hidden),
-            "self_attn.k_proj": (hidden, keys),
-            "self_attn.v_proj": (hidden, keys),
+            "self_attn.qkv_proj": (hidden, hidden + 2 * keys),
             "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_proj": (hidden, self.inner),
-            "mlp.up_proj": (hidden, self.inner),
+            "mlp.gate_up_proj": (hidden, 2 * self.inner),
             "mlp.down_proj": (self.inner, hidden),
         }
         shapes = {
@@ -223,6 +239,6 @@ class DecoderStep:
 def _step(config, tensors, ids, cache):
     # As on a GPU, where the layers would find the matrices prepared.
     with mock.patch.object(qjax.ops, "_native_layout", lambda w: w.layout):
-        decoder = model.Decoder(model.Weights(dict(tensors), config, jnp.bfloat16))
+        decoder = model.Decoder(Weights(dict(tensors), config, jnp.bfloat16))
     hidden, cache = decoder.forward(ids, cache)
     return decoder.logits(hidden[:, -1]).argmax(-1), cache

@@ -247,10 +247,9 @@ class Dequantize:
     def __call__(self) -> tuple[Callable[[], Any], list[np.ndarray]]:
         """Returns the call and what it should give."""
         matrix = self.weight.matrix()
-        config = configs.for_dequantize()
-        call = functools.partial(
-            dequantize, in_tiles(matrix), jnp.dtype(self.dtype), config
-        )
+        w = in_tiles(matrix)
+        config = configs.for_dequantize(w)
+        call = functools.partial(dequantize, w, jnp.dtype(self.dtype), config)
         return call, [matrix.stored]
 
 

@@ -44,9 +44,8 @@ def test_instructions(case, arch, kernel, budgets):
     budgets.check(case, arch, len(counted) / case.weights, kernel.registers)
 
 
-# The parameter with words, after the tables of a codebook.
+# The parameter with words, after the codebook.
 WORDS = {"dequantize": 0, "matmul_t": 2, "scale_grad": 3}
-TABLES = {"dequantize": 4, "matmul_t": 1}
 
 
 @every
@@ -55,7 +54,7 @@ def test_words_are_read_once(case, arch, compiled):
     program = compiled(case, arch)
     launch, config = program.kernel_launch, case.config
     loads = ptx.loads(program.kernel.ptx)
-    words = WORDS[case.kernel] + (TABLES[case.kernel] if case.codebook else 0)
+    words = WORDS[case.kernel] + case.codebook
     rows = case.weights * 32 * config.warps / config.block_n
     passes = {"matmul_t": N / config.block_n, "scale_grad": K / rows}
     if case.kernel == "dequantize":

@@ -10,6 +10,7 @@ from tests.gpu import compiler
 from tests.gpu.programs import (
     DENSE,
     DecoderStep,
+    Dense,
     Layers,
     Mixed,
     Native,
@@ -76,6 +77,14 @@ def test_launches_of_a_product(case, program):
     few = {1: 1, 16: 2}
     assert len(program.launches) == few.get(case.m, 3)
     assert {launch.kind for launch in program.launches} == {"kCustomKernel"}
+
+
+@pytest.mark.parametrize("case", [Dense(), Dense(codebook=True)], ids=str)
+@both
+def test_dequantize(program):
+    (launch,) = program.launches
+    assert launch.name.startswith("dequantize_4bit")
+    assert program.temporaries == 0
 
 
 @pytest.mark.parametrize("case", [Mixed(32, padded=32), Mixed(128)], ids=str)

@@ -159,7 +159,7 @@ def test_backward_and_dequantize(bits, group_size, convention, dtype):
     for f, config, operands in (
         (matmul_t, configs.for_matmul_t(16, w), (dy, w)),
         (scale_grad, configs.for_scale_grad(16, w), (x, dy, w)),
-        (functools.partial(dequantize, dtype=dtype), configs.for_dequantize(), (w,)),
+        (functools.partial(dequantize, dtype=dtype), configs.for_dequantize(w), (w,)),
     ):
         assert launches(lower(functools.partial(f, config=config), *operands)) == 1
 

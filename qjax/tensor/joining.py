@@ -1,0 +1,130 @@
+"""Matrices of the same inputs, joined into one."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jaxtyping import Array
+
+from qjax.tensor.parts import Grouping, plain
+from qjax.tensor.qtensor import QTensor
+
+# What joined matrices share: static fields, and leaves that have no axis of n.
+_STATIC = ("layout", "segments", "affine", "grouping", "rounding")
+_SHARED = ("order", "row_group", "codebook", "input_scale")
+
+
+def concatenate(weights: Sequence[QTensor]) -> QTensor:
+    """Joins matrices of the same inputs along n, so that one product serves all.
+
+    The queries, keys and values of a layer, say: on a GPU their products are one launch
+    then, and the small ones fill it. Nothing is unpacked, and every column stays what
+    it was. Of weights that are cut over devices along n, words move.
+
+    Args:
+      weights: Matrices, or stacks of as many, alike but for n and their values: packed
+        in the same layout, with the same widths, groups, affine map and dtypes, and
+        rows in the same order. Encoded scales are decoded.
+
+    Returns:
+      ``[*batch, k, sum of n]``. `jax.numpy.split` cuts a product into theirs.
+
+    Raises:
+      ValueError: If they are not alike, saying in what; or if their layout cannot be
+        joined.
+
+    Example:
+      >>> import qjax
+      >>> q, k = (qjax.quantize(jnp.ones((64, n)), group_size=32) for n in (16, 8))
+      >>> w = concatenate([q, k])
+      >>> jnp.array_equal(
+      ...     qjax.matmul(jnp.ones((2, 64)), w)[:, 16:],
+      ...     qjax.matmul(jnp.ones((2, 64)), k),
+      ... ).item()
+      True
+    """
+    if not weights:
+        raise ValueError("weights is empty; pass one QTensor or more.")
+    first, *others = weights
+    for i, w in enumerate(others, 1):
+        _check_alike(first, w, f"weights[{i}]")
+    axis = _axis_of_columns(first)
+    for i, w in enumerate(weights[:-1]):
+        if w.padding:
+            raise ValueError(
+                f"weights[{i}] has {w.padding} padded columns in {w.layout!r}, and "
+                "another after it; qjax.relayout moves it to gptq.Stream(), which has "
+                "none."
+            )
+    words = zip(*(w.words for w in weights), strict=True)
+    parameters = {
+        name: jnp.concatenate([_columns(getattr(w, name), w.n) for w in weights], -1)
+        for name in ("scale", "zero")
+        if getattr(first, name) is not None
+    }
+    return dataclasses.replace(
+        first,
+        words=tuple(jnp.concatenate(arrays, axis) for arrays in words),
+        padding=weights[-1].padding,
+        **parameters,
+    )
+
+
+def _check_alike(first: QTensor, w: QTensor, name: str) -> None:
+    wanted = _form(first)
+    for what, found in _form(w).items():
+        if found != wanted[what]:
+            raise ValueError(
+                f"{name}.{what}={found} must be {wanted[what]}, as of weights[0]."
+            )
+    for field in _SHARED:
+        one, other = getattr(first, field), getattr(w, field)
+        if one is other:
+            continue
+        traced = isinstance(one, Tracer) or isinstance(other, Tracer)
+        if traced:
+            raise ValueError(
+                f"{name}.{field} is traced and cannot be compared with that of "
+                "weights[0]; join weights outside of jit."
+            )
+        if not np.array_equal(_values(one), _values(other)):
+            raise ValueError(
+                f"{name}.{field} has other values than that of weights[0]."
+            )
+
+
+def _form(w: QTensor) -> dict[str, Any]:
+    """What joined matrices have in common, but for values."""
+    leaves = {field: getattr(w, field) for field in ("scale", "zero", *_SHARED)}
+    dtypes = {f"{k}.dtype": getattr(leaf, "dtype", None) for k, leaf in leaves.items()}
+    static = {field: getattr(w, field) for field in _STATIC}
+    return {"shape[:-1]": w.shape[:-1]} | static | dtypes
+
+
+def _values(leaf: Any) -> np.ndarray:
+    return np.asarray(plain(leaf))
+
+
+def _axis_of_columns(w: QTensor) -> int:
+    """The axis of words that runs along n; refuses what has none."""
+    if w.grouping is not Grouping.ROWS:
+        raise ValueError(f"{w!r} has groups over several columns, and is not joined.")
+    cut = w.layout.cut(w.segments[0].bits)
+    if cut is None:
+        raise ValueError(
+            f"{w.layout!r} has no axis of columns to join along; qjax.relayout or "
+            "qjax.prepare moves the codes to one that has."
+        )
+    return len(w.batch) + cut.n_axis
+
+
+def _columns(parameter: Any, n: int) -> Array:
+    """A scale or zero with a value for each of n columns, padding left out."""
+    parameter = plain(parameter)
+    count = parameter.shape[-1]
+    if count < n:
+        parameter = jnp.repeat(parameter, n // count, axis=-1)
+    return parameter[..., :n]
