@@ -1,6 +1,5 @@
 """The products behind `qjax.matmul`: every implementation, and the one gradient."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -12,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qjax import decode, pallas, sharding, tensor, xla
+from qjax import moving, pallas, sharding, tensor, xla
 from qjax.formats.tiles import Tiles
 from qjax.partitioning import explicitly_like, over_devices
 from qjax.sharding import P, Segmented
-from qjax.tensor import Layout, QTensor
+from qjax.tensor import QTensor
 
 # Every implementation of the three products that `matmul` and its gradient need. One
 # raises `NotImplementedError` to decline its operands; other errors are the caller's.
@@ -387,7 +386,7 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
 
     def elsewhere(*operands: Any) -> Any:
         *rows, w, index = operands
-        native = in_layout(pallas.one_of(w, index), xla.NATIVE)
+        native = moving.in_layout(pallas.one_of(w, index), xla.NATIVE)
         wide = [row.astype(jnp.float32) for row in rows]
         return as_chosen(_first(op, _xla_order(op, m, native), (*wide, native)))
 
@@ -440,40 +439,4 @@ def native(w: QTensor, index: Array | None) -> tuple[QTensor, Array | None]:
     """
     if isinstance(w.layout, Tiles):
         return w, index
-    return in_layout(pallas.one_of(w, index), xla.NATIVE), None
-
-
-def in_layout(w: QTensor, layout: Layout) -> QTensor:
-    """Moves the codes if the layout can hold them."""
-    with contextlib.suppress(ValueError):  # xla.dense reads any layout.
-        return decode.relayout(w, layout, move=move_words)
-    return w
-
-
-def move_words(
-    words: Array, source: Layout, target: Layout, bits: int, shape: tuple[int, int]
-) -> Array:
-    """`decode.move_words`; on a GPU by a kernel, each device on its pieces."""
-
-    def piece(words: Array) -> tuple[int, int]:
-        k, n = map(min, shape, source.extents(words.shape, bits))
-        return k, n
-
-    def elsewhere(words: Array) -> Array:
-        return decode.move_words(words, source, target, bits, piece(words))
-
-    def on_gpu(words: Array) -> Array:
-        with contextlib.suppress(NotImplementedError):
-            return pallas.relayout(words, source, target, bits, piece(words))
-        return elsewhere(words)
-
-    def moved(words: Array) -> Array:
-        return jax.lax.platform_dependent(words, cuda=on_gpu, default=elsewhere)
-
-    layouts = source, target
-    if any(layout.digits(bits) is None for layout in layouts):
-        return elsewhere(words)
-    of_words, of_moved = (sharding.words_names(one, bits) for one in layouts)
-    held = source.extents(words.shape, bits)
-    units = sharding.words_units(layouts, bits, shape, held)
-    return over_devices(moved, (words,), (of_words,), of_moved, units)
+    return moving.in_layout(pallas.one_of(w, index), xla.NATIVE), None

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float, Integer
 
-from qjax import decode, dispatch, pallas, sharding, tensor, xla
+from qjax import decode, dispatch, moving, pallas, sharding, tensor, xla
 from qjax.bits import block
 from qjax.formats.tiles import Tiles
 from qjax.partitioning import over_devices, vary_together
@@ -118,7 +118,8 @@ def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b 
 
     Returns:
       ``[*batch, k, n]``, rows in the order of the input features; the same on all
-      devices. On an NVIDIA GPU, a kernel computes it of a weight in `Tiles`.
+      devices. On an NVIDIA GPU, a kernel computes it of a weight in `Tiles`, or in a
+      layout from which `relayout` moves words there.
 
     Example:
       >>> w = qjax.quantize(jnp.eye(32), bits=4, group_size=32)
@@ -151,20 +152,28 @@ def relayout(qt: QTensor, layout: Layout) -> QTensor:
       >>> bool((qjax.codes(planar) == qjax.codes(w)).all())
       True
     """
-    return decode.relayout(qt, layout, move=dispatch.move_words)
+    return decode.relayout(qt, layout, move=moving.move_words)
 
 
 def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
     def on_gpu(w: QTensor) -> Array:
+        # Moved first, words are read in order, and each once: XLA would read them once
+        # for every code.
+        moved = decode.relayout(w, pallas.layout_of(w), move=moving.move_piece)
         with contextlib.suppress(NotImplementedError):
-            return pallas.weight(w, dtype)
+            return pallas.weight(moved, dtype)
         return elsewhere(w)
 
     def elsewhere(w: QTensor) -> Array:
         return decode.stored_weight(w, dtype)
 
     def evaluate(w: QTensor) -> Array:
-        if w.layout != pallas.layout_of(w) or not dispatch.kernels_read(w):
+        layout = pallas.layout_of(w)
+        moves = w.layout == layout or all(
+            moving.are_permuted(w.layout, layout, segment.bits)
+            for segment in w.segments
+        )
+        if not moves or not dispatch.kernels_read(w):
             return elsewhere(w)
         return jax.lax.platform_dependent(w, cuda=on_gpu, default=elsewhere)
 
@@ -266,7 +275,7 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
         if not is_qtensor(leaf):
             return leaf
         grouped = _group_rows(leaf)
-        return dispatch.in_layout(grouped, layout or _native_layout(grouped))
+        return moving.in_layout(grouped, layout or _native_layout(grouped))
 
     return jax.tree.map(one, tree, is_leaf=is_qtensor)
 
@@ -291,7 +300,7 @@ def _group_rows(qt: QTensor) -> QTensor:
     row_group = qt.row_group
     if row_group is None or qt.batch or len(qt.segments) != 1:
         return qt
-    qt = dispatch.in_layout(qt, xla.NATIVE)
+    qt = moving.in_layout(qt, xla.NATIVE)
     bits = qt.segments[0].bits
     counts = np.bincount(np.asarray(row_group), minlength=qt.scale.shape[-2])
     size = counts[0]

@@ -145,7 +145,7 @@ class Tiles(Layout):
 
     def digits(self, bits: int) -> Digits | None:
         """Permutes those of codes that are a single plane."""
-        if len(PLANES[bits]) > 1:
+        if len(PLANES[bits]) > 1 or (self.nibbles and bits != 4):
             return None
         count = sub_blocks(bits).bit_length() - 1
         return Digits(

@@ -110,8 +110,8 @@ def relayout(
     )
     packed = jax.eval_shape(move, words)
     held, wanted = (
-        dict(zip("kn", layout.extents(shape, bits), strict=True))
-        for layout, shape in ((source, words.shape), (target, packed.shape))
+        dict(zip("kn", layout.extents(array.shape, bits), strict=True))
+        for layout, array in ((source, words), (target, packed))
     )
     for letter, size in zip("kn", shape, strict=True):
         if size < min(held[letter], wanted[letter]):

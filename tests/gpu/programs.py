@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 import qjax
-from qjax.tensor import Affine, QTensor, Segment
+from qjax.tensor import Affine, Layout, QTensor, Segment
 from tests.gpu.cases import weight
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "llm"))
@@ -51,12 +51,16 @@ class Dense:
     """``qjax.dequantize`` of such a matrix, in another dtype than its scale."""
 
     codebook: bool = False
+    layout: Layout | None = None
 
     def __str__(self) -> str:
-        return f"{'codebook ' * self.codebook}dequantize"
+        layout = "" if self.layout is None else f" of {self.layout}"
+        return f"{'codebook ' * self.codebook}dequantize{layout}"
 
     def __call__(self) -> Source:
         (_, w) = Product(1, codebook=self.codebook)()[1]
+        if self.layout is not None:
+            w = jax.eval_shape(functools.partial(qjax.relayout, layout=self.layout), w)
         return functools.partial(qjax.dequantize, dtype=jnp.bfloat16), (w,)
 
 

@@ -6,9 +6,11 @@ import re
 
 import pytest
 
+from qjax.formats import bnb, tinygemm
 from tests.gpu import compiler
 from tests.gpu.programs import (
     DENSE,
+    SIDE,
     DecoderStep,
     Dense,
     Layers,
@@ -85,6 +87,20 @@ def test_dequantize(program):
     (launch,) = program.launches
     assert launch.name.startswith("dequantize_4bit")
     assert program.temporaries == 0
+
+
+@pytest.mark.parametrize(
+    "case",
+    [Dense(layout=tinygemm.TensorCoreTiled()), Dense(True, bnb.Flat(SIDE))],
+    ids=str,
+)
+@both
+def test_dequantize_of_other_layouts(program):
+    first, second = [launch.name for launch in program.launches]
+    assert first == "relayout_4bit"
+    assert second.startswith("dequantize_4bit")
+    # The words, once more.
+    assert program.temporaries == DENSE / 4
 
 
 @pytest.mark.parametrize("case", [Mixed(32, padded=32), Mixed(128)], ids=str)

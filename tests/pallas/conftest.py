@@ -86,6 +86,17 @@ def compiled(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
+def hardly_optimized(request):
+    """An interpreted kernel runs once: most of its time is that of XLA's passes."""
+    if _on_gpu(request.config):
+        yield
+        return
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(autouse=True)
 def emulated(request):
     """Every launch is run as a GPU would."""
     arch = request.config.getoption("--emulate", default=None)

@@ -12,7 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax.formats import tiles
+from qjax.formats import awq, awq_v2, bnb, gptq, mxfp4, tiles, tinygemm
 from qjax.pallas import configs
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
@@ -356,3 +356,38 @@ def test_dense_weight(convention, dtype):
         weight(4, 64, "offset"), scale=struct((8, 256), jnp.float32)
     )
     assert launches(lower(lambda w: qjax.dequantize(w, dtype), wide)) == 0
+
+
+OTHERS = [
+    gptq.Stream(),
+    awq.Gemm(),
+    awq.Gemv(),
+    awq_v2.Interleaved(),
+    bnb.Flat(512),
+    mxfp4.Blocks(),
+    tinygemm.TensorCoreTiled(),
+]
+
+
+@pytest.mark.parametrize("target", OTHERS, ids=str)
+@pytest.mark.parametrize("batch", [(), (2, 3)], ids=str)
+def test_relayout(target, batch):
+    w = weight(4, 64)
+    stacks = jax.tree.map(lambda leaf: struct((*batch, *leaf.shape), leaf.dtype), w)
+    there = functools.partial(qjax.relayout, layout=target)
+    back = functools.partial(qjax.relayout, layout=w.layout)
+    assert launches(lower(there, stacks)) == 1
+    assert launches(lower(back, jax.eval_shape(there, stacks))) == 1
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_relayout_of_codes_that_are_permuted(bits):
+    move = functools.partial(qjax.relayout, layout=gptq.Stream())
+    assert launches(lower(move, weight(bits, 64))) == (bits in (1, 2, 4, 8))
+
+
+def test_relayout_of_ragged_segments():
+    # Of 96 rows, where a tile of the kernel has 128.
+    w = weight(4, 32, k=96, n=40)
+    move = functools.partial(qjax.relayout, layout=gptq.Stream())
+    assert launches(lower(move, w)) == 1
