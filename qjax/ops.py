@@ -175,7 +175,16 @@ def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
         )
         if not moves or not dispatch.kernels_read(w):
             return elsewhere(w)
+        return by_device(w)
+
+    @jax.custom_jvp
+    def by_device(w: QTensor) -> Array:
         return jax.lax.platform_dependent(w, cuda=on_gpu, default=elsewhere)
+
+    @by_device.defjvp
+    def _(primals: tuple[QTensor], tangents: tuple[QTensor]) -> tuple[Array, Array]:
+        # A kernel has no derivative of its own.
+        return by_device(*primals), jax.jvp(elsewhere, primals, tangents)[1]
 
     if isinstance(w.scale, Encoded) or isinstance(w.zero, Encoded):
         return elsewhere(w)

@@ -391,3 +391,22 @@ def test_relayout_of_ragged_segments():
     w = weight(4, 32, k=96, n=40)
     move = functools.partial(qjax.relayout, layout=gptq.Stream())
     assert launches(lower(move, w)) == 1
+
+
+@pytest.mark.parametrize("layout", [tiles.Tiles(), gptq.Stream()], ids=str)
+def test_gradient_of_the_dense_weight(layout):
+    # The kernels have no derivative: it is that of the formula.
+    w = jax.eval_shape(lambda w: qjax.relayout(w, layout), weight(4, 64))
+
+    def loss(scale, w):
+        return qjax.dequantize(dataclasses.replace(w, scale=scale)).sum()
+
+    both = jax.value_and_grad(loss)
+    text = lower(both, w.scale, w)
+    assert launches(text) == (1 if layout == tiles.Tiles() else 2)
+    packed = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), w)
+    gradient = both(packed.scale, packed)[1]
+    plain = dataclasses.replace(packed, scale=packed.scale * 2)
+    # Linear in the scale.
+    expected = (qjax.dequantize(plain) - qjax.dequantize(packed)).reshape(8, 64, 256)
+    assert jnp.array_equal(gradient, expected.sum(1))
