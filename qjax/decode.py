@@ -14,6 +14,7 @@ from qjax.tensor import (
     Grouping,
     Layout,
     QTensor,
+    columns,
     matrix_shape,
     over_batch,
     plain,
@@ -90,11 +91,8 @@ def stored_weight(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "
 
 
 def _columns(parameter: Array, n: int) -> Array:
-    """Cuts or repeats the columns of a scale to n; one column stays one."""
-    count = parameter.shape[-1]
-    if count == 1 or count == n:
-        return parameter
-    return parameter[:, :n] if count > n else jnp.repeat(parameter, n // count, axis=1)
+    """`tensor.columns`, but one column stays one."""
+    return parameter if parameter.shape[-1] == 1 else columns(parameter, n)
 
 
 def spread(part: QTensor, parameter: Array) -> Array:

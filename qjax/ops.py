@@ -156,6 +156,36 @@ def relayout(qt: QTensor, layout: Layout) -> QTensor:
 
 
 def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
+    if isinstance(w.scale, Encoded) or isinstance(w.zero, Encoded):
+        return decode.stored_weight(w, dtype)
+    by_kernel = _moves_to_kernel(w) and dispatch.kernels_read(w)
+    stored = dataclasses.replace(w, order=None, input_scale=None)
+    return over_devices(
+        functools.partial(
+            _by_device if by_kernel else decode.stored_weight, dtype=dtype
+        ),
+        (stored,),
+        (sharding.names(stored),),
+        P("k0" if len(w.segments) == 1 else None, "n"),
+        sharding.units(stored),
+    )
+
+
+def _moves_to_kernel(w: QTensor) -> bool:
+    """Whether a weight is in the kernels' layout, or one launch moves it there."""
+    layout = pallas.layout_of(w)
+    return w.layout == layout or all(
+        moving.are_permuted(w.layout, layout, segment.bits) for segment in w.segments
+    )
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _by_device(w: QTensor, dtype: DTypeLike | None) -> Array:
+    """`decode.stored_weight`; on a GPU by a kernel, which has no derivative."""
+
+    def elsewhere(w: QTensor) -> Array:
+        return decode.stored_weight(w, dtype)
+
     def on_gpu(w: QTensor) -> Array:
         # Moved first, words are read in order, and each once: XLA would read them once
         # for every code.
@@ -164,38 +194,15 @@ def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
             return pallas.weight(moved, dtype)
         return elsewhere(w)
 
-    def elsewhere(w: QTensor) -> Array:
-        return decode.stored_weight(w, dtype)
+    return jax.lax.platform_dependent(w, cuda=on_gpu, default=elsewhere)
 
-    def evaluate(w: QTensor) -> Array:
-        layout = pallas.layout_of(w)
-        moves = w.layout == layout or all(
-            moving.are_permuted(w.layout, layout, segment.bits)
-            for segment in w.segments
-        )
-        if not moves or not dispatch.kernels_read(w):
-            return elsewhere(w)
-        return by_device(w)
 
-    @jax.custom_jvp
-    def by_device(w: QTensor) -> Array:
-        return jax.lax.platform_dependent(w, cuda=on_gpu, default=elsewhere)
-
-    @by_device.defjvp
-    def _(primals: tuple[QTensor], tangents: tuple[QTensor]) -> tuple[Array, Array]:
-        # A kernel has no derivative of its own.
-        return by_device(*primals), jax.jvp(elsewhere, primals, tangents)[1]
-
-    if isinstance(w.scale, Encoded) or isinstance(w.zero, Encoded):
-        return elsewhere(w)
-    stored = dataclasses.replace(w, order=None, input_scale=None)
-    return over_devices(
-        evaluate,
-        (stored,),
-        (sharding.names(stored),),
-        P("k0" if len(w.segments) == 1 else None, "n"),
-        sharding.units(stored),
-    )
+@_by_device.defjvp
+def _(
+    dtype: DTypeLike | None, primals: tuple[QTensor], tangents: tuple[QTensor]
+) -> tuple[Array, Array]:
+    formula = functools.partial(decode.stored_weight, dtype=dtype)
+    return _by_device(*primals, dtype), jax.jvp(formula, primals, tangents)[1]
 
 
 def check(x: Array, w: QTensor, index: Any, implementation: str | None) -> None:

@@ -22,8 +22,7 @@ REFERENCE_NATS = 2.4927
 def main(mesh: MeshOption = None) -> None:
     """Generates from the shipped model and prints its loss beside the reference."""
     placement, tokenizer = place(SHIPPED, mesh), read_tokenizer(SHIPPED)
-    where = placement and placement.weight
-    model = load(SHIPPED, sharding=where, joined=where is None)
+    model = load(SHIPPED, sharding=placement and placement.weight, joined=True)
     print(describe(model, SHIPPED), file=sys.stderr)
     stream(
         model,

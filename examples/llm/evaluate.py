@@ -140,8 +140,7 @@ def main(
         is_ids = source.suffix in (".npy", ".npz")
         ids = read_ids(source) if is_ids else encode_text(source, tokenizer, context)
         placement = place(model, mesh)
-        where = placement and placement.weight
-        decoder = load(model, sharding=where, joined=where is None)
+        decoder = load(model, sharding=placement and placement.weight, joined=True)
         print(describe(decoder, model), file=sys.stderr)
         print(evaluate(decoder, tokenizer, ids, batch, placement))
     except (ValueError, KeyError, OSError) as error:

@@ -292,8 +292,7 @@ def main(
     try:
         tokenizer = read_tokenizer(model)
         placement = place(model, mesh, coordinator, processes, process)
-        where = placement and placement.weight
-        decoder = load(model, sharding=where, joined=where is None)
+        decoder = load(model, sharding=placement and placement.weight, joined=True)
         print(describe(decoder, model), file=sys.stderr)
         stream(
             decoder,

@@ -282,8 +282,8 @@ def load(
       path: Directory with config.json and safetensors, quantized or not.
       dtype: Dtype of the activations.
       sharding: Where each weight goes, as in `qjax.checkpoints.load`.
-      joined: Whether to `join` what it can. Layers then have other names than in the
-        checkpoint, which training would write back.
+      joined: Whether to `join` what it can, where nothing is cut over devices. Layers
+        then have other names than in the checkpoint, which training would write back.
 
     Returns:
       The model; ``model(ids[b, t])`` gives logits ``[b, t, vocab]`` in float32.
@@ -296,8 +296,8 @@ def load(
         config = Config.from_json(qjax.checkpoints.read_config(path))
     except KeyError as error:
         raise ValueError(f"{path}: config.json lacks {error}.") from None
-    tensors = dict(qjax.checkpoints.load(path, sharding=sharding))
-    if joined:
+    tensors = qjax.checkpoints.load(path, sharding=sharding)
+    if joined and sharding is None:
         join(tensors)
     weights = Weights(tensors, config, dtype)
     if config.tied:

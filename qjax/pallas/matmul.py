@@ -175,8 +175,7 @@ def _body(
     bounds, runs = walk.read(refs.places, m), walk.runs
     x_rows = pl.ds(m * config.block_m, config.block_m)
     start = n * config.block_n
-    # A block that takes no matrix has no iterations, and any codebook.
-    book = read_book(refs.books, jnp.maximum(walk.matrix(refs.places, m), 0), dtype)
+    book = read_book(refs.books, walk.matrix(refs.places, m), dtype)
     columns = [
         Columns(language, ref, run.bits, start, config.block_n, book.words, dtype)
         for run, ref in zip(runs, refs.words, strict=True)

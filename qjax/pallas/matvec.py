@@ -76,8 +76,8 @@ def matvec(
 
     Args:
       x: bfloat16 or float16, k as ``w.k``. Nothing is rounded but the entries of a
-        codebook, to the dtype of x. Where elements exceed
-        2**100, sums of codes with their offsets may overflow: NaN.
+        codebook, to the dtype of x. Where elements exceed 2**100, sums of codes with
+        their offsets may overflow: NaN.
       w: As `qjax.pallas.matmul.matmul` takes it.
       config: How to cut the launch up. A program owns ``block_m / slices`` rows and
         ``block_n / slices`` columns of the product.
@@ -145,9 +145,7 @@ def _body(
         exists=None if m % height == 0 else m,
     )
     dtype = refs.x.dtype
-    # A block that takes no matrix has no iterations, and any codebook.
-    matrix = jnp.maximum(walk.matrix(refs.places, pl.program_id(0)), 0)
-    book = read_book(refs.books, matrix, dtype)
+    book = read_book(refs.books, walk.matrix(refs.places, pl.program_id(0)), dtype)
     acc = jnp.zeros((config.block_n, config.block_m), jnp.float32)
     bounds = walk.read(refs.places, pl.program_id(0))
     for run, bound, words in zip(walk.runs, bounds, refs.words, strict=True):
@@ -284,15 +282,17 @@ class _Segment(NamedTuple):
                 acc += self.program.language.dot(operand, x.T)
             return acc
 
+        sums = []
         # No offset stands beside the entries of a codebook.
-        offsets = [[self.columns.offset(place(i)) for i in p] for p in products]
-        plain = self.program.affine is Affine.CODEBOOK
+        if self.program.affine is not Affine.CODEBOOK:
+            offsets = [[self.columns.offset(place(i)) for i in p] for p in products]
+            sums = self._sums(offsets, xs, len(acc))
         return scaling.add_step(
             self.program.language,
             self.program.affine,
             acc,
             product,
-            [] if plain else self._sums(offsets, xs, len(acc)),
+            sums,
             scale_and_zero,
         )
 

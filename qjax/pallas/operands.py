@@ -242,7 +242,7 @@ def read_book(
 
     Args:
       ref: The books, or None.
-      row: Which.
+      row: Which. -1, of a block that takes no matrix, reads any: there are no codes.
       dtype: Of the entries.
       exponent: float16 entries are scaled so that the largest lies in
         ``[2**exponent, 2**(exponent + 1))``.
@@ -256,7 +256,7 @@ def read_book(
     # same: it keeps that in uniform registers, from which PRMT does not read, and moves
     # it for every use, one more instruction for each weight.
     lanes = jnp.arange(lookup.LANES) % lookup.ENTRIES
-    entry = lang.gather(ref, jnp.full(lanes.shape, row), lanes)
+    entry = lang.gather(ref, jnp.full(lanes.shape, jnp.maximum(row, 0)), lanes)
     rest = [jnp.where(lanes == i, entry, -jnp.inf).max() for i in range(lookup.ENTRIES)]
     undo = None
     if dtype == DTYPE:

@@ -86,15 +86,16 @@ def relayout(
     """Moves the codes of a matrix of one width to another layout.
 
     Args:
-      words: Words in ``source``.
-      source: Their layout.
-      target: Another.
-      bits: Width of a code.
-      shape: Rows and columns, without the padding in ``words``.
+      words: As in `decode.move_words`, and so are ``source``, ``target``, ``bits`` and
+        ``shape``.
+      source: See ``words``.
+      target: See ``words``.
+      bits: See ``words``.
+      shape: See ``words``.
       interpret: Whether to run as jnp, on any device.
 
     Returns:
-      What ``target`` packs the codes into.
+      As `decode.move_words`.
 
     Raises:
       ValueError: If ``target`` cannot hold the codes.

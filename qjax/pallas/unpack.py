@@ -177,7 +177,7 @@ def _recipe(bits: int, sub_block: int, dtype: jnp.dtype, negative: bool) -> Reci
     for plane, width in enumerate(PLANES[bits]):
         if plane:
             low -= width
-            view = _low_view(bits, plane, sub_block, place + low)
+            view = _cheapest_view(bits, plane, sub_block, place + low)
         takes.append(Take(plane, view, (2**width - 1) << (place + low)))
     top, base = 2**bits - 1, 2.0 ** (mantissa - place)
     magic = (bias + mantissa - place) << mantissa
@@ -190,13 +190,8 @@ def _recipe(bits: int, sub_block: int, dtype: jnp.dtype, negative: bool) -> Reci
 def _tall_recipe(bits: int, sub_block: int, dtype: jnp.dtype) -> Recipe:
     """Of 8-bit codes in bfloat16: ``128 + low`` less 256, or 128 with the high bit."""
     mantissa, bias = _FLOATS[dtype]
-    position = POSITIONS[bits][0][sub_block]
-    views = [View(swap, View(swap, 0).start(position)) for swap in (False, True)]
-    view = min(
-        (view for view in views if view.right + bits <= 16), key=lambda view: view.cost
-    )
-    low, high = 2**mantissa - 1, 2**mantissa
-    take, above = Take(0, view, low), Take(0, view, high)
+    view, high = _cheapest_view(bits, 0, sub_block, 0), 2**mantissa
+    take, above = Take(0, view, high - 1), Take(0, view, high)
     magic = (bias + mantissa) << mantissa
     return Recipe(dtype, (take,), magic, False, -float(high), above)
 
@@ -220,8 +215,8 @@ def _main_view(bits: int, sub_block: int, mantissa: int) -> tuple[View, int]:
     raise AssertionError(f"{bits}-bit codes and a mantissa of {mantissa} bits")
 
 
-def _low_view(bits: int, plane: int, sub_block: int, place: int) -> View:
-    """The cheapest view that puts a field of a low plane at bit ``place``."""
+def _cheapest_view(bits: int, plane: int, sub_block: int, place: int) -> View:
+    """The cheapest view that puts a field of a plane at bit ``place``."""
     width, positions = PLANES[bits][plane], POSITIONS[bits][plane]
     position = positions[sub_block % len(positions)]
     views = [

@@ -3,7 +3,16 @@
 from qjax.tensor.building import build
 from qjax.tensor.digits import Digits
 from qjax.tensor.joining import concatenate
-from qjax.tensor.parts import Affine, Cut, Encoded, Grouping, Layout, Segment, plain
+from qjax.tensor.parts import (
+    Affine,
+    Cut,
+    Encoded,
+    Grouping,
+    Layout,
+    Segment,
+    columns,
+    plain,
+)
 from qjax.tensor.qtensor import (
     QTensor,
     codes,
@@ -25,6 +34,7 @@ __all__ = [
     "Segment",
     "build",
     "codes",
+    "columns",
     "concatenate",
     "group_counts",
     "matrix_shape",

@@ -9,7 +9,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from qjax.tensor.parts import Grouping, plain
+from qjax.tensor.parts import Encoded, Grouping, columns, plain
 from qjax.tensor.qtensor import QTensor
 
 # What joined matrices share: static fields, and leaves that have no axis of n.
@@ -59,17 +59,19 @@ def concatenate(weights: Sequence[QTensor]) -> QTensor:
                 "another after it; qjax.relayout moves it to gptq.Stream(), which has "
                 "none."
             )
+
+    def joined(name: str) -> Array:
+        leaves: list[Array | Encoded] = [getattr(w, name) for w in weights]
+        own = [columns(plain(x), w.n) for x, w in zip(leaves, weights, strict=True)]
+        return jnp.concatenate(own, axis=-1)
+
     words = zip(*(w.words for w in weights), strict=True)
-    parameters = {
-        name: jnp.concatenate([_columns(getattr(w, name), w.n) for w in weights], -1)
-        for name in ("scale", "zero")
-        if getattr(first, name) is not None
-    }
     return dataclasses.replace(
         first,
         words=tuple(jnp.concatenate(arrays, axis) for arrays in words),
+        scale=joined("scale"),
+        zero=None if first.zero is None else joined("zero"),
         padding=weights[-1].padding,
-        **parameters,
     )
 
 
@@ -119,12 +121,3 @@ def _axis_of_columns(w: QTensor) -> int:
             "qjax.prepare moves the codes to one that has."
         )
     return len(w.batch) + cut.n_axis
-
-
-def _columns(parameter: Any, n: int) -> Array:
-    """A scale or zero with a value for each of n columns, padding left out."""
-    parameter = plain(parameter)
-    count = parameter.shape[-1]
-    if count < n:
-        parameter = jnp.repeat(parameter, n // count, axis=-1)
-    return parameter[..., :n]

@@ -94,6 +94,14 @@ def plain(parameter: Array | Encoded | None) -> Array | None:
     return parameter.decode() if isinstance(parameter, Encoded) else parameter
 
 
+def columns(parameter: Array, n: int) -> Array:
+    """Gives a scale or zero one value for each of n columns, padding left out."""
+    count = parameter.shape[-1]
+    if count < n:
+        parameter = jnp.repeat(parameter, n // count, axis=-1)
+    return parameter[..., :n]
+
+
 class Affine(enum.Enum):
     """How a code ``q`` becomes a number; ``s`` is the scale, ``z`` the zero."""
 

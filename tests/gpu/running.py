@@ -262,7 +262,7 @@ class Relayout:
     bits: int = 4
     k: int = 256
     n: int = 128
-    tolerance = 0.0
+    tolerance = float(np.finfo(np.float64).tiny)  # nothing is rounded
 
     def __str__(self) -> str:
         shape = f"{self.k}x{self.n}"

@@ -88,8 +88,6 @@ COVERED = {
         "shape": ("whole", "ragged"),
         "scale": ("float32", "bfloat16"),
         "m": (1, 33),
-        "x": ("float32", "bfloat16", "float16"),
-        "out": (None, jnp.float32, jnp.bfloat16),
     },
 }
 
@@ -224,20 +222,20 @@ def test_codebooks(case):
     matrix, m = sample(case), case["m"]
     w, (k, n) = in_tiles(matrix), matrix.codes.shape
     x, dy = rows(m, k), rows(m, n, seed=2)
-    if case["x"] == "float32":
-        y = matmul(jnp.asarray(x), w, configs.for_matmul(m, w), interpret=True)
-        half_a_step = ROUNDED
-    else:
-        x = x[: configs.FEW_ROWS]
-        config = configs.for_matvec(len(x), w)
-        y = matvec(jnp.asarray(x, case["x"]), w, config, interpret=True)
-        half_a_step = float(jnp.finfo(case["x"]).eps) / 2
-    assert relative_error(y, matrix.matmul(x)) < half_a_step
+    y = matmul(jnp.asarray(x), w, configs.for_matmul(m, w), interpret=True)
+    assert relative_error(y, matrix.matmul(x)) < ROUNDED
+    if m <= configs.FEW_ROWS:
+        for dtype in (jnp.float16, jnp.bfloat16):
+            config = configs.for_matvec(m, w)
+            y = matvec(jnp.asarray(x, dtype), w, config, interpret=True)
+            half_a_step = float(jnp.finfo(dtype).eps) / 2
+            assert relative_error(y, matrix.matmul(x)) < half_a_step
     config = configs.for_matmul_t(m, w)
     dx = matmul_t(jnp.asarray(dy), w, config, interpret=True)
-    assert relative_error(dx, dy @ matrix.weight.T) < ROUNDED
-    found = dequantize(w, case["out"], configs.for_dequantize(w), interpret=True)
-    chex.assert_trees_all_equal(found, decode.stored_weight(w, case["out"]))
+    assert relative_error(dx, matrix.gradients(x, dy)["x"]) < ROUNDED
+    for dtype in (None, jnp.float32, jnp.bfloat16):
+        found = dequantize(w, dtype, configs.for_dequantize(w), interpret=True)
+        chex.assert_trees_all_equal(found, decode.stored_weight(w, dtype))
 
 
 @pytest.mark.parametrize("dtype", [F16, BF16])
@@ -301,9 +299,8 @@ class TestStacks:
             wanted = alone if e >= 0 else jnp.zeros_like(alone)
             chex.assert_trees_all_close(y[block], wanted, rtol=1e-6)
 
-    @pytest.mark.parametrize(
-        ("m", "dtype"), [(3, BF16), (8, F32), (16, F16), (32, BF16), (128, F32)]
-    )
+    @pytest.mark.parametrize("m", [3, 8, 32, 128])
+    @pytest.mark.parametrize("dtype", [F32, BF16])
     def test_blocks(self, m, dtype, stack, monkeypatch):
         each, stacked = stack
         for kernel in (matmul, matvec):
