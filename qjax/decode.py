@@ -48,7 +48,8 @@ def dequantize(
       >>> dequantize(w).shape, dequantize(w, jnp.bfloat16).dtype
       ((32, 32), dtype(bfloat16))
     """
-    dtype = None if dtype is None else jnp.dtype(dtype)
+    # float64 is float32, unless JAX has been told otherwise, as everywhere in JAX.
+    dtype = None if dtype is None else jax.dtypes.canonicalize_dtype(dtype)
     return _dequantize(qt, dtype, stored or stored_weight)
 
 

@@ -229,7 +229,7 @@ def _product_t(
     w, order = stored(w)
     dx = multiply_t(choice, w, dy.reshape(-1, dy.shape[-1]), index)
     if order is None:
-        return dx.reshape(*dy.shape[:-1], -1)
+        return dx.reshape(*dy.shape[:-1], dx.shape[-1])
     # Of a device's own rows; the others' inputs get nothing here.
     empty = jnp.zeros_like(dx, shape=(len(dx), k))
     spread = empty.at[:, pallas.one_of(order, index)].set(dx, unique_indices=True)

@@ -27,7 +27,9 @@ def quantize(
     The rule is that of GPTQ's quantizer without its error feedback.
 
     Args:
-      w: ``[k, n]`` weight (``y = x @ w``), or a stack of them; finite.
+      w: ``[k, n]`` weight (``y = x @ w``), or a stack of them; finite. Where a scale,
+        or codes times it, leave the range of ``scale_dtype`` (65504 in float16), the
+        weight is infinite: pass a wider one.
       bits: Width of a code, 2 to 8. (A range that holds 0 leaves one bit no sign.)
       group_size: Rows that share a scale; None for one group a column.
       symmetric: Whether zero is the middle code, so that none is stored.
@@ -37,15 +39,19 @@ def quantize(
       Tensor in the layout that XLA reads natively (`formats.gptq.Stream`).
 
     Raises:
-      ValueError: If ``w`` has fewer than two axes or is not float, ``bits`` is not 2 to
-        8, or k is not a multiple of ``group_size`` and of whole words.
+      ValueError: If ``w`` has fewer than two axes, no elements or is not float,
+        ``bits`` is not 2 to 8, or k is not a multiple of ``group_size`` and of whole
+        words.
 
     Example:
       >>> qjax.quantize(jnp.ones((256, 64)), bits=3, group_size=64, symmetric=True)
       QTensor(256x64, 3 bits, group 64, Stream(), (q - 2^(bits-1)) * s + z, ...)
     """
-    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
-        raise ValueError(f"w must be float [..., k, n]; got {w.dtype}{w.shape}.")
+    if w.ndim < 2 or 0 in w.shape or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ValueError(
+            "w must be float [..., k, n] without an extent of 0; got "
+            f"{w.dtype}{w.shape}."
+        )
     codes, k = block(bits)[0], w.shape[-2]
     if bits == 1:
         raise ValueError("bits=1 cannot be rounded to nearest; pass 2 to 8.")

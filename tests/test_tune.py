@@ -219,8 +219,13 @@ class TestLookup:
         assert configs.for_matmul(m, weight()) == heuristic
 
     def test_more_rows_than_measured(self, own_tables, on_a_gpu):
-        self.put(own_tables, (at(8), entry(Config(8))), (at(32), entry()))
-        assert configs.for_matmul(1000, weight()) == TILE
+        # What was measured of one row would read the weight once for every row.
+        of_one = at(1, "matvec"), entry(Config(8, slices=8))
+        self.put(own_tables, (at(32), entry()), of_one)
+        assert configs.for_matvec(1, weight()) == Config(8, slices=8)
+        assert configs.for_matvec(16, weight()).slices == 1
+        heuristic = configs.heuristic("matmul", 1000, weight())
+        assert configs.for_matmul(1000, weight()) == heuristic
 
     def test_another_shape_takes_the_nearest_tile(self, own_tables, on_a_gpu):
         wide = dataclasses.replace(TILE, block_n=128)
@@ -260,7 +265,7 @@ class TestLookup:
 
     @pytest.mark.parametrize(
         ("dense_us", "rows"),
-        [((20, 20, 20), 65), ((20, 9, 9), 17), ((20, 20, 9), 33), ((9, 9, 9), 17)],
+        [((20, 20, 20), 513), ((20, 9, 9), 17), ((20, 20, 9), 33), ((9, 9, 9), 17)],
     )
     def test_rows_for_the_dense_weight(self, dense_us, rows, own_tables, on_a_gpu):
         pairs = zip((16, 32, 64), dense_us, strict=True)
@@ -356,9 +361,11 @@ class TestSearch:
         assert asked[0] == first
         assert len(asked) == len(set(asked)) < 60
 
-    @pytest.mark.parametrize("op", tables.OPS)
-    def test_candidates_are_entries_of_a_table(self, op, own_tables):
-        m = 2 if op == "matvec" else 24
+    @pytest.mark.parametrize(
+        ("op", "m"),
+        [(op, 24) for op in tables.OPS[1:]] + [("matvec", m) for m in (1, 2, 4, 8, 16)],
+    )
+    def test_candidates_are_entries_of_a_table(self, op, m, own_tables):
         job = tune.Job(op, m, weight())
         config = configs.heuristic(op, m, weight())
         found = [
@@ -367,9 +374,9 @@ class TestSearch:
             for candidate in climb(job, config, field, up=up)
         ]
         assert config not in found
-        assert all(c.block_m <= 32 for c in found)
+        assert all(c.block_m <= 32 or op == "matvec" for c in found)
         if op == "matvec":
-            assert {c.block_m // c.slices for c in found} == {2}
+            assert {c.block_m // c.slices for c in found} == {m}
         if op == "matmul_t":
             assert all(c.block_m >= 16 for c in found)
         if op == "dequantize":
@@ -590,6 +597,13 @@ class TestTiming:
         assert len({np.asarray(copy.words[0]).tobytes() for copy in found}) == 10
         assert (found[0].zero < 16).all()
         assert len(timing.copies(w, 1)) == 2
+
+    def test_signed_zeros(self):
+        w = weight(128, 32, group_size=64)
+        w = dataclasses.replace(w, zero=w.zero.update(dtype=jnp.int32))
+        zero = timing.copies(w, 1)[0].zero
+        assert zero.dtype == jnp.int32
+        assert ((zero >= 0) & (zero < 16)).all()
 
     def test_every_call_is_made(self):
         calls = []

@@ -1,8 +1,9 @@
 """How launches are cut up: as measured on the GPU at hand, or by a heuristic.
 
 `qjax.pallas.tables` holds what `qjax tune` measured. A shape that was not measured
-takes the tile of the nearest one that was, with splits by the heuristic; widths, groups
-or devices that were not, and programs compiled without a GPU, take the heuristic alone.
+takes the tile of the nearest one that was, with splits by the heuristic; what has other
+rows, widths or groups, or another device, and programs compiled without a GPU, take the
+heuristic alone.
 """
 
 import dataclasses
@@ -12,9 +13,8 @@ from qjax.pallas import tables
 from qjax.pallas.operands import EXACT_ROWS, Config
 from qjax.tensor import QTensor
 
-# A large GPU: its multiprocessors, the warps that each holds at 128 registers a thread,
-# and the shared memory of each.
-_MULTIPROCESSORS, _WARPS, _SHARED = 132, 16, 227 << 10
+# A large GPU: its multiprocessors, and the registers and shared memory of each.
+_MULTIPROCESSORS, _REGISTERS, _SHARED = 132, 1 << 16, 227 << 10
 # Iterations of a program below which its pipeline of loads does not pay.
 _ITERATIONS = 4
 _BLOCK_N = 128
@@ -79,19 +79,17 @@ def dense_rows(op: str, w: QTensor) -> int:
 
     Args:
       op: "matmul" or "matmul_t".
-      w: The weight. Unless its very shape and widths were measured, it is what a model
-        of the H200 says.
+      w: The weight. Unless its very shape and widths were measured, of so many rows, it
+        is what a model of the H200 says.
 
     Returns:
       The number; of "matmul" more than `FEW_ROWS`, whose packed weight is a fifth of
       what forming it moves.
     """
-    device = tables.device_kind()
-    measured = None
+    device, rows = tables.device_kind(), _DENSE_ROWS[op]
     if device is not None:
         key = tables.Key.of(op, 1, w)
-        measured = tables.of_device(device).dense_rows(key)
-    rows = _DENSE_ROWS[op] if measured is None else measured
+        rows = tables.of_device(device).dense_rows(key, rows)
     return max(rows, FEW_ROWS + 1) if op == "matmul" else rows
 
 
@@ -163,7 +161,7 @@ def _split(op: str, m: int, w: QTensor, config: Config) -> Config:
     """Splits the axis that programs walk along until they keep a GPU busy."""
     if config.slices > 1:
         return dataclasses.replace(config, splits=1)
-    along_k, along_n = (w.k, config.block_k), (w.n, config.block_n)
+    along_k, along_n = (w.k, _iteration(config, w)), (w.n, config.block_n)
     walked, owned = (along_n, along_k) if op == "matmul_t" else (along_k, along_n)
     programs = _ceil(m, config.block_m) * _ceil(*owned)
     iterations = walked[0] // walked[1]
@@ -173,15 +171,32 @@ def _split(op: str, m: int, w: QTensor, config: Config) -> Config:
         # bytes of the codes.
         most = min(most, int(walked[0] * w.bits) // (32 * m))
     # Not more than run at once: a few that are left over would take as long as all.
-    splits = max(1, min(_at_once(config, w) // programs, most))
+    splits = max(1, min(_at_once(op, config, w) // programs, most))
     return dataclasses.replace(config, splits=splits)
 
 
-def _at_once(config: Config, w: QTensor) -> int:
-    """Programs that a large GPU holds, as far as warps and shared memory go."""
+def _iteration(config: Config, w: QTensor) -> int:
+    """Rows of the longest iteration: at least those of a block of the storage."""
+    return max(
+        config.fitting(segment.bits, rows + segment.padding).block_k
+        for segment, rows in zip(w.segments, w.rows, strict=True)
+    )
+
+
+def _at_once(op: str, config: Config, w: QTensor) -> int:
+    """Programs that a large GPU holds, as far as registers and shared memory go."""
     words = config.block_n * max(s.bits for s in w.segments) // 8
-    shared = config.stages * config.block_k * (words + 2 * config.block_m)
-    return _MULTIPROCESSORS * max(1, min(_WARPS // config.warps, _SHARED // shared))
+    shared = config.stages * _iteration(config, w) * (words + 2 * config.block_m)
+    registers = 32 * config.warps * _registers(op, config, w)
+    return _MULTIPROCESSORS * max(1, min(_REGISTERS // registers, _SHARED // shared))
+
+
+def _registers(op: str, config: Config, w: QTensor) -> int:
+    """What a thread holds at most, as kernels are compiled for an H100."""
+    if op in ("matmul", "matvec") and config.block_m in (32, 64):
+        return 208
+    long = any(tiles.rows_of_block(s.bits) > 128 for s in w.segments)
+    return 255 if op in ("matmul", "matvec") and config.block_m < 32 and long else 128
 
 
 def _power_of_two(m: int, least: int, most: int) -> int:

@@ -91,6 +91,7 @@ def _compared_and_timed(op: Callable[..., Any], rounds: int) -> Callable[..., An
 
     One program for both: compiling takes most of the time that tuning takes.
     """
+    op = jax.jit(op)  # Traced and lowered once, not for every copy of the weight.
     chain = timing.chained(op, rounds)
 
     @jax.jit

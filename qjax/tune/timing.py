@@ -58,7 +58,8 @@ def nbytes_of(tree: Any) -> int:
 def _random(w: QTensor, key: Array) -> QTensor:
     def leaf(struct: Any, key: Array) -> Array:
         if jnp.issubdtype(struct.dtype, jnp.integer):
-            return jax.random.bits(key, struct.shape, struct.dtype)
+            unsigned = jnp.dtype(f"uint{8 * struct.dtype.itemsize}")
+            return jax.random.bits(key, struct.shape, unsigned).astype(struct.dtype)
         scale = jax.random.uniform(key, struct.shape, minval=0.005, maxval=0.01)
         return scale.astype(struct.dtype)
 

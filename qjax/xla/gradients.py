@@ -147,7 +147,12 @@ def grouped_grad(
         return lax.map(one_group, jnp.arange(groups))
 
     leaves = _float_leaves(w)
-    _, pull = jax.vjp(lambda leaves: constant(dataclasses.replace(w, **leaves)), leaves)
+    _, pull = jax.vjp(
+        lambda leaves: jnp.broadcast_to(
+            constant(dataclasses.replace(w, **leaves)), (groups, w.n)
+        ),
+        leaves,
+    )
     sums = x.reshape(m, groups, group).sum(-1)
     (gradients,) = pull(dot(sums.T, dy))
     scale = grid.over_columns(columns)

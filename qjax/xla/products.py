@@ -73,7 +73,9 @@ def fused(x: Float[Array, "m k"], w: QTensor) -> Float[Array, "m n"]:
         return y + s * _add(list(parts))
 
     sums = x.reshape(m, k // group, group).sum(-1)
-    start = dot(sums, constant(w))
+    # Spread over the columns after the product: of sums with what is broadcast itself,
+    # XLA's CPU backend returns memory that nobody wrote (jax 0.12).
+    start = jnp.broadcast_to(dot(sums, constant(w)), (m, n))
     return lax.fori_loop(0, k // _FUSED // count, add_some, start)
 
 
@@ -112,14 +114,18 @@ def _add(terms: list[Array]) -> Array:
 
 
 def constant(w: QTensor) -> Array:
-    """What the affine map adds for each unit of x, ``[groups, n]`` in float32."""
+    """What the affine map adds for each unit of x, in float32.
+
+    Returns:
+      ``[groups, n]``, or ``[groups, 1]`` where all columns have the same.
+    """
     scale = w.scale.astype(jnp.float32)
     zero = jnp.float32(0) if w.zero is None else w.zero.astype(jnp.float32)
     constant = -scale * zero if w.affine is Affine.ZERO else zero
     if w.affine is Affine.CENTERED:
         constant -= scale * 2 ** (w.segments[0].bits - 1)
     groups = w.k // (w.segments[0].group_size or w.k)
-    return jnp.broadcast_to(constant, (groups, w.n))
+    return jnp.broadcast_to(constant, (groups, jnp.shape(constant)[-1]))
 
 
 def tiled(x: Float[Array, "m k"], w: QTensor) -> Float[Array, "m n"]:
@@ -165,9 +171,10 @@ def int8(x: Float[Array, "m k"], w: QTensor) -> Float[Array, "m n"]:
     rounded = jnp.round(by_group / jnp.where(step == 0, 1, step))
     # An int8 holds a code of eight bits only around its middle.
     centre = 128 if bits == 8 else 0
-    codes_scale = jnp.broadcast_to(w.scale.astype(jnp.float32), (groups, w.n))
+    scale = w.scale.astype(jnp.float32)
+    codes_scale = jnp.broadcast_to(scale, (groups, w.n))
     sums = (rounded.sum(-1) * step[..., 0]).T
-    start = dot(sums, constant(w) + centre * codes_scale)
+    start = jnp.broadcast_to(dot(sums, constant(w) + centre * scale), (m, w.n))
     rounded = rounded.astype(jnp.int8)
 
     def columns(first: Array | int, width: int) -> Array:

@@ -116,7 +116,7 @@ class Table:
         """Finds the entry of a key, or of the nearest shape that was measured.
 
         Nearest is the least sum of the ratios of the extents, as logarithms. All else
-        has to agree, but that more rows than any measured take the entry of the most.
+        has to agree.
 
         Returns:
           The key found and its entry; None if there is none.
@@ -124,37 +124,37 @@ class Table:
         alike = [
             other
             for other in self.entries
-            if other == key._replace(k=other.k, n=other.n, m=other.m)
+            if other == key._replace(k=other.k, n=other.n)
         ]
         if not alike:
             return None
-        shape = min(
-            {(other.k, other.n) for other in alike},
-            key=lambda s: (_distance(s[0], key.k) + _distance(s[1], key.n), s),
+        found = min(
+            alike,
+            key=lambda o: (_distance(o.k, key.k) + _distance(o.n, key.n), o.k, o.n),
         )
-        rows = {o.m: o for o in alike if (o.k, o.n) == shape}
-        found = rows.get(
-            key.m if key.m is None else min(key.m, max(m or 0 for m in rows))
-        )
-        return None if found is None else (found, self.entries[found])
+        return found, self.entries[found]
 
-    def dense_rows(self, key: Key) -> int | None:
+    def dense_rows(self, key: Key, unmeasured: int) -> int:
         """Returns the rows from which the dense weight is faster.
 
         Args:
           key: Of a product with any number of rows.
+          unmeasured: What to take where its shape and widths were not measured, or not
+            of so many rows.
 
         Returns:
-          The number of rows; None if its shape and widths were not measured. Where the
-          kernel won everywhere, one more than the most rows.
+          The number of rows.
         """
         rows = {
             k.m: entry
             for k, entry in self.entries.items()
             if k._replace(m=key.m) == key and k.m is not None and entry.dense_us
         }
+        if not rows:
+            return unmeasured
         won = [m for m, entry in rows.items() if entry.us <= (entry.dense_us or 0)]
-        return (max(won, default=0) + 1) if rows else None
+        most = max(won, default=0)
+        return max(most + 1, unmeasured) if most == max(rows) else most + 1
 
 
 def bucket(op: str, m: int) -> int:
