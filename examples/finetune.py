@@ -6,6 +6,8 @@ integers themselves, along their shadow gradient.
 """
 
 import enum
+import math
+import os
 import sys
 import sysconfig
 import time
@@ -41,6 +43,7 @@ HELD_OUT, LEFT_OUT = 10, {"test", "tests", "site-packages", "lib2to3", "idlelib"
 # What each method takes by default, found by trying a few.
 RATES = {"lora": 3e-3, "scales": 3e-4, "weights": 1e-3}
 RANK = 8
+PICTURES = (".png", ".svg", ".pdf")
 
 Step = Callable[[Array], Array]
 
@@ -178,7 +181,7 @@ def evaluate(
 
 
 def draw(path: Path, method: str, losses: list[float], held_out: list[float]) -> None:
-    """Writes the loss curves as a PNG: of each step, its running mean, held out."""
+    """Draws the loss curves: of each step, its running mean, held out."""
     mpl.use("Agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415  (after the backend is chosen)
 
@@ -192,6 +195,33 @@ def draw(path: Path, method: str, losses: list[float], held_out: list[float]) ->
     axes.legend()
     figure.savefig(path, dpi=150)
     plt.close(figure)
+
+
+def check_options(rate: float | None, output: Path) -> None:
+    """Refuses what would be found out when all is trained, or never.
+
+    Raises:
+      ValueError: If the rate is no positive number, or the curves cannot be drawn
+        there.
+    """
+    if rate is not None and not (math.isfinite(rate) and rate > 0):
+        raise ValueError(f"--rate={rate} must be a positive number.")
+    if output.suffix not in PICTURES:
+        raise ValueError(f"--output={output} must end in {', '.join(PICTURES)}.")
+    written = output if output.exists() else output.parent
+    if written.is_dir() != (written != output) or not os.access(written, os.W_OK):
+        raise ValueError(
+            f"--output={output} must be a file in a folder that can be written to."
+        )
+
+
+def check_context(context: int, model: Decoder) -> None:
+    """Refuses rows of more tokens than the model has positions."""
+    if context > model.config.max_length:
+        raise ValueError(
+            f"--context={context} must be at most {model.config.max_length}, the "
+            "positions of the model."
+        )
 
 
 def main(
@@ -209,9 +239,12 @@ def main(
         float | None, typer.Option(help="Learning rate; default: the method's own.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option(help="Loss curves; default: finetune-METHOD.png.")
+        Path | None,
+        typer.Option(
+            help="Loss curves, .png, .svg or .pdf; default: finetune-METHOD.png."
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the batches.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the batches.")] = 0,
     mesh: MeshOption = None,
 ) -> None:
     """Trains on the standard library's source, and measures files that were held out.
@@ -219,11 +252,14 @@ def main(
     Example: python finetune.py --method weights --steps 100 --mesh 2,2
     """
     console = Console(stderr=True)
+    path = output or Path(f"finetune-{method}.png")
     try:
+        check_options(rate, path)
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         placement = place(model, mesh)
         rows = rows_of(placement, batch)
         decoder = load(model, sharding=placement and placement.weight)
+        check_context(context, decoder)
         trained, held = read_source(tokenizer, source)
         fixed = next(windows(held, context, 8 * batch, np.random.default_rng(0)))
     except (ValueError, OSError) as error:
@@ -246,7 +282,6 @@ def main(
                 break
     seconds = time.perf_counter() - started
     after = evaluate(decoder, fixed, batch, rows)
-    path = output or Path(f"finetune-{method}.png")
     draw(path, method, losses, [before, after])
     print(
         f"{method}: held-out loss {before:.4f} before, {after:.4f} after {steps} steps "

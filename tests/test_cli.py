@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -358,6 +359,15 @@ class TestConvert:
         assert done.returncode in (130, -signal.SIGINT), done.stderr
         assert done.stderr.startswith("qjax: interrupted; the same command")
         assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("module", ["qjax", "qjax.cli"])
+def test_python_m_runs_the_commands(module, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(sys, "argv", ["qjax", "inspect", str(AWQ)])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_module(module, run_name="__main__")
+    assert UP in capsys.readouterr().out
 
 
 CANNOT = {

@@ -354,6 +354,7 @@ def test_evaluate_command(tmp_path):
         (["--prompt", ""], "has no tokens"),
         (["--max-new-tokens", 5000], "1024 positions"),
         (["--top-p", 0.0], "top_p=0.0 must lie in"),
+        (["--seed", 10**20], "'--seed'"),
     ],
 )
 def test_generate_refuses(arguments, message):
@@ -367,10 +368,12 @@ def test_evaluate_refuses(tmp_path):
     (tmp_path / "short.py").write_text("x")
     np.save(tmp_path / "ids.npy", np.array([[0, 512]]))
     np.save(tmp_path / "float.npy", np.zeros((2, 2)))
+    (tmp_path / "latin.txt").write_bytes("très".encode("latin-1"))
     for name, message in (
         ("short.py", "do not fill a row"),
         ("ids.npy", "must lie below the vocabulary"),
         ("float.npy", "must be integers"),
+        ("latin.txt", "latin.txt must be a text in UTF-8"),
     ):
         done = invoke(evaluate.main, tmp_path / name)
         assert done.exit_code == 1

@@ -109,9 +109,13 @@ def encode_text(path: Path, tokenizer: Tokenizer, context: int) -> np.ndarray:
     """Cuts a text into rows of ``context + 1`` ids, one shared; what is left over goes.
 
     Raises:
-      ValueError: If the text is shorter than one row.
+      ValueError: If the text is shorter than one row, or is no UTF-8.
     """
-    ids = np.array(tokenizer.encode(path.read_text()).ids)
+    try:
+        text = path.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text in UTF-8: {error}.") from error
+    ids = np.array(tokenizer.encode(text).ids)
     rows = (len(ids) - 1) // context
     if rows < 1:
         raise ValueError(

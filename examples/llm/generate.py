@@ -261,7 +261,9 @@ def main(
         float,
         typer.Option(help="Draw from the fewest tokens that reach p, 0 < p <= 1."),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")
+    ] = 0,
     mesh: MeshOption = None,
     coordinator: Annotated[
         str | None,

@@ -65,9 +65,9 @@ def load(
     Raises:
       FileNotFoundError: If the directory, a JSON file or a shard is missing.
       ValueError: If anything in the directory is not sound, or is not what the
-        quantization says, with the file and the tensor; or if no sharding cuts a
-        weight evenly, with its name. Nothing is returned of a checkpoint of which only
-        a part is sound.
+        quantization says, with the file and the tensor; or if ``sharding`` gives no
+        sharding, or none that cuts a weight evenly, with its name. Nothing is
+        returned of a checkpoint of which only a part is sound.
 
     Example:
       >>> weights = load("examples/llm/checkpoint")

@@ -46,12 +46,26 @@ def read(
       The weight on its devices.
 
     Raises:
-      ValueError: If none of the shardings cuts it evenly, with its name.
+      ValueError: If there are no shardings, or none of them cuts it evenly, with its
+        name.
     """
-    shardings = [wanted] if isinstance(wanted, NamedSharding) else list(wanted)
+    shardings = _shardings(name, wanted)
     if isinstance(part, Stored):
         return _array(name, part, shardings)
     return _matrix(name, part, shardings, prepare)
+
+
+def _shardings(name: str, wanted: Any) -> list[NamedSharding]:
+    """One sharding or several; the caller's function may have returned anything."""
+    given = [wanted] if isinstance(wanted, NamedSharding) else wanted
+    is_some = isinstance(given, Sequence) and len(given) > 0
+    if not is_some or not all(isinstance(one, NamedSharding) for one in given):
+        raise ValueError(
+            f"sharding({name!r}) returned {wanted!r}, and must return a NamedSharding, "
+            "or a list of some: NamedSharding(mesh, PartitionSpec()) keeps a weight "
+            "whole."
+        )
+    return list(given)
 
 
 def _array(name: str, stored: Stored, shardings: Sequence[NamedSharding]) -> Array:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,9 +109,10 @@ def convert(
     """Writes a checkpoint directory in another format, without requantizing.
 
     Every weight is read twice, one by one: to find what cannot be held before anything
-    is written, and to write it. Tokenizer, generation config and whatever else lies in
-    the directory is copied; other weights and older descriptions of the quantization
-    are not.
+    is written, and to write it. Tokenizer, generation config and whatever other files
+    lie in the directory are copied; other weights and older descriptions of the
+    quantization are not. Neither are directories in it, of which a warning tells, as
+    nothing says whether they hold weights.
 
     What is interrupted can be resumed: weights that are finished stay in
     ``.NAME.partial`` beside ``target``, and the same call goes on after them, once
@@ -143,6 +145,7 @@ def convert(
     states = _states(origin)
     config = read_config(origin)
     parts = modules.open_parts(origin)
+    _warn_of_directories(origin)
     total = sum(part.nbytes for part in parts.values())
     with progress.bar(total, "Checking weights") as advance:
         plan = plan_files(goal, _looked_at(parts, advance), config, format, shard_bytes)
@@ -188,6 +191,18 @@ def _states(directory: Path) -> dict[str, tuple[int, int]]:
         file.name: file.stat() for file in directory.iterdir() if file.is_file()
     }
     return {name: (s.st_size, s.st_mtime_ns) for name, s in sorted(statuses.items())}
+
+
+def _warn_of_directories(directory: Path) -> None:
+    """Tells of directories that are not copied; hidden ones belong to tools."""
+    inner = [entry.name for entry in directory.iterdir() if entry.is_dir()]
+    left = sorted(name for name in inner if not name.startswith("."))
+    if left:
+        warnings.warn(
+            f"{directory}: the directories {left} are not copied; copy by hand what of "
+            "them the model needs.",
+            stacklevel=3,
+        )
 
 
 def _is_stale(name: str) -> bool:

@@ -15,7 +15,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax.linen.dtypes import canonicalize_dtype
 from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Array, DTypeLike, Float, Num
 
@@ -70,7 +69,7 @@ def apply(
     Returns:
       The output, in that dtype.
     """
-    dtype = canonicalize_dtype(inputs, kernel.scale, bias, dtype=dtype)
+    dtype = dense.computed_in(inputs, kernel, bias, dtype)
     product = functools.partial(
         dense.apply, bias=None, dtype=dtype, implementation=implementation
     )

@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from flax.core import meta
 from flax.linen.dtypes import canonicalize_dtype
 from jaxtyping import Array, DTypeLike, Num
 
@@ -98,9 +100,16 @@ def check_sample(name: str, sample: Any, shape: tuple[int, ...]) -> None:
       ValueError: If ``sample`` is no array of that shape.
     """
     if getattr(sample, "shape", None) != shape:
+        hint = ""
+        if isinstance(sample, meta.AxisMetadata | nnx.VariableMetadata):
+            hint = (
+                " That is an array in a box, as with_partitioning gives it; leave that "
+                "out, and let qjax.shard cut the packed weight."
+            )
         raise ValueError(
             f"{name} gave {type(sample).__name__} of shape "
             f"{getattr(sample, 'shape', None)}; it must give an array of shape {shape}."
+            f"{hint}"
         )
 
 
@@ -126,6 +135,24 @@ def _check_sizes(
         )
 
 
+def check_packed(weight: Any, name: str = "kernel") -> None:
+    """Checks that a weight is packed.
+
+    Args:
+      weight: The weight.
+      name: What the layer calls it, for errors.
+
+    Raises:
+      TypeError: If it is anything but a `QTensor`.
+    """
+    if not isinstance(weight, QTensor):
+        what = f"{type(weight).__name__} of shape {getattr(weight, 'shape', None)}"
+        raise TypeError(
+            f"{name} is {what}, and must be a QTensor; qjax.quantize makes one of a "
+            "dense array."
+        )
+
+
 def check_shapes(
     kernel: QTensor,
     bias: Array | None,
@@ -146,8 +173,10 @@ def check_shapes(
       bias_shape: The shape that the bias must have; None for ``[*batch, n]``.
 
     Raises:
+      TypeError: If the kernel is no `QTensor`.
       ValueError: Naming what has the wrong shape, and the right one.
     """
+    check_packed(kernel, name)
     if shape is not None and kernel.shape != shape:
         hint = ""
         if kernel.shape[-2:] == shape[:-3:-1]:
@@ -161,6 +190,28 @@ def check_shapes(
             f"bias.shape={jnp.shape(bias)} must be {wanted}, as {name}.shape="
             f"{kernel.shape}."
         )
+
+
+def computed_in(
+    inputs: Num[Array, "..."],
+    kernel: QTensor,
+    bias: Array | None,
+    dtype: DTypeLike | None,
+) -> DTypeLike:
+    """Finds the dtype in which Flax's own layers would compute.
+
+    Args:
+      inputs: Inputs of the layer.
+      kernel: Its kernel, of which the scales count.
+      bias: Its bias, or None.
+      dtype: The dtype that the layer was made for; None promotes the three together.
+
+    Returns:
+      The dtype.
+    """
+    # One array a segment where widths are mixed and rows are cut over devices.
+    scale, *_ = jax.tree.leaves(kernel.scale)
+    return canonicalize_dtype(inputs, scale, bias, dtype=dtype)
 
 
 def apply(
@@ -183,7 +234,7 @@ def apply(
     Returns:
       ``[..., n]`` in that dtype.
     """
-    dtype = canonicalize_dtype(inputs, kernel.scale, bias, dtype=dtype)
+    dtype = computed_in(inputs, kernel, bias, dtype)
     inputs = jnp.asarray(inputs, dtype)
     y = ops.matmul(inputs, kernel, implementation=implementation)
     if bias is None:

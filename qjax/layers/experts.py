@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from flax.linen.dtypes import canonicalize_dtype
 from jax import lax
 from jaxtyping import Array, DTypeLike, Float, Int32, Integer, Num
 
 from qjax import ragged
+from qjax.layers import dense
 from qjax.tensor import QTensor
 
 AXES = "[num_experts, in_features, out_features]"
@@ -149,7 +149,7 @@ def apply(
     Returns:
       ``[t, n]``; rows without an expert are zero.
     """
-    dtype = canonicalize_dtype(inputs, kernel.scale, bias, dtype=dtype)
+    dtype = dense.computed_in(inputs, kernel, bias, dtype)
     inputs = jnp.asarray(inputs, dtype)
     y = ragged.ragged_matmul(inputs, kernel, group_sizes, implementation=implementation)
     if bias is None:

@@ -1,5 +1,6 @@
 """Quantizes whole models: `quantize_model`."""
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -64,10 +65,11 @@ def quantize_model(
       The model, with weights replaced; for linen, the module and its variables.
 
     Raises:
-      TypeError: If the model is no Flax module, or a rule is none.
+      TypeError: If the model is no Flax module, a rule is none, or the method does not
+        take the inputs, by their number and names.
       ValueError: If a pattern is no regular expression, none matches a weight, a linen
-        module comes without variables, or ``strict`` and a matched weight cannot be
-        quantized.
+        module comes without variables, there is no such method, or ``strict`` and a
+        matched weight cannot be quantized.
       NotImplementedError: If a rule of qwix asks for more than integer weights.
 
     Example:
@@ -81,6 +83,8 @@ def quantize_model(
       (1, 3, 64)
     """
     checked = rules_.read(rules)
+    if isinstance(model, nnx.Module | nn.Module):
+        _check_call(model, inputs, keywords, method)
     if isinstance(model, nnx.Module):
         if variables is not None:
             raise TypeError("variables are for linen; an nnx model has its own.")
@@ -102,6 +106,29 @@ def quantize_model(
     _check_matches(checked, entries)
     _tell(Report(tuple(entries)), strict=strict, report=report)
     return result
+
+
+def _check_call(
+    model: Any, inputs: tuple, keywords: Mapping[str, Any], method: str | None
+) -> None:
+    """Refuses what the model could not be called with: it may not be called at all."""
+    if not (inputs or keywords or method):
+        return
+    name = method or "__call__"
+    if not hasattr(model, name):
+        raise ValueError(
+            f"method={method!r}: {type(model).__name__} has no method {name!r} that "
+            "could be called with the inputs; name one that it has."
+        )
+    try:
+        inspect.signature(getattr(model, name)).bind(*inputs, **keywords)
+    except ValueError:  # Nothing is known of it.
+        return
+    except TypeError as error:
+        raise TypeError(
+            f"inputs and keywords must be those of {type(model).__name__}.{name}: "
+            f"{error}; quantize_model has none of these names itself."
+        ) from None
 
 
 def _check_matches(rules: Sequence[rules_.Rule], entries: Sequence[Entry]) -> None:

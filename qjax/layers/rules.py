@@ -1,6 +1,7 @@
 """Rules that say how the weights of a model are quantized: patterns and specs."""
 
 import dataclasses
+import numbers
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -40,10 +41,11 @@ class Spec:
 
     def __post_init__(self) -> None:
         """Refuses what no weight can have, before any is looked at."""
-        if self.bits not in range(2, 9):
-            raise ValueError(f"bits={self.bits!r} must be 2 to 8.")
-        if self.group_size is not None and self.group_size < 1:
-            raise ValueError(f"group_size={self.group_size} must be positive or None.")
+        if not _is_integer(self.bits) or self.bits not in range(2, 9):
+            raise ValueError(f"bits={self.bits!r} must be an integer from 2 to 8.")
+        size = self.group_size
+        if size is not None and (not _is_integer(size) or size < 1):
+            raise ValueError(f"group_size={size!r} must be a positive integer or None.")
         if self.scale_dtype is not None:
             self.check_dtype(self.scale_dtype)
 
@@ -68,6 +70,11 @@ class Spec:
         """Quantizes ``[*stack, k, n]`` and prepares it for this device."""
         options = dataclasses.asdict(self)
         return ops.prepare(rtn.quantize(matrix, **options))
+
+
+def _is_integer(value: Any) -> bool:
+    # NumPy's are integers as well; True is one by inheritance alone.
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 Rules = Spec | Mapping[str, Spec | None] | Sequence[Any]

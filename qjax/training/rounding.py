@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from qjax import tensor
+from qjax import ops, tensor
 from qjax.decode import rounded, spread, stored_weight
+from qjax.sharding import by_segment, joined
 from qjax.tensor import Affine, QTensor
 
 # Rounds of nearest codes and fitted scales; a fifth changes little.
@@ -46,21 +47,31 @@ def requantize(w: QTensor, target: Float[Array, "*batch k n"]) -> QTensor:
     """
     if target.shape != w.shape:
         raise ValueError(f"target.shape={target.shape} must be {w.shape}, that of w.")
-    plain = dataclasses.replace(
-        w, scale=tensor.plain(w.scale), zero=tensor.plain(w.zero)
-    )
-    return _requantize(plain, target.astype(jnp.float32))
+    return _requantize(ops.decoded(w), target.astype(jnp.float32))
 
 
 def stacked(function: Callable) -> Callable:
-    """Lets a function of one matrix and its arrays take stacks; one program."""
+    """Lets a function of one matrix and its arrays take stacks; one program.
+
+    Of a matrix of mixed widths that is cut over devices, the function sees the whole,
+    and what it returns is `by_segment` again.
+    """
 
     @jax.jit
     def mapped(qt: QTensor, *arrays: Array) -> Any:
         over_all = function
         for _ in qt.batch:
             over_all = jax.vmap(over_all)
-        return over_all(qt, *arrays)
+        whole = joined(qt)
+        result = over_all(whole, *arrays)
+        if whole is qt:
+            return result
+        is_tensor = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
+        return jax.tree.map(
+            lambda leaf: by_segment(leaf) if is_tensor(leaf) else leaf,
+            result,
+            is_leaf=is_tensor,
+        )
 
     return mapped
 

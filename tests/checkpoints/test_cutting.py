@@ -2,13 +2,14 @@
 
 import io
 import pathlib
+import re
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
@@ -209,3 +210,14 @@ def test_a_part_of_a_tensor(tmp_path, counted, ranges):
         # A part of a part.
         again = part.piece([slice(1, None), *[slice(None)] * 2])
         chex.assert_trees_all_equal(again.read(), array[ranges][1:])
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [None, P(), P(None, "model"), SingleDeviceSharding(jax.devices()[0]), [], "model"],
+    ids=str,
+)
+def test_what_is_no_sharding_is_refused_by_name(wanted):
+    message = f"sharding('model.embed_tokens.weight') returned {wanted!r}, and must"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        checkpoints.load(PATHS["act-order"], sharding=lambda name: wanted)

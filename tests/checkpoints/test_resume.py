@@ -348,3 +348,12 @@ def test_a_place_that_is_taken_is_left_alone(tmp_path, source):
     with pytest.raises(FileExistsError, match=r"holds \['thesis.tex'\], which no conv"):
         checkpoints.convert(source, tmp_path / "x", **OPTIONS)
     assert list(thesis.parent.iterdir()) == [thesis]
+
+
+def test_directories_are_not_copied_and_a_warning_says_so(tmp_path, source):
+    (source / "original").mkdir()
+    (source / "original" / "params.json").write_text("{}")
+    (source / ".cache").mkdir()
+    with pytest.warns(UserWarning, match=r"the directories \['original'\] are not cop"):
+        checkpoints.convert(source, tmp_path / "x", **OPTIONS)
+    assert not [entry for entry in (tmp_path / "x").iterdir() if entry.is_dir()]

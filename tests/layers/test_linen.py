@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from flax import serialization
+from flax import nnx, serialization
 from flax.training.train_state import TrainState
 
 import qjax
@@ -217,6 +217,13 @@ def test_tabulate_counts_both_collections():
             {"kernel_init": lambda key, shape, dtype: None, "group_size": GROUP},
             "kernel_init gave NoneType",
         ),
+        (
+            {
+                "kernel_init": nn.with_partitioning(KERNEL_INIT, (None, "model")),
+                "group_size": GROUP,
+            },
+            r"kernel_init gave Partitioned .* array in a box",
+        ),
     ],
 )
 def test_invalid_attributes(options, message):
@@ -230,6 +237,12 @@ def test_invalid_variables():
         Dense(N).apply({"params": made["params"]}, x)
     with pytest.raises(ValueError, match="params/kernel is missing"):
         Dense(N).apply({"quantized": made["quantized"]}, x)
+    with pytest.raises(TypeError, match=r"params/kernel is .*qjax.quantize makes one"):
+        Dense(N).apply(to_variables({"kernel": cases.dense()}), x)
+    with pytest.raises(TypeError, match=r"quantized/kernel is .*qjax.quantize makes"):
+        Dense(N).apply(made | {"quantized": {"kernel": cases.dense()}}, x)
+    with pytest.raises(ValueError, match="mutable has no 'quantized'"):
+        Dense(N, group_size=GROUP).init(KEY, x, mutable=["params"])
     nested = to_variables({"down": mlp_params()["down"]})
     with pytest.raises(ValueError, match="params/up/kernel is missing"):
         MLP().apply(nested, x)
@@ -239,3 +252,9 @@ def test_invalid_variables():
         Dense(N).apply(made, x[:, :64])
     with pytest.raises(ValueError, match=r"bias.shape=\(96,\) must be \(40,\)"):
         to_variables({"up": {"kernel": cases.kernel("4bit"), "bias": jnp.zeros(K)}})
+
+
+def test_the_bridge_to_nnx_loses_one_of_two_collections():
+    layer = nnx.bridge.ToNNX(Dense(N, group_size=GROUP), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="ToNNX loses them: use layers"):
+        layer.lazy_init(cases.inputs())(cases.inputs())

@@ -3,11 +3,13 @@
 import chex
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import optax
 import pytest
 from flax import nnx
 
 import qjax
+from qjax.layers import nnx as ours
 from qjax.layers.nnx import Linear, Quantized, Scale
 from tests.layers import cases
 from tests.layers.cases import GROUP, K, N
@@ -321,6 +323,16 @@ def test_implementation_is_that_of_matmul():
             "use_bias=False",
         ),
         (
+            lambda: Linear(
+                K,
+                N,
+                group_size=GROUP,
+                kernel_init=nnx.with_partitioning(KERNEL_INIT, (None, "model")),
+                rngs=nnx.Rngs(0),
+            ),
+            r"kernel_init gave VariableMetadata .* array in a box",
+        ),
+        (
             lambda: layer("4bit")(jnp.ones((2, N))),
             r"x.shape=\(2, 40\) must end in k=96",
         ),
@@ -329,3 +341,25 @@ def test_implementation_is_that_of_matmul():
 def test_invalid_use(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda w: layer("4bit").load(w),
+        lambda w: Linear(K, N, kernel_init=w),
+        Linear.from_qtensor,
+        lambda w: ours.LinearGeneral.from_qtensor(w, K, N),
+        lambda w: ours.Einsum.from_qtensor("bd,df->bf", (K, N), w),
+        lambda w: ours.Experts.from_qtensor(w[None]),
+        ours.Embed.from_qtensor,
+        lambda w: ours.Embed(N, K, group_size=GROUP).load(w),
+        lambda w: ours.MBWQLinear(K, N).load(w),
+    ],
+)
+def test_dense_weights_are_refused(make):
+    with pytest.raises(TypeError) as caught:
+        make(cases.dense())
+    # Annotations that are checked at run time refuse it first.
+    if not isinstance(caught.value, jaxtyping.TypeCheckError):
+        assert "must be a QTensor; qjax.quantize makes one" in str(caught.value)

@@ -214,6 +214,13 @@ def test_other_methods_and_collections_are_kept():
         same(found, model.apply(params, inputs, method=method))
 
 
+def test_what_the_model_is_not_called_with_is_refused():
+    with pytest.raises(TypeError, match=r"those of Model.__call__: .*'groupsize'"):
+        qjax.quantize_model(Model(), SPEC, TOKENS, variables=dense(), groupsize=32)
+    with pytest.raises(ValueError, match="Model has no method 'run'"):
+        qjax.quantize_model(Model(), SPEC, TOKENS, variables=dense(), method="run")
+
+
 def test_variables_must_come_with_the_module():
     with pytest.raises(ValueError, match="must hold the 'params' of the linen module"):
         qjax.quantize_model(nn.Dense(8), SPEC)

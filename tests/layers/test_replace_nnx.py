@@ -1,7 +1,9 @@
 """`qjax.quantize_model` of nnx models, most of whose modules are not ours."""
 
 import functools
+import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -253,6 +255,62 @@ def test_load_says_what_does_not_fit():
         qjax.layers.nnx.load(model, {"bias": x(9)})
     with pytest.raises(ValueError, match=r"not there; close to it are \['kernel'\]"):
         qjax.layers.nnx.load(model, {"kernels": x(8)})
+
+
+@pytest.mark.parametrize(
+    "shape", [(64, 16, 4), (4, 64, 16), (64, 4, 17), (64, 64)], ids=str
+)
+def test_load_takes_a_dense_weight_of_its_own_shape_alone(shape):
+    """Another one may have as many elements, and would be flattened as well."""
+    dense = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
+    model, _ = quantize(dense)
+    message = f"weights['query/kernel'] has the shape {shape}, and must have (64, 4, 1"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        qjax.layers.nnx.load(model, {"query/kernel": x(*shape)})
+
+
+def test_load_of_a_stack_wants_all_axes():
+    @nnx.vmap
+    def make(key):
+        return nnx.LinearGeneral((4, 16), 8, axis=(-2, -1), rngs=nnx.Rngs(key))
+
+    model, _ = quantize(make(jax.random.split(jax.random.key(0), 3)))
+    qjax.layers.nnx.load(model, {"kernel": x(3, 4, 16, 8)})
+    expected = qjax.quantize(x(3, 4, 16, 8).reshape(3, 64, 8), 4, GROUP)
+    chex.assert_trees_all_equal(nnx.as_pure(model.packed["kernel"]), expected)
+    with pytest.raises(ValueError, match=r"must have \(3, 4, 16, 8\)"):
+        qjax.layers.nnx.load(model, {"kernel": x(4, 16, 8)})
+
+
+@pytest.mark.parametrize(
+    ("path", "weight", "message"),
+    [
+        ("nowhere", jnp.ones(8), "not there"),
+        ("1/kernel", jnp.ones((8, MODEL)), "and must have"),
+        ("1/kernel", jnp.ones((MODEL, 8), jnp.int32), "cannot be rounded as QTensor"),
+        ("1/kernel", qjax.quantize(jnp.ones((32, 8)), 4, 32), "its shape must be"),
+        ("2/embedding", qjax.quantize(jnp.ones((32, 8)), 4, 32), "is not packed"),
+    ],
+)
+def test_load_changes_nothing_if_anything_does_not_fit(path, weight, message):
+    layers = [nnx.Linear(MODEL, 8, rngs=RNGS) for _ in range(2)]
+    rules = [("2", None), (".*", SPEC)]
+    model = qjax.quantize_model(nnx.List([*layers, nnx.Embed(32, 8, rngs=RNGS)]), rules)
+    before = nnx.as_pure(nnx.clone(nnx.state(model)))
+    weights = {"0/kernel": x(MODEL, 8), "0/bias": x(8), path: weight}
+    with pytest.raises((ValueError, TypeError), match=message):
+        qjax.layers.nnx.load(model, weights)
+    chex.assert_trees_all_equal(nnx.as_pure(nnx.state(model)), before)
+
+
+def test_what_the_model_is_not_called_with_is_refused():
+    model = nnx.List([nnx.Linear(MODEL, 8, rngs=RNGS)])
+    with pytest.raises(ValueError, match="List has no method '__call__'"):
+        qjax.quantize_model(model, SPEC, x(3, MODEL))
+    with pytest.raises(ValueError, match="method='run': Linear has no method 'run'"):
+        qjax.quantize_model(model[0], SPEC, method="run")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'groupsize'"):
+        qjax.quantize_model(model[0], SPEC, x(3, MODEL), groupsize=32)
 
 
 def test_adapters_go_beside_what_was_a_plain_linear_layer():

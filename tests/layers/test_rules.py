@@ -62,9 +62,13 @@ def test_what_is_no_rule_is_refused(given, error, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"bits": 1}, "bits=1 must be 2 to 8"),
-        ({"bits": 9}, "bits=9 must be 2 to 8"),
-        ({"group_size": 0}, "group_size=0 must be positive or None"),
+        ({"bits": 1}, "bits=1 must be an integer from 2 to 8"),
+        ({"bits": 9}, "bits=9 must be an integer from 2 to 8"),
+        ({"bits": 4.0}, "bits=4.0 must be an integer"),
+        ({"group_size": 0}, "group_size=0 must be a positive integer or None"),
+        ({"group_size": 32.0}, "group_size=32.0 must be a positive integer"),
+        ({"group_size": "32"}, "group_size='32' must be a positive integer"),
+        ({"group_size": True}, "group_size=True must be a positive integer"),
         ({"scale_dtype": "int8"}, "scale_dtype=int8 must be bfloat16, float16"),
     ],
 )

@@ -73,6 +73,25 @@ def test_files_are_held_out_whole(tmp_path):
     assert "no_ordinary_source" not in tokenizer.decode(trained.tolist())
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rate", "nan"], "--rate=nan must be a positive number"),
+        (["--rate", "-1"], "--rate=-1.0 must be a positive number"),
+        (["--context", "5000"], "--context=5000 must be at most 1024"),
+        (["--output", "nowhere/curves.png"], "must be a file in a folder"),
+        (["--output", "curves.foo"], "must end in .png, .svg, .pdf"),
+    ],
+)
+def test_nothing_is_trained_that_would_be_lost(options, message, monkeypatch):
+    monkeypatch.setattr(finetune, "set_up", lambda *_: pytest.fail("It is trained."))
+    app = typer.Typer()
+    app.command()(finetune.main)
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 1
+    assert message in " ".join(result.output.split())
+
+
 def test_too_little_source(tmp_path):
     app = typer.Typer()
     app.command()(finetune.main)

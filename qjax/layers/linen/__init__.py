@@ -8,6 +8,10 @@ any mix of formats, and loading weights is loading variables, as ever:
 
     {"params": {"kernel": {"scale": [groups, n], ...}, "bias": [n]},
      "quantized": {"kernel": QTensor(words, ...)}}
+
+`flax.nnx.bridge.ToNNX` makes attributes of variables by their names alone, whatever
+their collections, and so loses one of the two of a kernel: models of nnx take the
+layers of `layers.nnx`, made of the same `QTensor`, as `to_params` gives it.
 """
 
 from qjax.layers.linen.dense import Dense, DenseGeneral

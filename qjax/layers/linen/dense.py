@@ -72,6 +72,7 @@ class Dense(nn.Module):
           scales' dtype.
 
         Raises:
+          TypeError: If the variables hold a dense kernel.
           ValueError: If the variables hold no quantized kernel or one of another shape,
             or, from ``init``, if the attributes do not fit the inputs.
         """

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array
 
-from qjax.layers import packing, qarrays
+from qjax.layers import packing, qarrays, subclasses
 from qjax.layers.linen.variables import QUANTIZED, to_params, to_variables
 from qjax.layers.report import Entry
 from qjax.layers.rules import Rule
@@ -136,10 +136,8 @@ def _subclass(cls: type[nn.Module], forms: Forms) -> type[nn.Module]:
         )
 
     apply.__doc__ = cls.apply.__doc__
-    about = {name: getattr(cls, name) for name in ("__module__", "__doc__")}
-    members = {**about, "apply": apply, "packed_forms": dict(forms)}
-    metaclass: Any = type(cls)
-    return metaclass(cls.__name__, (cls,), members)
+    members = {"apply": apply, "packed_forms": dict(forms)}
+    return subclasses.subclass(_subclass, cls, forms, members)
 
 
 def _apply(

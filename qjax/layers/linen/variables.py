@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from qjax import ops
 from qjax.layers import dense
+from qjax.sharding import Segmented
 from qjax.tensor import QTensor
 
 QUANTIZED = "quantized"  # the collection of integers, never trained
@@ -37,9 +38,17 @@ def weight(
       The weight.
 
     Raises:
-      ValueError: If the variables hold no quantized weight or one of another shape.
+      TypeError: If the variables hold a dense array in its place.
+      ValueError: If the variables hold no quantized weight or one of another shape, or
+        ``init`` may not make both collections.
     """
     if module.is_initializing() and not module.has_variable(QUANTIZED, name):
+        if not module.is_mutable_collection(QUANTIZED):
+            raise ValueError(
+                f"mutable has no {QUANTIZED!r}, the collection in which init puts the "
+                f'words of {name}; pass mutable=["params", "{QUANTIZED}"], or leave it '
+                "out."
+            )
 
         def make(key: Array) -> dict[str, Array]:
             floats, rest = _split(start(key))
@@ -47,17 +56,37 @@ def weight(
             return floats
 
         module.param(name, make)
-    for collection in ("params", QUANTIZED):
-        if not module.has_variable(collection, name):
-            path = "/".join((collection, *module.path, name))
-            raise ValueError(
-                f"{path} is missing; apply needs both collections, "
-                '{"params": ..., "quantized": ...}, as `to_variables` makes them.'
-            )
+    _check_both(module, name)
     rest = module.get_variable(QUANTIZED, name)
     whole = dataclasses.replace(rest, **module.get_variable("params", name))
     dense.check_shapes(whole, None, shape, name=name, axes=axes)
     return whole
+
+
+def _check_both(module: nn.Module, name: str) -> None:
+    """Refuses variables that are not those of a packed weight.
+
+    Raises:
+      TypeError: If one of the two is a dense array.
+      ValueError: If one is missing.
+    """
+
+    def at(collection: str) -> str:
+        return "/".join((collection, *module.path, name))
+
+    dense_one = module.get_variable("params", name)
+    if dense_one is not None and not isinstance(dense_one, Mapping):
+        dense.check_packed(dense_one, at("params"))
+    for collection in ("params", QUANTIZED):
+        if not module.has_variable(collection, name):
+            # What `ToNNX` leaves of the two, as they have the same names.
+            bridged = " nnx.bridge.ToNNX loses them: use layers.nnx in a model of nnx."
+            raise ValueError(
+                f"{at(collection)} is missing; apply needs both collections, "
+                '{"params": ..., "quantized": ...}, as `to_variables` makes them.'
+                f"{bridged if collection == 'params' else ''}"
+            )
+    dense.check_packed(module.get_variable(QUANTIZED, name), at(QUANTIZED))
 
 
 def kernel_and_bias(
@@ -82,6 +111,7 @@ def kernel_and_bias(
       The kernel; the bias, or None for a layer without one.
 
     Raises:
+      TypeError: As `weight`.
       ValueError: As `weight`.
     """
     start = dense.starting(layer, kernel_init, shape)
@@ -187,7 +217,19 @@ def _from_state_dict(qt: QTensor, state: dict[str, Any]) -> QTensor:
     return dataclasses.replace(qt, **leaves)
 
 
+def _parts_to_state_dict(leaf: Segmented) -> dict[str, Any]:
+    return serialization.to_state_dict(leaf.parts)
+
+
+def _parts_from_state_dict(leaf: Segmented, state: dict[str, Any]) -> Segmented:
+    parts = serialization.from_state_dict(leaf.parts, state)
+    return dataclasses.replace(leaf, parts=parts)
+
+
 # For `flax.serialization.to_bytes(variables)`; the metadata is that of the target.
 serialization.register_serialization_state(
     QTensor, _to_state_dict, _from_state_dict, override=True
+)
+serialization.register_serialization_state(
+    Segmented, _parts_to_state_dict, _parts_from_state_dict, override=True
 )

@@ -8,7 +8,7 @@ from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Array, DTypeLike, Float, Num
 
 from qjax import rtn
-from qjax.layers import contraction
+from qjax.layers import contraction, dense
 from qjax.layers.nnx.packed import Projection
 from qjax.tensor import QTensor
 
@@ -130,9 +130,11 @@ class Einsum(Projection):
           The layer.
 
         Raises:
+          TypeError: If the kernel is no `QTensor`.
           ValueError: If the kernel or the bias does not fit the equation.
           NotImplementedError: As the constructor.
         """
+        dense.check_packed(kernel)
         equation = contraction.parse(einsum_str, kernel_shape)
         layer = cls(
             einsum_str,

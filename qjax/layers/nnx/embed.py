@@ -113,7 +113,11 @@ class Embed(Packed):
 
         Returns:
           The layer.
+
+        Raises:
+          TypeError: If the table is no `QTensor`.
         """
+        dense.check_packed(embedding, cls._weight)
         features, num_embeddings = embedding.shape[-2:]
         return cls(
             num_embeddings,
@@ -166,6 +170,7 @@ class Embed(Packed):
           embedding: The new table. It is prepared for this device once, here.
 
         Raises:
+          TypeError: If it is no `QTensor`.
           ValueError: If its shape differs.
         """
         shape, name, axes = self.embedding.shape, self._weight, self._axes

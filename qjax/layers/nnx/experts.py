@@ -123,8 +123,10 @@ class Experts(Projection):
           The layer.
 
         Raises:
+          TypeError: If the kernel is no `QTensor`.
           ValueError: If the kernel is no stack, or the bias does not fit it.
         """
+        dense.check_packed(kernel)
         if kernel.ndim < 3:
             raise ValueError(f"kernel.shape={kernel.shape} must be {cls._axes}.")
         dense.check_shapes(kernel, bias)

@@ -63,6 +63,7 @@ class Linear(Projection):
       rngs: Random keys; needed by initializers that draw (default: None).
 
     Raises:
+      TypeError: If ``kernel_init`` is an array.
       ValueError: If ``in_features`` is no multiple of ``group_size`` or does not fill
         whole words, a kernel has another shape, or ``rngs`` is missing.
 
@@ -127,6 +128,7 @@ class Linear(Projection):
           The layer.
 
         Raises:
+          TypeError: If the kernel is no `QTensor`.
           ValueError: If the bias does not fit the kernel.
         """
         dense.check_shapes(kernel, bias)

@@ -9,7 +9,7 @@ from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Array, DTypeLike, Float, Num
 
 from qjax import rtn
-from qjax.layers import contraction
+from qjax.layers import contraction, dense
 from qjax.layers.nnx.packed import Projection
 from qjax.tensor import QTensor
 
@@ -133,8 +133,10 @@ class LinearGeneral(Projection):
           The layer.
 
         Raises:
+          TypeError: If the kernel is no `QTensor`.
           ValueError: If the kernel or the bias does not fit the features.
         """
+        dense.check_packed(kernel)
         layer = cls(
             in_features,
             out_features,

@@ -46,6 +46,8 @@ class Packed(nnx.Module):
         **rounding: Any,
     ) -> None:
         """Makes the weight; ``rounding`` are the keywords of ``start``."""
+        if init is not None and not callable(init):
+            dense.check_packed(init, f"{self._weight}_init")
         if isinstance(init, QTensor):
             weight = ops.prepare(init)
             shape = (*weight.shape[: max(0, weight.ndim - len(shape))], *shape)
@@ -163,6 +165,7 @@ class Projection(Packed):
           bias: The new bias; None leaves the present one.
 
         Raises:
+          TypeError: If the kernel is no `QTensor`.
           ValueError: If a shape differs, or there is a bias but the layer has none.
         """
         self._check(kernel, bias)

@@ -15,6 +15,7 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
+from qjax.layers import subclasses
 from qjax.layers.nnx.packed import Packed
 from qjax.layers.tracing import interpreter
 from qjax.layers.tracing.held import Held, dense
@@ -98,8 +99,8 @@ def form_of(module: Any, name: str) -> Form:
 def _subclass(cls: type, kinds: tuple[tuple[str, Kind], ...]) -> type:
     members: dict[str, Any] = dict(_traced(cls))
     members |= {name: _outside(name) for name, _ in kinds}
-    about = {name: getattr(cls, name) for name in ("__module__", "__doc__")}
-    return type(cls)(cls.__name__, (cls,), {**about, **members, "_kinds": dict(kinds)})
+    members["_kinds"] = dict(kinds)
+    return subclasses.subclass(_subclass, cls, kinds, members)
 
 
 def _traced(cls: type) -> Iterator[tuple[str, Any]]:
