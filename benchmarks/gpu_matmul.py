@@ -227,6 +227,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows", action="append", type=int, metavar="M")
     parser.add_argument(
         "--library",
+        dest="libraries",
         action="append",
         choices=["qjax", *ALL],
         help="instead of all, beside dense; qjax for every width",
@@ -238,7 +239,7 @@ def parse() -> argparse.Namespace:
 
 def start(arguments: argparse.Namespace, environment: dict[str, str]) -> list[Process]:
     """Starts the processes, the dense product's first."""
-    chosen = tuple(arguments.library or ALL)
+    chosen = tuple(arguments.libraries or ALL)
     libraries = ["dense", *(a for a in ALL[1:] if a.startswith(chosen))]
     processes = [
         Process(

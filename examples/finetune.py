@@ -208,8 +208,9 @@ def check_options(rate: float | None, output: Path) -> None:
         raise ValueError(f"--rate={rate} must be a positive number.")
     if output.suffix not in PICTURES:
         raise ValueError(f"--output={output} must end in {', '.join(PICTURES)}.")
+    is_place = output.parent.is_dir() and not output.is_dir()
     written = output if output.exists() else output.parent
-    if written.is_dir() != (written != output) or not os.access(written, os.W_OK):
+    if not is_place or not os.access(written, os.W_OK):
         raise ValueError(
             f"--output={output} must be a file in a folder that can be written to."
         )

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from qjax.layers.linen.variables import QUANTIZED, to_params
 from qjax.layers.nnx.wrapped import packed_weights
-from qjax.layers.report import in_text, path_column
+from qjax.layers.report import in_text, path_column, path_name
 from qjax.tensor import QTensor, readable
 
 
@@ -113,7 +113,7 @@ def memory_report(model: Any) -> Memory:
 
 def _of_nnx(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     packed = {
-        "/".join(map(str, (*path, name))): weight
+        path_name((*path, name)): weight
         for path, module in nnx.iter_modules(model)
         for name, weight in packed_weights(module).items()
     }
@@ -126,7 +126,7 @@ def _of_nnx(model: nnx.Module) -> Iterator[tuple[str, Any]]:
     for path, node in nnx.to_flat_state(nnx.state(model)):
         if id(node) not in inside:
             value = node.get_raw_value() if _is_variable(node) else node
-            yield from _of_tree(value, "/".join(map(str, path)))
+            yield from _of_tree(value, path_name(path))
 
 
 def _is_variable(node: Any) -> bool:

@@ -62,7 +62,8 @@ def quantize_model(
       **keywords: More inputs.
 
     Returns:
-      The model, with weights replaced; for linen, the module and its variables.
+      The model, with weights replaced; for linen, the module and its variables. What
+      pickle takes of the model, it takes of the result.
 
     Raises:
       TypeError: If the model is no Flax module, a rule is none, or the method does not
@@ -83,15 +84,16 @@ def quantize_model(
       (1, 3, 64)
     """
     checked = rules_.read(rules)
-    if isinstance(model, nnx.Module | nn.Module):
-        _check_call(model, inputs, keywords, method)
+    if not isinstance(model, nnx.Module | nn.Module):
+        raise TypeError(f"model={model!r} must be an nnx.Module or an nn.Module.")
+    _check_call(model, inputs, keywords, method)
     if isinstance(model, nnx.Module):
         if variables is not None:
             raise TypeError("variables are for linen; an nnx model has its own.")
         result, entries = of_nnx.quantize(
             model, checked, inputs, keywords, method or "__call__"
         )
-    elif isinstance(model, nn.Module):
+    else:
         if variables is None or "params" not in variables:
             raise ValueError(
                 f"variables={variables!r} must hold the 'params' of the linen module, "
@@ -101,8 +103,6 @@ def quantize_model(
             model, variables, checked, inputs, keywords, method
         )
         result = tuple(result)
-    else:
-        raise TypeError(f"model={model!r} must be an nnx.Module or an nn.Module.")
     _check_matches(checked, entries)
     _tell(Report(tuple(entries)), strict=strict, report=report)
     return result
@@ -112,7 +112,7 @@ def _check_call(
     model: Any, inputs: tuple, keywords: Mapping[str, Any], method: str | None
 ) -> None:
     """Refuses what the model could not be called with: it may not be called at all."""
-    if not (inputs or keywords or method):
+    if callable(method) or not (inputs or keywords or method):
         return
     name = method or "__call__"
     if not hasattr(model, name):

@@ -2,12 +2,18 @@
 
 import dataclasses
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from rich.console import Console
 from rich.table import Column, Table
 
 from qjax.tensor import readable
+
+
+def path_name(keys: Iterable[Any]) -> str:
+    """The path of a weight or a module as rules and reports have it."""
+    return "/".join(map(str, keys))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

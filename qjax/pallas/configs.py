@@ -122,8 +122,7 @@ def heuristic(op: str, m: int, w: QTensor) -> Config:
 
 def _heuristic_matmul(m: int, w: QTensor) -> Config:
     block_m = _power_of_two(m, 8, 128)
-    # Iterations take at least the rows of a block.
-    long = any(tiles.rows_of_block(s.bits) > 128 for s in w.segments)
+    long = _has_long_blocks(w)
     if block_m > EXACT_ROWS:
         # Two programs to a multiprocessor: one unpacks while the other multiplies. The
         # shared memory of a third stage is that of the second program.
@@ -193,10 +192,16 @@ def _at_once(op: str, config: Config, w: QTensor) -> int:
 
 def _registers(op: str, config: Config, w: QTensor) -> int:
     """What a thread holds at most, as kernels are compiled for an H100."""
-    if op in ("matmul", "matvec") and config.block_m in (32, 64):
+    if op not in ("matmul", "matvec") or config.block_m > 64:
+        return 128
+    if config.block_m >= 32:
         return 208
-    long = any(tiles.rows_of_block(s.bits) > 128 for s in w.segments)
-    return 255 if op in ("matmul", "matvec") and config.block_m < 32 and long else 128
+    return 255 if _has_long_blocks(w) else 128
+
+
+def _has_long_blocks(w: QTensor) -> bool:
+    """Whether iterations, which take at least a block, have more than 128 rows."""
+    return any(tiles.rows_of_block(s.bits) > 128 for s in w.segments)
 
 
 def _power_of_two(m: int, least: int, most: int) -> int:

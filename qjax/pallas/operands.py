@@ -305,13 +305,19 @@ def fit(
     return (wide * factor).astype(DTYPE), inverse
 
 
-def unit_of(scale: Float[Array, "..."]) -> tuple[Array, Array]:
+def unit_of(
+    scale: Float[Array, "..."], added: Float[Array, "..."] | None = None
+) -> tuple[Array, Array]:
     """One power of two that brings all scales to at most one, and its inverse.
 
     float16 then holds what is multiplied by them, whatever their range, down to 2**-28
-    of its largest.
+    of its largest. What is ``added`` to that comes to at most ``2**TOP``.
     """
-    return bring_to(jnp.abs(scale.astype(jnp.float32)).max(), -1)
+    largest = jnp.abs(scale.astype(jnp.float32)).max()
+    if added is not None:
+        of_added = jnp.abs(added.astype(jnp.float32)).max() * 2.0**-TOP
+        largest = jnp.maximum(largest, of_added)
+    return bring_to(largest, -1)
 
 
 def bring_to(largest: Float[Array, "..."], exponent: int) -> tuple[Array, Array]:

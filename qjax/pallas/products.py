@@ -10,7 +10,7 @@ from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
 from qjax.pallas.matvec import DTYPES, matvec
-from qjax.pallas.operands import DTYPE, TOP, fit, one_of, unit_of
+from qjax.pallas.operands import DTYPE, fit, one_of, unit_of
 from qjax.pallas.scale_grad import scale_grad
 from qjax.tensor import Affine, QTensor
 
@@ -128,12 +128,8 @@ def weight(w: QTensor, dtype: DTypeLike | None) -> Float[Array, "k n"]:
 
 
 def _through_dense(rows: Array, w: QTensor, index: Array | None, axes: tuple) -> Array:
-    largest = jnp.abs(one_of(w.scale, index).astype(jnp.float32)).max()
-    if w.zero is not None and w.affine is not Affine.ZERO:
-        # What is added may be larger than all codes times the scale.
-        zero = jnp.abs(one_of(w.zero, index).astype(jnp.float32)).max()
-        largest = jnp.maximum(largest, zero * 2.0**-TOP)
-    unit, undo = unit_of(largest)
+    added = None if w.affine is Affine.ZERO else w.zero
+    unit, undo = unit_of(*one_of((w.scale, added), index))
     config = configs.for_dequantize(w)
     weight = dequantize(w, DTYPE, config, index=index, unit=unit)
     x, unscale = fit(rows)

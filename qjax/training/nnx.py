@@ -18,6 +18,7 @@ from qjax.layers.nnx import (
     LinearGeneral,
     MBWQLinear,
 )
+from qjax.layers.report import path_name
 from qjax.tensor import QTensor
 from qjax.training import lora, shadow
 
@@ -354,14 +355,10 @@ def merge_lora(model: nnx.Module) -> Any:
     return nnx.recursive_map(merge, model)
 
 
-def _name(path: tuple) -> str:
-    return "/".join(map(str, path))
-
-
 def _layers(model: nnx.Module, kinds: Any = _Product) -> Iterator[tuple[str, Any]]:
     for path, module in nnx.iter_modules(model):
         if isinstance(module, kinds):
-            yield _name(path), module
+            yield path_name(path), module
 
 
 def _named(
@@ -382,6 +379,6 @@ def _replaced(
     """A copy of a model, of the same Variables, with other layers in it."""
 
     def replace(path: tuple, node: Any) -> Any:
-        return make(_name(path), node) if isinstance(node, kinds) else node
+        return make(path_name(path), node) if isinstance(node, kinds) else node
 
     return nnx.recursive_map(replace, model)

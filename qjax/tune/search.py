@@ -175,8 +175,9 @@ def climb(job: Job, config: Config, field: str, *, up: bool) -> Iterator[Config]
         return  # They mean nothing there.
     rows = max(1, config.block_m // config.slices)
     if job.op == "matvec" and field == "block_m":
-        # The rows that there are, times one slice or more.
-        slices, least = config.block_n // tables.LEAST_COLUMNS, max(least, rows)
+        # The rows that there are, times the slices: one of them or more.
+        slices = config.block_n // tables.LEAST_COLUMNS
+        least = max(least, rows)
         most = min(most, rows * min(slices, tables.LIMITS["slices"][1]))
     elif field == "block_m":
         # Tensor cores take sixteen rows of dy at least; more rows than there are idle.

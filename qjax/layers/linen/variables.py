@@ -50,7 +50,7 @@ def weight(
                 "out."
             )
 
-        def make(key: Array) -> dict[str, Array]:
+        def make(key: Array) -> dict[str, Array | Segmented]:
             floats, rest = _split(start(key))
             module.put_variable(QUANTIZED, name, rest)
             return floats
@@ -187,7 +187,7 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
     return join(variables["params"], variables.get(QUANTIZED, {}))
 
 
-def _split(kernel: QTensor) -> tuple[dict[str, Array], QTensor]:
+def _split(kernel: QTensor) -> tuple[dict[str, Array | Segmented], QTensor]:
     """Takes the float leaves out of a prepared kernel, by name."""
     floats = {
         name: leaf

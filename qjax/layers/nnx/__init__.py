@@ -11,9 +11,9 @@ from qjax.layers.nnx.experts import Experts
 from qjax.layers.nnx.group_quant import GroupQuantLinear
 from qjax.layers.nnx.linear import Linear
 from qjax.layers.nnx.linear_general import LinearGeneral
+from qjax.layers.nnx.loading import load
 from qjax.layers.nnx.mbwq import MBWQLinear
 from qjax.layers.nnx.packed import Quantized, Scale
-from qjax.layers.nnx.replace import load
 
 __all__ = [
     "Einsum",

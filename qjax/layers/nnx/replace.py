@@ -1,22 +1,19 @@
 """Quantizes the weights of an nnx model: `Linear` by ours, all others wrapped."""
 
 import contextlib
-import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from qjax import ops
 from qjax.layers import contraction, packing
 from qjax.layers.nnx import wrapped
 from qjax.layers.nnx.linear import Linear
-from qjax.layers.nnx.packed import Packed, Scale, variables
-from qjax.layers.report import Entry
+from qjax.layers.nnx.packed import Scale, variables
+from qjax.layers.report import Entry, path_name
 from qjax.layers.rules import Rule
 from qjax.layers.tracing import uses
 from qjax.layers.tracing.views import Form
@@ -105,14 +102,12 @@ def _weights(model: nnx.Module) -> Iterator[Weight]:
     for path, module in nnx.iter_modules(model):
         for name, value in vars(module).items():
             if isinstance(value, nnx.Param):
-                holders.setdefault(id(value), []).append((_name(path), module, name))
+                holders.setdefault(id(value), []).append(
+                    (path_name(path), module, name)
+                )
     for path, node in nnx.iter_graph(model):
         if isinstance(node, nnx.Param) and not isinstance(node, nnx.LoRAParam | Scale):
-            yield Weight(_name(path), node, tuple(holders.get(id(node), ())))
-
-
-def _name(path: Sequence[Any]) -> str:
-    return "/".join(map(str, path))
+            yield Weight(path_name(path), node, tuple(holders.get(id(node), ())))
 
 
 def _known(weight: Weight) -> Form | None:
@@ -268,7 +263,7 @@ def _read_by_others(
     watched = nnx.clone(model)
     for path, module in list(nnx.iter_modules(watched)):
         if type(module) is nnx.Linear:
-            module.__class__ = _watching(_name(path), found)
+            module.__class__ = _watching(path_name(path), found)
     graphdef, state = nnx.split(watched)
     arrays, arguments = _arrays_of(inputs, keywords)
 
@@ -305,122 +300,3 @@ def _watching(path: str, found: set[str]) -> type[nnx.Linear]:
             vars(self)["kernel"] = value
 
     return Watched
-
-
-def load(model: nnx.Module, weights: Mapping[str, QTensor | Array]) -> None:
-    """Fills a quantized model, in place: one whose arrays are abstract, or any other.
-
-    Args:
-      model: What `qjax.quantize_model` returned.
-      weights: By path: of a parameter ("layers/0/attn/q_proj/w"), or of a module that
-        has one packed weight ("layers/0/attn/q_proj"). A `QTensor`, of any format, is
-        the matrix ``[*stack, k, n]`` that the report shows. An array in the place of a
-        packed weight is rounded as that is; any other is taken as it is. Parameters
-        that are not named stay as they are.
-
-    The model stays as it was if anything is refused.
-
-    Raises:
-      TypeError: If a `QTensor` is for a parameter that is not packed.
-      ValueError: If there is no such parameter, a shape differs, of a dense weight from
-        that of the one which was packed, or an array cannot be rounded so.
-
-    Example:
-      >>> from flax import nnx
-      >>> dense = nnx.eval_shape(lambda: nnx.Linear(64, 8, rngs=nnx.Rngs(0)))
-      >>> model = qjax.quantize_model(dense, qjax.Spec(group_size=32))
-      >>> load(model, {"kernel": jnp.ones((64, 8)), "bias": jnp.zeros(8)})
-      >>> model(jnp.ones((1, 64))).shape
-      (1, 8)
-    """
-    packed = _packed(model)
-    plain = {
-        _name(path): node
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Variable)
-    }
-    # All of them, before the first is put in its place.
-    fitting = {
-        path: _fitting(path, weight, packed, plain) for path, weight in weights.items()
-    }
-    for path, weight in fitting.items():
-        if not isinstance(weight, QTensor):
-            plain[path].set_raw_value(weight)
-            continue
-        new = variables(weight)
-        for module, name in packed[path]:
-            if isinstance(module, Packed):
-                module.packed = nnx.data(new)
-            else:
-                module.packed[name] = new
-
-
-# The modules that share a packed weight, each with its name for it.
-_Holders = Sequence[tuple[Any, str]]
-
-
-def _packed(model: nnx.Module) -> dict[str, _Holders]:
-    """The packed weights by path, and by the path of a module that has only one."""
-    packed: dict[str, _Holders] = {}
-    holders: dict[int, list[tuple[Any, str]]] = {}
-    for path, module in nnx.iter_modules(model):
-        names = wrapped.packed_weights(module)
-        for name, weight in names.items():
-            shared = holders.setdefault(id(weight.words[0]), [])
-            shared.append((module, name))
-            packed[_name((*path, name))] = shared
-            if len(names) == 1:
-                packed[_name(path)] = shared
-    return packed
-
-
-def _fitting(
-    path: str,
-    weight: QTensor | Array,
-    packed: Mapping[str, _Holders],
-    plain: Mapping[str, nnx.Variable],
-) -> QTensor | Array:
-    """What takes the place of a parameter: of a packed one, a prepared `QTensor`."""
-    if path in packed:
-        return _fitting_packed(path, weight, *packed[path][0])
-    what = f"weights[{path!r}] has the shape {jnp.shape(weight)}"
-    if path not in plain:
-        near = difflib.get_close_matches(path, {*packed, *plain})
-        raise ValueError(
-            f"{what}, but the model's parameter is not there; close to it are {near}."
-        )
-    if plain[path].shape != jnp.shape(weight):
-        shape = plain[path].shape
-        raise ValueError(f"{what}, but the model's parameter is of shape {shape}.")
-    if isinstance(weight, QTensor):
-        raise TypeError(
-            f"weights[{path!r}] is {weight!r}, but the model's parameter is not packed;"
-            " qjax.quantize_model packs it, and qjax.dequantize gives the dense weight."
-        )
-    return jnp.asarray(weight)
-
-
-def _fitting_packed(
-    path: str, weight: QTensor | Array, module: Any, name: str
-) -> QTensor:
-    old = nnx.as_pure(wrapped.packed_weights(module)[name])
-    if isinstance(weight, QTensor):
-        if weight.shape != old.shape:
-            raise ValueError(
-                f"weights[{path!r}] is {weight!r}; its shape must be {old.shape}."
-            )
-        return ops.prepare(weight)
-    form = wrapped.form_of(module, name)
-    # Not that of the matrix: other axes may be flattened to as many rows and columns.
-    shape = form.view(old.batch, old.dtype).shape
-    if jnp.shape(weight) != shape:
-        raise ValueError(
-            f"weights[{path!r}] has the shape {jnp.shape(weight)}, and must have "
-            f"{shape}, that of the dense weight; a QTensor must have {old.shape}."
-        )
-    try:
-        return packing.pack(jnp.asarray(weight), form, packing.spec_of(old))
-    except ValueError as error:
-        raise ValueError(
-            f"weights[{path!r}] cannot be rounded as {old!r} is: {error}"
-        ) from error
