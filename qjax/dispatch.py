@@ -134,6 +134,10 @@ def _backward(
     w, dy = jax.lax.optimization_barrier((w, dy.astype(jnp.float32)))
     (of_w, of_x, of_index), units = _names(x, w, index)
     of_dy = _of_result(x)
+    leaves = {name: getattr(w, name) for name in float_leaves(w)}
+    of_leaves = {name: getattr(of_w, name) for name in leaves}
+    if index is not None:  # The gradients are those of one matrix.
+        of_leaves = jax.tree.map(lambda spec: P(*spec[1:]), of_leaves)
     dx = over_devices(
         functools.partial(_product_t, choice, x.shape[-1]),
         (w, dy, index),
@@ -145,14 +149,12 @@ def _backward(
         functools.partial(_leaf_gradients, choice),
         (w, x, dy, index),
         (of_w, of_x, of_dy, of_index),
-        {name: getattr(of_w, name) for name in float_leaves(w)},
+        of_leaves,
         units,
     )
-    dx, gradients = explicitly_like(
-        (dx, gradients), (x, {n: getattr(w, n) for n in gradients})
-    )
+    like = x, pallas.one_of(leaves, index)
+    dx, gradients = explicitly_like((dx, gradients), like)
     dx = dx.astype(x.dtype)
-    leaves = {name: getattr(w, name) for name in gradients}
     cast = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, leaves)
     if index is None:
         return dx, cotangent(w, cast), None

@@ -7,7 +7,7 @@ import jax
 from jaxtyping import Array
 
 from qjax import decode, pallas, sharding
-from qjax.partitioning import over_devices
+from qjax.partitioning import is_explicit, over_devices
 from qjax.tensor import Layout, QTensor
 
 
@@ -22,7 +22,7 @@ def move_words(
     words: Array, source: Layout, target: Layout, bits: int, shape: tuple[int, int]
 ) -> Array:
     """`decode.move_words`; on a GPU by a kernel, each device on its pieces."""
-    if not are_permuted(source, target, bits):
+    if not (are_permuted(source, target, bits) or is_explicit(words)):
         return decode.move_words(words, source, target, bits, shape)
     move = functools.partial(
         move_piece, source=source, target=target, bits=bits, shape=shape

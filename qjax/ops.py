@@ -15,7 +15,13 @@ from jaxtyping import Array, DTypeLike, Float, Integer
 from qjax import decode, dispatch, moving, pallas, sharding, tensor, xla
 from qjax.bits import block
 from qjax.formats.tiles import Tiles
-from qjax.partitioning import over_devices, vary_together
+from qjax.partitioning import (
+    gathered,
+    is_explicit,
+    on_mesh_of,
+    over_devices,
+    vary_together,
+)
 from qjax.sharding import P, Segmented
 from qjax.tensor import Encoded, Grouping, Layout, QTensor, Segment
 
@@ -78,17 +84,20 @@ def _apply(
     x: Array, w: QTensor, index: Array | None, implementation: str | None
 ) -> Array:
     """Everything around the product of two matrices, one program for eager callers."""
-    if index is not None:
-        index = jnp.clip(index, 0, w.batch[0] - 1).astype(jnp.int32)
-    w, index = dispatch.native(w, index)
-    scaled = x
-    if (input_scale := pallas.one_of(w.input_scale, index)) is not None:
-        factors = input_scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        scaled = x.astype(jnp.float32) * factors
-    stored = dataclasses.replace(decoded(w), input_scale=None)
-    kernels = x.dtype != jnp.float32
-    choice = dispatch.Choice(implementation, kernels, dtype=x.dtype)
-    return dispatch.product(*vary_together(scaled, stored, index), choice)
+    with on_mesh_of((x, w)):
+        if index is not None:
+            index = jnp.clip(index, 0, w.batch[0] - 1).astype(jnp.int32)
+            w = gathered(w)
+        w, index = dispatch.native(w, index)
+        scaled = x
+        # Whole, as rows of x may be cut along the axis that it is cut along.
+        if (factors := gathered(pallas.one_of(w.input_scale, index))) is not None:
+            wide = factors.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
+            scaled = x.astype(jnp.float32) * wide
+        stored = dataclasses.replace(decoded(w), input_scale=None)
+        kernels = x.dtype != jnp.float32
+        choice = dispatch.Choice(implementation, kernels, dtype=x.dtype)
+        return dispatch.product(*vary_together(scaled, stored, index), choice)
 
 
 def decoded(w: QTensor) -> QTensor:
@@ -126,6 +135,8 @@ def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b 
       >>> dequantize(w).shape, dequantize(w, jnp.bfloat16).dtype
       ((32, 32), dtype(bfloat16))
     """
+    if is_explicit(qt):
+        return _dequantize_shards(qt, None if dtype is None else jnp.dtype(dtype))
     return decode.dequantize(qt, dtype, stored=_stored_weight)
 
 
@@ -153,6 +164,27 @@ def relayout(qt: QTensor, layout: Layout) -> QTensor:
       True
     """
     return decode.relayout(qt, layout, move=moving.move_words)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _dequantize_shards(qt: QTensor, dtype: jnp.dtype | None) -> Array:
+    """`dequantize` of arrays that are traced with their pieces, each device its own.
+
+    The whole of it is one function over devices: not all of its operations have a type
+    by themselves.
+    """
+    units = sharding.units(qt)
+    if qt.order is not None:
+        # Rows of a device belong to inputs anywhere. Words are smaller than what they
+        # stand for, and so every device takes those of all rows.
+        units |= {f"k{i}": 1 for i in range(len(qt.segments))}
+    return over_devices(
+        lambda w: decode.dequantize(sharding.joined(w), dtype, stored=_stored_weight),
+        (qt,),
+        (sharding.names(qt),),
+        P(*[f"b{i}" for i in range(len(qt.batch))], "k0", "n"),
+        units,
+    )
 
 
 def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:

@@ -8,10 +8,12 @@ has a summand on every device is summed.
 
 Where the axes of the mesh are automatic, XLA asks for the pieces when it compiles, by
 `custom_partitioning`. Where they are explicit, arrays are traced with their pieces, and
-`jax.shard_map` does the same at once.
+`jax.shard_map` does the same at once, on the mesh of `jax.set_mesh` or, outside of it,
+on the one that is a part of the arrays' types.
 """
 
 import collections
+import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -59,9 +61,8 @@ def over_devices(
     Returns:
       What ``function`` returns.
     """
-    mesh = jax.sharding.get_abstract_mesh()
     # Inside shard_map, operands already are what a device holds.
-    if mesh.manual_axes:
+    if jax.sharding.get_abstract_mesh().manual_axes:
         return function(*operands)
     leaves, tree = jax.tree.flatten(operands)
     task = _Task.of(jax.tree.leaves(named), jax.tree.leaves(results), units)
@@ -70,9 +71,38 @@ def over_devices(
         return lambda *leaves: tuple(jax.tree.leaves(function(*tree.unflatten(leaves))))
 
     functions = _Functions(flattened(function), flattened(summand or function))
-    explicit = AxisType.Explicit in mesh.axis_types
-    out = (_over_shards if explicit else _over_pieces)(task, functions, leaves)
+    over = _over_shards if is_explicit(leaves) else _over_pieces
+    out = _transformable(over, task, functions, leaves)
     return jax.tree.structure(results).unflatten(out)
+
+
+def is_explicit(tree: Any) -> bool:
+    """Whether arrays are traced with their pieces.
+
+    Args:
+      tree: Arrays. Outside of `jax.set_mesh`, one that lies on a mesh is enough.
+
+    Returns:
+      Whether the mesh has explicit axes.
+    """
+    return AxisType.Explicit in _mesh_of(tree).axis_types
+
+
+def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager[None]:
+    """Has what follows traced for the mesh that arrays lie on, if it is explicit.
+
+    The derivatives of some operations make arrays, which belong on that mesh also where
+    no `jax.set_mesh` says so.
+
+    Args:
+      tree: Arrays.
+
+    Returns:
+      The context.
+    """
+    if is_explicit(tree):
+        return jax.sharding.use_abstract_mesh(_mesh_of(tree))
+    return contextlib.nullcontext()
 
 
 def explicitly_like(tree: Any, other: Any) -> Any:
@@ -80,15 +110,40 @@ def explicitly_like(tree: Any, other: Any) -> Any:
 
     Args:
       tree: Arrays.
-      other: The same tree of arrays.
+      other: The same tree of arrays. Those that lie on no mesh count as whole.
 
     Returns:
       ``tree``, resharded where mesh axes are explicit.
     """
-    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-        return tree
-    shardings = jax.tree.map(lambda leaf: jax.typeof(leaf).sharding, other)
-    return jax.tree.map(jax.sharding.reshard, tree, shardings)
+
+    def cut(leaf: Array, like: Array) -> Array:
+        spec, mesh = jax.typeof(like).sharding.spec, jax.typeof(leaf).sharding.mesh
+        if AxisType.Explicit not in mesh.axis_types:
+            return leaf
+        return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(cut, tree, other)
+
+
+def gathered(tree: Any) -> Any:
+    """Makes arrays whole along their first axis, where pieces are a part of their type.
+
+    What takes entries of an axis that is cut has no type then.
+
+    Args:
+      tree: Arrays.
+
+    Returns:
+      ``tree``, resharded where mesh axes are explicit.
+    """
+
+    def whole(leaf: Array) -> Array:
+        mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
+        if AxisType.Explicit not in mesh.axis_types or not any(spec[:1]):
+            return leaf
+        return jax.sharding.reshard(leaf, NamedSharding(mesh, P(None, *spec[1:])))
+
+    return jax.tree.map(whole, tree)
 
 
 def vary_together(*operands: Any) -> tuple[Any, ...]:
@@ -283,56 +338,79 @@ class _Choice:
         return self.axes.get(_family(name), ())
 
 
+def _mesh_of(tree: Any) -> AbstractMesh:
+    """The mesh that a program is traced for or, if it says none, that arrays lie on."""
+    traced = jax.sharding.get_abstract_mesh()
+    held = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree))
+    return next((mesh for mesh in (traced, *held) if not mesh.empty), traced)
+
+
+def _transformable(
+    over: Callable[..., tuple[Array, ...]],
+    task: _Task,
+    functions: _Functions,
+    leaves: Sequence[Array],
+) -> tuple[Array, ...]:
+    """Calls one of the two below, under every transformation of JAX."""
+
+    @custom_vmap
+    def mapped(*leaves: Array) -> tuple[Array, ...]:
+        return over(task, functions, leaves)
+
+    @mapped.def_vmap
+    def _(size: int, batched: list[bool], *leaves: Array) -> tuple:
+        axes = [0 if b else None for b in batched]
+        of_batch = functions.map(lambda flat: jax.vmap(flat, axes))
+        out = _transformable(over, task.batched(size, batched), of_batch, leaves)
+        return out, (True,) * len(out)
+
+    # A partitioned function has no derivative of its own, but that of one that is
+    # mapped over shards is mapped, too. The gradient of `qjax.matmul` needs none; that
+    # of a gradient does.
+    def formula(*leaves: Array) -> tuple[Array, ...]:
+        is_mapped = over is _over_shards
+        return over(task, functions, leaves) if is_mapped else functions.whole(*leaves)
+
+    differentiable = jax.custom_jvp(mapped)
+    differentiable.defjvp(lambda primals, tangents: jax.jvp(formula, primals, tangents))
+    return differentiable(*leaves)
+
+
 def _over_shards(
     task: _Task, functions: _Functions, leaves: Sequence[Array]
 ) -> tuple[Array, ...]:
     """Where arrays are traced with their pieces."""
-    mesh = jax.sharding.get_abstract_mesh()
+    mesh = _mesh_of(leaves)
     typed = [
         _Operand.of(names, leaf, jax.typeof(leaf).sharding)
         for names, leaf in zip(task.operands, leaves, strict=True)
     ]
     choice = task.choose(mesh, typed)
     specs = tuple(map(choice.spec, task.operands))
+    places = [NamedSharding(mesh, spec) for spec in specs]
 
     def local(*leaves: Array) -> tuple[Array, ...]:
         return choice.summed(functions, vary_together(*leaves), task.results)
 
     mapped = jax.shard_map(
         local,
+        mesh=mesh,
         in_specs=specs,
         out_specs=tuple(map(choice.spec, task.results)),
-        axis_names=set(mesh.explicit_axes),
+        # Empty, it is all but those that jax.vmap maps over, which only JAX knows.
+        axis_names=set(mesh.explicit_axes) if mesh.auto_axes else set(),
     )
-    return mapped(*map(jax.sharding.reshard, leaves, specs))
+    return mapped(*map(jax.sharding.reshard, leaves, places))
 
 
 def _over_pieces(
     task: _Task, functions: _Functions, leaves: Sequence[Array]
 ) -> tuple[Array, ...]:
-    """Where XLA finds out about the pieces; under every transformation of JAX."""
+    """Where XLA finds out about the pieces."""
     # What the function closes over stays a matter of the inner jit.
     partitioned = custom_partitioning(jax.jit(functions.whole))
     partitioned.def_partition(_partition(task, functions), sharding_rule=task.rule)
-
-    @custom_vmap
-    def mapped(*leaves: Array) -> tuple[Array, ...]:
-        return tuple(partitioned(*leaves))
-
-    @mapped.def_vmap
-    def _(size: int, batched: list[bool], *leaves: Array) -> tuple:
-        axes = [0 if b else None for b in batched]
-        of_batch = functions.map(lambda flat: jax.vmap(flat, axes))
-        out = _over_pieces(task.batched(size, batched), of_batch, leaves)
-        return out, (True,) * len(out)
-
-    # The partitioned function has no derivative of its own. The gradient of
-    # `qjax.matmul` needs none; that of a gradient does.
-    differentiable = jax.custom_jvp(mapped)
-    differentiable.defjvp(
-        lambda primals, tangents: jax.jvp(functions.whole, primals, tangents)
-    )
-    return differentiable(*leaves)
+    return tuple(partitioned(*leaves))
 
 
 def _partition(task: _Task, functions: _Functions) -> Callable[..., Any]:

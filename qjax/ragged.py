@@ -25,7 +25,13 @@ from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from qjax import dispatch, ops, pallas, sharding
 from qjax.dispatch import Choice
-from qjax.partitioning import over_devices, vary_together
+from qjax.partitioning import (
+    explicitly_like,
+    gathered,
+    on_mesh_of,
+    over_devices,
+    vary_together,
+)
 from qjax.sharding import P
 from qjax.tensor import QTensor
 
@@ -168,16 +174,19 @@ def _apply(
     t = len(x)
     if not t:
         return jnp.zeros((0, w.n), x.dtype)
-    blocks = _plan(group_sizes, t)
-    rows = jnp.where(blocks.inside[..., None], x[blocks.token], 0)
-    if w.input_scale is not None:
-        scale = w.input_scale.astype(jnp.float32)[blocks.expert]
-        rows = rows.astype(jnp.float32) * scale[:, None]
-    choice = Choice(implementation, kernels=x.dtype != jnp.float32, dtype=x.dtype)
-    bare = dataclasses.replace(ops.decoded(w), input_scale=None)
-    operands = vary_together(rows, bare, blocks.expert, blocks.used)
-    y = _products(*operands, choice).reshape(-1, w.n)
-    return jnp.where(blocks.has_expert[:, None], y[blocks.place], 0)
+    with on_mesh_of((x, w)):
+        # A block has tokens of any device.
+        x, group_sizes = gathered((x, group_sizes))
+        blocks = _plan(group_sizes, t)
+        rows = jnp.where(blocks.inside[..., None], x[blocks.token], 0)
+        if w.input_scale is not None:
+            scale = gathered(w.input_scale).astype(jnp.float32)[blocks.expert]
+            rows = rows.astype(jnp.float32) * scale[:, None]
+        choice = Choice(implementation, kernels=x.dtype != jnp.float32, dtype=x.dtype)
+        bare = dataclasses.replace(ops.decoded(w), input_scale=None)
+        operands = vary_together(rows, bare, blocks.expert, blocks.used)
+        y = _products(*operands, choice).reshape(-1, w.n)
+        return jnp.where(blocks.has_expert[:, None], y[blocks.place], 0)
 
 
 # A block's product is y = x W of its expert, and with g its cotangent
@@ -317,6 +326,7 @@ def _products_backward(choice: Choice, residuals: tuple, dy: Array) -> tuple:
         dispatch.units_of(w),
     )
     leaves = {name: getattr(w, name) for name in gradients}
+    dx, gradients = explicitly_like((dx, gradients), (rows, leaves))
     cast = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, leaves)
     integers = (np.zeros(a.shape, jax.dtypes.float0) for a in (expert, used))
     return dx, dispatch.cotangent(w, cast), *integers

@@ -1,6 +1,7 @@
 """Weights cut over eight devices: what is computed, and what is communicated."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -65,7 +66,7 @@ def mesh_of(kind=AxisType.Auto):
     return jax.make_mesh((2, 4), ("data", "model"), (kind, kind), devices=devices)
 
 
-MESH = mesh_of()
+MESH, EXPLICIT = mesh_of(), mesh_of(AxisType.Explicit)
 
 
 def draw(shape, seed):
@@ -117,12 +118,11 @@ def test_explicit_axes(kind, cut, as_qtensor):
     x, dy = draw((2, M // 2, K), 1), draw((2, M // 2, N), 2)
     of_w, of_x = CUTS[cut]
     of_x = P(of_x[0], None, *of_x[1:])
-    mesh = mesh_of(AxisType.Explicit)
-    with jax.set_mesh(mesh):
-        w = qjax.shard(as_qtensor(matrix), mesh, of_w)
-        placed = place(x, of_x, mesh)
+    with jax.set_mesh(EXPLICIT):
+        w = qjax.shard(as_qtensor(matrix), EXPLICIT, of_w)
+        placed = place(x, of_x, EXPLICIT)
         of_y = jax.typeof(qjax.matmul(placed, w)).sharding.spec
-        dy_placed = place(dy, of_y, mesh)
+        dy_placed = place(dy, of_y, EXPLICIT)
         found = jax.jit(step)(placed, dy_placed, w)
         assert jax.typeof(found[1]) == jax.typeof(placed)
         for leaf, gradient in zip(
@@ -132,6 +132,87 @@ def test_explicit_axes(kind, cut, as_qtensor):
     assert of_y[2] == {"columns": "model", "rows": None, "FSDP": "data"}[cut]
     flat = [np.asarray(a).reshape(-1, a.shape[-1]) for a in (*found[:2], x, dy)]
     check(matrix, (flat[0], flat[1], found[2]), *flat[2:])
+
+
+class TestTypes:
+    """Explicit axes, in places where types do not follow by themselves."""
+
+    IN_CONTEXT = pytest.mark.parametrize(
+        "context",
+        [lambda: jax.set_mesh(EXPLICIT), contextlib.nullcontext],
+        ids=["set_mesh", "by operands"],
+    )
+
+    @pytest.mark.parametrize(
+        ("kind", "spec"),
+        [
+            ("4 bits", P(None, "model")),
+            ("3 bits a column", P("model")),
+            ("order", P("model", "data")),
+            ("mixed", P("model")),
+        ],
+        ids=str,
+    )
+    @IN_CONTEXT
+    def test_one_matrix(self, context, kind, spec, as_qtensor):
+        matrix = oracle.random(0, K, N, **KINDS[kind])
+        whole = as_qtensor(matrix)
+        w = qjax.shard(whole, EXPLICIT, spec)
+        x, dy = draw((M, K), 1), draw((M, N), 2)
+        with context():
+            check(matrix, jax.jit(step)(place(x, P("data"), EXPLICIT), dy, w), x, dy)
+            dense, moved = qjax.dequantize(w), qjax.relayout(w, Tiles())
+        assert (dense == qjax.dequantize(whole)).all()
+        by_k = spec[0] if whole.order is None else None
+        assert jax.typeof(dense).sharding.spec == P(by_k, *(spec[1:] or (None,)))
+        for found, expected in zip(
+            moved.words, qjax.relayout(whole, Tiles()).words, strict=True
+        ):
+            np.testing.assert_array_equal(found, expected)
+
+    @pytest.mark.parametrize("spec", [P(None, "model"), P("model")])
+    def test_inputs_from_outside_of_the_mesh(self, spec):
+        w, x = qjax.shard(packed(), EXPLICIT, spec), draw((M, K), 1)
+        with jax.set_mesh(EXPLICIT):
+            dx = jax.grad(lambda x: qjax.matmul(x, w).sum())(x)
+        expected = np.broadcast_to(qjax.dequantize(packed()).sum(1), (M, K))
+        assert relative_error(dx, expected) < TOLERANCE
+
+    @IN_CONTEXT
+    def test_rows_and_input_scale_along_one_axis(self, context):
+        whole = dataclasses.replace(packed(), input_scale=draw(K, 3))
+        w, x = qjax.shard(whole, EXPLICIT, P("data")), draw((M, K), 1)
+        with context():
+            y = qjax.matmul(place(x, P("data"), EXPLICIT), w)
+        assert relative_error(y, x @ qjax.dequantize(whole)) < TOLERANCE
+
+    @pytest.mark.parametrize(
+        ("kind", "spec"),
+        [("4 bits", P("model")), ("order", P("data", "model"))],
+        ids=str,
+    )
+    @IN_CONTEXT
+    def test_stacks(self, context, kind, spec, as_qtensor):
+        matrices = [oracle.random(i, K, N, **KINDS[kind]) for i in range(4)]
+        whole = stacked(map(as_qtensor, matrices))
+        w, dense = qjax.shard(whole, EXPLICIT, spec), qjax.dequantize(whole)
+        x, sizes = draw((M, K), 1), jnp.array([8, 0, 3, 5])
+        with context():
+            of_tokens = jax.jit(
+                jax.grad(lambda x: qjax.ragged_matmul(x, w, sizes).sum())
+            )
+            assert (qjax.dequantize(w) == dense).all()
+            # A gradient of the scales, too, which are cut.
+            of_scales = jax.jit(
+                jax.grad(lambda w: qjax.dequantize(w).sum(), allow_int=True)
+            )
+            assert jax.typeof(of_scales(w).scale) == jax.typeof(w.scale)
+            moved = qjax.relayout(w, Tiles()).words[0]
+            y = jax.vmap(lambda w: qjax.matmul(x, w))(w)
+            dx = of_tokens(place(x, P("data"), EXPLICIT))
+        np.testing.assert_array_equal(moved, qjax.relayout(whole, Tiles()).words[0])
+        assert relative_error(y, x @ np.asarray(dense)) < TOLERANCE
+        assert relative_error(dx, np.repeat(dense.sum(-1), sizes, 0)) < TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["4 bits", "order", "mixed", "mixed without order"])
@@ -175,6 +256,10 @@ def communicated(f, *operands, out=None):
 def packed(seed=0, bits=4, group_size=32):
     weight = draw((K, N), seed)
     return qjax.quantize(weight, bits, group_size)
+
+
+def stacked(matrices):
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *matrices)
 
 
 class TestCommunication:
@@ -231,11 +316,12 @@ class TestCommunication:
             "all-reduce": scale // shard
         }
 
-    def test_experts(self):
+    @pytest.mark.parametrize("mesh", [MESH, EXPLICIT], ids=["automatic", "explicit"])
+    def test_experts(self, mesh):
         # The stack is cut: each device multiplies by its own experts.
-        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(packed, range(4)))
-        stack = qjax.shard(stack, MESH, P("model"))
-        x = place(draw((4, M, K), 1), P("model"))
+        stack = stacked(map(packed, range(4)))
+        stack = qjax.shard(stack, mesh, P("model"))
+        x = place(draw((4, M, K), 1), P("model"), mesh)
         assert communicated(jax.vmap(qjax.matmul), x, stack) == {}
         y = jax.jit(jax.vmap(qjax.matmul))(x, stack)
         expected = np.asarray(x) @ np.asarray(qjax.dequantize(stack, jnp.float32))
@@ -248,7 +334,7 @@ class TestCommunication:
         ids=["columns", "rows"],
     )
     def test_ragged(self, spec, moved):
-        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(packed, range(2)))
+        stack = stacked(map(packed, range(2)))
         dense = np.asarray(qjax.dequantize(stack, jnp.float32))
         x, sizes = draw((M, K), 1), jnp.array([8, 8])
         stack, x = qjax.shard(stack, MESH, spec), place(x, P())
@@ -261,7 +347,7 @@ class TestCommunication:
         assert relative_error(dx, expected) < TOLERANCE
 
     def test_layers_by_index(self):
-        stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(packed, range(3)))
+        stack = stacked(map(packed, range(3)))
         stack = qjax.shard(stack, MESH, P(None, None, "model"))
         x = place(draw((M, K), 1), P("data"))
 
@@ -271,6 +357,23 @@ class TestCommunication:
         assert communicated(one, x, stack, 2) == {}
         expected = np.asarray(x) @ np.asarray(qjax.dequantize(packed(2), jnp.float32))
         assert relative_error(jax.jit(one)(x, stack, 2), expected) < TOLERANCE
+
+    @pytest.mark.parametrize("mesh", [MESH, EXPLICIT], ids=["automatic", "explicit"])
+    @pytest.mark.parametrize("layout", [Stream(), Tiles()], ids=str)
+    def test_gradient_of_a_layer(self, layout, mesh):
+        whole = qjax.relayout(stacked(map(packed, range(3))), layout)
+        stack = qjax.shard(whole, mesh, P(None, None, "model"))
+        x, dy = draw((M, K), 1), draw((M, N), 2)
+
+        @jax.jit
+        @functools.partial(jax.grad, argnums=(0, 1), allow_int=True)
+        def gradients(x, w):
+            return (qjax.matmul(x, w, index=2) * dy).sum()
+
+        dx, dw = gradients(x, stack)
+        dx_alone, dw_alone = gradients(x, whole)
+        assert relative_error(dx, dx_alone) < TOLERANCE
+        assert relative_error(dw.scale, dw_alone.scale) < TOLERANCE
 
     def test_sequences(self):
         # Batch and sequence are cut along one axis each.
