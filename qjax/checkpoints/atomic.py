@@ -25,7 +25,8 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
     Raises:
       FileNotFoundError: If the directory that would hold it is not there.
-      FileExistsError: If it is there and must not be, or is no checkpoint.
+      FileExistsError: If it is there and must not be, is no checkpoint, or holds
+        directories, which none that is written here does.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
@@ -36,7 +37,7 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         raise FileExistsError(
             f"{path} is already there; choose another name, or overwrite it."
         )
-    # What a typing error names should survive.
+    # What a typing error names should survive, and what lies beside the weights.
     replaceable = target.is_dir() and (
         (target / "config.json").is_file() or not any(target.iterdir())
     )
@@ -44,6 +45,11 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         raise FileExistsError(
             f"{path} is no checkpoint directory, as it holds no config.json; it is not "
             "overwritten."
+        )
+    if inner := sorted(entry.name for entry in target.iterdir() if entry.is_dir()):
+        raise FileExistsError(
+            f"{path} holds the directories {inner}, which would be lost; move them "
+            "away, or choose another name."
         )
     return target
 

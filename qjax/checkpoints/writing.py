@@ -80,7 +80,8 @@ def save(
     Raises:
       ValueError: If the format cannot hold a tensor, or two beside each other: all
         modules with their reasons, and nothing is written.
-      FileExistsError: If ``path`` is there without ``overwrite``, or is no checkpoint.
+      FileExistsError: If ``path`` is there without ``overwrite``, is no checkpoint, or
+        holds directories.
       FileNotFoundError: If the directory that should hold ``path`` is not there.
 
     Example:

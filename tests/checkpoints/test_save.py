@@ -413,6 +413,22 @@ def test_only_checkpoints_are_overwritten(tmp_path):
     assert list(checkpoints.load(tmp_path / "empty")) == [A]
 
 
+def test_directories_beside_the_weights_survive(tmp_path):
+    source = awq_directory(tmp_path / "awq")
+    (source / ".git").mkdir()
+    (source / "original").mkdir()
+    before = sorted(source.rglob("*"))
+    for write in (
+        lambda: checkpoints.convert(source, source, format="gptq", overwrite=True),
+        lambda: checkpoints.save(
+            source, {A: quantized()}, {}, format="gptq", overwrite=True
+        ),
+    ):
+        with pytest.raises(FileExistsError, match=r"\['\.git', 'original'\], which"):
+            write()
+    assert sorted(source.rglob("*")) == before
+
+
 def test_convert_into_itself_is_refused(tmp_path, refuses):
     source = awq_directory(tmp_path / "awq")
     with refuses("must not lie in one another"):
