@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Float
 
 from qjax import moving, pallas, sharding, tensor, xla
@@ -77,7 +78,7 @@ class Choice(NamedTuple):
 
 def _xla_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
     """Names of XLA's forms to try, best first."""
-    if op == "matmul" and m <= _FUSED_ROWS:
+    if op == "matmul" and not is_symbolic_dim(m) and m <= _FUSED_ROWS:
         return ("xla_fused", "xla_tiled", "xla_dense")
     if w.k * w.n <= _SMALL:
         return ("xla_dense",)
@@ -90,6 +91,8 @@ def _gpu_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
     """Names of the GPU's implementations to try, best first."""
     if op == "leaf_grad":
         return ("pallas",)
+    if is_symbolic_dim(m):  # A kernel is launched for a number of rows.
+        return ("pallas_dense",)
     if m < pallas.dense_rows(op, w):
         return ("pallas", "pallas_dense")
     return ("pallas_dense", "pallas")
@@ -173,7 +176,10 @@ def _names(
     x: Array, w: QTensor, index: Array | None
 ) -> tuple[tuple[Any, Any, Any], dict[str, int]]:
     """What `over_devices` must know of the operands ``(w, x, index)``."""
-    units = units_of(w) | {f"m{i}": size for i, size in enumerate(x.shape[:-1])}
+    rows = {f"m{i}": size for i, size in enumerate(x.shape[:-1])}
+    # What `jax.export` leaves open is not cut.
+    known = {name: size for name, size in rows.items() if not is_symbolic_dim(size)}
+    units = units_of(w) | known
     of_x = P(*_of_result(x)[:-1], inputs_of(w))
     return (sharding.names(w), of_x, None if index is None else P()), units
 
@@ -392,9 +398,10 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
         wide = [row.astype(jnp.float32) for row in rows]
         return as_chosen(_first(op, _xla_order(op, m, native), (*wide, native)))
 
-    # What the entries of a codebook are worth is summed by XLA.
-    by_codebook = op == "leaf_grad" and w.codebook is not None
-    if by_codebook or not goes_to_kernels(w, choice):
+    # What the entries of a codebook are worth is summed by XLA, and what comes from any
+    # number of rows.
+    by_xla = op == "leaf_grad" and (w.codebook is not None or is_symbolic_dim(m))
+    if by_xla or not goes_to_kernels(w, choice):
         return elsewhere(*operands)
     # The platform is known when the program is lowered, not here.
     return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=elsewhere)

@@ -42,7 +42,12 @@ def matmul(
     float16; elsewhere, XLA compiles the product.
 
     Differentiable in ``x`` and in the float leaves of ``w``: scale, float zero,
-    codebook and input scale; the cotangents of integer leaves are float0.
+    codebook and input scale; the cotangents of integer leaves are float0. As of
+    any `jax.custom_vjp`, `jax.grad` and `jax.jacrev` take the derivatives, also of one
+    another, and `jax.jvp` and `jax.jacfwd` do not.
+
+    The number of rows may be left open for `jax.export`. On a GPU the weight is then
+    formed, as for many rows.
 
     The dense weight is formed only if it has at most 4 MiB in float32, if many rows on
     a GPU make up for it (in float16), or if the layout or grouping of ``w`` has no
@@ -67,6 +72,7 @@ def matmul(
       ``[..., n]`` product in the dtype of ``x``.
 
     Raises:
+      TypeError: If ``w`` is no `QTensor`.
       ValueError: If shapes or dtypes do not fit, or the implementation is unknown.
       NotImplementedError: If the named implementation declines these operands.
 
@@ -130,11 +136,15 @@ def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b 
       devices. On an NVIDIA GPU, a kernel computes it of a weight in `Tiles`, or in a
       layout from which `relayout` moves words there.
 
+    Raises:
+      TypeError: If ``qt`` is no `QTensor`.
+
     Example:
       >>> w = qjax.quantize(jnp.eye(32), bits=4, group_size=32)
       >>> dequantize(w).shape, dequantize(w, jnp.bfloat16).dtype
       ((32, 32), dtype(bfloat16))
     """
+    tensor.check_packed(qt, "qt")
     if is_explicit(qt):
         return _dequantize_shards(qt, None if dtype is None else jnp.dtype(dtype))
     return decode.dequantize(qt, dtype, stored=_stored_weight)
@@ -155,6 +165,7 @@ def relayout(qt: QTensor, layout: Layout) -> QTensor:
       A tensor with the same codes and the same weight.
 
     Raises:
+      TypeError: If ``qt`` is no `QTensor`, or ``layout`` no `Layout`.
       ValueError: If ``layout`` cannot hold the codes, with the reason.
 
     Example:
@@ -163,6 +174,9 @@ def relayout(qt: QTensor, layout: Layout) -> QTensor:
       >>> bool((qjax.codes(planar) == qjax.codes(w)).all())
       True
     """
+    tensor.check_packed(qt, "qt")
+    if not isinstance(layout, Layout):
+        raise TypeError(f"layout={layout!r} must be a Layout, as formats.awq.Gemm().")
     return decode.relayout(qt, layout, move=moving.move_words)
 
 
@@ -239,6 +253,7 @@ def _(
 
 def check(x: Array, w: QTensor, index: Any, implementation: str | None) -> None:
     """Checks the arguments of `matmul`, and warns of what is slow."""
+    tensor.check_packed(w)
     if index is not None:
         _check_index(w, index)
     elif w.batch:
@@ -246,9 +261,13 @@ def check(x: Array, w: QTensor, index: Any, implementation: str | None) -> None:
             f"w.shape={w.shape} is a stack; pass index=, or map over it: "
             "jax.vmap(qjax.matmul)(x, w)."
         )
-    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+    if (dtype := getattr(x, "dtype", None)) not in (
+        jnp.bfloat16,
+        jnp.float16,
+        jnp.float32,
+    ):
         raise ValueError(
-            f"x.dtype={x.dtype} must be bfloat16, float16 or float32; cast x."
+            f"x.dtype={dtype} must be bfloat16, float16 or float32; cast x."
         )
     # A device's share of ordered rows belongs to inputs anywhere, and wants all of x.
     shared = w.order is not None and jax.sharding.get_abstract_mesh().manual_axes

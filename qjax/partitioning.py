@@ -61,8 +61,9 @@ def over_devices(
     Returns:
       What ``function`` returns.
     """
-    # Inside shard_map, operands already are what a device holds.
-    if jax.sharding.get_abstract_mesh().manual_axes:
+    # Inside shard_map, operands already are what a device holds; without jit, XLA never
+    # asks.
+    if jax.sharding.get_abstract_mesh().manual_axes or jax.config.jax_disable_jit:
         return function(*operands)
     leaves, tree = jax.tree.flatten(operands)
     task = _Task.of(jax.tree.leaves(named), jax.tree.leaves(results), units)

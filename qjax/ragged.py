@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from qjax import dispatch, ops, pallas, sharding
@@ -33,7 +34,7 @@ from qjax.partitioning import (
     vary_together,
 )
 from qjax.sharding import P
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_packed
 
 # From the rows that a GPU kernel takes at least to those of its largest tile.
 _FEWEST, _MOST = 8, 128
@@ -64,8 +65,10 @@ def ragged_matmul(
       ``[t, n]`` in the dtype of ``x``; rows beyond the sum of ``group_sizes`` are zero.
 
     Raises:
+      TypeError: If ``w`` is no `QTensor`.
       ValueError: If shapes or dtypes do not fit, or the implementation is unknown.
-      NotImplementedError: If the named implementation declines these operands.
+      NotImplementedError: If the named implementation declines these operands, or t is
+        left open for `jax.export`.
 
     Example:
       >>> w = qjax.quantize(jnp.ones((3, 64, 8)), bits=4, group_size=32)
@@ -79,10 +82,16 @@ def ragged_matmul(
 
 
 def _check(x: Array, w: QTensor, group_sizes: Array) -> None:
-    if len(w.batch) != 1:
+    check_packed(w)
+    if len(w.batch) != 1 or w.batch == (0,):
         raise ValueError(f"w.shape={w.shape} must be [experts, k, n].")
     if x.ndim != 2:
         raise ValueError(f"x.shape={x.shape} must be [t, k]; reshape x.")
+    if is_symbolic_dim(x.shape[0]):
+        raise NotImplementedError(
+            f"x.shape={x.shape} leaves the number of tokens open, and blocks are laid "
+            "out for a number; export one."
+        )
     integer = jnp.issubdtype(group_sizes.dtype, jnp.integer)
     if group_sizes.shape != w.batch or not integer:
         raise ValueError(

@@ -60,7 +60,8 @@ def quantize(
             f"w.shape[-2]={k} must be a multiple of {codes}, so that {bits}-bit codes "
             "fill whole 32-bit words; pad w with zero rows."
         )
-    if group_size is not None and (group_size < 1 or k % group_size):
+    whole = isinstance(group_size, int) and group_size > 0
+    if group_size is not None and not (whole and k % group_size == 0):
         raise ValueError(
             f"w.shape[-2]={k} must be a multiple of group_size={group_size}; choose "
             "one that divides it, None for one group a column, or pad w."

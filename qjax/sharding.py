@@ -22,7 +22,15 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from qjax.tensor import Encoded, Grouping, Layout, QTensor, group_counts, plain
+from qjax.tensor import (
+    Encoded,
+    Grouping,
+    Layout,
+    QTensor,
+    check_packed,
+    group_counts,
+    plain,
+)
 
 P = PartitionSpec
 
@@ -108,6 +116,7 @@ def by_segment(w: QTensor) -> QTensor:
 
 def cuttable(w: QTensor, spec: PartitionSpec) -> QTensor:
     """Does `by_segment` where a weight is to be cut along k."""
+    _check_types(w, spec)
     k_axis = len(w.batch)
     is_cut = len(spec) > k_axis and spec[k_axis] is not None
     return by_segment(w) if is_cut else w
@@ -267,6 +276,7 @@ def partition_specs(w: QTensor, spec: PartitionSpec, mesh: Mesh | AbstractMesh) 
       tree as ``w``.
 
     Raises:
+      TypeError: If ``w`` is no `QTensor`, or ``spec`` no `PartitionSpec`.
       ValueError: If ``spec`` has too many axes, the mesh has not the axes, or they
         cannot share the weight evenly.
 
@@ -276,6 +286,7 @@ def partition_specs(w: QTensor, spec: PartitionSpec, mesh: Mesh | AbstractMesh) 
       >>> qjax.partition_specs(w, P("model"), mesh).scale == P("model", None)
       True
     """
+    _check_types(w, spec)
     if len(spec) > w.ndim:
         raise ValueError(f"spec={spec} has more axes than w.shape={w.shape}.")
     axes = dict(enumerate(spec))
@@ -292,6 +303,12 @@ def partition_specs(w: QTensor, spec: PartitionSpec, mesh: Mesh | AbstractMesh) 
         return P(*[None if name is None else chosen[name] for name in named])
 
     return jax.tree.map(one, names(w))
+
+
+def _check_types(w: Any, spec: Any) -> None:
+    check_packed(w)
+    if not isinstance(spec, PartitionSpec):
+        raise TypeError(f"spec={spec!r} must be a PartitionSpec, as P(None, 'model').")
 
 
 def _uneven(
@@ -342,7 +359,7 @@ def shard(w: QTensor, mesh: Mesh, spec: PartitionSpec) -> QTensor:
       The same weight, its leaves placed.
 
     Raises:
-      ValueError: As `partition_specs`.
+      TypeError, ValueError: As `partition_specs`.
 
     Example:
       >>> w = qjax.quantize(jnp.ones((256, 64)), bits=4, group_size=64)

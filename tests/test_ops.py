@@ -712,6 +712,29 @@ class TestTransformations:
         tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
         assert relative_error(y, matrix.matmul(x)) < tolerance
 
+    @pytest.mark.parametrize("layout", [xla.NATIVE, Tiles()], ids=str)
+    def test_export_of_any_number_of_rows(self, layout, matrix, as_qtensor):
+        w, (b,) = as_qtensor(matrix, layout), jax.export.symbolic_shape("b")
+        step = jax.jit(jax.value_and_grad(lambda x: (qjax.matmul(x, w) ** 2).sum()))
+        abstract = jax.ShapeDtypeStruct((b, 3, 256), jnp.float32)
+        exported = jax.export.export(step, platforms=("cpu",))(abstract)
+        for m in (1, 8):
+            x = activations(m * 3, 256)
+            loss, dx = exported.call(jnp.asarray(x.reshape(m, 3, 256)))
+            y = matrix.matmul(x)
+            assert relative_error(loss, (y**2).sum()) < TOLERANCE["float32"]
+            expected = matrix.gradients(x, 2 * y)["x"].reshape(dx.shape)
+            assert relative_error(dx, expected) < TOLERANCE["float32"]
+
+    def test_disable_jit(self, matrix, as_qtensor):
+        w, x = as_qtensor(matrix), activations(2, 256)
+        with jax.disable_jit():
+            y, dense = qjax.matmul(jnp.asarray(x), w), qjax.dequantize(w)
+            moved = qjax.relayout(w, gptq.Planar())
+        assert relative_error(y, matrix.matmul(x)) < TOLERANCE["float32"]
+        assert relative_error(dense, matrix.weight) < TOLERANCE["float32"]
+        chex.assert_trees_all_equal(moved, qjax.relayout(w, gptq.Planar()))
+
     def test_eval_shape(self, matrix, as_qtensor):
         w = as_qtensor(matrix)
         x = jax.ShapeDtypeStruct((2, 3, 256), jnp.bfloat16)
@@ -745,6 +768,36 @@ class TestDispatch:
         w = as_qtensor(sample("whole"))
         with refuses(message):
             qjax.matmul(jnp.zeros(shape, dtype), w, implementation=name)
+
+    @pytest.mark.parametrize(
+        ("call", "name"),
+        [
+            (lambda dense: qjax.matmul(jnp.ones((2, 64)), dense), "w"),
+            (lambda dense: qjax.ragged_matmul(dense, dense, jnp.ones(1, int)), "w"),
+            (qjax.dequantize, "qt"),
+            (qjax.codes, "qt"),
+            (lambda dense: qjax.relayout(dense, Tiles()), "qt"),
+            (qjax.flatten, "qt"),
+            (lambda dense: qjax.concatenate([dense]), "weights[0]"),
+            (lambda dense: qjax.shard(dense, jax.make_mesh((1,), "d"), P("d")), "w"),
+            (lambda dense: qjax.partition_specs(dense, P(), None), "w"),
+        ],
+    )
+    def test_refuses_dense_weights(self, call, name):
+        message = f"{name} is ArrayImpl of shape (64, 8), and must be a QTensor"
+        with pytest.raises(TypeError, match=re.escape(message)):
+            call(jnp.ones((64, 8)))
+
+    def test_refuses_names_of_layouts_and_axes(self, as_qtensor):
+        w = as_qtensor(sample("whole"))
+        with pytest.raises(TypeError, match="layout='awq' must be a Layout"):
+            qjax.relayout(w, "awq")
+        with pytest.raises(TypeError, match="spec='d' must be a PartitionSpec"):
+            qjax.shard(w, jax.make_mesh((1,), "d"), "d")
+
+    def test_refuses_lists(self, as_qtensor, refuses):
+        with refuses("x.dtype=None must be bfloat16, float16 or float32"):
+            qjax.matmul([[1.0] * 64], as_qtensor(sample("whole")))
 
     def test_refuses_stacks(self, refuses):
         stack = qjax.quantize(jnp.ones((3, 64, 8)), group_size=32)
@@ -1196,6 +1249,12 @@ class TestQuantize:
                 "float32",
                 {"group_size": 0},
                 "must be a multiple of group_size=0",
+            ),
+            (
+                (64, 8),
+                "float32",
+                {"group_size": 32.0},
+                "must be a multiple of group_size=32.0",
             ),
             (
                 (64, 8),

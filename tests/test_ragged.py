@@ -283,6 +283,14 @@ def test_refuses(x, sizes, message, refuses, as_qtensor):
         qjax.ragged_matmul(x, stack("uniform", as_qtensor), sizes)
 
 
+def test_refuses_an_open_number_of_tokens():
+    stack = qjax.quantize(jnp.ones((2, 64, 8)), group_size=32)
+    (t,) = jax.export.symbolic_shape("t")
+    run = jax.jit(lambda x: qjax.ragged_matmul(x, stack, jnp.array([1, 1])))
+    with pytest.raises(NotImplementedError, match="number of tokens open"):
+        jax.export.export(run)(jax.ShapeDtypeStruct((t, 64), jnp.float32))
+
+
 def test_refuses_one_matrix_and_names(refuses, as_qtensor):
     x, sizes = jnp.ones((2, K)), jnp.ones(EXPERTS, int)
     with refuses("w.shape=(64, 40) must be [experts, k, n]"):

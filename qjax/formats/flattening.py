@@ -28,7 +28,15 @@ from qjax import formats, tensor
 from qjax.formats import bnb, exl2, mpq, tiles
 from qjax.formats.checks import FLOATS
 from qjax.sharding import joined
-from qjax.tensor import Affine, Encoded, Grouping, Layout, QTensor, Segment
+from qjax.tensor import (
+    Affine,
+    Encoded,
+    Grouping,
+    Layout,
+    QTensor,
+    Segment,
+    check_packed,
+)
 
 FORMAT, VERSION = "qjax.QTensor", 1
 Plain = str | int
@@ -71,6 +79,7 @@ def flatten(qt: QTensor) -> tuple[dict[str, Array], dict[str, Plain]]:
       `json.dumps` accepts.
 
     Raises:
+      TypeError: If ``qt`` is no `QTensor`.
       ValueError: If the layout or an encoding is none of `qjax.formats`.
 
     Example:
@@ -81,6 +90,7 @@ def flatten(qt: QTensor) -> tuple[dict[str, Array], dict[str, Plain]]:
       >>> unflatten(arrays, metadata)
       QTensor(64x64, 3 bits, group 32, Stream(), (q - z) * s, float32 scale, 2.125 KiB)
     """
+    check_packed(qt, "qt")
     qt = joined(qt)
     leaves = jax.tree_util.tree_leaves_with_path(qt)
     arrays = {

@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Num
 
 from qjax import ops, rtn
 from qjax.bits import block
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_packed
 
 # An `Initializer`, or a function of (key, shape, dtype) around one.
 Draw = Callable[..., Array]
@@ -132,24 +132,6 @@ def _check_sizes(
         raise ValueError(
             f"param_dtype={jnp.dtype(param_dtype)} must be bfloat16, float16 or "
             "float32."
-        )
-
-
-def check_packed(weight: Any, name: str = "kernel") -> None:
-    """Checks that a weight is packed.
-
-    Args:
-      weight: The weight.
-      name: What the layer calls it, for errors.
-
-    Raises:
-      TypeError: If it is anything but a `QTensor`.
-    """
-    if not isinstance(weight, QTensor):
-        what = f"{type(weight).__name__} of shape {getattr(weight, 'shape', None)}"
-        raise TypeError(
-            f"{name} is {what}, and must be a QTensor; qjax.quantize makes one of a "
-            "dense array."
         )
 
 

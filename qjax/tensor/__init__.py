@@ -15,6 +15,7 @@ from qjax.tensor.parts import (
 )
 from qjax.tensor.qtensor import (
     QTensor,
+    check_packed,
     codes,
     matrix_shape,
     over_batch,
@@ -33,6 +34,7 @@ __all__ = [
     "QTensor",
     "Segment",
     "build",
+    "check_packed",
     "codes",
     "columns",
     "concatenate",

@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from qjax.tensor.parts import Encoded, Grouping, columns, plain
-from qjax.tensor.qtensor import QTensor
+from qjax.tensor.qtensor import QTensor, check_packed
 
 # What joined matrices share: static fields, and leaves that have no axis of n.
 _STATIC = ("layout", "segments", "affine", "grouping", "rounding")
@@ -33,6 +33,7 @@ def concatenate(weights: Sequence[QTensor]) -> QTensor:
       ``[*batch, k, sum of n]``. `jax.numpy.split` cuts a product into theirs.
 
     Raises:
+      TypeError: If one is no `QTensor`.
       ValueError: If they are not alike, saying in what; or if their layout cannot be
         joined.
 
@@ -48,6 +49,8 @@ def concatenate(weights: Sequence[QTensor]) -> QTensor:
     """
     if not weights:
         raise ValueError("weights is empty; pass one QTensor or more.")
+    for i, w in enumerate(weights):
+        check_packed(w, f"weights[{i}]")
     first, *others = weights
     for i, w in enumerate(others, 1):
         _check_alike(first, w, f"weights[{i}]")

@@ -208,7 +208,24 @@ def matrix_shape(words: Any, layout: Layout) -> tuple[int, ...]:
     return words.shape[words.ndim - layout.rank :]
 
 
-@jax.jit
+def check_packed(w: Any, name: str = "w") -> None:
+    """Checks that a weight is packed, before its parts are asked for.
+
+    Args:
+      w: The weight.
+      name: What the caller calls it, for errors.
+
+    Raises:
+      TypeError: If it is anything but a `QTensor`.
+    """
+    if not isinstance(w, QTensor):
+        what = f"{type(w).__name__} of shape {getattr(w, 'shape', None)}"
+        raise TypeError(
+            f"{name} is {what}, and must be a QTensor; qjax.quantize makes one of a "
+            "dense array, and get_value() takes one out of a Variable."
+        )
+
+
 def codes(qt: QTensor) -> UInt8[Array, "*batch k n"]:
     """Unpacks the integer codes, in stored row order.
 
@@ -218,12 +235,20 @@ def codes(qt: QTensor) -> UInt8[Array, "*batch k n"]:
     Returns:
       uint8 codes ``[*batch, k, n]``; row ``i`` is input feature ``qt.order[i]``.
 
+    Raises:
+      TypeError: If ``qt`` is no `QTensor`.
+
     Example:
       >>> w = qjax.quantize(jnp.eye(32), bits=2, group_size=32)
       >>> codes(w).shape, int(codes(w).max())
       ((32, 32), 3)
     """
+    check_packed(qt, "qt")
+    return _codes(qt)
 
+
+@jax.jit
+def _codes(qt: QTensor) -> Array:
     def one(qt: QTensor) -> Array:
         return jnp.concatenate([segment_codes(qt, i) for i in range(len(qt.words))])
 

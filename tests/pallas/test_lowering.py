@@ -164,6 +164,15 @@ def test_backward_and_dequantize(bits, group_size, convention, dtype):
         assert launches(lower(functools.partial(f, config=config), *operands)) == 1
 
 
+def test_an_open_number_of_rows():
+    (m,), w = jax.export.symbolic_shape("m"), weight(4, 128)
+    x = struct((m, 512), jnp.bfloat16)
+    gradient = jax.grad(lambda x, w: qjax.matmul(x, w).sum())
+    # The kernel that forms the weight, forward and backward.
+    assert launches(lower(qjax.matmul, x, w)) == 1
+    assert launches(lower(gradient, x, w)) == 1
+
+
 @pytest.mark.parametrize(("m", "count"), [(16, FEW), (17, PRODUCT)])
 @pytest.mark.parametrize("name", ["pallas", "pallas_bf16"])
 def test_named(name, m, count):

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from qjax import ops
 from qjax.layers import dense
 from qjax.sharding import Segmented
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_packed
 
 QUANTIZED = "quantized"  # the collection of integers, never trained
 
@@ -76,7 +76,7 @@ def _check_both(module: nn.Module, name: str) -> None:
 
     dense_one = module.get_variable("params", name)
     if dense_one is not None and not isinstance(dense_one, Mapping):
-        dense.check_packed(dense_one, at("params"))
+        check_packed(dense_one, at("params"))
     for collection in ("params", QUANTIZED):
         if not module.has_variable(collection, name):
             # What `ToNNX` leaves of the two, as they have the same names.
@@ -86,7 +86,7 @@ def _check_both(module: nn.Module, name: str) -> None:
                 '{"params": ..., "quantized": ...}, as `to_variables` makes them.'
                 f"{bridged if collection == 'params' else ''}"
             )
-    dense.check_packed(module.get_variable(QUANTIZED, name), at(QUANTIZED))
+    check_packed(module.get_variable(QUANTIZED, name), at(QUANTIZED))
 
 
 def kernel_and_bias(

@@ -8,9 +8,9 @@ from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Array, DTypeLike, Float, Num
 
 from qjax import rtn
-from qjax.layers import contraction, dense
+from qjax.layers import contraction
 from qjax.layers.nnx.packed import Projection
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_packed
 
 
 class Einsum(Projection):
@@ -134,7 +134,7 @@ class Einsum(Projection):
           ValueError: If the kernel or the bias does not fit the equation.
           NotImplementedError: As the constructor.
         """
-        dense.check_packed(kernel)
+        check_packed(kernel, "kernel")
         equation = contraction.parse(einsum_str, kernel_shape)
         layer = cls(
             einsum_str,

@@ -8,7 +8,7 @@ from jaxtyping import Array, DTypeLike, Float, Integer, Num
 from qjax import ops, rtn
 from qjax.layers import dense, embedding
 from qjax.layers.nnx.packed import Packed, drawing
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_packed
 
 
 class Embed(Packed):
@@ -117,7 +117,7 @@ class Embed(Packed):
         Raises:
           TypeError: If the table is no `QTensor`.
         """
-        dense.check_packed(embedding, cls._weight)
+        check_packed(embedding, cls._weight)
         features, num_embeddings = embedding.shape[-2:]
         return cls(
             num_embeddings,

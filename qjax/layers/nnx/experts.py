@@ -8,7 +8,7 @@ from jaxtyping import Array, DTypeLike, Float, Integer, Num
 from qjax import rtn
 from qjax.layers import dense, experts
 from qjax.layers.nnx.packed import Projection
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_packed
 
 
 class Experts(Projection):
@@ -126,7 +126,7 @@ class Experts(Projection):
           TypeError: If the kernel is no `QTensor`.
           ValueError: If the kernel is no stack, or the bias does not fit it.
         """
-        dense.check_packed(kernel)
+        check_packed(kernel, "kernel")
         if kernel.ndim < 3:
             raise ValueError(f"kernel.shape={kernel.shape} must be {cls._axes}.")
         dense.check_shapes(kernel, bias)

@@ -9,9 +9,9 @@ from jax.nn.initializers import Initializer, zeros
 from jaxtyping import Array, DTypeLike, Float, Num
 
 from qjax import rtn
-from qjax.layers import contraction, dense
+from qjax.layers import contraction
 from qjax.layers.nnx.packed import Projection
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_packed
 
 
 class LinearGeneral(Projection):
@@ -136,7 +136,7 @@ class LinearGeneral(Projection):
           TypeError: If the kernel is no `QTensor`.
           ValueError: If the kernel or the bias does not fit the features.
         """
-        dense.check_packed(kernel)
+        check_packed(kernel, "kernel")
         layer = cls(
             in_features,
             out_features,

@@ -12,7 +12,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from qjax import ops
 from qjax.layers import dense
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_packed
 
 
 class Quantized(nnx.Variable):
@@ -47,7 +47,7 @@ class Packed(nnx.Module):
     ) -> None:
         """Makes the weight; ``rounding`` are the keywords of ``start``."""
         if init is not None and not callable(init):
-            dense.check_packed(init, f"{self._weight}_init")
+            check_packed(init, f"{self._weight}_init")
         if isinstance(init, QTensor):
             weight = ops.prepare(init)
             shape = (*weight.shape[: max(0, weight.ndim - len(shape))], *shape)
