@@ -158,7 +158,6 @@ class Absmax(Encoded):
       nested_blocksize: How many codes, in the order of the file, share an entry of
         ``nested.absmax``.
       quant_type: "nf4" or "fp4".
-      weight_dtype: Name of the dtype that the weight had, to which it is rounded.
       storage: Name of the dtype as which the file gives the bytes of the weight.
     """
 
@@ -166,7 +165,6 @@ class Absmax(Encoded):
     nested: Nested | None = None
     nested_blocksize: int = dataclasses.field(default=256, metadata={"static": True})
     quant_type: QuantType = dataclasses.field(default="nf4", metadata={"static": True})
-    weight_dtype: str = dataclasses.field(default="float32", metadata={"static": True})
     storage: str = dataclasses.field(default="uint8", metadata={"static": True})
 
     def decode(self) -> Array:
@@ -177,14 +175,6 @@ class Absmax(Encoded):
         for _ in self.nested.offset.shape:
             decode_ = jax.vmap(decode_)
         return decode_(self.absmax, self.nested)
-
-    @property
-    def dtype(self) -> jnp.dtype:
-        """Dtype of the weight, to which `qjax.dequantize` rounds.
-
-        `decode` gives float32 whatever it is.
-        """
-        return jnp.dtype(self.weight_dtype)
 
 
 @functools.partial(jax.jit, static_argnames="blocksize")
@@ -238,8 +228,8 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
       config: The module's configuration.
 
     Returns:
-      ``[k, n]`` tensor in the file's layout. Its scale is an `Absmax`, whose dtype is
-      that of the original weight. Where blocksize divides k, the grouping is
+      ``[k, n]`` tensor in the file's layout, of the original weight's dtype. Its scale
+      is an `Absmax`. Where blocksize divides k, the grouping is
       `Grouping.ROWS`, which is multiplied without forming the weight; else FLAT.
 
     Raises:
@@ -263,7 +253,6 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         nested=nested,
         nested_blocksize=state.nested_blocksize or 256,
         quant_type=state.quant_type,
-        weight_dtype=state.dtype,
         storage=weight.dtype.name,
     )
     words = np.ascontiguousarray(weight).view(np.uint8).reshape(-1, 1)
@@ -300,6 +289,7 @@ def _build(
         grouping=Grouping.FLAT if k % state.blocksize else Grouping.ROWS,
         codebook=jnp.asarray(table),
         padding=layout.extents(words.shape, 4)[1] - n,
+        weight_dtype=state.dtype,
     )
 
 
@@ -431,5 +421,5 @@ def quantize_4bit(
     if k * n % 2:  # filled up with the code of zero
         words = words.at[-1].add(jnp.abs(table).argmin().astype(jnp.uint8))
     state = State(quant_type, blocksize, w.dtype.name, [n, k])
-    scale = Absmax(absmax=absmax, quant_type=quant_type, weight_dtype=state.dtype)
+    scale = Absmax(absmax=absmax, quant_type=quant_type)
     return _build(words, scale, table, layout, state)

@@ -42,6 +42,7 @@ FORMAT, VERSION = "qjax.QTensor", 1
 Plain = str | int
 # 64-bit numbers would lose half of their bits on the way to a device.
 _DTYPES = (*FLOATS, jnp.int8, jnp.int16, jnp.int32, jnp.uint8, jnp.uint16, jnp.uint32)
+_FLOATS = {jnp.dtype(dtype).name: jnp.dtype(dtype).name for dtype in FLOATS}
 _LARGEST = 2**31 - 1
 _VECTORS = ("order", "row_group", "codebook", "input_scale")
 
@@ -105,6 +106,7 @@ def flatten(qt: QTensor) -> tuple[dict[str, Array], dict[str, Plain]]:
         "rounding": qt.rounding,
         "padding": qt.padding,
         "segments": len(qt.segments),
+        **({"weight_dtype": qt.weight_dtype} if qt.weight_dtype else {}),
         **_described("layout", qt.layout, LAYOUTS),
     }
     for i, segment in enumerate(qt.segments):
@@ -177,6 +179,7 @@ def unflatten(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> QTensor
         "grouping": entries.choice("grouping", Grouping.__members__),
         "rounding": entries.integer("rounding", 1, 2),
         "padding": entries.integer("padding"),
+        "weight_dtype": entries.optional("weight_dtype", _FLOATS),
     }
     words = [held.pop(f"words.{i}") for i in range(len(segments))]
     scale, zero = (_parameter(name, entries, held) for name in ("scale", "zero"))
@@ -217,6 +220,9 @@ class _Entries:
         if not isinstance(value, str) or value not in values:
             raise ValueError(f"metadata[{key!r}]={value!r} must be in {[*values]}.")
         return values[value]
+
+    def optional(self, key: str, values: Mapping[str, Any]) -> Any:
+        return self.choice(key, values) if self.has(key) else None
 
     def close(self) -> None:
         if self._left:
@@ -384,14 +390,12 @@ def _mpq_numbers(name: str, arrays: Mapping[str, Array], entries: _Entries) -> E
 
 
 def _bnb_absmax(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
-    names = {jnp.dtype(dtype).name: jnp.dtype(dtype).name for dtype in FLOATS}
     fields = {
         "nested_blocksize": entries.integer(f"{name}.nested_blocksize", 1),
         "quant_type": entries.choice(
             f"{name}.quant_type", {key: key for key in bnb.TABLES}
         ),
-        "weight_dtype": entries.choice(f"{name}.weight_dtype", names),
-        "storage": entries.choice(f"{name}.storage", names | {"uint8": "uint8"}),
+        "storage": entries.choice(f"{name}.storage", _FLOATS | {"uint8": "uint8"}),
     }
     shape = arrays["absmax"].shape if "absmax" in arrays else ()
     batch, count = shape[:-2], math.prod(shape[-2:])

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from flax.core import meta
 from flax.linen.dtypes import canonicalize_dtype
@@ -184,16 +185,14 @@ def computed_in(
 
     Args:
       inputs: Inputs of the layer.
-      kernel: Its kernel, of which the scales count.
+      kernel: Its kernel, of which the dtype of the weight counts.
       bias: Its bias, or None.
       dtype: The dtype that the layer was made for; None promotes the three together.
 
     Returns:
       The dtype.
     """
-    # One array a segment where widths are mixed and rows are cut over devices.
-    scale, *_ = jax.tree.leaves(kernel.scale)
-    return canonicalize_dtype(inputs, scale, bias, dtype=dtype)
+    return canonicalize_dtype(inputs, np.zeros((), kernel.dtype), bias, dtype=dtype)
 
 
 def apply(

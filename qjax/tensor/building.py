@@ -27,7 +27,7 @@ def build(
 
     Args:
       words: One array a segment.
-      scale: Float ``[*batch, groups, n or 1]``, or `Encoded`.
+      scale: Float ``[*batch, groups, n]`` or of a divisor of n columns, or `Encoded`.
       zero: Like ``scale``, or None; integers only with `Affine.ZERO`.
       layout: Layout of the words.
       segments: One `Segment` for each array of words.
@@ -73,6 +73,11 @@ def _check_words(qt: QTensor) -> None:
         jax.eval_shape(functools.partial(qt.layout.unpack, bits=segment.bits), matrix)
     if qt.rounding not in (1, 2):
         raise ValueError(f"rounding={qt.rounding} must be 1 or 2.")
+    if qt.weight_dtype not in (None, "float16", "bfloat16", "float32"):
+        raise ValueError(
+            f"weight_dtype={qt.weight_dtype!r} must be float16, bfloat16, float32, or "
+            "None for that of the scale."
+        )
 
 
 def _check_parameters(qt: QTensor) -> None:
@@ -86,10 +91,11 @@ def _check_parameters(qt: QTensor) -> None:
         if array is None:
             continue
         _require(f"{name}.shape[:-1]", array.shape[:-1], (*qt.batch, groups))
-        columns = array.shape[-1]
-        if columns < qt.n and (columns == 0 or qt.n % columns):
+        columns, padded = array.shape[-1], qt.n + qt.padding
+        if columns != padded and (columns == 0 or qt.n % columns):
             raise ValueError(
-                f"{name}.shape[-1]={columns} must be n={qt.n} or a divisor of it."
+                f"{name}.shape[-1]={columns} must be n={qt.n} or a divisor of it"
+                f"{f', or {padded} with padding' if qt.padding else ''}."
             )
         integer = not jnp.issubdtype(array.dtype, jnp.floating)
         if integer and (name == "scale" or qt.affine is not Affine.ZERO):

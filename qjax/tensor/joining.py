@@ -13,7 +13,7 @@ from qjax.tensor.parts import Encoded, Grouping, columns, plain
 from qjax.tensor.qtensor import QTensor, check_packed
 
 # What joined matrices share: static fields, and leaves that have no axis of n.
-_STATIC = ("layout", "segments", "affine", "grouping", "rounding")
+_STATIC = ("layout", "segments", "affine", "grouping", "rounding", "weight_dtype")
 _SHARED = ("order", "row_group", "codebook", "input_scale")
 
 

@@ -77,11 +77,7 @@ class Encoded(abc.ABC):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype that the weight had upstream, to which `qjax.dequantize` rounds.
-
-        That of the decoded array, unless a subclass knows better: the scales of
-        bitsandbytes decode to float32, whatever the weight was.
-        """
+        """Dtype of the decoded array."""
         return jax.eval_shape(type(self).decode, self).dtype
 
 

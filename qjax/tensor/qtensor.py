@@ -39,8 +39,9 @@ class QTensor:
 
     Attributes:
       words: Packed codes, one array a segment, in the order of the stored rows.
-      scale: ``[*batch, groups, n]`` or ``[*batch, groups, 1]`` float, or `Encoded`; the
-        groups of all segments one after another.
+      scale: ``[*batch, groups, n]`` float, or `Encoded`; the groups of all segments one
+        after another. Of fewer columns, a divisor of n, each serves a run of columns;
+        those of padding may be there, too.
       zero: Like ``scale``, integer or float, or None.
       order: int32 ``[*batch, k]``, the input feature of each stored row, or None.
       row_group: int32 ``[*batch, k]``, the group of each stored row (act-order), or
@@ -54,6 +55,8 @@ class QTensor:
       rounding: How many times the upstream's own arithmetic rounds to the dtype of the
         scale: 1, or 2 where it rounds the product before it adds.
       padding: Columns at the end of the words that hold nothing.
+      weight_dtype: Name of the dtype that the weight had upstream, or None where it is
+        that of the scale.
     """
 
     words: tuple[Array, ...]
@@ -71,6 +74,9 @@ class QTensor:
     )
     rounding: int = dataclasses.field(default=1, metadata={"static": True})
     padding: int = dataclasses.field(default=0, metadata={"static": True})
+    weight_dtype: str | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
 
     @property
     def rows(self) -> tuple[int, ...]:
@@ -109,8 +115,8 @@ class QTensor:
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of the scale, which is the dtype that the weight had upstream."""
-        return self.scale.dtype
+        """Dtype that the weight had upstream, in most formats that of the scale."""
+        return jnp.dtype(self.weight_dtype or self.scale.dtype)
 
     @property
     def bits(self) -> int | float:
@@ -189,8 +195,10 @@ class QTensor:
         try:
             size = "x".join(map(str, self.shape))
             bits = f"{self.bits:.4g} bits"
-            dtype = "no" if self.scale is None else self.dtype
-            last = f"{dtype} scale, {readable(self.nbytes)}"
+            dtype = "no" if self.scale is None else self.scale.dtype
+            rounded = self.scale is not None and self.dtype != dtype
+            weight = f", {self.dtype} weight" if rounded else ""
+            last = f"{dtype} scale{weight}, {readable(self.nbytes)}"
         except (AttributeError, TypeError, IndexError, ZeroDivisionError):
             # `jax.tree.map` put something else than arrays there.
             return f"QTensor({self.words!r}, scale={self.scale!r})"

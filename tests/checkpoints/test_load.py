@@ -41,6 +41,16 @@ def split(weights):
     return quantized, {k: v for k, v in weights.items() if k not in quantized}
 
 
+@pytest.mark.parametrize("name", QUANTIZED)
+def test_preparing_changes_no_weight(name):
+    stored, _ = split(checkpoints.load(QUANTIZED[name], prepare=False))
+    prepared, _ = split(checkpoints.load(QUANTIZED[name]))
+    for module, w in prepared.items():
+        weight, expected = qjax.dequantize(w), qjax.dequantize(stored[module])
+        chex.assert_trees_all_equal(weight, expected)
+        assert weight.dtype == expected.dtype
+
+
 @pytest.mark.parametrize("prepare", [True, False])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_weights_are_what_pytorch_dequantized(name, prepare):

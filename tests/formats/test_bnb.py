@@ -114,9 +114,9 @@ def test_reads_and_dequantizes(name):
 def test_dequantizes_after_prepare(name):
     data = load(name)
     qt = qjax.prepare(read(name))
-    # Decoded scales are float32; the weight is rounded to its dtype by asking for it.
-    assert qt.dtype == jnp.float32
-    weight = np.asarray(qjax.dequantize(qt, data["in_w"].dtype)).T
+    # Decoded scales are float32, and the weight still has its own dtype.
+    assert (qt.scale.dtype, qt.dtype) == (jnp.float32, data["in_w"].dtype)
+    weight = np.asarray(qjax.dequantize(qt)).T
     chex.assert_trees_all_equal(weight, data["out_dequant"])
 
 
@@ -128,14 +128,14 @@ def test_writes_the_same_bytes(name):
 @pytest.mark.parametrize("name", SINGLE)
 def test_writes_the_same_bytes_after_prepare(name):
     data = load(name)
-    written = bnb.to_tensors(qjax.prepare(read(name)), data["in_w"].dtype)
+    written = bnb.to_tensors(qjax.prepare(read(name)))
     assert_same_bytes(written, tensors_of(data))
 
 
 @pytest.mark.parametrize("name", DOUBLE)
 def test_prepared_scales_are_written_plainly(name):
     data = load(name)
-    written = bnb.to_tensors(qjax.prepare(read(name)), data["in_w"].dtype)
+    written = bnb.to_tensors(qjax.prepare(read(name)))
     chex.assert_trees_all_equal(np.asarray(written["weight"]), data["packed"])
     back = bnb.from_tensors(
         {key: np.asarray(array) for key, array in written.items()}, config_of(data)
@@ -569,3 +569,10 @@ class TestWriting:
             bnb.to_tensors(
                 read("bnb_4bit__nf4_b64_float32__3x50__s703"), storage=jnp.float32
             )
+
+
+def test_a_layer_computes_in_the_dtype_of_the_weight():
+    dense = jnp.eye(64, dtype=jnp.bfloat16)
+    w = qjax.prepare(bnb.quantize_4bit(dense))
+    layer = qjax.layers.nnx.Linear.from_qtensor(w)
+    assert layer.param_dtype == layer(dense).dtype == jnp.bfloat16

@@ -83,7 +83,6 @@ def bnb_matrix(double: bool) -> qjax.QTensor:
         absmax=absmax.astype(jnp.uint8 if double else jnp.float32),
         nested=nested if double else None,
         nested_blocksize=16,
-        weight_dtype="bfloat16",
     )
     return tensor.build(
         qjax.relayout(four_bits(), bnb.Flat(64)).words,
@@ -92,6 +91,7 @@ def bnb_matrix(double: bool) -> qjax.QTensor:
         segments=[tensor.Segment(4, 32)],
         affine=tensor.Affine.CODEBOOK,
         codebook=jnp.asarray(bnb.TABLES["nf4"]),
+        weight_dtype="bfloat16",
     )
 
 
@@ -217,6 +217,7 @@ WRONG = [
     ({"affine": "OFFSET"}, {}, "zero.dtype=uint8 must be a float dtype"),
     ({"grouping": None}, {}, "metadata['grouping']=None must be in ['ROWS', 'FLAT'"),
     ({"rounding": 3}, {}, "metadata['rounding']=3 must be an integer from 1 to 2"),
+    ({"weight_dtype": "int8"}, {}, "['weight_dtype']='int8' must be in ['fl"),
     ({"padding": 32}, {}, "more than the padding of 0 rows and 32 columns"),
     ({"segments": 2}, {}, "arrays['words.1'] is missing"),
     ({"segments": 10**12}, {}, "must be an integer from 1 to 3"),
@@ -237,6 +238,7 @@ WRONG = [
     ({}, {"scale": np.ones((2, 32), object)}, "arrays['scale'] of object must be"),
     ({}, {"scale": f16(32)}, "scale.shape=(32,) must be [*batch, groups, n]"),
     ({}, {"scale": f16(2, 0)}, "scale.shape[-1]=0 must be n=32 or a divisor of it"),
+    ({}, {"scale": f16(2, 40)}, "scale.shape[-1]=40 must be n=32 or a divisor of it"),
     ({}, {"zero": f16(3, 32)}, "zero.shape[:-1]=(3,) must be (2,)"),
     ({}, {"words.0": f16(8)}, "must have at least 2 axes and not be empty"),
     ({}, {"words.0": f16(0, 32)}, "must have at least 2 axes and not be empty"),
@@ -293,7 +295,6 @@ SCALES = {
             ("nested.absmax", np.ones(1, np.float32), "must be float32[4]"),
             ("nested.offset", np.ones(1, np.float32), "must be float32[]"),
             ("absmax", np.ones((2, 32), np.float32), "must be uint8[2, 32]"),
-            ("weight_dtype", "int8", "['scale.weight_dtype']='int8' must be in ['fl"),
             ("storage", "object", "['scale.storage']='object' must be in"),
             ("quant_type", "nf5", "['scale.quant_type']='nf5' must be in ['nf4'"),
             ("nested_blocksize", 0, "['scale.nested_blocksize']=0 must be"),
