@@ -1,6 +1,6 @@
 """Quantized matmul for JAX: packing formats, kernels and Flax layers."""
 
-from qjax import checkpoints, formats, layers, sharding
+from qjax import checkpoints, formats, layers, sharding, tensor, training
 from qjax.formats.flattening import flatten, unflatten
 from qjax.layers.memory import memory_report
 from qjax.layers.replace import quantize_model
@@ -31,5 +31,7 @@ __all__ = [
     "relayout",
     "shard",
     "sharding",
+    "tensor",
+    "training",
     "unflatten",
 ]

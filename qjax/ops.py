@@ -138,6 +138,7 @@ def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b 
 
     Raises:
       TypeError: If ``qt`` is no `QTensor`.
+      ValueError: If ``dtype`` is no float dtype.
 
     Example:
       >>> w = qjax.quantize(jnp.eye(32), bits=4, group_size=32)
@@ -145,6 +146,10 @@ def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b 
       ((32, 32), dtype(bfloat16))
     """
     tensor.check_packed(qt, "qt")
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(
+            f"dtype={dtype!r} must be a float dtype; qjax.codes gives the codes."
+        )
     if is_explicit(qt):
         return _dequantize_shards(qt, None if dtype is None else jnp.dtype(dtype))
     return decode.dequantize(qt, dtype, stored=_stored_weight)

@@ -261,15 +261,15 @@ def _pieces(size: int, *sizes: int) -> int:
     return 1 if size % unit else size // unit
 
 
-def partition_specs(w: QTensor, spec: PartitionSpec, mesh: Mesh | AbstractMesh) -> Any:
+def partition_specs(w: QTensor, mesh: Mesh | AbstractMesh, spec: PartitionSpec) -> Any:
     """Gives the specs of a weight's leaves.
 
     Args:
       w: The weight; its leaves may be abstract.
+      mesh: The mesh, for the sizes of its axes.
       spec: Mesh axes of ``(*batch, k, n)``; what is left out at the end is not cut.
         ``P(None, "model")`` cuts a matrix by columns, so that products need no
         communication, and ``P("model", None)`` by rows, so that they need one sum.
-      mesh: The mesh, for the sizes of its axes.
 
     Returns:
       A `QTensor` of `PartitionSpec`s, for ``in_specs`` of `jax.shard_map`; the same
@@ -283,7 +283,7 @@ def partition_specs(w: QTensor, spec: PartitionSpec, mesh: Mesh | AbstractMesh) 
     Example:
       >>> w = qjax.quantize(jnp.ones((256, 64)), bits=3, group_size=64)
       >>> mesh = jax.make_mesh((2,), ("model",))
-      >>> qjax.partition_specs(w, P("model"), mesh).scale == P("model", None)
+      >>> qjax.partition_specs(w, mesh, P("model")).scale == P("model", None)
       True
     """
     _check_types(w, spec)
@@ -370,6 +370,6 @@ def shard(w: QTensor, mesh: Mesh, spec: PartitionSpec) -> QTensor:
     """
     w = cuttable(w, spec)
     placed = jax.tree.map(
-        lambda leaf_spec: NamedSharding(mesh, leaf_spec), partition_specs(w, spec, mesh)
+        lambda leaf_spec: NamedSharding(mesh, leaf_spec), partition_specs(w, mesh, spec)
     )
     return jax.device_put(w, placed)

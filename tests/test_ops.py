@@ -780,7 +780,7 @@ class TestDispatch:
             (qjax.flatten, "qt"),
             (lambda dense: qjax.concatenate([dense]), "weights[0]"),
             (lambda dense: qjax.shard(dense, jax.make_mesh((1,), "d"), P("d")), "w"),
-            (lambda dense: qjax.partition_specs(dense, P(), None), "w"),
+            (lambda dense: qjax.partition_specs(dense, None, P()), "w"),
         ],
     )
     def test_refuses_dense_weights(self, call, name):
@@ -794,6 +794,11 @@ class TestDispatch:
             qjax.relayout(w, "awq")
         with pytest.raises(TypeError, match="spec='d' must be a PartitionSpec"):
             qjax.shard(w, jax.make_mesh((1,), "d"), "d")
+
+    @pytest.mark.parametrize("dtype", [jnp.int8, bool, "complex64"])
+    def test_refuses_weights_that_are_no_floats(self, dtype, as_qtensor, refuses):
+        with refuses("must be a float dtype; qjax.codes gives the codes"):
+            qjax.dequantize(as_qtensor(sample("whole")), dtype)
 
     def test_refuses_lists(self, as_qtensor, refuses):
         with refuses("x.dtype=None must be bfloat16, float16 or float32"):

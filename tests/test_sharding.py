@@ -221,7 +221,7 @@ def test_shard_map(kind, cut, as_qtensor):
     matrix = oracle.random(0, K, N, **KINDS[kind])
     x, dy = draw((M, K), 1), draw((M, N), 2)
     w = sharding.by_segment(as_qtensor(matrix))
-    specs = qjax.partition_specs(w, CUTS[cut][0], MESH)
+    specs = qjax.partition_specs(w, MESH, CUTS[cut][0])
     by_rows = cut != "columns"
     # Ordered rows of a device belong to inputs anywhere: each takes all of x.
     of_x = P(None, "model") if by_rows and w.order is None else P()
@@ -415,40 +415,40 @@ class TestCommunication:
 class TestSpecs:
     def test_of_the_leaves(self):
         w = packed()
-        specs = qjax.partition_specs(w, P("model", "data"), MESH)
+        specs = qjax.partition_specs(w, MESH, P("model", "data"))
         assert jax.tree.structure(specs) == jax.tree.structure(w)
         assert set(jax.tree.leaves(specs)) == {P("model", "data")}
         # One group a column has no axis to cut along k.
-        column = qjax.partition_specs(packed(group_size=None), P("model"), MESH)
+        column = qjax.partition_specs(packed(group_size=None), MESH, P("model"))
         assert (column.words[0], column.scale) == (P("model", None), P(None, None))
 
     def test_of_tiles(self):
         w = qjax.relayout(packed(bits=3), Tiles())
-        specs = qjax.partition_specs(w, P(None, "model"), MESH)
+        specs = qjax.partition_specs(w, MESH, P(None, "model"))
         assert specs.words == (P(None, None, "model", None),)
         # Steps of 256 rows, of which there are two.
-        specs = qjax.partition_specs(w, P("data"), MESH)
+        specs = qjax.partition_specs(w, MESH, P("data"))
         assert specs.words == (P("data", None, None, None),)
         with pytest.raises(ValueError, match=r"k of QTensor.* has 2 pieces"):
-            qjax.partition_specs(w, P("model"), MESH)
+            qjax.partition_specs(w, MESH, P("model"))
 
     def test_of_stacks(self):
         stack = jax.tree.map(lambda leaf: jnp.stack([leaf] * 4), packed())
-        specs = qjax.partition_specs(stack, P("model", None, "data"), MESH)
+        specs = qjax.partition_specs(stack, MESH, P("model", None, "data"))
         assert specs.scale == P("model", None, "data")
 
     def test_of_what_lies_along_k(self, as_qtensor):
         w = as_qtensor(oracle.random(0, K, N, **KINDS["order"]))
-        specs = qjax.partition_specs(w, P("model"), MESH)
+        specs = qjax.partition_specs(w, MESH, P("model"))
         assert (specs.order, specs.input_scale) == (P("model"), P(None))
         w = as_qtensor(oracle.random(0, K, N, **KINDS["act-order"]))
-        specs = qjax.partition_specs(w, P("model"), MESH)
+        specs = qjax.partition_specs(w, MESH, P("model"))
         # Rows of any group lie on any device.
         assert (specs.row_group, specs.scale) == (P("model"), P(None, None))
 
     def test_of_abstract_leaves(self):
         specs = qjax.partition_specs(
-            jax.eval_shape(packed), P(None, "model"), AbstractMesh((4,), ("model",))
+            jax.eval_shape(packed), AbstractMesh((4,), ("model",)), P(None, "model")
         )
         assert specs.words == (P(None, "model"),)
 
@@ -467,14 +467,14 @@ class TestSpecs:
     )
     def test_refuses(self, spec, message, refuses):
         with refuses(message):
-            qjax.partition_specs(packed(group_size=128), spec, MESH)
+            qjax.partition_specs(packed(group_size=128), MESH, spec)
 
     def test_refuses_with_a_way_out(self, as_qtensor, refuses):
         mixed = as_qtensor(oracle.random(0, K, N, **KINDS["mixed"]))
         with refuses("the 6-bit rows of QTensor(512x128, 4 bits, group 32,column"):
-            qjax.partition_specs(mixed, P("model"), MESH)
+            qjax.partition_specs(mixed, MESH, P("model"))
         with refuses("qjax.sharding.by_segment, lets mixed widths be cut"):
-            qjax.partition_specs(mixed, P("model"), MESH)
+            qjax.partition_specs(mixed, MESH, P("model"))
         foreign = qjax.relayout(packed(), Bytes())
         with refuses("Bytes() is never cut, but what qjax.prepare makes of it is"):
             qjax.shard(foreign, MESH, P(None, "model"))

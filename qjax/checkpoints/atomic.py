@@ -5,12 +5,14 @@ import fcntl
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from qjax.checkpoints.journal import Journal
 
 _JOURNAL, _LOCK, _FRESH = "journal", "lock", "checkpoint"
+
+Stale = Callable[[Path], Collection[str]]
 
 
 def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
@@ -25,8 +27,7 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
 
     Raises:
       FileNotFoundError: If the directory that would hold it is not there.
-      FileExistsError: If it is there and must not be, is no checkpoint, or holds
-        directories, which none that is written here does.
+      FileExistsError: If it is there and must not be, or is no checkpoint.
     """
     target = Path(os.path.realpath(path))
     if not target.parent.is_dir():
@@ -37,7 +38,7 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         raise FileExistsError(
             f"{path} is already there; choose another name, or overwrite it."
         )
-    # What a typing error names should survive, and what lies beside the weights.
+    # What a typing error names should survive.
     replaceable = target.is_dir() and (
         (target / "config.json").is_file() or not any(target.iterdir())
     )
@@ -46,21 +47,20 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
             f"{path} is no checkpoint directory, as it holds no config.json; it is not "
             "overwritten."
         )
-    if inner := sorted(entry.name for entry in target.iterdir() if entry.is_dir()):
-        raise FileExistsError(
-            f"{path} holds the directories {inner}, which would be lost; move them "
-            "away, or choose another name."
-        )
     return target
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path]:
+def replacing(
+    path: str | os.PathLike[str], *, overwrite: bool, stale: Stale
+) -> Iterator[Path]:
     """Makes a directory that takes its place only when it is complete.
 
     Args:
       path: The directory to make or to replace.
       overwrite: Whether it may be there already.
+      stale: Names the files of one that is there which go with what is replaced. All
+        others stay in it, unless they are written anew.
 
     Yields:
       An empty directory beside it, to be filled. It is renamed when the block ends, and
@@ -74,7 +74,7 @@ def replacing(path: str | os.PathLike[str], *, overwrite: bool) -> Iterator[Path
     fresh.mkdir()
     try:
         yield fresh
-        _put(fresh, target, overwrite=overwrite)
+        _put(fresh, target, overwrite=overwrite, stale=stale)
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
@@ -87,7 +87,7 @@ def partial_of(target: Path) -> Path:
 
 @contextlib.contextmanager
 def resuming(
-    path: str | os.PathLike[str], job: str, *, overwrite: bool
+    path: str | os.PathLike[str], job: str, *, overwrite: bool, stale: Stale
 ) -> Iterator[tuple[Path, Journal]]:
     """Does what `replacing` does, and keeps what there is if it is interrupted.
 
@@ -95,6 +95,7 @@ def resuming(
       path: As in `replacing`.
       job: Says all that the directory depends on. What another job has left is deleted.
       overwrite: As in `replacing`.
+      stale: As in `replacing`.
 
     Yields:
       A directory beside ``path``, with what the same job has left there; and the
@@ -123,7 +124,7 @@ def resuming(
                     shutil.rmtree(fresh, ignore_errors=True)
                 fresh.mkdir(exist_ok=True)
                 yield fresh, journal
-            _put(fresh, target, overwrite=overwrite)
+            _put(fresh, target, overwrite=overwrite, stale=stale)
         except ValueError:
             shutil.rmtree(partial)
             raise
@@ -144,26 +145,30 @@ def _locked(file: Path) -> Iterator[None]:
         yield
 
 
-def _put(fresh: Path, target: Path, *, overwrite: bool) -> None:
+def _put(fresh: Path, target: Path, *, overwrite: bool, stale: Stale) -> None:
     """Puts a complete directory in its place, on disk."""
     for file in [*fresh.iterdir(), fresh]:
         _to_disk(file)
     check_target(target, overwrite=overwrite)
     old = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-    _rename(fresh, target, old)
+    _rename(fresh, target, old, stale)
     _to_disk(target.parent)
 
 
-def _rename(fresh: Path, target: Path, old: Path) -> None:
+def _rename(fresh: Path, target: Path, old: Path, stale: Stale) -> None:
     if not target.exists():
         fresh.rename(target)
         return
+    replaced = {*stale(target), *(entry.name for entry in fresh.iterdir())}
     target.rename(old)
     try:
         fresh.rename(target)
     except BaseException:
         old.rename(target)
         raise
+    for entry in old.iterdir():
+        if entry.name not in replaced:
+            entry.rename(target / entry.name)
     shutil.rmtree(old)
 
 

@@ -98,7 +98,7 @@ def _matrix(
 
     def fits(where: NamedSharding) -> tuple[NamedSharding, QTensor, QTensor]:
         w = sharding.cuttable(whole, where.spec)
-        return where, w, sharding.partition_specs(w, where.spec, where.mesh)
+        return where, w, sharding.partition_specs(w, where.mesh, where.spec)
 
     where, w, specs = _first(name, fits, shardings)
     counts = _WHOLE if outline is None else _readable(matrix, w, _counts(where))

@@ -19,7 +19,7 @@ from qjax.tensor import QTensor
 
 # Files that describe a quantization where config.json does not, and the method of those
 # that do not name it: green-bit-llm's, AutoGPTQ's and AutoAWQ's.
-_BESIDE = {
+BESIDE = {
     "quant_strategy.json": "mbwq",
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
@@ -325,7 +325,7 @@ def _entry(
     ]
     if not packed:
         return directory / "config.json", None
-    for file, method in _BESIDE.items():
+    for file, method in BESIDE.items():
         if (directory / file).is_file():
             found = read_object(directory / file)
             return directory / file, {"quant_method": method} | found
@@ -335,7 +335,7 @@ def _entry(
             return packed[0].file, {"quant_method": method}
     raise ValueError(
         f"{packed[0].file}: {packed[0].name} is quantized, but config.json has no "
-        f"quantization_config, and there is none of {', '.join(_BESIDE)}."
+        f"quantization_config, and there is none of {', '.join(BESIDE)}."
     )
 
 

@@ -174,6 +174,22 @@ def scan(directory: Path) -> dict[str, Stored]:
     return tensors
 
 
+def weight_files(directory: Path) -> set[str]:
+    """Names of the files that `scan` reads, or would if the first were not there.
+
+    Args:
+      directory: As in `scan`.
+
+    Returns:
+      The names. An index that is not sound lists no shards.
+    """
+    try:
+        shards = set(_shards(directory / INDEX))
+    except (OSError, ValueError):
+        shards = set()
+    return {SINGLE, INDEX} | shards
+
+
 def _header(file: Path) -> dict[str, Stored]:
     try:
         # Bounds the header, and checks that the tensors cover the file with no overlap.
@@ -196,9 +212,7 @@ def _header(file: Path) -> dict[str, Stored]:
 
 
 def _stored(file: Path, begin: int, name: str, entry: object) -> Stored:
-    # A dotted path of modules: no separators and no empty parts, so no "..".
-    if not name.isprintable() or "/" in name or "\\" in name or "" in name.split("."):
-        raise ValueError(f"{file}: {name!r} is not the name of a tensor.")
+    check_name(file, name)
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, _]}:
             if dtype in DTYPES:
@@ -211,6 +225,26 @@ def _stored(file: Path, begin: int, name: str, entry: object) -> Stored:
                 )
     known = ", ".join(DTYPES)
     raise ValueError(f"{file}: {name}: {entry} must have one of the dtypes {known}.")
+
+
+def check_name(place: Path, name: str) -> None:
+    """Checks that a name is a dotted path of modules.
+
+    It has no separators and no empty parts, so no "..": whatever a program makes of the
+    name, it stays where it belongs.
+
+    Args:
+      place: The file or directory, for the message.
+      name: The name.
+
+    Raises:
+      ValueError: If it is none.
+    """
+    if not name.isprintable() or "/" in name or "\\" in name or "" in name.split("."):
+        raise ValueError(
+            f"{place}: {name!r} is not the name of a tensor, which is the path of its "
+            "module with dots, as 'layers.0.up.weight'."
+        )
 
 
 def _shards(index: Path) -> dict[str, list[str]]:

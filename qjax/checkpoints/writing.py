@@ -20,13 +20,13 @@ from qjax.checkpoints.atomic import check_target, replacing, resuming
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.dialects import DIALECTS, Dialect, centered
 from qjax.checkpoints.journal import Journal
-from qjax.checkpoints.shards import INDEX, SINGLE, Stored
+from qjax.checkpoints.shards import INDEX, SINGLE, Stored, check_name, weight_files
 from qjax.tensor import QTensor
 
 SHARD_BYTES = 5_000_000_000
 # Files that say how weights were quantized, or hold weights.
-_STALE = ("config.json", "quantize_config.json", "quant_config.json", "quant_log.csv")
-_STALE += ("recipe.yaml", "measurement.json")
+_STALE = ("config.json", *modules.BESIDE, "quant_log.csv", "recipe.yaml")
+_STALE += ("measurement.json",)
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack")
 _WEIGHTS += (".index.json",)
 
@@ -73,15 +73,16 @@ def save(
         ``quantization_config`` is replaced by one that fits.
       format: "gptq" (v1), "gptq_v2", "gptq_p" (planes), "awq" (gemm),
         "compressed-tensors" (pack-quantized) or "exl2".
-      overwrite: Whether a checkpoint that is there already may be replaced.
+      overwrite: Whether the weights and the config of a checkpoint that is there
+        already may be replaced. Other files and directories in it stay.
       shard_bytes: Size above which weights are spread over several files with a
         ``model.safetensors.index.json``; a module stays in one file.
 
     Raises:
       ValueError: If the format cannot hold a tensor, or two beside each other: all
-        modules with their reasons, and nothing is written.
-      FileExistsError: If ``path`` is there without ``overwrite``, is no checkpoint, or
-        holds directories.
+        modules with their reasons, and nothing is written; or if a name is no path
+        with dots.
+      FileExistsError: If ``path`` is there without ``overwrite``, or is no checkpoint.
       FileNotFoundError: If the directory that should hold ``path`` is not there.
 
     Example:
@@ -94,7 +95,7 @@ def save(
     """
     target = check_target(path, overwrite=overwrite)
     plan = plan_files(target, tensors.items(), config, format, shard_bytes)
-    with replacing(target, overwrite=overwrite) as fresh:
+    with replacing(target, overwrite=overwrite, stale=_superseded) as fresh:
         for _ in write_files(fresh, plan, tensors.__getitem__):
             pass
 
@@ -113,7 +114,8 @@ def convert(
     is written, and to write it. Tokenizer, generation config and whatever other files
     lie in the directory are copied; other weights and older descriptions of the
     quantization are not. Neither are directories in it, of which a warning tells, as
-    nothing says whether they hold weights.
+    nothing says whether they hold weights. Where ``target`` is ``source``, all of them
+    stay.
 
     What is interrupted can be resumed: weights that are finished stay in
     ``.NAME.partial`` beside ``target``, and the same call goes on after them, once
@@ -146,13 +148,14 @@ def convert(
     states = _states(origin)
     config = read_config(origin)
     parts = modules.open_parts(origin)
-    _warn_of_directories(origin)
+    if origin != goal:
+        _warn_of_directories(origin)
     total = sum(part.nbytes for part in parts.values())
     with progress.bar(total, "Checking weights") as advance:
         plan = plan_files(goal, _looked_at(parts, advance), config, format, shard_bytes)
     job = _job(origin, states, plan)
     with (
-        resuming(goal, job, overwrite=overwrite) as (fresh, journal),
+        resuming(goal, job, overwrite=overwrite, stale=_superseded) as (fresh, journal),
         progress.bar(total, "Writing weights") as advance,
     ):
         for name in write_files(fresh, plan, lambda name: parts[name].read(), journal):
@@ -204,6 +207,11 @@ def _warn_of_directories(directory: Path) -> None:
             "them the model needs.",
             stacklevel=3,
         )
+
+
+def _superseded(directory: Path) -> set[str]:
+    """Names of the files that make no sense without the weights of a directory."""
+    return weight_files(directory) | {*_STALE}
 
 
 def _is_stale(name: str) -> bool:
@@ -295,6 +303,7 @@ class _Shaped:
 
 
 def _planned(path: Path, name: str, array: Any) -> Stored:
+    check_name(path, name)
     return Stored(
         file=path / SINGLE,
         offset=0,

@@ -305,6 +305,9 @@ def test_what_cannot_stand_side_by_side(tmp_path, refuses):
     with refuses("a.scales would be written twice"):
         pair = {"a": quantized(), "a.scales": np.ones(4, np.float16)}
         checkpoints.save(tmp_path / "x", pair, {}, format="gptq")
+    for name in ("layers/0/up", "a..b", "a\n", ""):
+        with refuses(f"{name + '.qweight'!r} is not the name of a tensor"):
+            checkpoints.save(tmp_path / "x", {name: quantized()}, {}, format="awq")
     with refuses("b.dtype=float64 must be float16"):
         pair = {"a": quantized(), "b": np.ones(4)}
         checkpoints.save(tmp_path / "x", pair, {}, format="gptq")
@@ -385,10 +388,9 @@ def test_overwrite(tmp_path):
     (target / "tokenizer.json").write_text("{}")
     checkpoints.save(target, {B: quantized()}, {}, format="gptq", overwrite=True)
     assert list(checkpoints.load(target)) == [B]
-    assert not (target / "tokenizer.json").exists()
+    assert (target / "tokenizer.json").exists()
     assert list(tmp_path.iterdir()) == [target]
     # In its own place, with what lies beside the weights.
-    (target / "tokenizer.json").write_text("{}")
     checkpoints.convert(target, target, format="awq", overwrite=True)
     assert (target / "tokenizer.json").exists()
     assert entry_of(target)["quant_method"] == "awq"
@@ -413,20 +415,25 @@ def test_only_checkpoints_are_overwritten(tmp_path):
     assert list(checkpoints.load(tmp_path / "empty")) == [A]
 
 
-def test_directories_beside_the_weights_survive(tmp_path):
+def test_what_lies_beside_the_weights_survives(tmp_path):
     source = awq_directory(tmp_path / "awq")
     (source / ".git").mkdir()
     (source / "original").mkdir()
-    before = sorted(source.rglob("*"))
-    for write in (
-        lambda: checkpoints.convert(source, source, format="gptq", overwrite=True),
-        lambda: checkpoints.save(
-            source, {A: quantized()}, {}, format="gptq", overwrite=True
-        ),
-    ):
-        with pytest.raises(FileExistsError, match=r"\['\.git', 'original'\], which"):
-            write()
-    assert sorted(source.rglob("*")) == before
+    strangers = [".git/HEAD", "original/params.json", "model.gguf", ".gitattributes"]
+    for name in strangers:
+        (source / name).write_text(name)
+    options = {"format": "gptq", "overwrite": True}
+    # Shards and a description of the quantization, which the second call replaces.
+    checkpoints.convert(source, source, shard_bytes=1, **options)
+    (source / "quantize_config.json").write_text("{}")
+    shards = {file.name for file in source.glob("*.safetensors*")}
+    assert len(shards) > 2
+    checkpoints.save(source, {A: quantized()}, {}, **options)
+    assert [(source / name).read_text() for name in strangers] == strangers
+    assert list(checkpoints.load(source)) == [A]
+    left = {entry.name for entry in source.iterdir()}
+    files = {name.split("/")[0] for name in strangers}
+    assert left == {"config.json", "model.safetensors", *files}
 
 
 def test_convert_into_itself_is_refused(tmp_path, refuses):

@@ -37,7 +37,7 @@ class Sharded:
         axis = "data" if self.by == "fsdp" else "model"
         of_w = P(axis, None) if self.by == "rows" else P(None, axis)
         of_x, of_dy = (cut, whole) if self.by == "rows" else (whole, cut)
-        specs = qjax.partition_specs(w, of_w, mesh)
+        specs = qjax.partition_specs(w, mesh, of_w)
         if self.gradient:
             return gradient, (x, x, w), (of_x, of_dy, specs)
         return qjax.matmul, (x, w), (of_x, specs)
