@@ -7,7 +7,8 @@ import jax
 from jaxtyping import Array
 
 from qjax import decode, pallas, sharding
-from qjax.partitioning import is_explicit, over_devices
+from qjax.meshes import is_explicit
+from qjax.partitioning import over_devices
 from qjax.tensor import Layout, QTensor
 
 

@@ -15,13 +15,9 @@ from jaxtyping import Array, DTypeLike, Float, Integer
 from qjax import decode, dispatch, moving, pallas, sharding, tensor, xla
 from qjax.bits import block
 from qjax.formats.tiles import Tiles
-from qjax.partitioning import (
-    gathered,
-    is_explicit,
-    on_mesh_of,
-    over_devices,
-    vary_together,
-)
+from qjax.meshes import gathered, is_explicit, on_mesh_of, vary_together
+from qjax.partitioning import over_devices
+from qjax.product import product
 from qjax.sharding import P, Segmented
 from qjax.tensor import Encoded, Grouping, Layout, QTensor, Segment
 
@@ -103,7 +99,7 @@ def _apply(
         stored = dataclasses.replace(decoded(w), input_scale=None)
         kernels = x.dtype != jnp.float32
         choice = dispatch.Choice(implementation, kernels, dtype=x.dtype)
-        return dispatch.product(*vary_together(scaled, stored, index), choice)
+        return product(*vary_together(scaled, stored, index), choice)
 
 
 def decoded(w: QTensor) -> QTensor:

@@ -13,7 +13,6 @@ on the one that is a part of the arrays' types.
 """
 
 import collections
-import contextlib
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +21,10 @@ from typing import Any, NamedTuple
 import jax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from qjax.meshes import is_explicit, mesh_of, vary_together
 from qjax.sharding import entry_axes
 
 P = PartitionSpec
@@ -75,97 +75,6 @@ def over_devices(
     over = _over_shards if is_explicit(leaves) else _over_pieces
     out = _transformable(over, task, functions, leaves)
     return jax.tree.structure(results).unflatten(out)
-
-
-def is_explicit(tree: Any) -> bool:
-    """Whether arrays are traced with their pieces.
-
-    Args:
-      tree: Arrays. Outside of `jax.set_mesh`, one that lies on a mesh is enough.
-
-    Returns:
-      Whether the mesh has explicit axes.
-    """
-    return AxisType.Explicit in _mesh_of(tree).axis_types
-
-
-def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager[None]:
-    """Has what follows traced for the mesh that arrays lie on, if it is explicit.
-
-    The derivatives of some operations make arrays, which belong on that mesh also where
-    no `jax.set_mesh` says so.
-
-    Args:
-      tree: Arrays.
-
-    Returns:
-      The context.
-    """
-    if is_explicit(tree):
-        return jax.sharding.use_abstract_mesh(_mesh_of(tree))
-    return contextlib.nullcontext()
-
-
-def explicitly_like(tree: Any, other: Any) -> Any:
-    """Cuts arrays as others are cut, where that is a part of their type.
-
-    Args:
-      tree: Arrays.
-      other: The same tree of arrays. Those that lie on no mesh count as whole.
-
-    Returns:
-      ``tree``, resharded where mesh axes are explicit.
-    """
-
-    def cut(leaf: Array, like: Array) -> Array:
-        spec, mesh = jax.typeof(like).sharding.spec, jax.typeof(leaf).sharding.mesh
-        if AxisType.Explicit not in mesh.axis_types:
-            return leaf
-        return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))
-
-    return jax.tree.map(cut, tree, other)
-
-
-def gathered(tree: Any) -> Any:
-    """Makes arrays whole along their first axis, where pieces are a part of their type.
-
-    What takes entries of an axis that is cut has no type then.
-
-    Args:
-      tree: Arrays.
-
-    Returns:
-      ``tree``, resharded where mesh axes are explicit.
-    """
-
-    def whole(leaf: Array) -> Array:
-        mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
-        if AxisType.Explicit not in mesh.axis_types or not any(spec[:1]):
-            return leaf
-        return jax.sharding.reshard(leaf, NamedSharding(mesh, P(None, *spec[1:])))
-
-    return jax.tree.map(whole, tree)
-
-
-def vary_together(*operands: Any) -> tuple[Any, ...]:
-    """Inside `jax.shard_map`, lets all leaves vary over the axes that any varies over.
-
-    The transpose of the cast sums the cotangent of a replicated operand over devices.
-
-    Args:
-      *operands: Trees of arrays.
-
-    Returns:
-      The same trees.
-    """
-    varying = lambda leaf: jax.typeof(leaf).manual_axis_type.varying  # noqa: E731
-    axes = set().union(*map(varying, jax.tree.leaves(operands)))
-
-    def cast(leaf: Array) -> Array:
-        missing = tuple(axes - varying(leaf))
-        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
-
-    return jax.tree.map(cast, operands)
 
 
 class _Functions(NamedTuple):
@@ -339,13 +248,6 @@ class _Choice:
         return self.axes.get(_family(name), ())
 
 
-def _mesh_of(tree: Any) -> AbstractMesh:
-    """The mesh that a program is traced for or, if it says none, that arrays lie on."""
-    traced = jax.sharding.get_abstract_mesh()
-    held = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree))
-    return next((mesh for mesh in (traced, *held) if not mesh.empty), traced)
-
-
 def _transformable(
     over: Callable[..., tuple[Array, ...]],
     task: _Task,
@@ -381,7 +283,7 @@ def _over_shards(
     task: _Task, functions: _Functions, leaves: Sequence[Array]
 ) -> tuple[Array, ...]:
     """Where arrays are traced with their pieces."""
-    mesh = _mesh_of(leaves)
+    mesh = mesh_of(leaves)
     typed = [
         _Operand.of(names, leaf, jax.typeof(leaf).sharding)
         for names, leaf in zip(task.operands, leaves, strict=True)

@@ -24,15 +24,10 @@ from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from qjax import dispatch, ops, pallas, sharding
+from qjax import dispatch, ops, pallas, product, sharding
 from qjax.dispatch import Choice
-from qjax.partitioning import (
-    explicitly_like,
-    gathered,
-    on_mesh_of,
-    over_devices,
-    vary_together,
-)
+from qjax.meshes import explicitly_like, gathered, on_mesh_of, vary_together
+from qjax.partitioning import over_devices
 from qjax.sharding import P
 from qjax.tensor import QTensor, check_packed
 
@@ -214,14 +209,14 @@ def _products(
         (w, rows, expert, used),
         _names(w),
         P(None, None, "n"),
-        dispatch.units_of(w),
+        product.units_of(w),
         summand=functools.partial(_forward, choice.wide),
     )
 
 
 def _names(w: QTensor) -> tuple[Any, ...]:
     """What `over_devices` must know of the operands ``(w, rows, expert, used)``."""
-    of_rows = P(None, None, dispatch.inputs_of(w))
+    of_rows = P(None, None, product.inputs_of(w))
     return sharding.names(w), of_rows, P(None), P()
 
 
@@ -246,7 +241,7 @@ def _forward(
         index = jnp.where(jnp.arange(len(expert)) < used, expert, -1)
         return pallas.fused_blocks(rows, w, index, choice.dtype)
 
-    w, order = dispatch.stored(w)
+    w, order = product.stored(w)
     operands = _in_order(rows, order, expert), w, expert, used
     if dispatch.goes_to_kernels(w, choice):
         # The platform is known when the program is lowered, not here.
@@ -257,7 +252,7 @@ def _forward(
 def _backward(
     choice: Choice, w: QTensor, rows: Array, expert: Array, used: Array, dy: Array
 ) -> Array:
-    w, order = dispatch.stored(w)
+    w, order = product.stored(w)
 
     def one(b: Array) -> Array:
         return dispatch.multiply_t(choice, *_of_block(w, dy, expert, b))
@@ -270,7 +265,7 @@ def _backward(
 def _leaf_gradients(
     choice: Choice, w: QTensor, rows: Array, expert: Array, used: Array, dy: Array
 ) -> dict[str, Any]:
-    bare, order = dispatch.stored(w)
+    bare, order = product.stored(w)
     xs = _in_order(rows, order, expert)
 
     def leaves(b: Array) -> dict[str, Array]:
@@ -290,7 +285,7 @@ def _leaf_gradients(
     }
     start, _ = vary_together(start, rows)
     total = lax.fori_loop(0, used, add, start)
-    return {name: dispatch.as_in(w, name, array) for name, array in total.items()}
+    return {name: product.as_in(w, name, array) for name, array in total.items()}
 
 
 def _of_block(
@@ -324,21 +319,21 @@ def _products_backward(choice: Choice, residuals: tuple, dy: Array) -> tuple:
         operands,
         of_operands,
         of_operands[1],
-        dispatch.units_of(w),
+        product.units_of(w),
     )
     # In a loop of its own, which is left out where nobody asks for these.
     gradients = over_devices(
         functools.partial(_leaf_gradients, choice),
         operands,
         of_operands,
-        {name: getattr(of_operands[0], name) for name in dispatch.float_leaves(w)},
-        dispatch.units_of(w),
+        {name: getattr(of_operands[0], name) for name in product.float_leaves(w)},
+        product.units_of(w),
     )
     leaves = {name: getattr(w, name) for name in gradients}
     dx, gradients = explicitly_like((dx, gradients), (rows, leaves))
     cast = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, leaves)
     integers = (np.zeros(a.shape, jax.dtypes.float0) for a in (expert, used))
-    return dx, dispatch.cotangent(w, cast), *integers
+    return dx, product.cotangent(w, cast), *integers
 
 
 _products.defvjp(_products_forward, _products_backward)

@@ -1,8 +1,15 @@
-"""Which golden files there are, and which of them a test exercises."""
+"""Golden files: which there are, what they hold, and which of them a test exercises."""
 
+import functools
+import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
 
 FOLDER = Path(__file__).parent / "golden"
 FILES = {path.stem: path for path in sorted(FOLDER.glob("*/*.npz"))}
@@ -14,6 +21,40 @@ ALONE = {
         "test_tinygemm.py::test_missing_rows_are_packed_as_zeros"
     ),
 }
+
+
+def names(folder: str) -> list[str]:
+    """The files of one upstream, without their suffix."""
+    return [name for name, path in FILES.items() if path.parent.name == folder]
+
+
+@functools.cache
+def load(name: str) -> dict[str, Any]:
+    """The arrays of a file, what it says of them in "meta", and of that "config"."""
+    with np.load(FILES[name]) as file:
+        data = dict(file)
+    meta = json.loads(str(data["meta"]))
+    # NumPy's files have no bfloat16, only its bits.
+    for key, dtype in meta.get("dtypes", {}).items():
+        if dtype == "bfloat16":
+            data[key] = data[key].view(ml_dtypes.bfloat16)
+    return data | {"meta": meta, "config": meta.get("config")}
+
+
+def patterns(array: Any) -> np.ndarray:
+    """Bit patterns: -0.0 is not 0.0, and a NaN is itself."""
+    array = np.asarray(array)
+    return array.view(f"u{array.dtype.itemsize}")
+
+
+def same_bits(found: Any, wanted: Any) -> None:
+    """Two arrays, or trees of them, have the same names, dtypes, shapes and bits."""
+    assert jax.tree.structure(found) == jax.tree.structure(wanted)
+    pairs = zip(jax.tree.leaves_with_path(found), jax.tree.leaves(wanted), strict=True)
+    for (path, one), other in pairs:
+        name = jax.tree_util.keystr(path)
+        assert one.dtype == other.dtype, f"{name}: {one.dtype}, not {other.dtype}"
+        np.testing.assert_array_equal(patterns(one), patterns(other), name, strict=True)
 
 
 def exercised(nodes: Iterable[str]) -> set[str]:

@@ -1,4 +1,4 @@
-"""What the kernels are tested on: matrices of the oracle in `Tiles`, and rows."""
+"""What tests run on: codes, matrices of the oracle in `Tiles`, and rows."""
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -19,6 +19,11 @@ MAPS = {
 }
 CODEBOOK = {"codebook": {"affine": "CODEBOOK"}}
 SCALES = {"float16": F16, "bfloat16": BF16, "float32": F32}
+
+
+def random_codes(seed: int, bits: int, *shape: int) -> np.ndarray:
+    codes = np.random.default_rng(seed).integers(0, 2**bits, shape)
+    return codes.astype(np.uint8)
 
 
 def in_tiles(matrix: oracle.Matrix):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from qjax import bits as qbits
 from tests import oracle
+from tests.samples import random_codes
 
 WIDTHS = range(1, 9)
 # Codes and words of the shortest block that fills whole words, worked by hand.
@@ -17,11 +18,6 @@ BLOCKS = {
     **{1: (32, 1), 2: (16, 1), 3: (32, 3), 4: (8, 1)},
     **{5: (32, 5), 6: (16, 3), 7: (32, 7), 8: (4, 1)},
 }
-
-
-def random_codes(seed: int, bits: int, *shape: int) -> np.ndarray:
-    codes = np.random.default_rng(seed).integers(0, 2**bits, shape)
-    return codes.astype(np.uint8)
 
 
 @pytest.mark.parametrize("bits", WIDTHS)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -129,10 +130,7 @@ class TestHelp:
         assert "Examples" in text
 
     def test_to_names_what_save_writes(self):
-        assert [*cli.Format] == [
-            name for name in cli.Format if name in checkpoints.writing.DIALECTS
-        ]
-        assert len(cli.Format) == len(checkpoints.writing.DIALECTS)
+        assert [*cli.Format] == [*checkpoints.dialects.DIALECTS]
 
 
 class TestInspect:
@@ -192,6 +190,24 @@ class TestInspect:
         assert row["bits"] == pytest.approx(10 / 3)
         assert row["group_size"] == 128
         assert row["bits_per_weight"] > row["bits"]
+
+    def test_groups_of_several_sizes(self, tmp_path):
+        directory = exl2_directory(tmp_path / "exl2", "exl2_b5432_mixedg")
+        (row,) = json.loads(succeeds("inspect", directory, "--json").stdout)["matrices"]
+        assert row["group_size"] == [32, 64]
+        lines = succeeds("inspect", directory).stdout.splitlines()
+        (up,) = (line for line in lines if UP in line)
+        assert up.split()[4] == "32,64"
+
+    def test_one_group_a_column(self, tmp_path):
+        w = qjax.quantize(jnp.eye(64), group_size=None, symmetric=True)
+        checkpoints.save(tmp_path / "gptq", {UP: w}, {}, format="gptq")
+        done = succeeds("inspect", tmp_path / "gptq", "--json")
+        (row,) = json.loads(done.stdout)["matrices"]
+        assert row["group_size"] is None
+        lines = succeeds("inspect", tmp_path / "gptq").stdout.splitlines()
+        (up,) = (line for line in lines if UP in line)
+        assert up.split()[4] == "all"
 
     def test_table(self):
         lines = succeeds("inspect", SHIPPED).stdout.splitlines()

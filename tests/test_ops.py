@@ -108,6 +108,16 @@ def activations(m: int, k: int, seed: int = 1) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(m, k)).astype(F32)
 
 
+@pytest.fixture
+def never_dense(monkeypatch):
+    """Small matrices take the dense weight; they too must work without it."""
+    monkeypatch.setattr(dispatch, "_SMALL", 0)
+    # The programs of the other limit.
+    ops._apply.clear_cache()
+    yield
+    ops._apply.clear_cache()
+
+
 @pytest.fixture(autouse=True)
 def warnings_once_more():
     """Each test sees the warnings that come once."""
@@ -352,19 +362,10 @@ class TestGradients:
         ("flat", "offset"),
     )
 
-    @pytest.fixture
-    def native_backward(self, monkeypatch):
-        """Small matrices take the dense weight; they too must work without it."""
-        monkeypatch.setattr(dispatch, "_SMALL", 0)
-        # The programs of the other limit.
-        ops._apply.clear_cache()
-        yield
-        ops._apply.clear_cache()
-
     @pytest.fixture(params=["dense", "native"])
     def backward(self, request):
         if request.param == "native":
-            request.getfixturevalue("native_backward")
+            request.getfixturevalue("never_dense")
 
     def by_jax(self, matrix, w, x, dy, transform=lambda f: f):
         """Gradients of x and all float leaves, and float0 for the others."""
@@ -426,7 +427,7 @@ class TestGradients:
         self.check(found, matrix.gradients(x, dy))
 
     @pytest.mark.parametrize("bits", range(1, 9))
-    def test_every_width(self, bits, native_backward, as_qtensor):
+    def test_every_width(self, bits, never_dense, as_qtensor):
         matrix = sample("whole", "float_zero", bits=bits)
         x, dy = activations(3, 128), activations(3, 40, seed=2)
         found = self.by_jax(matrix, as_qtensor(matrix), jnp.asarray(x), dy, jax.jit)
@@ -634,8 +635,17 @@ class TestTransformations:
     @pytest.mark.parametrize("m", [8, 24])
     @pytest.mark.parametrize("kind", SHARDED)
     def test_shard_map(self, kind, m, matrix, as_qtensor):
+        self.check_shards(kind, m, matrix, as_qtensor(matrix))
+
+    @pytest.mark.usefixtures("never_dense")
+    @pytest.mark.parametrize("kind", SHARDED)
+    def test_shard_map_of_large_shards(self, kind, matrix, as_qtensor):
+        # Without the dense weight: loops whose carries vary over devices.
+        self.check_shards(kind, 32, matrix, as_qtensor(matrix))
+
+    def check_shards(self, kind, m, matrix, w):
         x_spec, w_spec, y_spec, partial = self.SHARDED[kind]
-        w, x, dy = as_qtensor(matrix), activations(m, 256), activations(m, 48, seed=2)
+        x, dy = activations(m, 256), activations(m, 48, seed=2)
         mesh = Mesh(jax.devices("cpu"), ("d",))
 
         @jax.shard_map(mesh=mesh, in_specs=(x_spec, w_spec), out_specs=y_spec)
@@ -653,14 +663,6 @@ class TestTransformations:
         expected = matrix.gradients(x, dy)
         for name, found in zip(("x", "scale", "zero"), gradients, strict=True):
             assert relative_error(found, expected[name]) < TOLERANCE["float32"], name
-
-    def test_shard_map_of_large_shards(self, monkeypatch, matrix, as_qtensor):
-        # Without the dense weight: loops whose carries vary over devices.
-        monkeypatch.setattr(dispatch, "_SMALL", 0)
-        ops._apply.clear_cache()
-        for kind in self.SHARDED:
-            self.test_shard_map(kind, 32, matrix, as_qtensor)
-        ops._apply.clear_cache()
 
     def test_pmap(self, matrix, as_qtensor):
         w, x, dy = as_qtensor(matrix), activations(16, 256), activations(16, 48, seed=2)

@@ -18,7 +18,8 @@ from qjax import ops, progress
 from qjax.checkpoints import cutting, modules, shards
 from qjax.checkpoints.checking import verify
 from qjax.checkpoints.config import read_config
-from qjax.checkpoints.writing import convert, save
+from qjax.checkpoints.converting import convert
+from qjax.checkpoints.writing import save
 from qjax.tensor import QTensor
 
 __all__ = ["convert", "load", "read_config", "save", "stream", "verify"]

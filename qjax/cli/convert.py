@@ -8,18 +8,11 @@ from typing import Annotated
 import typer
 
 from qjax import checkpoints
+from qjax.checkpoints import dialects
 from qjax.cli import faults
 
-
-class Format(enum.StrEnum):
-    """What `convert` writes."""
-
-    GPTQ = "gptq"
-    GPTQ_V2 = "gptq_v2"
-    GPTQ_P = "gptq_p"
-    AWQ = "awq"
-    COMPRESSED_TENSORS = "compressed-tensors"
-    EXL2 = "exl2"
+# What is written.
+Format = enum.StrEnum("Format", list(dialects.DIALECTS))
 
 
 def run(

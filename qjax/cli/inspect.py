@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,7 +32,8 @@ class Row:
       shape: (inputs, outputs) of a matrix, or the shape of the tensor.
       format: Format of the checkpoint, or the dtype of a dense tensor.
       bits: Width of a code; the mean if the rows differ.
-      group_size: Rows that share a scale; None for all of them, or if rows differ.
+      group_size: Rows that share a scale, None for all of them; a list of the sizes if
+        the rows differ.
       bits_per_weight: All bits in the files, scales and zeros too, by the weights.
       bytes: Bytes in the files.
     """
@@ -40,7 +42,7 @@ class Row:
     shape: tuple[int, ...]
     format: str
     bits: float
-    group_size: int | None
+    group_size: int | list[int | None] | None
     bits_per_weight: float
     bytes: int
 
@@ -106,13 +108,14 @@ def _rows(directory: Path) -> tuple[list[Row], list[Row]]:
 
 
 def _matrix_row(part: modules.Matrix, qt: QTensor) -> Row:
-    sizes = {segment.group_size for segment in qt.segments}
+    found = {segment.group_size for segment in qt.segments}
+    sizes = sorted(found, key=lambda size: math.inf if size is None else size)
     return Row(
         name=part.name,
         shape=qt.shape,
         format=part.dialect,
         bits=qt.bits,
-        group_size=sizes.pop() if len(sizes) == 1 else None,
+        group_size=sizes[0] if len(sizes) == 1 else sizes,
         bits_per_weight=8 * part.nbytes / (qt.k * qt.n),
         bytes=part.nbytes,
     )
@@ -158,7 +161,9 @@ def _print_table(matrices: Sequence[Row], dense: Sequence[Row]) -> None:
     for column in ("bits", "group", "bits/weight", "bytes"):
         table.add_column(column, justify="right")
     for row in matrices:
-        group = "all" if row.group_size is None else str(row.group_size)
+        sizes = row.group_size
+        sizes = sizes if isinstance(sizes, list) else [sizes]
+        group = ",".join("all" if size is None else str(size) for size in sizes)
         _add(table, row, f"{row.bits:.4g}", group)
     if matrices:
         table.add_section()

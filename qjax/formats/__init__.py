@@ -1,13 +1,23 @@
 """How the quantized-weight world packs: one format a file.
 
-A format module has a `Layout` or two, and for checkpoints
+A format module has a `Layout` or two. Those of `FORMATS`, which checkpoints name, have
 
 * ``TENSORS``: the upstream's tensor names below a module's path, and ``JOINTS`` if
   other characters than a dot may join them to it,
 * ``Config.from_json(entry)``, and ``config.of(module)``: None where it stays dense,
 * if the header of the file says more about a weight, ``config.with_header(entry)``,
 * ``check(tensors, config)``: names, dtypes and shapes, without reading any value,
-* ``from_tensors(tensors, config)`` and ``to_tensors(qt, ...)``.
+* if a range of each tensor is a matrix by itself, ``axes(tensors, config)``,
+* ``from_tensors(tensors, config)``, where `exl2`, `mbwq` and `mxfp4` can do without the
+  configuration, and ``to_tensors(qt, ...)``.
+
+No checkpoint names the others, and what their tensors do not say comes from elsewhere:
+
+* `tinygemm` reads with the ``Config`` that `torchao` makes of a file's header,
+* ``awq_v2.from_tensors(tensors, group_size)`` is given that by `awq`,
+* ``quanto.from_tensors(tensors, *, bits, k)`` by whoever knows the model,
+* `flexgen`, of which there are no files, has ``from_compressed(packed, scale, bias)``
+  and ``to_compressed(qt)``.
 """
 
 import types

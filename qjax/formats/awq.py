@@ -26,7 +26,7 @@ commit 88e4c76b20755db275574e6a03c83c84ba3bece5.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +36,24 @@ from jaxtyping import Array, Int32, Integer, UInt8, UInt32
 from qjax import tensor
 from qjax.bits import pack_fields, transpose, unpack_fields
 from qjax.formats import awq_v2
-from qjax.formats.awq_v2 import four_bits, zeros_width
-from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words, refusal
+from qjax.formats.awq_config import VERSIONS, Config, Version
+from qjax.formats.awq_v2 import WIDTHS, zeros_width
+from qjax.formats.checks import (
+    FLOATS,
+    Expected,
+    check_choice,
+    check_codes,
+    check_finite,
+    check_shapes,
+    check_tensors,
+    check_width,
+    check_words,
+    refusal,
+)
 from qjax.tensor import Affine, Cut, Digits, Layout, QTensor, Segment
+
+__all__ = ["TENSORS", "Config", "Gemm", "Gemv", "Version", "axes", "check"]
+__all__ += ["from_tensors", "pack", "to_tensors", "unpack"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +64,7 @@ class Gemm(Layout):
         self, codes: Integer[Array, "k n"], bits: int = 4
     ) -> UInt32[Array, "k words"]:
         """Packs ``[k, n]`` codes; n must be a multiple of 8."""
-        four_bits(bits)
+        check_width(bits, WIDTHS, "AWQ")
         check_codes(codes)
         return _pack(codes, reorder=True)
 
@@ -57,7 +72,7 @@ class Gemm(Layout):
         self, words: Integer[Array, "k words"], bits: int = 4
     ) -> UInt8[Array, "k n"]:
         """Unpacks ``[k, n / 8]`` words, int32 or uint32."""
-        four_bits(bits)
+        check_width(bits, WIDTHS, "AWQ")
         check_words(words, 2, jnp.int32, jnp.uint32)
         return _unpack(words, reorder=True)
 
@@ -85,7 +100,7 @@ class Gemv(Layout):
         self, codes: Integer[Array, "k n"], bits: int = 4
     ) -> UInt32[Array, "n words"]:
         """Packs ``[k, n]`` codes; k must be a multiple of 8."""
-        four_bits(bits)
+        check_width(bits, WIDTHS, "AWQ")
         check_codes(codes)
         return transpose(pack_fields(codes, bits, axis=0), (1, 0))
 
@@ -93,7 +108,7 @@ class Gemv(Layout):
         self, words: Integer[Array, "n words"], bits: int = 4
     ) -> UInt8[Array, "k n"]:
         """Unpacks ``[n, k / 8]`` words, int32 or uint32."""
-        four_bits(bits)
+        check_width(bits, WIDTHS, "AWQ")
         check_words(words, 2, jnp.int32, jnp.uint32)
         return unpack_fields(transpose(words, (1, 0)), bits, axis=0)
 
@@ -186,91 +201,21 @@ def unpack(
     return _unpack(packed, reorder=reorder)
 
 
-Version = Literal["gemm", "gemv", "gemv_fast"]
 TENSORS = ("qweight", "qzeros", "scales", "scaled_zeros")
-_VERSIONS: Mapping[str, Version] = {
-    "gemm": "gemm",
-    "gemv": "gemv",
-    "gemv_fast": "gemv_fast",
-    # Names of kernels: the files are those of gemm.
-    "exllama": "gemm",
-    "ipex": "gemm",
+_EXPECTED = {
+    "qweight": Expected((jnp.int32,), 2),
+    "scales": Expected(FLOATS, 2),
+    "qzeros": Expected((jnp.int32,), 2),
 }
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What an AWQ ``quantization_config`` says about one module.
-
-    Attributes:
-      group_size: Inputs that share a scale; None (-1 in the file) for all of them.
-      version: Which tensors the file has; None where the file does not say: then their
-        dtypes and shapes do.
-      modules_to_not_convert: Parts of names; a module with one in its path is dense.
-    """
-
-    group_size: int | None = 128
-    version: Version | None = None
-    modules_to_not_convert: tuple[str, ...] = ()
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
-        """Reads the ``quantization_config`` of config.json, or AutoAWQ's older file.
-
-        Args:
-          entry: The parsed JSON object; ``w_bit`` and ``q_group_size`` are older names
-            of ``bits`` and ``group_size``.
-
-        Returns:
-          The configuration.
-
-        Raises:
-          ValueError: If a field has a wrong type or value, or asks for a variant that
-            this format does not cover.
-        """
-        bits = entry.get("bits", entry.get("w_bit"))
-        if type(bits) is not int or bits != 4:
-            raise ValueError(f"bits={bits!r} must be 4, the only width of AWQ files.")
-        group_size = entry.get("group_size", entry.get("q_group_size", 128))
-        if type(group_size) is not int or not (group_size == -1 or group_size > 0):
-            raise ValueError(f"group_size={group_size!r} must be positive or -1.")
-        name = entry.get("version")
-        # With llm-awq's own files transformers leaves "version" at its default.
-        if name is None or entry.get("backend") == "llm-awq":
-            version = None
-        elif isinstance(name, str) and name.lower() in _VERSIONS:
-            version = _VERSIONS[name.lower()]
-        else:
-            raise ValueError(
-                f"version={name!r} is no AWQ layout; known: {list(_VERSIONS)}."
-            )
-        dense = entry.get("modules_to_not_convert")
-        dense = [] if dense is None else dense
-        if not isinstance(dense, list) or not all(isinstance(x, str) for x in dense):
-            raise ValueError(f"modules_to_not_convert={dense!r} must list names.")
-        return cls(
-            group_size=None if group_size == -1 else group_size,
-            version=version,
-            modules_to_not_convert=tuple(dense),
-        )
-
-    def of(self, module: str) -> "Config | None":
-        """Returns the configuration of one module, or None where it is left dense.
-
-        Args:
-          module: The module's path, such as "model.layers.0.mlp.up_proj".
-        """
-        dense = any(part in module for part in self.modules_to_not_convert)
-        return None if dense else self
 
 
 def _version(tensors: Mapping[str, Any], config: Config) -> Version:
     """The version that the config names, or the one that the tensors look like."""
-    for name in ("qweight", "scales"):
-        if name not in tensors:
-            raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
     if config.version is not None:
+        check_choice("version", config.version, VERSIONS)
         return config.version
+    if not {"qweight", "scales"} <= tensors.keys():
+        return "gemm"  # All versions need both, and that one's check says so.
     qweight, scales = tensors["qweight"], tensors["scales"]
     if qweight.dtype == jnp.int16:
         return "gemv_fast"
@@ -290,26 +235,14 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
       config: The module's configuration.
 
     Raises:
-      ValueError: Naming the tensor, what it has and what it should have.
+      ValueError: Naming the tensor, or the field of ``config``, what it has and what it
+        should have.
     """
     version = _version(tensors, config)
     if version == "gemv_fast":
         awq_v2.check(tensors, config.group_size)
         return
-    names = ("qweight", "qzeros", "scales")
-    if "qzeros" not in tensors:
-        raise ValueError(f"qzeros is missing; found {sorted(tensors)}.")
-    for name, array in tensors.items():
-        if name not in names:
-            raise ValueError(f"{name} is no tensor of AWQ {version!r}, only {names}.")
-        kinds = FLOATS if name == "scales" else (jnp.int32,)
-        if array.dtype not in kinds:
-            wanted = " or ".join(jnp.dtype(kind).name for kind in kinds)
-            raise ValueError(
-                f"{name}.dtype={array.dtype} must be {wanted} in version {version!r}."
-            )
-        if len(array.shape) != 2:
-            raise ValueError(f"{name}.shape={tuple(array.shape)} must have 2 axes.")
+    check_tensors(tensors, _EXPECTED, f"AWQ {version!r}")
     rows, columns = tensors["qweight"].shape
     k, n = (rows, 8 * columns) if version == "gemm" else (8 * columns, rows)
     if not k or not n or k % (config.group_size or k):
@@ -323,13 +256,8 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     else:
         width = zeros_width(k, config.group_size)
         shapes = {"qzeros": (n, width), "scales": (n, 8 * width)}
-    for name, shape in shapes.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(
-                f"{name}.shape={tuple(tensors[name].shape)} must be {shape}, from "
-                f"qweight.shape={(rows, columns)}, group_size={config.group_size} and "
-                f"version {version!r}."
-            )
+    source = f"qweight.shape={(rows, columns)}, group_size={config.group_size} and "
+    check_shapes(tensors, shapes, source + f"version {version!r}")
 
 
 def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, ...]]:
@@ -397,13 +325,13 @@ def to_tensors(qt: QTensor, version: Version = "gemm") -> dict[str, Array]:
       ``qweight``, ``qzeros`` and ``scales``.
 
     Raises:
-      ValueError: If that version cannot hold ``qt``, with the reason.
+      ValueError: If that version cannot hold ``qt``, with the reason; or there is none
+        of that name.
     """
-    if version not in ("gemm", "gemv", "gemv_fast"):
-        raise ValueError(f"version={version!r} must be 'gemm', 'gemv' or 'gemv_fast'.")
+    check_choice("version", version, VERSIONS)
     if version == "gemv_fast":
         return awq_v2.to_tensors(qt)
-    reason = refusal(qt, (4,))
+    reason = refusal(qt, WIDTHS)
     symmetric = qt.affine is Affine.CENTERED and qt.zero is None
     if not (symmetric or (qt.zero is not None and qt.zero.dtype == jnp.uint8)):
         instead = "'gemv_fast' holds" if qt.affine is Affine.OFFSET else "requantize"

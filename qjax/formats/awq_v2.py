@@ -32,8 +32,22 @@ from jaxtyping import Array, Float, Int16, Integer, UInt8, UInt16
 
 from qjax import tensor
 from qjax.bits import transpose
-from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words, refusal
+from qjax.formats.checks import (
+    FLOATS,
+    Expected,
+    check_choice,
+    check_codes,
+    check_finite,
+    check_shapes,
+    check_tensors,
+    check_width,
+    check_words,
+    refusal,
+)
 from qjax.tensor import Affine, Cut, Digits, Layout, QTensor, Segment
+
+WIDTHS = (4,)
+_ZEROS = ("scaled_zeros", "qzeros")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +58,7 @@ class Interleaved(Layout):
         self, codes: Integer[Array, "k n"], bits: int = 4
     ) -> UInt16[Array, "rows k"]:
         """Packs ``[k, n]`` codes; bits above the fourth are cut off."""
-        four_bits(bits)
+        check_width(bits, WIDTHS, "AWQ")
         check_codes(codes)
         return _pack(codes)
 
@@ -52,8 +66,7 @@ class Interleaved(Layout):
         self, words: Integer[Array, "rows k"], bits: int = 4
     ) -> UInt8[Array, "k n"]:
         """Unpacks ``[n / 4, k]`` words, int16 or uint16."""
-        four_bits(bits)
-        check_words(words, 2, jnp.int16, jnp.uint16)
+        check_width(bits, WIDTHS, "AWQ")
         return _unpack(words)
 
     def extents(self, shape: tuple[int, ...], bits: int = 4) -> tuple[int, int]:
@@ -70,16 +83,6 @@ class Interleaved(Layout):
         """Permutes those of 4 outputs and 64 inputs."""
         del bits
         return Digits("n", fields="k4 k3", run="n1 n0 k5 k2 k1 k0", width=16)
-
-
-def four_bits(bits: int) -> None:
-    """Refuses other widths than the four bits of AWQ.
-
-    Raises:
-      ValueError: If ``bits`` is not 4.
-    """
-    if bits != 4:
-        raise ValueError(f"bits={bits} must be 4: AWQ's layouts have no other width.")
 
 
 @jax.jit
@@ -135,8 +138,7 @@ def _unpack_rows(words: Array) -> Array:
 
 
 def _check_words(words: Array) -> tuple[int, int]:
-    if words.dtype not in (jnp.int16, jnp.uint16):
-        raise ValueError(f"words.dtype={words.dtype} must be int16 or uint16.")
+    check_words(words, 2, jnp.int16, jnp.uint16)
     rows, k = words.shape
     if k % 64:
         raise ValueError(
@@ -250,38 +252,26 @@ def check(tensors: Mapping[str, Any], group_size: int | None) -> None:
     Raises:
       ValueError: Naming the tensor, what it has and what it should have.
     """
-    zeros = "scaled_zeros" if "scaled_zeros" in tensors else "qzeros"
-    names = ("qweight", zeros, "scales")
-    for name in names:
-        if name not in tensors:
-            raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
-    for name, array in tensors.items():
-        if name not in names:
-            raise ValueError(f"{name} is not a GEMVFast tensor; expected {names}.")
-        if len(array.shape) != 2:
-            raise ValueError(f"{name}.shape={tuple(array.shape)} must have 2 axes.")
-    if tensors["qweight"].dtype != jnp.int16:
-        raise ValueError(f"qweight.dtype={tensors['qweight'].dtype} must be int16.")
-    dtype = tensors["scales"].dtype
-    if dtype not in FLOATS:
-        raise ValueError(f"scales.dtype={dtype} must be float16, bfloat16 or float32.")
-    if tensors[zeros].dtype != dtype:
-        raise ValueError(
-            f"{zeros}.dtype={tensors[zeros].dtype} must be {dtype}, that of scales."
-        )
+    zeros = _zeros_name(tensors)
+    expected = {
+        "qweight": Expected((jnp.int16,), 2),
+        "scales": Expected(FLOATS, 2),
+        zeros: Expected((), 2, like="scales"),
+    }
+    check_tensors(tensors, expected, "AWQ 'gemv_fast'")
     rows, k = tensors["qweight"].shape
     if not rows or not k or k % 64 or k % (group_size or k):
         raise ValueError(
             f"qweight.shape={(rows, k)} must be [n / 4, k] with k a multiple of 64 and "
             f"of group_size={group_size}."
         )
-    wanted = (8 * zeros_width(k, group_size), 4 * rows)
-    for name in ("scales", zeros):
-        if tuple(tensors[name].shape) != wanted:
-            raise ValueError(
-                f"{name}.shape={tuple(tensors[name].shape)} must be {wanted}, from "
-                f"qweight.shape={(rows, k)} and group_size={group_size}."
-            )
+    shape = (8 * zeros_width(k, group_size), 4 * rows)
+    source = f"qweight.shape={(rows, k)} and group_size={group_size}"
+    check_shapes(tensors, {"scales": shape, zeros: shape}, source)
+
+
+def _zeros_name(tensors: Mapping[str, Any]) -> str:
+    return next((name for name in _ZEROS if name in tensors), "qzeros")
 
 
 def check_padding(scale: Array | np.ndarray, groups: int) -> None:
@@ -317,7 +307,7 @@ def from_tensors(tensors: Mapping[str, Any], group_size: int | None) -> QTensor:
       ValueError: As `check` and `check_padding`; or if a scale or zero is not finite.
     """
     check(tensors, group_size)
-    name = "scaled_zeros" if "scaled_zeros" in tensors else "qzeros"
+    name = _zeros_name(tensors)
     groups = tensors["qweight"].shape[1] // (group_size or tensors["qweight"].shape[1])
     scale, zero = (tensors[key][:groups] for key in ("scales", name))
     check_finite({"scales": scale, name: zero})
@@ -352,12 +342,22 @@ def to_tensors(
       ``qweight`` int16, ``scales`` and the scaled zeros, padded with rows of zeros.
 
     Raises:
-      ValueError: If the format cannot hold ``qt``, with the reason.
+      ValueError: If the format cannot hold ``qt``, with the reason; or ``zeros`` is
+        another name.
     """
+    check_choice("zeros", zeros, _ZEROS)
     words, scale, zero = _parts(qt)
     rows = 8 * zeros_width(qt.k, qt.segments[0].group_size) - scale.shape[0]
     scale, zero = (jnp.pad(p, ((0, rows), (0, 0))) for p in (scale, zero))
     return {"qweight": words, zeros: zero, "scales": scale}
+
+
+# optimum-quanto's inner tensors, in its order.
+_QBITS = {
+    "_data": Expected((jnp.int16,), 2),
+    "_scale": Expected(FLOATS, 2),
+    "_shift": Expected((), 2, like="_scale"),
+}
 
 
 def from_qbits(tensors: Mapping[str, Any]) -> QTensor:
@@ -373,19 +373,11 @@ def from_qbits(tensors: Mapping[str, Any]) -> QTensor:
       ``dataclasses.replace(qt, rounding=1)``.
 
     Raises:
-      ValueError: If shapes or dtypes do not fit.
+      ValueError: If names, shapes or dtypes do not fit.
     """
-    data, scale, shift = (tensors[name] for name in ("_data", "_scale", "_shift"))
-    if data.dtype != jnp.int16 or scale.dtype not in FLOATS:
-        raise ValueError(
-            f"_data.dtype={data.dtype} must be int16, and _scale.dtype={scale.dtype} "
-            "float16, bfloat16 or float32."
-        )
-    if shift.dtype != scale.dtype or shift.shape != scale.shape:
-        raise ValueError(
-            f"_shift is {shift.dtype}{shift.shape}, but must be like _scale, "
-            f"{scale.dtype}{scale.shape}; `offset` makes it of integer zeros."
-        )
+    check_tensors(tensors, _QBITS, "AWQWeightQBitsTensor")
+    data, scale, shift = (tensors[name] for name in _QBITS)
+    check_shapes(tensors, {"_shift": tuple(scale.shape)}, "_scale.shape")
     k, groups = data.shape[1], scale.shape[0]
     if not groups or k % groups:
         raise ValueError(f"_scale.shape[0]={groups} must divide k={k}.")
@@ -404,12 +396,12 @@ def to_qbits(qt: QTensor) -> dict[str, Array]:
     Raises:
       ValueError: If the format cannot hold ``qt``, with the reason.
     """
-    return dict(zip(("_data", "_scale", "_shift"), _parts(qt), strict=True))
+    return dict(zip(_QBITS, _parts(qt), strict=True))
 
 
 def _parts(qt: QTensor) -> tuple[Array, Array, Array]:
     """Words, scales and scaled zeros, or why there are none."""
-    reason = refusal(qt, (4,))
+    reason = refusal(qt, WIDTHS)
     if reason is None and qt.affine is not Affine.OFFSET:
         reason = (
             f"it is {qt.affine.value}, and scaled zeros would be rounded; write "

@@ -42,6 +42,7 @@ from qjax.formats.checks import (
     check_finite,
     check_shapes,
     check_tensors,
+    check_width,
     check_words,
 )
 from qjax.tensor import Affine, Digits, Encoded, Grouping, Layout, QTensor, Segment
@@ -63,7 +64,7 @@ class Flat(Layout):
 
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt8[Array, "m 1"]:
         """Packs ``[k, n]`` codes; an odd number of them is filled up with a 0."""
-        _four(bits)
+        check_width(bits, (4,), "bitsandbytes")
         check_codes(codes)
         if codes.shape[0] != self.k:
             raise ValueError(f"codes.shape={codes.shape} must be [k={self.k}, n].")
@@ -77,7 +78,7 @@ class Flat(Layout):
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(k, 2 * m // k)``."""
-        _four(bits)
+        check_width(bits, (4,), "bitsandbytes")
         if len(shape) != 2 or shape[1] != 1:
             raise ValueError(f"words.shape={shape} must be [n * k / 2, 1].")
         return self.k, 2 * shape[0] // self.k
@@ -86,13 +87,6 @@ class Flat(Layout):
         """Permutes them; the first field of a byte is the upper one."""
         del bits
         return Digits("n", fields="k0", width=8, flip=1)
-
-
-def _four(bits: int) -> None:
-    if bits != 4:
-        raise ValueError(
-            f"bits={bits!r} must be 4 in pairs of codes; gptq.Stream() holds 1 to 8."
-        )
 
 
 @jax.jit

@@ -14,11 +14,19 @@ FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
 
 
 class Expected(NamedTuple):
-    """What a tensor may be: its dtypes and its number of axes."""
+    """What a tensor may be.
+
+    Attributes:
+      dtypes: The dtypes it may have.
+      axes: Its number of axes; None for any.
+      optional: Whether it may be left out.
+      like: Another tensor, one that must be there, whose dtype it may have, too.
+    """
 
     dtypes: Sequence[DTypeLike]
-    axes: int
+    axes: int | None
     optional: bool = False
+    like: str | None = None
 
 
 def check_tensors(
@@ -28,7 +36,7 @@ def check_tensors(
 
     Args:
       tensors: Arrays or anything with ``shape`` and ``dtype``, by upstream name.
-      expected: All tensors that there may be.
+      expected: All tensors that there may be, in the order in which they are checked.
       name: Name of the format, for messages.
 
     Raises:
@@ -37,15 +45,18 @@ def check_tensors(
     for key in (key for key, one in expected.items() if not one.optional):
         if key not in tensors:
             raise ValueError(f"{key} is missing; found {sorted(tensors)}.")
-    for key, array in tensors.items():
-        if key not in expected:
-            raise ValueError(f"{key} is no tensor of {name}; those are {[*expected]}.")
-        dtypes, axes, _ = expected[key]
+    for key in (key for key in tensors if key not in expected):
+        raise ValueError(f"{key} is no tensor of {name}; those are {[*expected]}.")
+    for key in (key for key in expected if key in tensors):
+        array, (dtypes, axes, _, like) = tensors[key], expected[key]
+        if like is not None:
+            dtypes = (*dtypes, tensors[like].dtype)
         if array.dtype not in dtypes:
             wanted = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
-            raise ValueError(f"{key}.dtype={array.dtype} must be {wanted}.")
-        if len(array.shape) != axes:
-            raise ValueError(f"{key}.shape={array.shape} must have {axes} axes.")
+            wanted += "" if like is None else f", that of {like},"
+            raise ValueError(f"{key}.dtype={array.dtype} must be {wanted} in {name}.")
+        if axes is not None and len(array.shape) != axes:
+            raise ValueError(f"{key}.shape={tuple(array.shape)} must have {axes} axes.")
 
 
 def check_shapes(
@@ -85,6 +96,40 @@ def check_finite(
     for key in (key for key in wanted if key in tensors):
         if not np.isfinite(np.asarray(tensors[key]).astype(np.float32)).all():
             raise ValueError(f"{key} must be finite; found NaN or infinity.")
+
+
+def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
+    """Checks an argument that is one of a few.
+
+    Args:
+      name: Name of the argument, for messages.
+      value: What was given.
+      known: What there is.
+
+    Raises:
+      ValueError: If it is something else.
+    """
+    if value not in (choices := tuple(known)):
+        raise ValueError(f"{name}={value!r} must be one of {choices}.")
+
+
+def check_width(bits: int, widths: Collection[int], name: str) -> None:
+    """Checks the width of the codes that a layout is given.
+
+    Args:
+      bits: Any number.
+      widths: Those that the layout has.
+      name: Whose layout it is, for messages.
+
+    Raises:
+      ValueError: If it has others.
+    """
+    if bits not in widths:
+        *others, last = map(str, widths)
+        wanted = f"{', '.join(others)} or {last}" if others else last
+        raise ValueError(
+            f"bits={bits!r} must be {wanted} in {name}; gptq.Stream() holds 1 to 8."
+        )
 
 
 def check_codes(codes: Array) -> None:

@@ -36,6 +36,7 @@ from qjax.bits import WORD, block, pack_fields, transpose, unpack_fields
 from qjax.formats.checks import (
     FLOATS,
     Expected,
+    check_choice,
     check_codes,
     check_finite,
     check_shapes,
@@ -46,7 +47,7 @@ from qjax.formats.checks import (
     lacks_plain_scales,
     lacks_whole_groups,
 )
-from qjax.formats.compressed_tensors_config import Config
+from qjax.formats.compressed_tensors_config import STRATEGIES, Config
 from qjax.formats.g_idx import in_input_order
 from qjax.tensor import Affine, QTensor, Segment
 
@@ -200,8 +201,11 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
       config: The module's configuration.
 
     Raises:
-      ValueError: Naming the tensor, what it has and what it should have.
+      ValueError: Naming the tensor, or the field of ``config``, what it has and what it
+        should have.
     """
+    check_choice("strategy", config.strategy, STRATEGIES)
+    block(config.bits)  # refuses other widths
     if (config.strategy == "group") != (config.group_size is not None):
         raise ValueError(
             f"group_size={config.group_size} must be given with strategy 'group' and "

@@ -7,12 +7,13 @@ quant_config.py, quant_scheme.py and utils/match.py, release 0.20.0.
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qjax.formats.checks import check_strings
 from qjax.formats.patterns import check_pattern, matches
 
 Strategy = Literal["group", "channel", "tensor"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 # The release from which on codes are one stream.
 _DENSE_SINCE = (0, 18)
 
@@ -172,10 +173,8 @@ def _scheme(weights: Mapping[str, Any], aligned: bool) -> Config:
     size, strategy = weights.get("group_size"), weights.get("strategy")
     if strategy is None:
         strategy = {None: "tensor", -1: "channel"}.get(size, "group")
-    if strategy not in ("group", "channel", "tensor"):
-        raise ValueError(
-            f"strategy={strategy!r} must be 'group', 'channel' or 'tensor'."
-        )
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy={strategy!r} must be one of {STRATEGIES}.")
     if strategy == "group" and (type(size) is not int or size < 1):
         raise ValueError(f"group_size={size!r} must be positive.")
     return Config(

@@ -27,7 +27,13 @@ from jaxtyping import Array, Float, Integer, UInt8, UInt16
 
 from qjax import decode, tensor
 from qjax.bits import transpose_codes
-from qjax.formats.checks import check_codes, check_finite, check_words, refusal
+from qjax.formats.checks import (
+    check_codes,
+    check_finite,
+    check_width,
+    check_words,
+    refusal,
+)
 from qjax.tensor import Affine, Layout, QTensor, Segment
 
 _TOP = 15  # the largest code
@@ -46,7 +52,7 @@ class Blocks(Layout):
 
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt16[Array, "n g w"]:
         """Packs ``[k, n]`` codes of four bits."""
-        _four(bits)
+        check_width(bits, (4,), "FlexGen")
         check_codes(codes)
         k, n = codes.shape
         if codes.size % 16:
@@ -65,20 +71,13 @@ class Blocks(Layout):
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(shape[1] * group_size, shape[0])``."""
-        _four(bits)
+        check_width(bits, (4,), "FlexGen")
         if len(shape) != 3 or 4 * shape[2] != self.group_size:
             raise ValueError(
                 f"words.shape={shape} must be [n, k / {self.group_size}, "
                 f"{self.group_size} / 4]."
             )
         return shape[1] * self.group_size, shape[0]
-
-
-def _four(bits: int) -> None:
-    if bits != 4:
-        raise ValueError(
-            f"bits={bits!r} must be 4 in FlexGen's words; gptq.Stream() holds 1 to 8."
-        )
 
 
 def _check_group_size(group_size: int, k: int, name: str) -> None:

@@ -23,7 +23,7 @@ import functools
 import operator
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,7 @@ from qjax.bits import block, pack_fields, unpack_fields
 from qjax.formats.checks import (
     FLOATS,
     Expected,
+    check_choice,
     check_codes,
     check_finite,
     check_shapes,
@@ -45,8 +46,12 @@ from qjax.formats.checks import (
     lacks_plain_groups,
 )
 from qjax.formats.g_idx import in_input_order, read_g_idx
-from qjax.formats.patterns import check_pattern, matches
+from qjax.formats.gptq_config import WIDTHS, Checkpoint, Config
 from qjax.tensor import Cut, Digits, Layout, QTensor, Segment
+
+__all__ = ["PLANES", "TENSORS", "Checkpoint", "Config", "Planar", "Stream", "axes"]
+__all__ += ["check", "from_tensors", "layout_of", "pack_planes", "to_tensors"]
+__all__ += ["unpack_planes"]
 
 # Planes of a width as (bits of the plane, its lowest bit of the code), low plane first.
 PLANES = {3: ((2, 0), (1, 2)), 5: ((4, 0), (1, 4)), 6: ((4, 0), (2, 4))}
@@ -154,7 +159,6 @@ def unpack_planes(
     return jnp.moveaxis(functools.reduce(operator.or_, parts), 0, axis)
 
 
-Checkpoint = Literal["gptq", "gptq_v2", "gptq_p"]
 _EXPECTED = {
     "qweight": Expected((jnp.int32,), 2),
     "qzeros": Expected((jnp.int32,), 2),
@@ -162,121 +166,14 @@ _EXPECTED = {
     "g_idx": Expected((jnp.int32,), 1, optional=True),
 }
 TENSORS = tuple(_EXPECTED)
-_BITS = {"gptq": (2, 3, 4, 8), "gptq_v2": (2, 3, 4, 8), "gptq_p": tuple(range(2, 9))}
 # GPTQModel turns v2 zeros into v1 by one subtraction on the whole word for these.
 _WORDWISE = (2, 4, 8)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What a GPTQ ``quantization_config`` says about one module.
-
-    Attributes:
-      bits: Width of a code: 2, 3, 4, 8; with "gptq_p" any from 2 to 8.
-      group_size: Rows that share a scale; None (-1 in the file) for one group a column.
-      checkpoint_format: "gptq" (v1: stored zero + 1), "gptq_v2", or "gptq_p" (planes;
-        the stored zero is the zero, as in v2).
-      wordwise_zeros: The v1 zeros were made by subtracting from whole words, as
-        GPTQModel does for asymmetric weights: a zero of 0 has borrowed from its
-        neighbour. Reading adds to whole words again; the default reads field by field.
-      act_order: The groups are no runs of rows (``desc_act``): ``g_idx`` must be there.
-      dynamic: GPTQModel's per-module overrides: patterns of module paths in order, each
-        with its configuration, or None where the module is left dense.
-    """
-
-    bits: int = 4
-    group_size: int | None = 128
-    checkpoint_format: Checkpoint = "gptq"
-    wordwise_zeros: bool = False
-    act_order: bool = False
-    dynamic: tuple[tuple[str, "Config | None"], ...] = ()
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
-        """Reads the ``quantization_config`` of config.json (or quantize_config.json).
-
-        Args:
-          entry: The parsed JSON object.
-
-        Returns:
-          The configuration of modules without an override.
-
-        Raises:
-          ValueError: If a field is missing, has a wrong type or value, or asks for a
-            variant that this format does not cover.
-        """
-        name = entry.get("checkpoint_format", entry.get("format", "gptq"))
-        if entry.get("is_marlin_format"):
-            raise ValueError(
-                "is_marlin_format=true is a device layout, no GPTQ layout."
-            )
-        if name not in tuple(_BITS):
-            raise ValueError(
-                f"checkpoint_format={name!r} is no GPTQ layout; known: {list(_BITS)}."
-            )
-        if entry.get("pack_dtype", "int32") != "int32":
-            raise ValueError(f"pack_dtype={entry['pack_dtype']!r} must be 'int32'.")
-        bits, group_size = entry.get("bits"), entry.get("group_size", -1)
-        if type(bits) is not int or bits not in _BITS[name]:
-            raise ValueError(
-                f"bits={bits!r} must be one of {_BITS[name]} with "
-                f"checkpoint_format={name!r}."
-            )
-        if type(group_size) is not int or not (group_size == -1 or group_size > 0):
-            raise ValueError(f"group_size={group_size!r} must be positive or -1.")
-        meta = entry.get("meta")
-        writers = meta.get("quantizer") if isinstance(meta, Mapping) else None
-        writers = writers if isinstance(writers, list) else [writers]
-        by_gptqmodel = any(str(writer).startswith("gptqmodel") for writer in writers)
-        return cls(
-            bits=bits,
-            group_size=None if group_size == -1 else group_size,
-            checkpoint_format=name,
-            wordwise_zeros=by_gptqmodel and not entry.get("sym", True),
-            act_order=bool(entry.get("desc_act")),
-            dynamic=_read_dynamic(entry),
-        )
-
-    def of(self, module: str) -> "Config | None":
-        """Returns the configuration of one module, or None where it is left dense.
-
-        Args:
-          module: The module's path, such as "model.layers.0.mlp.up_proj".
-        """
-        for pattern, config in self.dynamic:
-            if matches(pattern, module):
-                return config
-        return self
-
-    @property
-    def layout(self) -> Layout:
-        """The layout of ``qweight``."""
-        planar = self.checkpoint_format == "gptq_p" and self.bits in PLANES
-        return Planar() if planar else Stream()
-
-
-def _read_dynamic(
-    entry: Mapping[str, Any],
-) -> tuple[tuple[str, Config | None], ...]:
-    """Reads the per-module overrides: patterns in order, with what they stand for."""
-    dynamic = entry.get("dynamic") or {}
-    if not isinstance(dynamic, Mapping) or not all(
-        isinstance(value, Mapping) for value in dynamic.values()
-    ):
-        raise ValueError(f"dynamic={dynamic!r} must map patterns to objects.")
-    rules = []
-    for signed, overrides in dynamic.items():
-        pattern = signed.removeprefix("-:").removeprefix("+:")
-        check_pattern(f"dynamic[{signed!r}]", pattern)
-        if signed.startswith("-:"):
-            rules.append((pattern, None))
-            continue
-        merged = {**entry, **overrides, "dynamic": None}
-        try:
-            rules.append((pattern, Config.from_json(merged)))
-        except ValueError as error:
-            raise ValueError(f"dynamic[{signed!r}]: {error}") from None
-    return tuple(rules)
+def layout_of(config: Config) -> Layout:
+    """Returns the layout of the ``qweight`` that a configuration describes."""
+    planar = config.checkpoint_format == "gptq_p" and config.bits in PLANES
+    return Planar() if planar else Stream()
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:
@@ -290,11 +187,13 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
       config: The module's configuration.
 
     Raises:
-      ValueError: Naming the tensor, what it has and what it should have.
+      ValueError: Naming the tensor, or the field of ``config``, what it has and what it
+        should have.
     """
+    check_choice("checkpoint_format", config.checkpoint_format, WIDTHS)
     check_tensors(tensors, _EXPECTED, "GPTQ")
     codes_per_block, words_per_block = block(config.bits)
-    if config.layout == Planar():
+    if layout_of(config) == Planar():
         codes_per_block, words_per_block = 32, config.bits
     rows, n = tensors["qweight"].shape
     if not rows or not n or rows % words_per_block or n % codes_per_block:
@@ -364,7 +263,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         (words,),
         jnp.asarray(tensors["scales"]),
         _read_zeros(jnp.asarray(tensors["qzeros"]), config),
-        layout=config.layout,
+        layout=layout_of(config),
         segments=(Segment(config.bits, size),),
         row_group=read_g_idx(tensors.get("g_idx"), size, groups),
     )
@@ -382,12 +281,14 @@ def to_tensors(qt: QTensor, checkpoint_format: Checkpoint = "gptq") -> dict[str,
       ``qweight``, ``qzeros``, ``scales`` and ``g_idx``, rows in the inputs' order.
 
     Raises:
-      ValueError: If GPTQ cannot hold ``qt``, with the reason.
+      ValueError: If GPTQ cannot hold ``qt``, with the reason; or it has no such
+        ``checkpoint_format``.
     """
+    check_choice("checkpoint_format", checkpoint_format, WIDTHS)
     bits = _holdable(qt, checkpoint_format)
     config = Config(bits=bits, checkpoint_format=checkpoint_format)
     scale, (q, g_idx) = tensor.plain(qt.scale), in_input_order(qt)
-    words = config.layout.pack(q, bits)
+    words = layout_of(config).pack(q, bits)
     if qt.zero is None:
         zero = jnp.full(scale.shape, 2 ** (bits - 1), jnp.uint8)
     else:
@@ -400,7 +301,7 @@ def to_tensors(qt: QTensor, checkpoint_format: Checkpoint = "gptq") -> dict[str,
             )
     if checkpoint_format == "gptq":
         zero = (zero - 1) & jnp.uint8(2**bits - 1)
-    pack = pack_planes if config.layout == Planar() else pack_fields
+    pack = pack_planes if layout_of(config) == Planar() else pack_fields
     zeros = pack(zero, bits, axis=1)
     return {
         "qweight": jax.lax.bitcast_convert_type(words, jnp.int32),
@@ -414,7 +315,7 @@ def _holdable(qt: QTensor, checkpoint_format: Checkpoint) -> int:
     """Returns the width of the codes, or says why GPTQ cannot hold the tensor."""
     bits = qt.segments[0].bits
     reason = (
-        lacks_plain_groups(qt, _BITS[checkpoint_format])
+        lacks_plain_groups(qt, WIDTHS[checkpoint_format])
         or lacks_integer_zeros(qt)
         or lacks_own_columns(qt)
     )
@@ -427,7 +328,7 @@ def _holdable(qt: QTensor, checkpoint_format: Checkpoint) -> int:
 
 def _read_zeros(qzeros: Array, config: Config) -> UInt8[Array, "groups n"]:
     bits, mask = config.bits, jnp.uint8(2**config.bits - 1)
-    unpack = unpack_planes if config.layout == Planar() else unpack_fields
+    unpack = unpack_planes if layout_of(config) == Planar() else unpack_fields
     if config.checkpoint_format != "gptq":
         return unpack(qzeros, bits, axis=1)
     if config.wordwise_zeros and bits in _WORDWISE:

@@ -34,7 +34,17 @@ from jaxtyping import Array, DTypeLike, Integer, UInt8
 
 from qjax import decode, tensor
 from qjax.bits import transpose_codes
-from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words
+from qjax.formats.checks import (
+    FLOATS,
+    Expected,
+    check_choice,
+    check_codes,
+    check_finite,
+    check_shapes,
+    check_tensors,
+    check_width,
+    check_words,
+)
 from qjax.formats.hqq_config import FIELDS, Config, metadata
 from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
 
@@ -92,10 +102,7 @@ class Slabs(Layout):
 
 
 def _fields(bits: int) -> int:
-    if bits not in FIELDS:
-        raise ValueError(
-            f"bits={bits!r} must be one of {tuple(FIELDS)}; gptq.Stream() holds 1 to 8."
-        )
+    check_width(bits, FIELDS, "HQQ")
     return FIELDS[bits]
 
 
@@ -163,8 +170,25 @@ TENSORS = ("W_q", "scale", "zero", "shape", "nbits", "group_size", "axis", "pack
 TENSORS += ("unpack_view_dtype", "view_as_float", "quant_scale", "quant_zero")
 TENSORS += ("compute_dtype", "channel_wise", "optimize", "round_zero", "offload_meta")
 TENSORS += ("stores_quant_config", "encoded_state_dict")
-# What a layer cannot be read without; the other names only repeat the configuration.
-_NEEDED = ("W_q", "scale", "zero", "shape")
+
+
+def _expected(config: Config) -> dict[str, Expected]:
+    """What a layer cannot be read without, and what only repeats the configuration."""
+    floats = Expected((), 2, like="scale")
+    expected = {
+        "scale": Expected(FLOATS, 2),
+        "zero": floats,
+        "W_q": floats if config.view_as_float else Expected((_container(config),), 2),
+    }
+    # Their dtypes and axes do not depend on the dtype and the shape of the weight.
+    for name, array in metadata(config, jnp.float32, (1, 1)).items():
+        optional = name != "shape"
+        expected[name] = Expected((array.dtype,), array.ndim, optional=optional)
+    return expected
+
+
+def _container(config: Config) -> DTypeLike:
+    return jnp.int32 if config.bits == 3 else jnp.uint8
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:
@@ -179,39 +203,29 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
       config: The module's configuration.
 
     Raises:
-      ValueError: Naming the tensor, what it has and what it should have.
+      ValueError: Naming the tensor, or the field of ``config``, what it has and what it
+        should have.
     """
-    for name in _NEEDED:
-        if name not in tensors:
-            raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
-    scale, words, bits = tensors["scale"], tensors["W_q"], config.bits
-    if scale.dtype not in FLOATS:
-        raise ValueError(
-            f"scale.dtype={scale.dtype} must be float16 or bfloat16 or float32."
-        )
-    for name, array in metadata(config, scale.dtype, (1, 1)).items():
-        if name in tensors:
-            _same(f"{name}.dtype", tensors[name].dtype, array.dtype)
-            _same(f"{name}.shape", tuple(tensors[name].shape), array.shape)
-    for name in tensors:
-        if name not in TENSORS:
-            raise ValueError(f"{name} is not an HQQ tensor; expected {TENSORS}.")
-    _same("zero.dtype", tensors["zero"].dtype, scale.dtype)
-    container = jnp.dtype(jnp.int32 if bits == 3 else jnp.uint8)
-    stored = jnp.dtype(scale.dtype) if config.view_as_float else container
-    _same("W_q.dtype", words.dtype, stored)
-    if len(words.shape) != 2 or 0 in words.shape:
-        raise ValueError(f"W_q.shape={tuple(words.shape)} must have 2 axes, not empty.")
-    rows, columns = words.shape[0], words.shape[1] * stored.itemsize
+    check_choice("axis", config.axis, (0, 1))
+    bits, container = config.bits, jnp.dtype(_container(config))
+    name = f"HQQ with group_size={config.group_size}"
+    check_tensors(tensors, _expected(config), name)
+    scale, words = tensors["scale"], tensors["W_q"]
+    said = metadata(config, scale.dtype, (1, 1))
+    shapes = {name: array.shape for name, array in said.items()}
+    check_shapes(tensors, shapes, "the configuration")
+    if 0 in words.shape:
+        raise ValueError(f"W_q.shape={tuple(words.shape)} must not be empty.")
+    rows, columns = words.shape[0], words.shape[1] * words.dtype.itemsize
     columns //= container.itemsize
-    if config.axis == 1 and len(scale.shape) == 2 and bits == 3:
+    if config.axis == 1 and bits == 3:
         # Only the scales tell how many of the last ten rows are there.
         held = scale.shape[0] if -(-scale.shape[0] // 10) == rows else rows * 10
     else:
         held = rows * FIELDS[bits]
     wanted = (held, 1) if config.axis == 1 else (1, columns)
-    for name in ("scale", "zero"):
-        _same(f"{name}.shape", tuple(tensors[name].shape), wanted)
+    source = f"W_q.shape={tuple(words.shape)}"
+    check_shapes(tensors, {"scale": wanted, "zero": wanted}, source)
     if config.group_size is not None and config.axis == 1:
         _same("columns of W_q", columns, config.group_size)
     elif config.group_size is not None:
@@ -309,6 +323,7 @@ def to_tensors(
       ValueError: If HQQ, or ``config``, cannot hold ``qt``, with the reason.
     """
     config = config or _config(qt)
+    check_choice("axis", config.axis, (0, 1))
     _holdable(qt, config)
     scale, bits = tensor.plain(qt.scale), config.bits
     zero = tensor.plain(qt.zero)
@@ -324,7 +339,7 @@ def to_tensors(
                 f"whole {stored} numbers; write with view_as_float=False."
             )
     else:
-        stored = np.int32 if bits == 3 else np.uint8
+        stored = _container(config)
     shape = (-1, 1) if config.axis else (1, -1)
     return {
         "W_q": words.view(stored),

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
-from qjax.formats.checks import check_strings
+from qjax.formats.checks import check_choice, check_strings
 
 # Fields of a word, by the width of a code.
 FIELDS = {1: 8, 2: 4, 3: 10, 4: 2, 5: 1, 6: 1, 8: 1}
@@ -92,6 +92,7 @@ class Config:
     @property
     def bits(self) -> int:
         """Width of a packed code."""
+        check_choice("nbits", self.nbits, _WIDTHS)
         return _WIDTHS[self.nbits]
 
 

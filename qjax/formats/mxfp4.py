@@ -36,10 +36,13 @@ from jaxtyping import Array, BFloat16, Float, Integer, UInt8
 from qjax import decode, tensor
 from qjax.bits import transpose_codes
 from qjax.formats.checks import (
+    Expected,
     check_codes,
     check_method,
     check_shapes,
     check_strings,
+    check_tensors,
+    check_width,
     check_words,
 )
 from qjax.formats.patterns import check_pattern, matches
@@ -62,7 +65,7 @@ class Blocks(Layout):
 
     def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt8[Array, "n g 16"]:
         """Packs ``[k, n]`` codes; k must be a multiple of 32."""
-        _four(bits)
+        check_width(bits, (4,), "MXFP4")
         check_codes(codes)
         if codes.shape[0] % BLOCK:
             raise ValueError(
@@ -79,7 +82,7 @@ class Blocks(Layout):
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(32 * groups, n)``."""
-        _four(bits)
+        check_width(bits, (4,), "MXFP4")
         if len(shape) != 3 or shape[2] != BLOCK // 2:
             raise ValueError(f"words.shape={shape} must be [n, k / {BLOCK}, 16].")
         return BLOCK * shape[1], shape[0]
@@ -93,11 +96,6 @@ class Blocks(Layout):
         """Permutes them: blocks follow each other."""
         del bits
         return Digits("n", fields="k0", width=8)
-
-
-def _four(bits: int) -> None:
-    if bits != 4:
-        raise ValueError(f"bits={bits!r} must be 4, the width of an E2M1 code.")
 
 
 @jax.jit
@@ -144,7 +142,12 @@ def _decode(exponent: Array) -> Array:
     return lax.bitcast_convert_type(pattern, jnp.bfloat16)
 
 
-TENSORS = ("blocks", "scales")
+# Stacks have any number of leading axes.
+_EXPECTED = {
+    "blocks": Expected((jnp.uint8,), None),
+    "scales": Expected((jnp.uint8,), None),
+}
+TENSORS = tuple(_EXPECTED)
 # What joins these to a path: transformers' names have "_", openai's own a dot.
 JOINTS = "._"
 
@@ -212,14 +215,7 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
       ValueError: Naming the tensor, what it has and what it should have.
     """
     del config
-    for name in TENSORS:
-        if name not in tensors:
-            raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
-    for name, array in tensors.items():
-        if name not in TENSORS:
-            raise ValueError(f"{name} is no tensor of MXFP4; those are {[*TENSORS]}.")
-        if array.dtype != jnp.uint8:
-            raise ValueError(f"{name}.dtype={array.dtype} must be uint8.")
+    check_tensors(tensors, _EXPECTED, "MXFP4")
     blocks = tuple(tensors["blocks"].shape)
     if len(blocks) < 3 or blocks[-1] != BLOCK // 2 or 0 in blocks:
         raise ValueError(

@@ -34,7 +34,17 @@ from jaxtyping import Array, Float, Integer, UInt8
 from qjax import tensor
 from qjax.bits import transpose, transpose_codes, unpack_fields
 from qjax.decode import rounded
-from qjax.formats.checks import FLOATS, check_codes, check_finite, check_words, refusal
+from qjax.formats.checks import (
+    FLOATS,
+    Expected,
+    check_codes,
+    check_finite,
+    check_shapes,
+    check_tensors,
+    check_width,
+    check_words,
+    refusal,
+)
 from qjax.tensor import Affine, Layout, QTensor, Segment
 
 WIDTHS = (2, 4)
@@ -60,7 +70,7 @@ class Slabs(Layout):
                 f"codes.shape[0]={codes.shape[0]} must be k={self.k}, a multiple of "
                 f"group_size={self.group_size}."
             )
-        _width(bits)
+        check_width(bits, WIDTHS, "quanto")
         if self.k % 4 == 0 and codes.shape[1] % (8 // bits) == 0:
             return _pack_columns(codes, bits).reshape(-1, self._columns)
         # A slab begins within a column, or a word within a row.
@@ -82,17 +92,12 @@ class Slabs(Layout):
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns k and the n that the rows of all slabs make, whole columns."""
-        _width(bits)
+        check_width(bits, WIDTHS, "quanto")
         return self.k, shape[0] * (8 // bits) * shape[1] // self.k
 
     @property
     def _columns(self) -> int:
         return self.group_size or self.k
-
-
-def _width(bits: int) -> None:
-    if bits not in WIDTHS:
-        raise ValueError(f"bits={bits} must be 2 or 4, the widths that quanto packs.")
 
 
 @functools.partial(jax.jit, static_argnames="bits")
@@ -151,7 +156,7 @@ def pack_weights(intweights: Integer[Array, "r c"], bits: int) -> UInt8[Array, "
       >>> [hex(byte) for byte in pack_weights(jnp.arange(1, 4)[:, None], 4)[:, 0]]
       ['0x31', '0x2']
     """
-    _width(bits)
+    check_width(bits, WIDTHS, "quanto")
     if not jnp.issubdtype(intweights.dtype, jnp.integer):
         raise ValueError(
             f"intweights.dtype={intweights.dtype} must be an integer dtype."
@@ -181,7 +186,7 @@ def unpack_weights(packed: UInt8[Array, "d c"], bits: int) -> UInt8[Array, "r c"
     Raises:
       ValueError: If ``bits`` is not 2 or 4, or ``packed`` is not uint8.
     """
-    _width(bits)
+    check_width(bits, WIDTHS, "quanto")
     if packed.dtype != jnp.uint8:
         raise ValueError(f"packed.dtype={packed.dtype} must be uint8.")
     fields = (packed[None] >> _shifts(bits)) & jnp.uint8(2**bits - 1)
@@ -189,7 +194,12 @@ def unpack_weights(packed: UInt8[Array, "d c"], bits: int) -> UInt8[Array, "r c"
 
 
 # Below a module's path; the codes are a tensor within a tensor.
-TENSORS = ("weight._data._data", "weight._scale", "weight._shift")
+_EXPECTED = {
+    "weight._data._data": Expected((jnp.uint8,), 2),
+    "weight._scale": Expected(FLOATS, 2),
+    "weight._shift": Expected((jnp.uint8, jnp.int8), 2, like="weight._scale"),
+}
+TENSORS = tuple(_EXPECTED)
 
 
 def check(tensors: Mapping[str, Any], *, bits: int, k: int) -> None:
@@ -206,26 +216,9 @@ def check(tensors: Mapping[str, Any], *, bits: int, k: int) -> None:
     Raises:
       ValueError: Naming the tensor, what it has and what it should have.
     """
-    _width(bits)
-    for name in TENSORS:
-        if name not in tensors:
-            raise ValueError(f"{name} is missing; found {sorted(tensors)}.")
-    for name, array in tensors.items():
-        if name not in TENSORS:
-            raise ValueError(f"{name} is not a quanto tensor; expected {TENSORS}.")
-        if len(array.shape) != 2:
-            raise ValueError(f"{name}.shape={tuple(array.shape)} must have 2 axes.")
-    data, scale, shift = (tensors[name] for name in TENSORS)
-    if data.dtype != jnp.uint8:
-        raise ValueError(f"{TENSORS[0]}.dtype={data.dtype} must be uint8.")
-    if scale.dtype not in FLOATS:
-        raise ValueError(
-            f"{TENSORS[1]}.dtype={scale.dtype} must be float16, bfloat16 or float32."
-        )
-    if shift.dtype not in (scale.dtype, jnp.uint8, jnp.int8):
-        raise ValueError(
-            f"{TENSORS[2]}.dtype={shift.dtype} must be {scale.dtype}, uint8 or int8."
-        )
+    check_width(bits, WIDTHS, "quanto")
+    check_tensors(tensors, _EXPECTED, "quanto")
+    data, scale, _ = (tensors[name] for name in TENSORS)
     (height, columns), (rows, _) = data.shape, scale.shape
     fit = columns and k % columns == 0 and rows and rows % (k // columns) == 0
     if not fit or height != -(-rows // (8 // bits)):
@@ -234,11 +227,8 @@ def check(tensors: Mapping[str, Any], *, bits: int, k: int) -> None:
             f"k={k}, with {8 // bits} slabs for the {rows} rows of {TENSORS[1]}, a "
             "multiple of k / g."
         )
-    for name in TENSORS[1:]:
-        if tuple(tensors[name].shape) != (rows, 1):
-            raise ValueError(
-                f"{name}.shape={tuple(tensors[name].shape)} must be {(rows, 1)}."
-            )
+    shapes = dict.fromkeys(TENSORS[1:], (rows, 1))
+    check_shapes(tensors, shapes, f"{rows} rows of the grouped weight")
 
 
 def from_tensors(tensors: Mapping[str, Any], *, bits: int, k: int) -> QTensor:

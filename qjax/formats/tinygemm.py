@@ -36,18 +36,25 @@ from qjax import decode, tensor
 from qjax.bits import pack_fields, unpack_fields
 from qjax.formats.checks import (
     Expected,
+    check_choice,
     check_codes,
     check_finite,
     check_tensors,
+    check_width,
     check_words,
     lacks_input_order,
     lacks_own_columns,
     lacks_plain_groups,
 )
+from qjax.formats.tinygemm_config import GROUP_SIZES, Config
 from qjax.tensor import Affine, QTensor, Segment
 
+__all__ = ["GROUP_SIZES", "INNER_K_TILES", "TENSORS", "Config", "TensorCoreTiled"]
+__all__ += ["check", "convert_weight_to_int4pack", "from_tensors"]
+__all__ += ["dequantize_tensor_core_tiled_layout", "pack_scales_and_zeros"]
+__all__ += ["to_tensors", "unpack_tensor_core_tiled_layout"]
+
 INNER_K_TILES = (2, 4, 8)
-GROUP_SIZES = (32, 64, 128, 256)
 TENSORS = ("_weight_qdata", "_weight_scale_and_zero")
 _EXPECTED = {
     "_weight_qdata": Expected((jnp.int32, jnp.uint32), 4),
@@ -116,11 +123,8 @@ class TensorCoreTiled(tensor.Layout):
 
     def check(self, bits: int) -> None:
         """Refuses widths and tilings that tinygemm does not have."""
-        if bits != 4 or self.inner_k_tiles not in INNER_K_TILES:
-            raise ValueError(
-                f"bits={bits} must be 4 and inner_k_tiles={self.inner_k_tiles} one of "
-                f"{INNER_K_TILES}; 'gptq.Stream' holds other widths."
-            )
+        check_width(bits, (4,), "tinygemm")
+        check_choice("inner_k_tiles", self.inner_k_tiles, INNER_K_TILES)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -238,53 +242,6 @@ def pack_scales_and_zeros(
     return jnp.stack([scale.T, zero.T], axis=-1)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """What the header of torchao's ``Int4TilePackedTo4dTensor`` says about one weight.
-
-    Attributes:
-      group_size: The inputs that share a scale: 32, 64, 128 or 256.
-      inner_k_tiles: 8 in torchao's tensors; gpt-fast also wrote 2 and 4.
-      shape: torch's ``(N, K)`` before padding. None: nothing is padding.
-    """
-
-    group_size: int
-    inner_k_tiles: int = 8
-    shape: tuple[int, int] | None = None
-
-    @classmethod
-    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
-        """Reads ``_data`` of the tensor's entry in the safetensors header.
-
-        Args:
-          entry: ``{"block_size": [1, group], "shape": [N, K]}``.
-
-        Raises:
-          ValueError: If a field is missing or wrong.
-        """
-        block, shape = entry.get("block_size"), entry.get("shape")
-        if (
-            not isinstance(block, list)
-            or len(block) != 2
-            or block[0] != 1
-            or type(block[1]) is not int
-            or block[1] not in GROUP_SIZES
-        ):
-            raise ValueError(f"block_size={block!r} must be [1, one of {GROUP_SIZES}].")
-        if (
-            not isinstance(shape, list)
-            or len(shape) != 2
-            or not all(type(size) is int and size > 0 for size in shape)
-        ):
-            raise ValueError(f"shape={shape!r} must be [N, K].")
-        return cls(group_size=block[1], shape=(shape[0], shape[1]))
-
-    def of(self, module: str) -> "Config | None":
-        """Returns this configuration: a header describes one weight."""
-        del module
-        return self
-
-
 def check(tensors: Mapping[str, Any], config: Config) -> None:
     """Checks names, dtypes and shapes of one weight's tensors, and no values.
 
@@ -300,10 +257,7 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     check_tensors(tensors, _EXPECTED, "tinygemm")
     layout = TensorCoreTiled(config.inner_k_tiles)
     words, parameters = (tensors[name] for name in TENSORS)
-    if config.group_size not in GROUP_SIZES:
-        raise ValueError(
-            f"group_size={config.group_size} must be one of {GROUP_SIZES}."
-        )
+    check_choice("group_size", config.group_size, GROUP_SIZES)
     if not all(words.shape):
         raise ValueError(f"{TENSORS[0]}.shape={tuple(words.shape)} must not be empty.")
     matrix = jax.ShapeDtypeStruct(words.shape, words.dtype)

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax import ops
-from qjax.partitioning import vary_together
+from qjax.meshes import vary_together
 from qjax.tensor import QTensor
 
 

@@ -2,8 +2,6 @@
 
 import collections
 import functools
-import json
-from pathlib import Path
 
 import chex
 import hypothesis
@@ -17,22 +15,15 @@ from hypothesis import strategies as st
 import qjax
 from qjax import tensor
 from qjax.formats import awq, awq_v2, gptq
-from tests import oracle
+from tests import goldens, oracle
+from tests.goldens import load
+from tests.samples import random_codes
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "awq"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("awq")
 QUANTO = [name for name in FILES if name.startswith("awq_quanto_v1")]
 GEMM = [name for name in FILES if name.startswith("autoawq_gemm_")]
 GEMV = [name for name in FILES if name.startswith("autoawq_gemv_")]
 FIELDS = np.array([0, 4, 1, 5, 2, 6, 3, 7])
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    data["config"] = json.loads(str(data.pop("meta")))["config"]
-    return data
 
 
 def tensors_of(data: dict) -> dict:
@@ -52,10 +43,6 @@ def codes_of(data: dict) -> np.ndarray:
 def zeros_of(data: dict) -> np.ndarray:
     zeros = data["out_z_gn"] if "out_z_gn" in data else data["in_z_gn"]
     return zeros.astype(np.uint8)
-
-
-def random_codes(k: int, n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 16, (k, n)).astype(np.uint8)
 
 
 def pack_by_hand(codes: np.ndarray, reorder: bool) -> np.ndarray:
@@ -169,7 +156,7 @@ LAYOUTS = [awq.Gemm(), awq.Gemv()]
 def test_round_trip(layout, eights, others, seed):
     gemm = layout == awq.Gemm()
     codes = random_codes(
-        *((others, 8 * eights) if gemm else (8 * eights, others)), seed
+        seed, 4, *((others, 8 * eights) if gemm else (8 * eights, others))
     )
     words = layout.pack(jnp.asarray(codes), 4)
     assert words.dtype == jnp.uint32
@@ -182,7 +169,7 @@ def test_round_trip(layout, eights, others, seed):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_jit_and_vmap(layout):
-    codes = jnp.asarray(random_codes(48, 16)).reshape(3, 16, 16)
+    codes = jnp.asarray(random_codes(0, 4, 48, 16)).reshape(3, 16, 16)
     pack, unpack = (
         functools.partial(method, bits=4) for method in (layout.pack, layout.unpack)
     )
@@ -320,12 +307,12 @@ def test_one_group():
         (
             "gemm",
             {"qweight": np.zeros((128, 2), np.int16)},
-            "qweight.dtype=int16 must be int32 in version 'gemm'",
+            "qweight.dtype=int16 must be int32 in AWQ 'gemm'",
         ),
         (
             "gemv",
             {"qzeros": np.zeros((16, 16), np.float16)},
-            "qzeros.dtype=float16 must be int32 in version 'gemv'",
+            "qzeros.dtype=float16 must be int32 in AWQ 'gemv'",
         ),
         (
             "gemm",
@@ -379,6 +366,11 @@ def test_tensors_that_do_not_fit_are_refused(version, changes, message, refuses)
         awq.from_tensors(small_tensors(version, **changes), config)
 
 
+def test_unknown_versions_are_refused(refuses):
+    with refuses("version='marlin' must be one of ('gemm', 'gemv', 'gemv_fast')"):
+        awq.from_tensors(small_tensors("gemm"), awq.Config(version="marlin"))
+
+
 def test_gemv_has_few_group_sizes(refuses):
     config = awq.Config(group_size=16, version="gemv")
     with refuses("group_size=16 must be 32, 64, or at least 128"):
@@ -409,7 +401,7 @@ class TestWriting:
             ({"group_size": 48}, "gemm", "group_size=48 does not divide k=64"),
             ({"group_size": 16}, "gemv", "group_size=16 must be 32, 64, or at least"),
             ({"n": 12}, "gemm", "n=12 is no multiple of 8"),
-            ({}, "GEMM", "version='GEMM' must be 'gemm', 'gemv' or 'gemv_fast'"),
+            ({}, "GEMM", "version='GEMM' must be one of ('gemm', 'gemv', 'gemv_fast')"),
             ({}, "gemv_fast", "scaled zeros would be rounded; write AWQ 'gemm'"),
         ],
     )
@@ -499,11 +491,11 @@ def test_config_from_json(entry, config):
         ({"bits": 4, "version": 2}, "version=2 is no AWQ layout"),
         (
             {"bits": 4, "modules_to_not_convert": "lm_head"},
-            "modules_to_not_convert='lm_head' must list names",
+            "modules_to_not_convert='lm_head' must be a list of strings",
         ),
         (
             {"bits": 4, "modules_to_not_convert": [1]},
-            "modules_to_not_convert=[1] must list names",
+            "modules_to_not_convert=[1] must be a list of strings",
         ),
     ],
 )

@@ -2,9 +2,6 @@
 
 import collections
 import dataclasses
-import functools
-import json
-from pathlib import Path
 
 import chex
 import hypothesis
@@ -18,35 +15,15 @@ from hypothesis import strategies as st
 import qjax
 from qjax import tensor
 from qjax.formats import awq_v2, gptq
-from tests import oracle
+from tests import goldens, oracle
+from tests.goldens import load, patterns, same_bits
+from tests.samples import random_codes
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "awq_v2"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("awq_v2")
 PACKING = [name for name in FILES if name.startswith("awq_quanto_v2")]
 QBITS = [name for name in FILES if name.startswith("awq_quanto_qbits")]
 FAST = [name for name in FILES if name.startswith("autoawq_gemvfast")]
 LAYOUT = awq_v2.Interleaved()
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    meta = json.loads(str(data.pop("meta")))
-    for key, dtype in meta["dtypes"].items():
-        if dtype == "bfloat16":
-            data[key] = data[key].view(ml_dtypes.bfloat16)
-    data["config"] = meta["config"]
-    return data
-
-
-def patterns(array) -> np.ndarray:
-    """Bit patterns of 16-bit numbers: -0 is not 0."""
-    return np.asarray(array).view(np.uint16)
-
-
-def random_codes(k: int, n: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 16, (k, n)).astype(np.uint8)
 
 
 def pack_by_hand(codes: np.ndarray) -> np.ndarray:
@@ -95,15 +72,8 @@ def test_quantos_tensor(name):
     qt = awq_v2.from_qbits(qbits_of(data))
     assert (qt.rounding, qt.segments[0].group_size) == (2, 128)
     chex.assert_trees_all_equal(np.asarray(qjax.codes(qt)), data["in_q"].T)
-    weight = qjax.dequantize(qt)
-    assert weight.dtype == data["packed_scale"].dtype
-    chex.assert_trees_all_equal(patterns(weight), patterns(data["out_dequant"].T))
-    written = awq_v2.to_qbits(qt)
-    chex.assert_trees_all_equal(patterns(written["_data"]), patterns(data["packed"]))
-    for key in ("_scale", "_shift"):
-        expected = data[f"packed{key}"]
-        assert written[key].dtype == expected.dtype
-        chex.assert_trees_all_equal(patterns(written[key]), patterns(expected))
+    same_bits(qjax.dequantize(qt), data["out_dequant"].T)
+    same_bits(awq_v2.to_qbits(qt), qbits_of(data))
 
 
 @pytest.mark.parametrize("name", QBITS)
@@ -112,16 +82,13 @@ def test_quantos_scales_and_shifts(name):
     n = len(data["in_q"])
     assert np.issubdtype(data["in_shift"].dtype, np.integer) == ("int8" in name)
     scale, shift = (data[key].reshape(n, -1).T for key in ("in_scale", "in_shift"))
-    chex.assert_trees_all_equal(patterns(scale), patterns(data["packed_scale"]))
+    same_bits(scale, data["packed_scale"])
     stored = awq_v2.offset(jnp.asarray(scale), jnp.asarray(shift))
-    chex.assert_trees_all_equal(patterns(stored), patterns(data["packed_shift"]))
+    same_bits(stored, data["packed_shift"])
     # Turned back, the integer zero is a float shift, which is subtracted.
     back = -data["packed_shift"].T.reshape(-1, 1)
-    chex.assert_trees_all_equal(patterns(back), patterns(data["out_back_shift"]))
-    chex.assert_trees_all_equal(
-        patterns(data["packed_scale"].T.reshape(-1, 1)),
-        patterns(data["out_back_scale"]),
-    )
+    same_bits(back, data["out_back_shift"])
+    same_bits(data["packed_scale"].T.reshape(-1, 1), data["out_back_scale"])
 
 
 @pytest.mark.parametrize("name", QBITS)
@@ -130,7 +97,7 @@ def test_the_kernels_round_once(name):
     twice = awq_v2.from_qbits(qbits_of(data))
     once = qjax.dequantize(dataclasses.replace(twice, rounding=1))
     expected = fused(data["in_q"].T, data["packed_scale"], data["packed_shift"])
-    chex.assert_trees_all_equal(patterns(once), patterns(expected))
+    same_bits(once, expected)
     assert (patterns(once) != patterns(qjax.dequantize(twice))).any()
 
 
@@ -158,11 +125,11 @@ def test_reads_gemv_fast(name):
     chex.assert_trees_all_equal(np.asarray(qt.scale), data["in_scales"].T)
     scale, zeros = data["in_scales"].T, data["in_z_gn"].astype(np.uint8)
     stored = awq_v2.offset(jnp.asarray(scale), jnp.asarray(zeros))
-    chex.assert_trees_all_equal(patterns(stored), patterns(qt.zero))
+    same_bits(stored, qt.zero)
     assert (patterns(qt.zero) == 0x8000).any() == (zeros == 0).any()  # -0
     weight = np.asarray(qjax.dequantize(qt))
     expected = fused(data["in_q"].T, scale, np.asarray(qt.zero))
-    chex.assert_trees_all_equal(patterns(weight), patterns(expected))
+    same_bits(weight, expected)
 
 
 @pytest.mark.parametrize("name", FAST)
@@ -187,11 +154,7 @@ def test_writes_gemv_fast(name, zeros):
     tensors[zeros] = tensors.pop("qzeros")
     qt = awq_v2.from_tensors(tensors, data["config"]["group_size"])
     for form in (qt, qjax.prepare(qt)):
-        written = awq_v2.to_tensors(form, zeros)
-        assert written.keys() == tensors.keys()
-        for key, expected in tensors.items():
-            assert written[key].dtype == expected.dtype
-            chex.assert_trees_all_equal(patterns(written[key]), patterns(expected))
+        same_bits(awq_v2.to_tensors(form, zeros), tensors)
 
 
 def test_llm_awq_in_bfloat16(as_qtensor):
@@ -231,7 +194,7 @@ def test_words_worked_by_hand():
 @hypothesis.given(st.integers(1, 3), st.integers(1, 3), st.integers(0, 99))
 @hypothesis.settings(deadline=None, max_examples=6)
 def test_round_trip(blocks, fours, seed):
-    codes = random_codes(64 * blocks, 4 * fours, seed)
+    codes = random_codes(seed, 4, 64 * blocks, 4 * fours)
     words = LAYOUT.pack(jnp.asarray(codes), 4)
     assert words.dtype == jnp.uint16
     chex.assert_trees_all_equal(np.asarray(words), pack_by_hand(codes))
@@ -240,7 +203,7 @@ def test_round_trip(blocks, fours, seed):
 
 
 def test_jit_and_vmap():
-    codes = jnp.asarray(random_codes(192, 4)).reshape(3, 64, 4)
+    codes = jnp.asarray(random_codes(0, 4, 192, 4)).reshape(3, 64, 4)
     one_by_one = jnp.stack([LAYOUT.pack(q) for q in codes])
     chex.assert_trees_all_equal(jax.jit(jax.vmap(LAYOUT.pack))(codes), one_by_one)
     chex.assert_trees_all_equal(jax.jit(jax.vmap(LAYOUT.unpack))(one_by_one), codes)
@@ -338,7 +301,7 @@ def test_groups_beyond_the_last_are_refused(refuses):
         ({"qzeros": None}, "qzeros is missing; found ['qweight', 'scales']"),
         (
             {"scaled_zeros": np.ones((16, 8), np.float16)},
-            "qzeros is not a GEMVFast tensor; expected ('qweight', 'scaled_zeros'",
+            "qzeros is no tensor of AWQ 'gemv_fast'; those are ['qweight', 'scales', ",
         ),
         (
             {"qweight": np.zeros((2, 128), np.int32)},
@@ -346,7 +309,7 @@ def test_groups_beyond_the_last_are_refused(refuses):
         ),
         (
             {"scales": np.ones((16, 8))},
-            "scales.dtype=float64 must be float16, bfloat16 or float32",
+            "scales.dtype=float64 must be float16 or bfloat16 or float32",
         ),
         (
             {"qzeros": np.zeros((16, 8), np.int32)},
@@ -392,13 +355,20 @@ def test_tensors_that_do_not_fit_are_refused(changes, message, refuses):
         ),
         (
             {"_scale": np.ones((2, 8), np.int8)},
-            "and _scale.dtype=int8 float16, bfloat16",
+            "_scale.dtype=int8 must be float16 or bfloat16 or float32",
         ),
         (
             {"_shift": np.ones((2, 8), np.uint8)},
-            "_shift is uint8(2, 8), but must be like _scale, float16(2, 8); `offset`",
+            "_shift.dtype=uint8 must be float16, that of _scale, in AWQWeightQBits",
         ),
-        ({"_shift": np.ones((1, 8), np.float16)}, "_shift is float16(1, 8)"),
+        (
+            {"_shift": np.ones((1, 8), np.float16)},
+            "_shift.shape=(1, 8) must be (2, 8), from _scale.shape",
+        ),
+        (
+            {"_group_size": np.ones(1, np.int32)},
+            "_group_size is no tensor of AWQWeightQBitsTensor",
+        ),
         (
             {name: np.ones((3, 8), np.float16) for name in ("_scale", "_shift")},
             "_scale.shape[0]=3 must divide k=128",
@@ -428,6 +398,12 @@ def test_qbits_that_do_not_fit_are_refused(changes, message, refuses):
 def test_to_tensors_refuses(changes, reason, refuses, as_qtensor):
     with refuses(reason):
         awq_v2.to_tensors(as_qtensor(oracle.random(0, 64, 8, **changes)))
+
+
+def test_other_names_of_zeros_are_refused(refuses):
+    qt = awq_v2.from_tensors(fast_tensors(load(FAST[0])), 128)
+    with refuses("zeros='zeros' must be one of ('scaled_zeros', 'qzeros')"):
+        awq_v2.to_tensors(qt, "zeros")
 
 
 def test_integer_zeros_are_rounded_only_knowingly(as_qtensor):

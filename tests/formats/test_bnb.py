@@ -3,40 +3,27 @@
 import collections
 import functools
 import json
-from pathlib import Path
 
 import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 import qjax
 from qjax import tensor
 from qjax.formats import bnb, bnb_blockwise, gptq
-from tests import oracle
+from tests import goldens, oracle
+from tests.goldens import load, same_bits
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "bnb"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("bnb")
 FOUR = [name for name in FILES if name.startswith("bnb_4bit")]
 SINGLE = [name for name in FOUR if "double" not in name]
 DOUBLE = [name for name in FOUR if "double" in name]
 EIGHT = "bnb_blockwise8__b256__s740"
 STATE = "weight.quant_state.bitsandbytes__"
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    meta = json.loads(str(data.pop("meta")))
-    for key, dtype in meta.get("dtypes", {}).items():
-        if dtype == "bfloat16":
-            data[key] = data[key].view(ml_dtypes.bfloat16)
-    return data | {"config": meta.get("config")}
 
 
 def tensors_of(data: dict, **changes) -> dict:
@@ -56,14 +43,6 @@ def config_of(data: dict) -> bnb.Config:
 
 def read(name: str, **changes) -> qjax.QTensor:
     return bnb.from_tensors(tensors_of(load(name), **changes), config_of(load(name)))
-
-
-def assert_same_bytes(found: dict, wanted: dict):
-    assert set(found) == set(wanted)
-    for name, array in wanted.items():
-        back = np.asarray(found[name])
-        assert (back.dtype, back.shape) == (array.dtype, array.shape), name
-        assert back.tobytes() == array.tobytes(), name
 
 
 def codes_of(packed):
@@ -122,14 +101,14 @@ def test_dequantizes_after_prepare(name):
 
 @pytest.mark.parametrize("name", FOUR)
 def test_writes_the_same_bytes(name):
-    assert_same_bytes(bnb.to_tensors(read(name)), tensors_of(load(name)))
+    same_bits(bnb.to_tensors(read(name)), tensors_of(load(name)))
 
 
 @pytest.mark.parametrize("name", SINGLE)
 def test_writes_the_same_bytes_after_prepare(name):
     data = load(name)
     written = bnb.to_tensors(qjax.prepare(read(name)))
-    assert_same_bytes(written, tensors_of(data))
+    same_bits(written, tensors_of(data))
 
 
 @pytest.mark.parametrize("name", DOUBLE)
@@ -153,8 +132,8 @@ def test_bytes_stored_as_floats(storage):
     weight = data["packed"].reshape(-1).view(jnp.dtype(storage))[:, None]
     qt = read(name, weight=weight)
     chex.assert_trees_all_equal(np.asarray(qt.words[0]), data["packed"])
-    assert_same_bytes(bnb.to_tensors(qt), tensors_of(data, weight=weight))
-    assert_same_bytes(bnb.to_tensors(qt, storage="uint8"), tensors_of(data))
+    same_bits(bnb.to_tensors(qt), tensors_of(data, weight=weight))
+    same_bits(bnb.to_tensors(qt, storage="uint8"), tensors_of(data))
 
 
 @pytest.mark.parametrize("name", FOUR)
@@ -165,7 +144,7 @@ def test_quantizes(name):
     chex.assert_trees_all_equal(np.asarray(qt.words[0]), data["packed"])
     assert qt.dtype == w.dtype
     if name in SINGLE:
-        assert_same_bytes(bnb.to_tensors(qt), tensors_of(data))
+        same_bits(bnb.to_tensors(qt), tensors_of(data))
 
 
 def test_eight_bits():
@@ -264,7 +243,7 @@ def test_odd_numbers_of_codes(shape, quant_type):
     assert written["weight"][-1, 0] & 15 == {"nf4": 7, "fp4": 0}[quant_type]
     back = bnb.from_tensors(written, bnb.Config(quant_type=quant_type))
     assert back.shape == shape
-    assert_same_bytes(bnb.to_tensors(back), written)
+    same_bits(bnb.to_tensors(back), written)
     chex.assert_trees_all_equal(qjax.dequantize(back), qjax.dequantize(qt))
 
 
@@ -293,7 +272,7 @@ def test_relayout_to_the_stream_and_back():
             assert stream.scale.absmax is not None
             chex.assert_trees_all_equal(qjax.dequantize(stream), qjax.dequantize(qt))
             chex.assert_trees_all_equal(qjax.relayout(stream, qt.layout), qt)
-            assert_same_bytes(bnb.to_tensors(stream), tensors_of(load(name)))
+            same_bits(bnb.to_tensors(stream), tensors_of(load(name)))
         else:
             with pytest.raises(ValueError, match="must be a multiple of 8"):
                 qjax.relayout(qt, gptq.Stream())

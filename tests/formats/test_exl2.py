@@ -1,9 +1,6 @@
 """EXL2 against matrices that exllamav2 quantized and packed, bit for bit."""
 
-import functools
 import itertools
-import json
-from pathlib import Path
 
 import chex
 import hypothesis
@@ -16,42 +13,18 @@ from hypothesis import strategies as st
 import qjax
 from qjax import tensor
 from qjax.formats import exl2, gptq, q_groups
-from tests import oracle
+from tests import goldens, oracle
+from tests.goldens import load, same_bits
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "exl2"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("exl2")
 # Groups of 16 rows, which are read and not written.
 SHORT = "exl2_b42_g16_k208"
 PADDED = "exl2_b54_pad_n40"
 STORED = ("q_weight", "q_groups", "q_scale", "q_scale_max", "q_invperm")
 
 
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    data["meta"] = json.loads(str(data["meta"]))
-    return data
-
-
 def tensors_of(data: dict, **changes) -> dict:
     return {name: data[name] for name in STORED} | changes
-
-
-def same_bits(found, wanted) -> None:
-    """Equality that tells -0.0 from 0.0."""
-    assert found.dtype == wanted.dtype
-    chex.assert_trees_all_equal(
-        np.asarray(found).view(np.uint16), np.asarray(wanted).view(np.uint16)
-    )
-
-
-def same_tensors(found: dict, wanted: dict) -> None:
-    found = {name: np.asarray(array) for name, array in found.items()}
-    assert {n: a.dtype for n, a in found.items()} == {
-        n: a.dtype for n, a in wanted.items()
-    }
-    chex.assert_trees_all_equal(found, wanted)
 
 
 def test_every_golden_file_is_here():
@@ -98,7 +71,7 @@ def test_what_upstream_derives(name):
 @pytest.mark.parametrize("name", [name for name in FILES if name != SHORT])
 def test_writes_the_same_tensors(name):
     data = load(name)
-    same_tensors(exl2.to_tensors(exl2.from_tensors(tensors_of(data))), tensors_of(data))
+    same_bits(exl2.to_tensors(exl2.from_tensors(tensors_of(data))), tensors_of(data))
 
 
 def test_groups_of_16_rows_are_read_but_not_written(refuses):
@@ -117,7 +90,7 @@ def test_columns_that_the_packer_added_are_cut_off_and_added_again():
     qt = exl2.from_tensors(tensors_of(data), exl2.Config(out_features=40))
     assert (qt.shape, qt.scale.shape, qt.padding) == ((128, 40), (4, 40), 0)
     same_bits(qjax.dequantize(qt), data["w_deq"][:, :40])
-    same_tensors(exl2.to_tensors(qt), tensors_of(data))
+    same_bits(exl2.to_tensors(qt), tensors_of(data))
     assert not data["w_deq"][:, 40:].any()
 
 
@@ -206,7 +179,7 @@ def test_relayout_to_planes_and_back():
     qt = exl2.from_tensors(tensors_of(data))
     planar = qjax.relayout(qt, gptq.Planar())
     chex.assert_trees_all_equal(qjax.codes(planar), qjax.codes(qt))
-    same_tensors(exl2.to_tensors(planar), tensors_of(data))
+    same_bits(exl2.to_tensors(planar), tensors_of(data))
     back = qjax.relayout(planar, gptq.Stream())
     chex.assert_trees_all_equal(back, qt)
 
@@ -268,7 +241,7 @@ def test_any_groups_round_trip(groups, n, seed):
     qt = exl2.from_tensors(tensors)
     assert qt.shape == (sum(rows for _, rows in groups), n)
     same_bits(qjax.dequantize(qt), weight_of(tensors))
-    same_tensors(exl2.to_tensors(qt), tensors)
+    same_bits(exl2.to_tensors(qt), tensors)
 
 
 @pytest.mark.parametrize(
@@ -284,7 +257,7 @@ def test_only_the_last_group_of_a_segment_is_shorter(groups, segments):
     qt = exl2.from_tensors(tensors)
     assert [segment[:2] for segment in qt.segments] == segments
     same_bits(qjax.dequantize(qt), weight_of(tensors))
-    same_tensors(exl2.to_tensors(qt), tensors)
+    same_bits(exl2.to_tensors(qt), tensors)
 
 
 def test_words_beyond_the_sign_of_int16():

@@ -3,8 +3,6 @@
 import collections
 import dataclasses
 import functools
-import json
-from pathlib import Path
 
 import chex
 import hypothesis
@@ -16,31 +14,17 @@ import pytest
 
 import qjax
 from qjax.formats import flexgen, gptq
-from tests import oracle
+from tests import goldens, oracle
+from tests.goldens import load, same_bits
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "flexgen"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("flexgen")
 CODECS = [name for name in FILES if name.startswith("flexgen_codec")]
 GROUPS = [name for name in FILES if name.startswith("flexgen_group")]
 ULP = 2.0**-24  # the smallest float16
 
 
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    return data | {"config": json.loads(str(data.pop("meta")))["config"]}
-
-
 def compressed_of(data: dict) -> tuple:
     return data["packed"], data["packed_scale"], data["packed_bias"]
-
-
-def assert_same_bytes(found, wanted):
-    for a, b in zip(found, wanted, strict=True):
-        array = np.asarray(a)
-        assert (array.dtype, array.shape) == (b.dtype, b.shape)
-        assert array.tobytes() == b.tobytes()
 
 
 def words_of(codes):
@@ -75,14 +59,14 @@ def test_compresses(name):
         jnp.asarray(data["in_w"]), data["config"]["group_size"]
     )
     # In the file of constant groups too: the original's 0/0 came out as codes of 0.
-    assert_same_bytes(found, compressed_of(data))
+    same_bits(found, compressed_of(data))
 
 
 @pytest.mark.parametrize("name", GROUPS)
 def test_decompresses(name):
     data = load(name)
     weight = flexgen.group_quantize_decompress(*map(jnp.asarray, compressed_of(data)))
-    assert_same_bytes([weight], [data["out_dequant"]])
+    same_bits(weight, data["out_dequant"])
 
 
 @pytest.mark.parametrize("name", GROUPS)
@@ -91,11 +75,11 @@ def test_reads_and_writes(name):
     qt = flexgen.from_compressed(*compressed_of(data))
     assert qt.shape == data["in_w"].T.shape
     chex.assert_trees_all_equal(np.asarray(qjax.codes(qt)).T, data["out_q"])
-    assert_same_bytes([np.asarray(qjax.dequantize(qt)).T], [data["out_dequant"]])
+    same_bits(qjax.dequantize(qt).T, data["out_dequant"])
     prepared = qjax.prepare(qt)
     assert prepared.layout == gptq.Stream()
     for one in (qt, prepared, qjax.relayout(prepared, qt.layout)):
-        assert_same_bytes(flexgen.to_compressed(one), compressed_of(data))
+        same_bits(flexgen.to_compressed(one), compressed_of(data))
 
 
 def test_constant_groups_are_in_a_golden_file():
@@ -200,7 +184,7 @@ def test_compress_in_jit():
     data = load("flexgen_group__g16_float16__4x64__s510")
     compress = jax.jit(flexgen.group_quantize_compress, static_argnums=1)
     found = compress(jnp.asarray(data["in_w"]), 16)
-    assert_same_bytes(found, compressed_of(data))
+    same_bits(found, compressed_of(data))
 
 
 @pytest.mark.parametrize(

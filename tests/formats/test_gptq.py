@@ -2,9 +2,6 @@
 
 import collections
 import dataclasses
-import functools
-import json
-from pathlib import Path
 
 import chex
 import jax.numpy as jnp
@@ -15,24 +12,16 @@ import pytest
 import qjax
 from qjax import tensor
 from qjax.formats import gptq
-from tests import oracle
+from tests import goldens, oracle
+from tests.goldens import load
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "gptq"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("gptq")
 QUIRKS = [name for name in FILES if "zero0_quirk" in name]
 SOUND = [name for name in FILES if name not in QUIRKS]
 V2 = [name for name in SOUND if name.startswith("gptq_v2")]
 PLANAR = [name for name in SOUND if name.startswith("gptq_p")]
 ACT_ORDER = [name for name in SOUND if "_desc" in name]
 WARNING = "fields of all ones, read as zeros of 0"
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    data["config"] = json.loads(str(data.pop("meta")))["config"]
-    return data
 
 
 def config_of(data: dict, **changes) -> gptq.Config:
@@ -340,6 +329,15 @@ def test_words_that_are_no_whole_blocks_are_refused(bits, refuses):
         gptq.check(tensors, config)
 
 
+def test_unknown_checkpoint_formats_are_refused(refuses):
+    wanted = "checkpoint_format='v2' must be one of ('gptq', 'gptq_v2', 'gptq_p')"
+    with refuses(wanted):
+        gptq.to_tensors(qjax.quantize(jnp.ones((64, 32)), group_size=32), "v2")
+    with refuses(wanted):
+        config = dataclasses.replace(SMALL, checkpoint_format="v2")
+        gptq.from_tensors(small_tensors(), config)
+
+
 class TestWriting:
     """What `to_tensors` refuses, and what it makes of other forms."""
 
@@ -552,11 +550,11 @@ def test_config_of_an_asymmetric_module_in_a_symmetric_model():
 
 def test_layouts_of_configs():
     for bits in (2, 3, 4, 8):
-        assert gptq.Config(bits=bits).layout == gptq.Stream()
+        assert gptq.layout_of(gptq.Config(bits=bits)) == gptq.Stream()
     for bits in range(2, 9):
-        planar = gptq.Config(bits=bits, checkpoint_format="gptq_p").layout
+        config = gptq.Config(bits=bits, checkpoint_format="gptq_p")
         expected = gptq.Planar() if bits in (3, 5, 6, 7) else gptq.Stream()
-        assert planar == expected
+        assert gptq.layout_of(config) == expected
 
 
 def test_formats_table():

@@ -1,41 +1,28 @@
 """HQQ against layers that hqq saved, bit for bit."""
 
 import collections
+import dataclasses
 import functools
-import json
 import warnings
-from pathlib import Path
 
 import chex
 import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 
 import qjax
 from qjax import tensor
 from qjax.formats import gptq, hqq
-from tests import oracle
+from tests import goldens, oracle
+from tests.goldens import load, same_bits
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "hqq"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("hqq")
 BITPACK = [name for name in FILES if name.startswith("hqq_bitpack")]
 LAYERS = [name for name in FILES if name.startswith("hqq_layer")]
 FIELDS = {1: 8, 2: 4, 3: 10, 4: 2, 5: 1, 6: 1, 8: 1}
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    meta = json.loads(str(data.pop("meta")))
-    for key, dtype in meta["dtypes"].items():
-        if dtype == "bfloat16":
-            data[key] = data[key].view(ml_dtypes.bfloat16)
-    return data | {"config": meta["config"]}
 
 
 def tensors_of(data: dict, **changes) -> dict:
@@ -61,14 +48,6 @@ def entry_of(data: dict) -> dict:
 
 def config_of(data: dict) -> hqq.Config:
     return hqq.Config.from_json(entry_of(data))
-
-
-def assert_same_bytes(found: dict, wanted: dict):
-    assert set(found) == set(wanted)
-    for name, array in wanted.items():
-        back = np.asarray(found[name])
-        assert (back.dtype, back.shape) == (array.dtype, array.shape), name
-        assert back.tobytes() == array.tobytes(), name
 
 
 def slabs(view, bits):
@@ -129,7 +108,7 @@ def test_writes_the_same_bytes(name, prepare):
     qt = hqq.from_tensors(tensors_of(data), config)
     qt = qjax.prepare(qt) if prepare else qt
     assert isinstance(qt.layout, gptq.Stream if prepare else hqq.Slabs)
-    assert_same_bytes(hqq.to_tensors(qt, config), tensors_of(data))
+    same_bits(hqq.to_tensors(qt, config), tensors_of(data))
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if "_b3_" in name])
@@ -193,7 +172,7 @@ def test_odd_groups(n, k, config, grouping):
     weight = weight.reshape(n, k).T
     chex.assert_trees_all_equal(np.asarray(qjax.dequantize(qt)), weight)
     written = hqq.to_tensors(qt, config)
-    assert_same_bytes({name: written[name] for name in tensors}, tensors)
+    same_bits({name: written[name] for name in tensors}, tensors)
     assert ("group_size" in written) == (config.group_size is not None)
 
 
@@ -282,7 +261,10 @@ def test_rows_that_the_original_loses_are_refused(bits, rows, refuses):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: hqq.pack_slabs(jnp.zeros((8, 1), jnp.uint8), 7), "bits=7 must be one"),
+        (
+            lambda: hqq.pack_slabs(jnp.zeros((8, 1), jnp.uint8), 7),
+            "bits=7 must be 1, 2, 3, 4, 5, 6 or 8 in HQQ; gptq.Stream() holds 1 to 8",
+        ),
         (
             lambda: hqq.unpack_slabs(jnp.zeros((8, 1), jnp.uint8), 3),
             "words.dtype=uint8 must be int32 or uint32",
@@ -326,7 +308,7 @@ def test_layouts_refuse(call, message, refuses):
     [
         ({"W_q": None}, "W_q is missing; found ['axis', 'channel_wise'"),
         ({"shape": None}, "shape is missing"),
-        ({"scale_q": np.zeros(1)}, "scale_q is not an HQQ tensor"),
+        ({"scale_q": np.zeros(1)}, "scale_q is no tensor of HQQ"),
         (
             {"scale": np.ones((32, 1))},
             "scale.dtype=float64 must be float16 or bfloat16",
@@ -342,7 +324,7 @@ def test_layouts_refuse(call, message, refuses):
         ({"W_q": np.zeros((15, 64), np.uint8)}, "scale.shape=(32, 1) must be (30, 1)"),
         (
             {"W_q": np.zeros((0, 64), np.uint8)},
-            "W_q.shape=(0, 64) must have 2 axes, not",
+            "W_q.shape=(0, 64) must not be empty",
         ),
         ({"W_q": np.zeros(64, np.uint8)}, "W_q.shape=(64,) must have 2 axes"),
         ({"nbits": np.float32(4)}, "nbits.dtype=float32 must be int32"),
@@ -396,6 +378,23 @@ def test_other_tensors_that_do_not_fit_are_refused(refuses):
     tensors, _ = random_layer(4, 64, config)
     with refuses("scale.shape=(16, 1) must be (30, 1)"):
         hqq.from_tensors(tensors | {"W_q": np.zeros((3, 16), np.int32)}, config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"nbits": 7}, "nbits=7 must be one of (8, 6, 5, 4, 3, 2, 1.58, 1)"),
+        ({"axis": 2}, "axis=2 must be one of (0, 1)"),
+    ],
+)
+def test_unknown_configurations_are_refused(changes, message, refuses):
+    config = hqq.Config(group_size=32)
+    tensors, _ = random_layer(8, 64, config)
+    qt = hqq.from_tensors(tensors, config)
+    with refuses(message):
+        hqq.from_tensors(tensors, dataclasses.replace(config, **changes))
+    with refuses(message):
+        hqq.to_tensors(qt, dataclasses.replace(config, **changes))
 
 
 def test_check_reads_no_values():

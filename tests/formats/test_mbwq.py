@@ -1,9 +1,6 @@
 """MBWQ against what bitorch-engine's own layers make of the same tensors."""
 
 import dataclasses
-import functools
-import json
-from pathlib import Path
 
 import chex
 import hypothesis
@@ -16,22 +13,13 @@ from hypothesis import strategies as st
 import qjax
 from qjax import tensor
 from qjax.formats import exl2, gptq, mbwq, q_groups
-from tests import oracle
+from tests import goldens, oracle
+from tests.goldens import load, same_bits
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mbwq"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("mbwq")
 MIXED = [name for name in FILES if name.startswith("mbwq_exl2")]
 UNIFORM = [name for name in FILES if name not in MIXED]
-EXL2 = Path(__file__).parents[1] / "golden" / "exl2"
 STORED = ("qweight", "scales", "zeros", "q_perm", "q_groups")
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    data["meta"] = json.loads(str(data["meta"]))
-    return data
 
 
 def tensors_of(data: dict, **changes) -> dict:
@@ -45,22 +33,6 @@ def read(name: str) -> qjax.QTensor:
     data = load(name)
     size = None if name in MIXED else data["meta"]["group_size"]
     return mbwq.from_tensors(tensors_of(data), mbwq.Config(group_size=size))
-
-
-def same_bits(found, wanted) -> None:
-    """Equality that tells -0.0 from 0.0."""
-    assert found.dtype == wanted.dtype
-    chex.assert_trees_all_equal(
-        np.asarray(found).view(np.uint16), np.asarray(wanted).view(np.uint16)
-    )
-
-
-def same_tensors(found: dict, wanted: dict) -> None:
-    found = {name: np.asarray(array) for name, array in found.items()}
-    assert found.keys() == wanted.keys()
-    for name, array in found.items():
-        assert (array.dtype, array.shape) == (wanted[name].dtype, wanted[name].shape)
-        assert array.tobytes() == wanted[name].tobytes()
 
 
 def test_every_golden_file_is_here():
@@ -90,7 +62,7 @@ def test_reads_and_dequantizes(name):
 @pytest.mark.parametrize("name", FILES)
 def test_writes_the_same_tensors(name):
     written = mbwq.to_tensors(read(name))
-    same_tensors(written, tensors_of(load(name)))
+    same_bits(written, tensors_of(load(name)))
     assert ("q_groups" in written) == (name in MIXED)
 
 
@@ -157,7 +129,7 @@ class TestOrder:
         qt = mbwq.from_tensors(tensors)
         assert qt.order is not None
         same_bits(mbwq.unpack_qweight(qt), data["w_deq"])
-        same_tensors(mbwq.to_tensors(qt), tensors)
+        same_bits(mbwq.to_tensors(qt), tensors)
 
     def test_zeros_with_mixed_bits_are_refused(self, refuses):
         data = load("mbwq_exl2_b65_g64")
@@ -182,8 +154,7 @@ class TestOrder:
     "name", ["exl2_b5432_mixedg", "exl2_b6_subnormal", "exl2_b8_big", "exl2_b2_g64"]
 )
 def test_exl2_becomes_mbwq_without_loss(name):
-    with np.load(EXL2 / f"{name}.npz") as file:
-        data = dict(file)
+    data = load(name)
     qt = exl2.from_tensors({key: data[key] for key in exl2.TENSORS[:5]})
     written = mbwq.to_tensors(qt, mixed=True)
     chex.assert_trees_all_equal(np.asarray(written["qweight"]), data["q_weight"])
@@ -213,7 +184,7 @@ def test_a_width_may_have_groups_of_several_sizes():
     chex.assert_trees_all_equal(
         np.asarray(qjax.dequantize(qt)), codes.astype(np.float16) * scales
     )
-    same_tensors(mbwq.to_tensors(qt), tensors)
+    same_bits(mbwq.to_tensors(qt), tensors)
 
 
 few = hypothesis.settings(
@@ -248,7 +219,7 @@ def test_any_matrix_round_trips(bits, group_size, groups, seed):
     }
     config = mbwq.Config(bits=bits, group_size=group_size)
     qt = mbwq.from_tensors(tensors, config)
-    same_tensors(mbwq.to_tensors(qt), tensors)
+    same_bits(mbwq.to_tensors(qt), tensors)
     stored = np.vectorize(lambda v: oracle.nearest(v, np.float16))(m.stored)
     weight = np.empty_like(stored)
     weight[m.order] = stored
@@ -328,7 +299,7 @@ def test_a_last_group_that_is_short_from_the_shapes():
 
 def test_channel_scale_may_be_missing():
     qt = mbwq.from_tensors(small(channel_scale=None))
-    same_tensors(mbwq.to_tensors(qt), small())
+    same_bits(mbwq.to_tensors(qt), small())
 
 
 @pytest.mark.parametrize(
@@ -536,7 +507,7 @@ class TestWriting:
     def test_from_another_layout(self):
         name = "mbwq_exl2_b65_g64"
         planar = qjax.relayout(read(name), gptq.Planar())
-        same_tensors(mbwq.to_tensors(planar), tensors_of(load(name)))
+        same_bits(mbwq.to_tensors(planar), tensors_of(load(name)))
 
 
 STRATEGY = {

@@ -2,8 +2,6 @@
 
 import dataclasses
 import functools
-import json
-from pathlib import Path
 
 import chex
 import hypothesis
@@ -17,10 +15,10 @@ from hypothesis import strategies as st
 import qjax
 from qjax import tensor
 from qjax.formats import gptq, mpq
-from tests import oracle
+from tests import goldens, oracle
+from tests.goldens import same_bits
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mpq"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("mpq")
 DOUBLE = [name for name in FILES if name.startswith("mpq_gba_w")]
 PLAIN = [name for name in FILES if name not in DOUBLE]
 GPTQ = [name for name in PLAIN if name.startswith("mpq_gptq")]
@@ -30,9 +28,7 @@ INDICES = ("qzeros_zeros", "qzeros_scales", "qscales_zeros", "qscales_scales")
 
 @functools.cache
 def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    data["meta"] = json.loads(str(data["meta"]))
+    data = dict(goldens.load(name))
     if data["meta"]["dtype"] == "bfloat16":  # stored widened
         for key in {"scales", "zeros", "w_unpacked"} & data.keys():
             data[key] = data[key].astype(ml_dtypes.bfloat16)
@@ -50,14 +46,6 @@ def config_of(data: dict) -> mpq.Config:
 
 def read(name: str) -> qjax.QTensor:
     return mpq.from_tensors(tensors_of(load(name)), config_of(load(name)))
-
-
-def same_tensors(found: dict, wanted: dict) -> None:
-    found = {name: np.asarray(array) for name, array in found.items()}
-    assert found.keys() == wanted.keys()
-    for name, array in found.items():
-        assert (array.dtype, array.shape) == (wanted[name].dtype, wanted[name].shape)
-        assert array.tobytes() == wanted[name].tobytes()
 
 
 def test_every_golden_file_is_here():
@@ -81,7 +69,7 @@ def test_writes_the_same_tensors(name):
         k, size = data["meta"]["K"], data["meta"]["group_size"]
         g_idx = np.asarray(written.pop("g_idx"))
         chex.assert_trees_all_equal(g_idx, np.arange(k, dtype=np.int32) // size)
-    same_tensors(written, tensors_of(data))
+    same_bits(written, tensors_of(data))
     # Upstream's packer agrees.
     assert data["meta"]["repack_is_identity"]
     chex.assert_trees_all_equal(
@@ -108,7 +96,7 @@ def test_a_stored_zero_of_all_ones_is_not_wrapped(name):
     # After rows are sorted by group, too, the file is the same.
     prepared = qjax.prepare(qt)
     assert (prepared.order is None) == (prepared.row_group is not None)
-    same_tensors(mpq.to_tensors(prepared), tensors_of(data))
+    same_bits(mpq.to_tensors(prepared), tensors_of(data))
 
 
 def test_a_zero_of_256():
@@ -116,7 +104,7 @@ def test_a_zero_of_256():
     qt = mpq.from_tensors(tensors, mpq.Config(bits=8, group_size=32))
     assert (qt.zero.dtype, int(qt.zero.max())) == (jnp.uint16, 256)
     assert (np.asarray(qjax.dequantize(qt)) == -256).all()
-    same_tensors(mpq.to_tensors(qt), tensors)
+    same_bits(mpq.to_tensors(qt), tensors)
 
 
 @pytest.mark.parametrize("name", GBA)
@@ -163,7 +151,7 @@ class TestDoubleQuantized:
         assert (qt.scale.shape, qt.dtype) == (data["scales"].shape, jnp.float16)
         assert np.asarray(qt.scale.decode()).tobytes() == data["scales"].tobytes()
         assert np.asarray(-qt.zero.decode()).tobytes() == data["zeros"].tobytes()
-        same_tensors(mpq.to_tensors(qt), tensors)
+        same_bits(mpq.to_tensors(qt), tensors)
 
     @pytest.mark.parametrize("name", DOUBLE)
     def test_weighs_the_same_as_decoded(self, name):
@@ -175,7 +163,7 @@ class TestDoubleQuantized:
         chex.assert_trees_all_equal(qjax.dequantize(qt), qjax.dequantize(other))
         prepared = qjax.prepare(qt)
         chex.assert_trees_all_equal(prepared, other)
-        same_tensors(mpq.to_tensors(prepared), plain)
+        same_bits(mpq.to_tensors(prepared), plain)
 
     def test_unused_scales_are_ignored(self):
         data = load(DOUBLE[0])
@@ -220,7 +208,7 @@ class TestDoubleQuantized:
         for size in (128, -1, None):
             qt = mpq.from_tensors(tensors, mpq.Config(bits=2, group_size=size))
             assert isinstance(qt.scale, mpq.DoubleQuantized)
-        same_tensors(mpq.to_tensors(qt), tensors)
+        same_bits(mpq.to_tensors(qt), tensors)
 
     def test_stacks(self):
         data = load(DOUBLE[0])
@@ -284,7 +272,7 @@ def test_any_matrix_round_trips(bits, group_size, seed):
         "qzeros": oracle.pack(zero - 1, bits, axis=1).view(np.int32),
     }
     qt = mpq.from_tensors(tensors, mpq.Config(bits=bits, group_size=group_size))
-    same_tensors(mpq.to_tensors(qt), tensors)
+    same_bits(mpq.to_tensors(qt), tensors)
     # The difference is exact, and the product of it in float64, too.
     found = np.asarray(qjax.dequantize(qt))
     assert found.tobytes() == m.weight.astype(np.float16).tobytes()

@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import functools
 import json
-from pathlib import Path
 
 import chex
 import hypothesis
@@ -19,23 +18,13 @@ from safetensors.numpy import save_file
 import qjax
 from qjax import tensor
 from qjax.formats import gptq, mxfp4
-from tests import oracle
+from tests import goldens, oracle
+from tests.goldens import load, same_bits
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mxfp4"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("mxfp4")
 STORED = [name for name in FILES if name.startswith("mxfp4_moe")]
 QUANTIZED = [name for name in FILES if name.startswith("mxfp4_quantize")]
 RANDOM = "mxfp4_moe__random__e3_24x160__s900"
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    meta = json.loads(str(data.pop("meta")))
-    for key in meta["dtypes"]:
-        data[key] = data[key].view(ml_dtypes.bfloat16)
-    return data
 
 
 def tensors_of(data: dict, **changes) -> dict:
@@ -61,14 +50,6 @@ def dense(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
     powers = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float32)
     weight = (values * powers[..., None]).reshape(*scales.shape[:-1], -1)
     return weight.swapaxes(-1, -2)
-
-
-def same_bits(found, wanted) -> None:
-    """Equality that tells -0.0 from 0.0."""
-    found, wanted = np.asarray(found), np.asarray(wanted)
-    assert found.dtype == wanted.dtype
-    integer = f"u{wanted.itemsize}"
-    chex.assert_trees_all_equal(found.view(integer), wanted.view(integer))
 
 
 def test_every_golden_file_is_here():

@@ -3,8 +3,6 @@
 import collections
 import dataclasses
 import functools
-import json
-from pathlib import Path
 
 import chex
 import hypothesis
@@ -18,38 +16,14 @@ from hypothesis import strategies as st
 import qjax
 from qjax import tensor
 from qjax.formats import gptq, quanto
-from tests import oracle
+from tests import goldens, oracle
+from tests.goldens import load, patterns, same_bits
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-FILES = sorted(path.stem for path in (GOLDEN / "quanto").glob("*.npz"))
+FILES = goldens.names("quanto")
 PACKED = [name for name in FILES if name.startswith("quanto_packed_u8")]
 TINYGEMM = [name for name in FILES if name.startswith("quanto_tinygemm")]
-QBITS = sorted(p.stem for p in (GOLDEN / "awq_v2").glob("awq_quanto_qbits__*.npz"))
+QBITS = [n for n in goldens.names("awq_v2") if n.startswith("awq_quanto_qbits")]
 DATA, SCALE, SHIFT = quanto.TENSORS
-
-
-@functools.cache
-def load(name: str) -> dict:
-    folder = "awq_v2" if name in QBITS else "quanto"
-    with np.load(GOLDEN / folder / f"{name}.npz") as file:
-        data = dict(file)
-    meta = json.loads(str(data.pop("meta")))
-    for key, dtype in meta["dtypes"].items():
-        if dtype == "bfloat16":
-            data[key] = data[key].view(ml_dtypes.bfloat16)
-    data["config"] = meta["config"]
-    return data
-
-
-def patterns(array) -> np.ndarray:
-    """Bit patterns of 16-bit numbers: -0 is not 0."""
-    return np.asarray(array).view(np.uint16)
-
-
-def same(found, expected) -> None:
-    found, expected = np.asarray(found), np.asarray(expected)
-    assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-    assert found.tobytes() == expected.tobytes()
 
 
 def pack_by_hand(rows: np.ndarray, bits: int) -> np.ndarray:
@@ -73,14 +47,15 @@ def test_every_golden_file_is_here():
 def test_packs_and_unpacks_as_quanto(name):
     data = load(name)
     bits, codes = data["config"]["bits"], data["in_q"]
-    same(quanto.pack_weights(jnp.asarray(codes), bits), data["packed"])
+    same_bits(quanto.pack_weights(jnp.asarray(codes), bits), data["packed"])
     unpacked = quanto.unpack_weights(jnp.asarray(data["packed"]), bits)
-    same(unpacked[: len(codes)], data["out_unpacked"])
+    same_bits(unpacked[: len(codes)], data["out_unpacked"])
     assert not unpacked[len(codes) :].any()  # missing rows are 0
     # Seven rows of [n, k] make eight: as a layout, a column of padding.
     layout = quanto.Slabs(codes.shape[1], None)
-    same(layout.pack(jnp.asarray(codes.T), bits), data["packed"])
-    same(layout.unpack(jnp.asarray(data["packed"]), bits)[:, : len(codes)], codes.T)
+    same_bits(layout.pack(jnp.asarray(codes.T), bits), data["packed"])
+    unpacked = layout.unpack(jnp.asarray(data["packed"]), bits)
+    same_bits(unpacked[:, : len(codes)], codes.T)
 
 
 def tensors_of(data: dict) -> dict:
@@ -97,13 +72,10 @@ def test_reads_writes_and_dequantizes(name):
     n, k = data["in_q"].shape
     qt = quanto.from_tensors(tensors_of(data), bits=4, k=k)
     assert (qt.shape, qt.segments[0].group_size) == ((k, n), 128)
-    same(qjax.codes(qt), data["in_q"].T)
-    same(qjax.dequantize(qt), data["out_dequant_standard"].T)
+    same_bits(qjax.codes(qt), data["in_q"].T)
+    same_bits(qjax.dequantize(qt), data["out_dequant_standard"].T)
     for form in (qt, qjax.prepare(qt)):
-        written = quanto.to_tensors(form)
-        assert written.keys() == tensors_of(data).keys()
-        for key, expected in tensors_of(data).items():
-            same(written[key], expected)
+        same_bits(quanto.to_tensors(form), tensors_of(data))
 
 
 @pytest.mark.parametrize("name", TINYGEMM)
@@ -114,10 +86,10 @@ def test_tinygemm_scales_and_shifts(name):
         jnp.asarray(data[key].reshape(n, -1).T) for key in ("in_scale", "in_shift")
     )
     stored = quanto.pack_scale_shift(scale, shift)
-    same(stored, data["packed_scale_shift"])
+    same_bits(stored, data["packed_scale_shift"])
     back = quanto.unpack_scale_shift(stored)
-    same(back[0], scale)
-    same(back[1].T.reshape(-1, 1), data["out_back_shift"])
+    same_bits(back[0], scale)
+    same_bits(back[1].T.reshape(-1, 1), data["out_back_shift"])
     assert (patterns(back[1]) != patterns(shift)).any()  # lossy
 
     def weight(shift) -> jax.Array:
@@ -125,9 +97,9 @@ def test_tinygemm_scales_and_shifts(name):
         tensors = {DATA: words, SCALE: data["in_scale"], SHIFT: shift}
         return qjax.dequantize(quanto.from_tensors(tensors, bits=4, k=k))
 
-    same(weight(data["in_shift"]), data["out_dequant_standard"].T)
+    same_bits(weight(data["in_shift"]), data["out_dequant_standard"].T)
     # The tinygemm tensor dequantizes through the shift that it has left.
-    same(weight(data["out_back_shift"]), data["out_dequant"].T)
+    same_bits(weight(data["out_back_shift"]), data["out_dequant"].T)
 
 
 def test_tinygemm_scales_integer_zeros():
@@ -138,8 +110,8 @@ def test_tinygemm_scales_integer_zeros():
     nearest = np.vectorize(lambda v: oracle.nearest(v, ml_dtypes.bfloat16))
     wide = scale.astype(np.float64)
     middle = nearest(nearest(8 * wide) - nearest(zero * wide))
-    same(stored[..., 0], scale)
-    same(stored[..., 1], middle.astype(ml_dtypes.bfloat16))
+    same_bits(stored[..., 0], scale)
+    same_bits(stored[..., 1], middle.astype(ml_dtypes.bfloat16))
 
 
 def test_bytes_worked_by_hand():
@@ -159,10 +131,10 @@ def test_round_trip(bits, n, groups, width):
     k, layout = groups * width, quanto.Slabs(groups * width, width)
     codes = np.random.default_rng(n).integers(0, 2**bits, (k, n)).astype(np.uint8)
     words = layout.pack(jnp.asarray(codes), bits)
-    same(words, pack_by_hand(codes.T.reshape(-1, width), bits))
+    same_bits(words, pack_by_hand(codes.T.reshape(-1, width), bits))
     unpacked = layout.unpack(words, bits)
     assert unpacked.shape == layout.extents(words.shape, bits)
-    same(unpacked[:, :n], codes)
+    same_bits(unpacked[:, :n], codes)
 
 
 def test_jit_and_vmap():
@@ -173,7 +145,7 @@ def test_jit_and_vmap():
     )
     one_by_one = jnp.stack([pack(jnp.asarray(q)) for q in codes])
     chex.assert_trees_all_equal(jax.jit(jax.vmap(pack))(codes), one_by_one)
-    same(jax.jit(jax.vmap(unpack))(one_by_one), codes)
+    same_bits(jax.jit(jax.vmap(unpack))(one_by_one), codes)
 
 
 def test_codes_out_of_range_do_not_damage_their_neighbours():
@@ -231,9 +203,10 @@ def test_relayout(bits, n, group_size, as_qtensor):
     m = oracle.random(0, 96, n, bits=bits, group_size=group_size)
     stream, layout = as_qtensor(m), quanto.Slabs(96, group_size)
     moved = qjax.relayout(stream, layout)
-    same(moved.words[0], pack_by_hand(m.codes.T.reshape(-1, group_size or 96), bits))
+    rows = m.codes.T.reshape(-1, group_size or 96)
+    same_bits(moved.words[0], pack_by_hand(rows, bits))
     assert moved.shape == (96, n)
-    same(qjax.codes(moved), m.codes)
+    same_bits(qjax.codes(moved), m.codes)
     back = qjax.relayout(moved, gptq.Stream())
     chex.assert_trees_all_equal(back, stream)
 
@@ -247,7 +220,7 @@ def test_padded_rows(bits, affine, as_qtensor):
     assert tensors[DATA].shape == (8 if bits == 4 else 4, 32)
     back = quanto.from_tensors(tensors, bits=bits, k=96)
     assert back.shape == (96, 5)
-    same(qjax.codes(back), m.codes)
+    same_bits(qjax.codes(back), m.codes)
     twice = dataclasses.replace(qt, rounding=2 if affine == "OFFSET" else 1)
     chex.assert_trees_all_equal(qjax.dequantize(back), qjax.dequantize(twice))
 
@@ -295,7 +268,7 @@ def test_check_accepts(shift):
     ("changes", "message"),
     [
         ({"_shift": None}, "weight._shift is missing; found ['weight._data._data'"),
-        ({"_zero": np.zeros((6, 1))}, "weight._zero is not a quanto tensor"),
+        ({"_zero": np.zeros((6, 1))}, "weight._zero is no tensor of quanto"),
         (
             {"_scale": np.ones(6, np.float16)},
             "weight._scale.shape=(6,) must have 2 axes",
@@ -306,11 +279,11 @@ def test_check_accepts(shift):
         ),
         (
             {"_scale": np.ones((6, 1))},
-            "weight._scale.dtype=float64 must be float16, bfloat16 or float32",
+            "weight._scale.dtype=float64 must be float16 or bfloat16 or float32",
         ),
         (
             {"_shift": np.ones((6, 1), np.float32)},
-            "weight._shift.dtype=float32 must be float16, uint8 or int8",
+            "weight._shift.dtype=float32 must be uint8 or int8 or float16, that",
         ),
         (
             {"_data._data": np.zeros((3, 48), np.uint8)},

@@ -1,9 +1,6 @@
 """tinygemm against what PyTorch's own kernels pack and dequantize, bit for bit."""
 
 import collections
-import functools
-import json
-from pathlib import Path
 
 import chex
 import hypothesis
@@ -17,24 +14,14 @@ from hypothesis import strategies as st
 import qjax
 from qjax import tensor
 from qjax.formats import gptq, tinygemm, tinygemm_cpu
+from tests import goldens
+from tests.goldens import load
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "tinygemm"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("tinygemm")
 CPU = [name for name in FILES if name.startswith("tinygemm_cpu")]
 TILED = [name for name in FILES if name.startswith("tinygemm_tc__")]
 PADDED = "tinygemm_tc_npad__i4__12x64__s450"
 QDATA, PARAMETERS = tinygemm.TENSORS
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    meta = json.loads(str(data.pop("meta")))
-    for key, dtype in meta["dtypes"].items():
-        if dtype == "bfloat16":
-            data[key] = data[key].view(ml_dtypes.bfloat16)
-    return data | {"config": meta["config"]}
 
 
 def config_of(data: dict) -> tinygemm.Config:
@@ -331,7 +318,7 @@ GOOD = {
             {},
             "must be [n / 8, k / 128, 32, 4] for 8 inner k tiles",
         ),
-        ({}, {"inner_k_tiles": 3}, "inner_k_tiles=3 one of (2, 4, 8)"),
+        ({}, {"inner_k_tiles": 3}, "inner_k_tiles=3 must be one of (2, 4, 8)"),
         ({}, {"group_size": 16}, "group_size=16 must be one of (32, 64, 128, 256)"),
         ({}, {"group_size": 64}, "shape=(4, 16, 2) must be (2, 16, 2)"),
         (
@@ -393,7 +380,7 @@ def test_missing_tensors_are_refused(refuses):
         ),
         (
             lambda: tinygemm.to_tensors(quantized(), 0),
-            "inner_k_tiles=0 one of (2, 4, 8)",
+            "inner_k_tiles=0 must be one of (2, 4, 8)",
         ),
     ],
 )

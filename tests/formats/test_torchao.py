@@ -1,9 +1,6 @@
 """torchao against what torchao 0.18 chooses, rounds and stores, bit for bit."""
 
 import collections
-import functools
-import json
-from pathlib import Path
 
 import chex
 import hypothesis
@@ -18,23 +15,13 @@ import qjax
 from qjax import tensor
 from qjax.formats import gptq, tinygemm, torchao, torchao_affine
 from qjax.formats.torchao_affine import MappingType, ZeroPointDomain
+from tests import goldens
+from tests.goldens import load
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "torchao"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = goldens.names("torchao")
 AFFINE = [name for name in FILES if name.startswith("torchao_affine")]
 STORED = [name for name in FILES if name.startswith("torchao_tensors")]
 QDATA, SCALE, POINTS = torchao.TENSORS[:3]
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    meta = json.loads(str(data.pop("meta")))
-    for key, dtype in meta["dtypes"].items():
-        if dtype == "bfloat16":
-            data[key] = data[key].view(ml_dtypes.bfloat16)
-    return data | {"config": meta["config"]}
 
 
 def rule_of(config: dict) -> dict:
@@ -273,6 +260,7 @@ GOOD = {
             {},
             "_weight_zero_point.dtype=float32 must be int8",
         ),
+        ({}, {"bits": 9}, "bits=9 must be an integer from 1 to 8"),
         ({}, {"group_size": 48}, "K must be a multiple of group_size=48"),
         ({}, {"group_size": 64}, "_weight_scale.shape=(4, 2) must be (4, 1), from"),
         ({}, {"group_size": None, "per_tensor": True}, "(4, 2) must be (1, 1), from"),

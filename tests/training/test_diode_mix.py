@@ -1,9 +1,5 @@
 """`diode_mix` and `apply_updates` against bitorch-engine's optimizer, step by step."""
 
-import functools
-import json
-from pathlib import Path
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,17 +11,10 @@ import qjax
 from qjax import training
 from qjax.formats import mbwq, mpq
 from qjax.training import shadow
+from tests import goldens
+from tests.goldens import load
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "diode_mix"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    data["meta"] = json.loads(str(data["meta"]))
-    return data
+FILES = goldens.names("diode_mix")
 
 
 def weight(name: str, step: int | None = None) -> qjax.QTensor:

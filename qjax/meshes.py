@@ -1,0 +1,118 @@
+"""What the types of arrays say of the mesh that they lie on.
+
+Where axes of a mesh are explicit, the pieces of an array are a part of its type; inside
+`jax.shard_map`, so are the axes that it varies over.
+"""
+
+import contextlib
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+
+def mesh_of(tree: Any) -> AbstractMesh:
+    """Finds the mesh that a program is traced for or, if it says none, that of arrays.
+
+    Args:
+      tree: Arrays.
+
+    Returns:
+      The mesh; an empty one if there is none.
+    """
+    traced = jax.sharding.get_abstract_mesh()
+    held = (jax.typeof(leaf).sharding.mesh for leaf in jax.tree.leaves(tree))
+    return next((mesh for mesh in (traced, *held) if not mesh.empty), traced)
+
+
+def is_explicit(tree: Any) -> bool:
+    """Whether arrays are traced with their pieces.
+
+    Args:
+      tree: Arrays. Outside of `jax.set_mesh`, one that lies on a mesh is enough.
+
+    Returns:
+      Whether the mesh has explicit axes.
+    """
+    return AxisType.Explicit in mesh_of(tree).axis_types
+
+
+def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager[None]:
+    """Has what follows traced for the mesh that arrays lie on, if it is explicit.
+
+    The derivatives of some operations make arrays, which belong on that mesh also where
+    no `jax.set_mesh` says so.
+
+    Args:
+      tree: Arrays.
+
+    Returns:
+      The context.
+    """
+    if is_explicit(tree):
+        return jax.sharding.use_abstract_mesh(mesh_of(tree))
+    return contextlib.nullcontext()
+
+
+def explicitly_like(tree: Any, other: Any) -> Any:
+    """Cuts arrays as others are cut, where that is a part of their type.
+
+    Args:
+      tree: Arrays.
+      other: The same tree of arrays. Those that lie on no mesh count as whole.
+
+    Returns:
+      ``tree``, resharded where mesh axes are explicit.
+    """
+
+    def cut(leaf: Array, like: Array) -> Array:
+        spec, mesh = jax.typeof(like).sharding.spec, jax.typeof(leaf).sharding.mesh
+        if AxisType.Explicit not in mesh.axis_types:
+            return leaf
+        return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))
+
+    return jax.tree.map(cut, tree, other)
+
+
+def gathered(tree: Any) -> Any:
+    """Makes arrays whole along their first axis, where pieces are a part of their type.
+
+    What takes entries of an axis that is cut has no type then.
+
+    Args:
+      tree: Arrays.
+
+    Returns:
+      ``tree``, resharded where mesh axes are explicit.
+    """
+
+    def whole(leaf: Array) -> Array:
+        mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
+        if AxisType.Explicit not in mesh.axis_types or not any(spec[:1]):
+            return leaf
+        return jax.sharding.reshard(leaf, NamedSharding(mesh, P(None, *spec[1:])))
+
+    return jax.tree.map(whole, tree)
+
+
+def vary_together(*operands: Any) -> tuple[Any, ...]:
+    """Inside `jax.shard_map`, lets all leaves vary over the axes that any varies over.
+
+    The transpose of the cast sums the cotangent of a replicated operand over devices.
+
+    Args:
+      *operands: Trees of arrays.
+
+    Returns:
+      The same trees.
+    """
+    varying = lambda leaf: jax.typeof(leaf).manual_axis_type.varying  # noqa: E731
+    axes = set().union(*map(varying, jax.tree.leaves(operands)))
+
+    def cast(leaf: Array) -> Array:
+        missing = tuple(axes - varying(leaf))
+        return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+    return jax.tree.map(cast, operands)
