@@ -14,9 +14,10 @@ Three bits, the first of three words (c10 goes on in bit 0 of the second):
 
 import functools
 import math
+import numbers
 import operator
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,38 @@ class Piece(NamedTuple):
     left: int  # bits by which the code moves left to its place; negative: right
 
 
-def block(bits: int) -> tuple[int, int]:
+def whole(value: Any) -> int | None:
+    """Returns an integer as Python's own, and None for what is none.
+
+    Those of NumPy are integers as well, but overflow; True is one by inheritance alone.
+
+    Args:
+      value: Anything.
+
+    Example:
+      >>> whole(np.int8(8)), whole(True), whole(8.0)
+      (8, None, None)
+    """
+    is_one = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    return int(value) if is_one else None
+
+
+def width(bits: SupportsIndex) -> int:
+    """Returns the width of a code as an integer of Python.
+
+    Args:
+      bits: 1 to 8.
+
+    Raises:
+      ValueError: If ``bits`` is not an integer from 1 to 8.
+    """
+    found = whole(bits)
+    if found is None or not 1 <= found <= 8:
+        raise ValueError(f"bits={bits!r} must be an integer from 1 to 8.")
+    return found
+
+
+def block(bits: SupportsIndex) -> tuple[int, int]:
     """Returns (codes, words) of the shortest whole block of ``bits``-bit codes.
 
     Args:
@@ -51,13 +83,12 @@ def block(bits: int) -> tuple[int, int]:
       >>> block(4), block(3), block(6)
       ((8, 1), (32, 3), (16, 3))
     """
-    if not isinstance(bits, int) or not 1 <= bits <= 8:
-        raise ValueError(f"bits={bits!r} must be an integer from 1 to 8.")
+    bits = width(bits)
     shared = math.gcd(bits, WORD)
     return WORD // shared, bits // shared
 
 
-def pieces(bits: int) -> Iterator[Piece]:
+def pieces(bits: SupportsIndex) -> Iterator[Piece]:
     """Yields where every code of a block lies, two pieces for one that straddles.
 
     Args:
@@ -66,6 +97,7 @@ def pieces(bits: int) -> Iterator[Piece]:
     Yields:
       ``Piece(code, word, left)`` in the order of the codes.
     """
+    bits = width(bits)
     for code in range(block(bits)[0]):
         word, shift = divmod(code * bits, WORD)
         yield Piece(code, word, shift)
@@ -75,7 +107,7 @@ def pieces(bits: int) -> Iterator[Piece]:
 
 @functools.partial(jax.jit, static_argnames=("bits", "axis"))
 def pack_fields(
-    codes: Integer[Array, "..."], bits: int, axis: int = 0
+    codes: Integer[Array, "..."], bits: SupportsIndex, axis: int = 0
 ) -> UInt32[Array, "..."]:
     """Packs codes into a little-endian bit stream of 32-bit words along one axis.
 
@@ -96,6 +128,7 @@ def pack_fields(
       >>> hex(pack_fields(jnp.arange(8), 4)[0])
       '0x76543210'
     """
+    bits = width(bits)
     per_block, words = block(bits)
     if not jnp.issubdtype(codes.dtype, jnp.integer):
         raise ValueError(f"codes.dtype={codes.dtype} must be an integer dtype.")
@@ -115,7 +148,7 @@ def pack_fields(
 
 @functools.partial(jax.jit, static_argnames=("bits", "axis"))
 def unpack_fields(
-    words: Integer[Array, "..."], bits: int, axis: int = 0
+    words: Integer[Array, "..."], bits: SupportsIndex, axis: int = 0
 ) -> UInt8[Array, "..."]:
     """Unpacks the codes of a little-endian bit stream of 32-bit words along one axis.
 
@@ -135,6 +168,7 @@ def unpack_fields(
       >>> unpack_fields(jnp.array([0x76543210]), 4)
       Array([0, 1, 2, 3, 4, 5, 6, 7], dtype=uint8)
     """
+    bits = width(bits)
     per_block, per_block_words = block(bits)
     if words.dtype not in (jnp.int32, jnp.uint32):
         raise ValueError(f"words.dtype={words.dtype} must be int32 or uint32.")

@@ -1,20 +1,21 @@
 """Quantization by rounding to nearest."""
 
 import functools
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax import xla
-from qjax.bits import block
+from qjax.bits import block, whole
 from qjax.tensor import Affine, QTensor, Segment
 
 
 def quantize(
     w: Float[Array, "*batch k n"],
-    bits: int = 4,
-    group_size: int | None = 128,
+    bits: SupportsIndex = 4,
+    group_size: SupportsIndex | None = 128,
     symmetric: bool = False,
     *,
     scale_dtype: DTypeLike | None = None,
@@ -40,8 +41,8 @@ def quantize(
 
     Raises:
       ValueError: If ``w`` has fewer than two axes, no elements or is not float,
-        ``bits`` is not 2 to 8, or k is not a multiple of ``group_size`` and of whole
-        words.
+        ``bits`` is not an integer from 2 to 8 or ``group_size`` not a positive one, or
+        k is not a multiple of ``group_size`` and of whole words.
 
     Example:
       >>> qjax.quantize(jnp.ones((256, 64)), bits=3, group_size=64, symmetric=True)
@@ -52,24 +53,31 @@ def quantize(
             "w must be float [..., k, n] without an extent of 0; got "
             f"{w.dtype}{w.shape}."
         )
-    codes, k = block(bits)[0], w.shape[-2]
-    if bits == 1:
-        raise ValueError("bits=1 cannot be rounded to nearest; pass 2 to 8.")
-    if k % codes:
+    width, rows, k = whole(bits), whole(group_size), w.shape[-2]
+    if width is None or not 2 <= width <= 8:
+        raise ValueError(f"bits={bits!r} must be an integer from 2 to 8.")
+    if k % (codes := block(width)[0]):
         raise ValueError(
-            f"w.shape[-2]={k} must be a multiple of {codes}, so that {bits}-bit codes "
+            f"w.shape[-2]={k} must be a multiple of {codes}, so that {width}-bit codes "
             "fill whole 32-bit words; pad w with zero rows."
         )
-    whole = isinstance(group_size, int) and group_size > 0
-    if group_size is not None and not (whole and k % group_size == 0):
+    if group_size is not None and (rows is None or rows < 1):
+        raise ValueError(
+            f"group_size={group_size!r} must be a positive integer or None."
+        )
+    if rows is not None and k % rows:
         raise ValueError(
             f"w.shape[-2]={k} must be a multiple of group_size={group_size}; choose "
             "one that divides it, None for one group a column, or pad w."
         )
-    dtype = jnp.dtype(scale_dtype or w.dtype)
+    # NumPy's float64 is float32, unless JAX has been told otherwise.
+    dtype = jnp.dtype(scale_dtype or jax.dtypes.canonicalize_dtype(w.dtype))
     if dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise ValueError(f"scale_dtype={dtype} must be bfloat16, float16 or float32.")
-    return _quantize(w, bits, group_size, symmetric, dtype)
+        source = "" if scale_dtype else ", that of w,"
+        raise ValueError(
+            f"scale_dtype={dtype}{source} must be bfloat16, float16 or float32."
+        )
+    return _quantize(w, width, rows, symmetric, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))

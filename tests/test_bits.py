@@ -129,6 +129,18 @@ def test_codes_of_any_integer_dtype_are_cut_to_their_bits(dtype):
 
 
 @pytest.mark.parametrize("bits", WIDTHS)
+def test_widths_are_integers_of_numpy_as_well(bits):
+    # Of eight bits themselves, so that 2**bits is none of theirs.
+    narrow = np.int8(bits)
+    assert qbits.block(narrow) == BLOCKS[bits]
+    assert list(qbits.pieces(narrow)) == list(qbits.pieces(bits))
+    codes = jnp.asarray(random_codes(bits, bits, BLOCKS[bits][0], 5))
+    chex.assert_trees_all_equal(
+        qbits.unpack_fields(qbits.pack_fields(codes, narrow), narrow), codes
+    )
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
 def test_ragged_codes_are_refused(bits, refuses):
     codes = jnp.zeros((3, BLOCKS[bits][0] + 1), jnp.uint8)
     with refuses(f"codes.shape[1]={BLOCKS[bits][0] + 1} must be a multiple of"):

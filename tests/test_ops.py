@@ -1198,6 +1198,12 @@ class TestQuantize:
         q = qjax.quantize(jnp.asarray(self.normal(96, 8)), 4, None)
         assert (q.scale.shape, q.segments) == ((1, 8), (tensor.Segment(4, None),))
 
+    def test_float64_of_numpy(self, refuses):
+        w = self.normal(64, 40).astype(np.float64)
+        assert qjax.quantize(w, 4, 32).dtype == jnp.float32
+        with jax.enable_x64(True), refuses("scale_dtype=float64, that of w, must be"):
+            qjax.quantize(w, 4, 32)
+
     def test_under_jit_and_eval_shape(self):
         w = jnp.asarray(self.normal(64, 40))
 
@@ -1224,9 +1230,9 @@ class TestQuantize:
                 {},
                 "w must be float [..., k, n] without an extent of 0; got int32(64, 8)",
             ),
-            ((128, 8), "float32", {"bits": 0}, "bits=0 must be an integer from 1 to 8"),
-            ((128, 8), "float32", {"bits": 9}, "bits=9 must be an integer from 1 to 8"),
-            ((128, 8), "float32", {"bits": 1}, "bits=1 cannot be rounded to nearest"),
+            ((128, 8), "float32", {"bits": 0}, "bits=0 must be an integer from 2 to 8"),
+            ((128, 8), "float32", {"bits": 9}, "bits=9 must be an integer from 2 to 8"),
+            ((128, 8), "float32", {"bits": 1}, "bits=1 must be an integer from 2 to 8"),
             (
                 (36, 8),
                 "float32",
@@ -1255,13 +1261,25 @@ class TestQuantize:
                 (64, 8),
                 "float32",
                 {"group_size": 0},
-                "must be a multiple of group_size=0",
+                "group_size=0 must be a positive integer or None",
             ),
             (
                 (64, 8),
                 "float32",
                 {"group_size": 32.0},
-                "must be a multiple of group_size=32.0",
+                "group_size=32.0 must be a positive integer or None",
+            ),
+            (
+                (64, 8),
+                "float32",
+                {"group_size": True},
+                "group_size=True must be a positive integer or None",
+            ),
+            (
+                (64, 8),
+                "float32",
+                {"bits": True},
+                "bits=True must be an integer from 2 to 8",
             ),
             (
                 (64, 8),
@@ -1274,6 +1292,12 @@ class TestQuantize:
     def test_refuses(self, shape, dtype, arguments, message, refuses):
         with refuses(message):
             qjax.quantize(jnp.zeros(shape, dtype), **arguments)
+
+    def test_integers_of_numpy_are_integers(self):
+        w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), jnp.float32)
+        found = qjax.quantize(w, bits=np.int8(8), group_size=np.int64(32))
+        chex.assert_trees_all_equal(found, qjax.quantize(w, bits=8, group_size=32))
+        assert repr(found.segments) == repr((tensor.Segment(8, 32),))
 
 
 class TestPrepare:

@@ -1,16 +1,15 @@
 """Rules that say how the weights of a model are quantized: patterns and specs."""
 
 import dataclasses
-import numbers
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike
 
 from qjax import ops, rtn
-from qjax.bits import block
+from qjax.bits import block, whole
 from qjax.tensor import QTensor
 
 
@@ -34,18 +33,23 @@ class Spec:
       ValueError: If there are no such codes, groups or scales.
     """
 
-    bits: int = 4
-    group_size: int | None = 128
+    bits: SupportsIndex = 4
+    group_size: SupportsIndex | None = 128
     symmetric: bool = False
     scale_dtype: DTypeLike | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no weight can have, before any is looked at."""
-        if not _is_integer(self.bits) or self.bits not in range(2, 9):
+        bits, size = whole(self.bits), whole(self.group_size)
+        if bits not in range(2, 9):
             raise ValueError(f"bits={self.bits!r} must be an integer from 2 to 8.")
-        size = self.group_size
-        if size is not None and (not _is_integer(size) or size < 1):
-            raise ValueError(f"group_size={size!r} must be a positive integer or None.")
+        if self.group_size is not None and (size is None or size < 1):
+            raise ValueError(
+                f"group_size={self.group_size!r} must be a positive integer or None."
+            )
+        # Those of NumPy would be part of what layers and files say of a weight.
+        object.__setattr__(self, "bits", bits)
+        object.__setattr__(self, "group_size", size)
         if self.scale_dtype is not None:
             self.check_dtype(self.scale_dtype)
 
@@ -62,7 +66,7 @@ class Spec:
         codes = block(self.bits)[0]
         if k % codes:
             return f"k={k} is no multiple of {codes}: {self.bits}-bit codes fill words"
-        if self.group_size is not None and k % self.group_size:
+        if (rows := whole(self.group_size)) and k % rows:
             return f"k={k} is no multiple of group_size={self.group_size}"
         return None
 
@@ -70,11 +74,6 @@ class Spec:
         """Quantizes ``[*stack, k, n]`` and prepares it for this device."""
         options = dataclasses.asdict(self)
         return ops.prepare(rtn.quantize(matrix, **options))
-
-
-def _is_integer(value: Any) -> bool:
-    # NumPy's are integers as well; True is one by inheritance alone.
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 Rules = Spec | Mapping[str, Spec | None] | Sequence[Any]

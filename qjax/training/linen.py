@@ -30,7 +30,7 @@ from qjax.layers.linen import (
     to_params,
 )
 from qjax.tensor import QTensor
-from qjax.training import lora, shadow
+from qjax.training import calls, lora, shadow
 
 LORA, SHADOW = "lora", "shadow"
 _PRODUCTS = Dense | DenseGeneral | Einsum | Experts | MBWQDense
@@ -76,7 +76,7 @@ def _attach(
     is_call = isinstance(layer, _PRODUCTS) and context.method_name == "__call__"
     if not is_call or not layer.has_variable(SHADOW, "kernel"):
         return y
-    inputs = (*args, *kwargs.values())
+    inputs = calls.inputs_of(layer, args, kwargs)
     kernel = dataclasses.replace(
         layer.get_variable(QUANTIZED, "kernel"),
         **layer.get_variable("params", "kernel"),
@@ -172,11 +172,12 @@ class LoRA(nn.Module):
         """Takes the base's place among the variables."""
         nn.share_scope(self, self.base)
 
-    def __call__(self, *inputs: Num[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Float[Array, "..."]:
         """Applies the base, and adds the adapters' product.
 
         Args:
-          *inputs: What the base takes.
+          *args: What the base takes.
+          **kwargs: What the base takes by name.
 
         Returns:
           What the base returns, of the same shape and dtype.
@@ -185,7 +186,10 @@ class LoRA(nn.Module):
           ValueError: If ``rank`` is not positive, or as the base.
         """
         base: Any = self.base
-        return self._add(base(*inputs), lambda a, b: base.factored(a, b, *inputs))
+        inputs = calls.inputs_of(base, args, kwargs)
+        return self._add(
+            base(*args, **kwargs), lambda a, b: base.factored(a, b, *inputs)
+        )
 
     def attend(self, query: Num[Array, "*batch features"]) -> Float[Array, "..."]:
         """As `layers.linen.Embed.attend`, with the adapters' product added."""

@@ -19,6 +19,7 @@ from jax.nn.initializers import Initializer, he_uniform
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax import decode
+from qjax.meshes import explicitly_like
 from qjax.tensor import QTensor
 from qjax.training.rounding import requantize
 
@@ -85,9 +86,10 @@ def add(
       scaling: What `scaling` returned.
 
     Returns:
-      The sum, in the dtype of ``y``.
+      The sum, in the dtype of ``y``, and cut over devices as it.
     """
-    return y + scaling * factored(a.astype(y.dtype), b.astype(y.dtype))
+    delta = factored(a.astype(y.dtype), b.astype(y.dtype))
+    return y + scaling * explicitly_like(delta, y)
 
 
 def merge(

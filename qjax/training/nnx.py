@@ -20,7 +20,7 @@ from qjax.layers.nnx import (
 )
 from qjax.layers.report import path_name
 from qjax.tensor import QTensor
-from qjax.training import lora, shadow
+from qjax.training import calls, lora, shadow
 
 # Layers whose weight is one matrix over the last axis of the inputs; those that are
 # products with a quantized weight, which have shadows; and all that have adapters.
@@ -104,17 +104,18 @@ class Shadowed(nnx.Module):
         self.base = base
         self.shadow = nnx.data(shadow)
 
-    def __call__(self, *inputs: Num[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Float[Array, "..."]:
         """Applies the base.
 
         Args:
-          *inputs: As of the base.
+          *args: As of the base.
+          **kwargs: As of the base.
 
         Returns:
           What the base gives.
         """
         base: Any = self.base
-        y = base(*inputs)
+        y, inputs = base(*args, **kwargs), calls.inputs_of(base, args, kwargs)
         if isinstance(base, _Matrix):
             rows = jnp.asarray(inputs[0], y.dtype)
             return shadow.attach(y, rows, base.kernel, self.shadow)
@@ -235,17 +236,19 @@ class LoRA(nnx.Module):
         """The quantized weight of the base."""
         return nnx.as_pure(self.base.packed)
 
-    def __call__(self, *inputs: Num[Array, "..."]) -> Float[Array, "..."]:
+    def __call__(self, *args: Any, **kwargs: Any) -> Float[Array, "..."]:
         """Applies the base, and adds the adapters' product.
 
         Args:
-          *inputs: What the base takes.
+          *args: What the base takes.
+          **kwargs: What the base takes by name.
 
         Returns:
-          What the base returns, of the same shape and dtype.
+          What the base returns, of the same shape, dtype and sharding.
         """
+        inputs = calls.inputs_of(self.base, args, kwargs)
         return self._add(
-            self.base(*inputs), lambda a, b: self.base.factored(a, b, *inputs)
+            self.base(*args, **kwargs), lambda a, b: self.base.factored(a, b, *inputs)
         )
 
     def attend(self, query: Num[Array, "*batch features"]) -> Float[Array, "..."]:

@@ -25,8 +25,8 @@ def requantize(w: QTensor, target: Float[Array, "*batch k n"]) -> QTensor:
 
     Each group starts from the scale and zero that it has, and from those of the range
     of the new weight; nearest codes, and scales and float zeros of least squares, take
-    turns; and the better of the two is taken. So a weight that ``w`` holds already is
-    not changed.
+    turns; and the better of the two is taken. A group that ``w`` holds already is not
+    changed.
 
     Args:
       w: A tensor of that format, stacked or not.
@@ -91,14 +91,28 @@ def _requantize_part(part: QTensor, w: Array) -> QTensor:
     def error(part: QTensor) -> Array:
         return group_sum(part, (stored_weight(part, jnp.float32) - w) ** 2)
 
-    better = error(new) < error(old)
-    q = jnp.where(spread(part, better), codes(new), codes(old))
+    fitted = _choose(error(new) < error(old), new, old)
+    # A scale of least squares is off by its own rounding, even where none is better.
+    return _choose(_is_held(part, w), part, fitted)
+
+
+def _is_held(part: QTensor, w: Array) -> Array:
+    """Which groups are the weight, but for the last bit that `input_scale` costs."""
+    # Rounded by itself: a compiler would merge the product and the difference.
+    off = jnp.abs(rounded(stored_weight(part, jnp.float32), jnp.float32) - w)
+    is_off = off > jnp.finfo(jnp.float32).eps * jnp.abs(w)
+    return group_sum(part, is_off.astype(jnp.float32)) == 0
+
+
+def _choose(groups: Array, one: QTensor, other: QTensor) -> QTensor:
+    """Takes some groups of one part, and the rest of another."""
+    q = jnp.where(spread(one, groups), codes(one), codes(other))
     chosen = {
-        name: jnp.where(better, getattr(new, name), getattr(old, name))
+        name: jnp.where(groups, getattr(one, name), getattr(other, name))
         for name in ("scale", "zero")
-        if getattr(old, name) is not None
+        if getattr(one, name) is not None
     }
-    return with_words(dataclasses.replace(old, **chosen), q)
+    return with_words(dataclasses.replace(one, **chosen), q)
 
 
 def _alternate(part: QTensor, w: Array) -> QTensor:

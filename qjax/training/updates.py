@@ -191,7 +191,9 @@ def _over_tensors(step: Callable, params: Any, *trees: Any) -> Any:
         if any(array is None or isinstance(array, optax.MaskedNode) for array in given):
             return param
         if not _is_tensor(param):
-            return param + arrays[0].astype(param.dtype)
+            # Rounded once, after the sum: optax promotes, which a user may have strict.
+            with jax.numpy_dtype_promotion("standard"):
+                return optax.apply_updates(param, arrays[0])
         for array in arrays:
             shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
             floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)

@@ -4,6 +4,7 @@ import dataclasses
 import re
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
 
@@ -65,6 +66,7 @@ def test_what_is_no_rule_is_refused(given, error, message):
         ({"bits": 1}, "bits=1 must be an integer from 2 to 8"),
         ({"bits": 9}, "bits=9 must be an integer from 2 to 8"),
         ({"bits": 4.0}, "bits=4.0 must be an integer"),
+        ({"bits": True}, "bits=True must be an integer"),
         ({"group_size": 0}, "group_size=0 must be a positive integer or None"),
         ({"group_size": 32.0}, "group_size=32.0 must be a positive integer"),
         ({"group_size": "32"}, "group_size='32' must be a positive integer"),
@@ -75,6 +77,13 @@ def test_what_is_no_rule_is_refused(given, error, message):
 def test_what_no_weight_can_have_is_refused_at_once(options, message, refuses):
     with refuses(message):
         qjax.Spec(**options)
+
+
+def test_a_spec_of_integers_of_numpy_is_that_of_integers():
+    spec = qjax.Spec(bits=np.int64(4), group_size=np.int32(32))
+    assert repr(spec) == repr(qjax.Spec(bits=4, group_size=32))
+    model = nnx.Linear(64, 8, rngs=nnx.Rngs(0))
+    assert qjax.quantize_model(model, spec).kernel.segments[0].bits == 4
 
 
 @pytest.mark.parametrize(

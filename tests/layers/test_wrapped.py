@@ -4,8 +4,9 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
-from flax import nnx
+from flax import errors, nnx
 
 import qjax
 from qjax.layers.nnx import wrapped
@@ -63,11 +64,13 @@ class Eager(nnx.Module):
 
     def __init__(self):
         self.w = nnx.Param(x(MODEL, MODEL))
-        self.positive = 0
+        self.positive, self.last, self.fresh = 0, nnx.data(None), True
 
     def __call__(self, x):
         y = x @ self.w[...]
         self.positive += int(y.sum() > 0)
+        self.last = y
+        del self.fresh
         return y
 
 
@@ -77,19 +80,179 @@ def test_code_that_cannot_be_traced_runs_on_dense_weights():
         found = changed(x(3, MODEL))
     same(found, x(3, MODEL) @ packed_weight(changed))
     assert changed.positive == int(found.sum() > 0)
+    assert changed.last is found
+    assert not hasattr(changed, "fresh")
 
 
 def packed_weight(module):
     return qjax.dequantize(nnx.as_pure(wrapped.packed_weights(module)["w"]))
 
 
-def test_errors_of_the_code_are_its_own():
+OUTSIDE = nnx.Variable(jnp.zeros(()))
+
+
+def count_outside(y):
+    OUTSIDE[...] += 1
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda y: bool((y > 0).all()),
+        lambda y: float(y.sum()),
+        lambda y: range(jnp.argmax(y)),
+        lambda y: y[y > 0],
+        np.asarray,
+        lambda y: jnp.zeros(jnp.argmax(y)),
+        lambda y: f"{y.sum():.3f}",
+        lambda y: y.sharding,
+        lambda y: y.devices(),
+        count_outside,
+    ],
+)
+def test_what_only_values_can_say_is_asked_of_dense_weights(look):
+    class Looks(Plain):
+        def __call__(self, x):
+            y = super().__call__(x)
+            look(y)
+            return y
+
+    changed, _ = quantize(Looks(nnx.Rngs(0)))
+    with pytest.warns(UserWarning, match="is run on dense weights, as it cannot be tr"):
+        found = changed(x(3, MODEL))
+    same(found, jnp.tanh(x(3, MODEL) @ packed_weight(changed)))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error", "message"),
+    [
+        (lambda y: y + jnp.ones((3, 5)), TypeError, "add got incompatible shapes"),
+        (lambda y: y @ None, TypeError, "unsupported operand|not accepted"),
+        (lambda y: y.features, AttributeError, "has no attribute features"),
+        (lambda y: {}["gate"], KeyError, "gate"),
+        (lambda y: jnp.reshape(y, (5, -1)), TypeError, "reshape"),
+    ],
+)
+def test_errors_of_the_code_are_its_own(mistake, error, message):
+    class Wrong(Plain):
+        def __call__(self, x):
+            return mistake(super().__call__(x))
+
+    # Warnings are errors: nothing is said of a trace, and no weight is made dense.
+    with pytest.raises(error, match=message):
+        quantize(Wrong(nnx.Rngs(0)))[0](x(3, MODEL))
+
+
+def test_inputs_of_another_width_are_refused_as_ever():
     changed, _ = quantize(foreign.Einsum("BTD,DF->BTF", (MODEL, MODEL), RNGS))
-    with (
-        pytest.warns(UserWarning, match="cannot be traced"),
-        pytest.raises(ValueError, match="Size of label 'D'"),
-    ):
+    with pytest.raises(ValueError, match="Size of label 'D'"):
         changed(x(1, 3, MODEL + 1))
+
+
+class Counter(nnx.Module):
+    """Counts in an attribute of its own."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __call__(self):
+        self.count += 1
+
+
+class Remembers(nnx.Module):
+    """Keeps what it did in attributes of every kind."""
+
+    def __init__(self):
+        self.w = nnx.Param(x(MODEL, MODEL))
+        self.bias = nnx.Param(jnp.zeros(MODEL))
+        self.pos, self.fresh = 0, True
+        self.last = nnx.data(None)
+        self.seen = nnx.data([])
+        self.inner, self.layers = Counter(), nnx.List([Counter(), Counter()])
+        self.active = self.layers[0]
+
+    def __call__(self, x):
+        y = (x * (self.pos + 1)) @ self.w[...] + self.bias[...][None]
+        self.pos += 2
+        if self.pos == 2:
+            del self.fresh
+        self.last = y
+        self.seen.append(y.sum())
+        self.running = nnx.BatchStat(y.max(), note="kept")
+        self.inner()
+        self.active = self.layers[self.pos % 4 // 2]
+        self.active()
+        return y
+
+
+@pytest.mark.parametrize("jit", [False, True], ids=["", "jit"])
+def test_attributes_of_a_wrapped_module_go_on(jit):
+    changed, report = quantize(Remembers())
+    assert [entry.path for entry in report.replaced] == ["w"]
+    dense = foreign.dequantized(changed, Remembers())
+    run = lambda model, inputs: model(inputs)  # noqa: E731
+    run = nnx.jit(run) if jit else run
+    for _ in range(3):
+        same(run(changed, x(3, MODEL)), run(dense, x(3, MODEL)))
+    assert changed.pos == dense.pos == 6
+    assert changed.inner.count == 3
+    assert [layer.count for layer in changed.layers] == [1, 2]
+    assert changed.active is changed.layers[1]
+    assert not hasattr(changed, "fresh")
+    same(changed.last, dense.last)
+    same(jnp.stack(changed.seen), jnp.stack(dense.seen))
+    same(changed.running[...], dense.running[...])
+    assert changed.running.get_metadata("note") == "kept"
+
+
+def test_a_list_that_others_have_is_added_to():
+    class Logs(Plain):
+        def __init__(self, log):
+            super().__init__(nnx.Rngs(0))
+            self.log = log
+
+        def __call__(self, x):
+            y = super().__call__(x)
+            self.log["mean"] = y.mean()
+            self.log["calls"].append(y.max())
+            return y
+
+    changed, _ = quantize(Logs({"calls": []}))
+    log = changed.log
+    found = [changed(x(rows, MODEL)) for rows in (2, 3)]
+    assert changed.log is log
+    same(log["mean"], found[1].mean())
+    assert [float(y) for y in log["calls"]] == [float(y.max()) for y in found]
+
+
+def test_attributes_are_not_changed_in_another_trace():
+    changed, _ = quantize(Remembers())
+    with pytest.raises(errors.TraceContextError, match="Cannot mutate"):
+        jax.jit(changed)(x(3, MODEL))
+
+
+def test_a_new_module_is_made_with_dense_weights():
+    class Grows(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(x(MODEL, MODEL))
+            self.cache = nnx.data(None)
+
+        def __call__(self, x):
+            y = x @ self.w[...]
+            if self.cache is None:
+                self.cache = Cache(y)
+            return y
+
+    class Cache(nnx.Module):
+        def __init__(self, y):
+            self.y = nnx.Cache(y)
+
+    changed, _ = quantize(Grows())
+    with pytest.warns(UserWarning, match="the attribute 'cache' a new Cache"):
+        found = changed(x(3, MODEL))
+    same(changed.cache.y[...], found)
+    # Now there is nothing new.
+    same(changed(x(3, MODEL)), found)
 
 
 def test_layers_that_differ_in_their_places_alone_are_stacked_and_scanned():

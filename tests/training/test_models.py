@@ -246,6 +246,25 @@ class TestShadows:
         assert cases.error(found, wanted) < 1e-5
         chex.assert_trees_all_equal(found, twin)
 
+    def test_calls_by_name(self):
+        w = jax.tree.map(lambda *a: jnp.stack(a), *map(cases.kernel, ["4bit"] * 3))
+        layer = linen.Experts(3, N, use_bias=False)
+        twin = by_nnx.Experts.from_qtensor(w)
+        variables, sizes = to_variables({"kernel": w}), jnp.array([5, 0, 9])
+
+        def by_linen(zeros, *args, **kwargs):
+            given = {**variables, "shadow": {"kernel": zeros}}
+            return shadowed(layer.apply)(given, *args, **kwargs).sum()
+
+        def by_twin(zeros, *args, **kwargs):
+            return training.nnx.with_shadows(twin, {"": zeros})(*args, **kwargs).sum()
+
+        zeros = shadow.zeros(w)
+        for loss in (by_linen, by_twin):
+            wanted = jax.grad(loss)(zeros, X, sizes)
+            found = jax.grad(loss)(zeros, group_sizes=sizes, inputs=X)
+            chex.assert_trees_all_equal(found, wanted)
+
     def test_twins_take_the_same_steps(self):
         optimizer = training.diode_mix(0.01)
         variables, model = to_variables(params("4bit")), Model(params("4bit"))

@@ -100,19 +100,14 @@ def _found(
 ) -> dict[str, Form | str]:
     """The forms of weights by what a call of the model does with them."""
     params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
-    given, static = jax.tree.flatten((inputs, dict(keywords)))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in given]
+    passed, arguments = uses.arrays_of(inputs, keywords)
     others = {
         "params": {path: leaf for path, leaf in params.items() if path not in weights},
         "rest": {name: tree for name, tree in variables.items() if name != "params"},
     }
 
     def run(weights: dict[str, Array], others: dict, passed: list) -> Any:
-        mixed = iter(passed)
-        leaves = [
-            next(mixed) if a else leaf for a, leaf in zip(is_array, given, strict=True)
-        ]
-        args, kwargs = jax.tree.unflatten(static, leaves)
+        args, kwargs = arguments(passed)
         merged = traverse_util.unflatten_dict({**others["params"], **weights}, sep="/")
         return module.apply(
             {"params": merged, **others["rest"]}, *args, method=method, **kwargs
@@ -122,7 +117,6 @@ def _found(
         path: jax.ShapeDtypeStruct(weight.shape, weight.dtype)
         for path, weight in weights.items()
     }
-    passed = [leaf for a, leaf in zip(is_array, given, strict=True) if a]
     return uses.find(run, shapes, others, passed)
 
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -157,7 +157,7 @@ def _found(
     graphdef, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
     names = {id(weight.variable): weight.path for weight in weights}
-    passed, arguments = _arrays_of(inputs, keywords)
+    passed, arguments = uses.arrays_of(inputs, keywords)
 
     def run(arrays: dict[str, Array], others: list, passed: list) -> Any:
         rest = iter(others)
@@ -173,24 +173,13 @@ def _found(
         weight.path: jax.ShapeDtypeStruct(weight.variable.shape, weight.variable.dtype)
         for weight in weights
     }
-    others = [wrapped.value_of(node) for _, node in flat if names.get(id(node)) is None]
+    others = [_value_of(node) for _, node in flat if names.get(id(node)) is None]
     return uses.find(run, shapes, others, passed)
 
 
-def _arrays_of(
-    inputs: tuple, keywords: Mapping[str, Any]
-) -> tuple[list[Any], Callable[[list[Any]], tuple[tuple, dict[str, Any]]]]:
-    """The arrays of a call, and what puts others in their place."""
-    given, tree = jax.tree.flatten((inputs, dict(keywords)))
-    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in given]
-
-    def arguments(arrays: list[Any]) -> tuple[tuple, dict[str, Any]]:
-        rest, pairs = iter(arrays), zip(is_array, given, strict=True)
-        leaves = [next(rest) if is_one else leaf for is_one, leaf in pairs]
-        return jax.tree.unflatten(tree, leaves)
-
-    arrays = [leaf for is_one, leaf in zip(is_array, given, strict=True) if is_one]
-    return arrays, arguments
+def _value_of(leaf: Any) -> Any:
+    """The array of a Variable, or what is no Variable itself."""
+    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _with(node: Any, array: Array | None, others: Iterator[Any]) -> Any:
@@ -265,7 +254,7 @@ def _read_by_others(
         if type(module) is nnx.Linear:
             module.__class__ = _watching(path_name(path), found)
     graphdef, state = nnx.split(watched)
-    arrays, arguments = _arrays_of(inputs, keywords)
+    arrays, arguments = uses.arrays_of(inputs, keywords)
 
     def run(state: Any, arrays: list[Array]) -> None:
         args, kwargs = arguments(arrays)

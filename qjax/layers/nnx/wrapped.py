@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-from flax import nnx
+from flax import errors, nnx
+from jax.core import Tracer
 from jaxtyping import Array
 
 from qjax.layers import subclasses
+from qjax.layers.nnx import changes
 from qjax.layers.nnx.packed import Packed
 from qjax.layers.tracing import interpreter
 from qjax.layers.tracing.held import Held, dense
@@ -136,32 +138,23 @@ def _call(module: Any, name: str, use: Callable[[Any], Any]) -> Any:
     """Lets code of the module's own class use it, with the packed weights in it."""
     bare, weights = _bare(module), _held(module)
     graphdef, state = nnx.split(bare)
-    before = dict(nnx.to_flat_state(state))
-    paths: list[tuple[Any, type | None]] = []
+    originals = [module if node is bare else node for node in changes.nodes(bare)]
+    copies: list[changes.Copy] = []
 
-    def function(**arrays: Array) -> tuple[Any, list[Any]]:
-        # A copy, as the Variables of a trace cannot be changed in another.
-        copy = nnx.merge(graphdef, state, copy=True)
-        _give(copy, module, arrays)
-        result = use(copy)
+    def function(**arrays: Array) -> tuple[Any, list[list[Any]]]:
+        copy = changes.Copy(graphdef, state, originals)
+        copies.append(copy)
+        _give(copy.module, module, arrays)
+        result = use(copy.module)
         for weight in arrays:
-            delattr(copy, weight)
-        changed = {
-            path: leaf
-            for path, leaf in nnx.to_flat_state(nnx.state(copy))
-            if path not in before or value_of(leaf) is not value_of(before[path])
-        }
-        paths[:] = [
-            (path, type(leaf) if isinstance(leaf, nnx.Variable) else None)
-            for path, leaf in changed.items()
-        ]
-        return result, [value_of(leaf) for leaf in changed.values()]
+            delattr(copy.module, weight)
+        return result, copy.changes()
 
     try:
-        result, values = interpreter.call(function, weights)
-    except Warning:  # One that is made an error is no failure to trace.
-        raise
+        result, changed = interpreter.call(function, weights)
     except Exception as error:
+        if not _is_of_tracing(error):
+            raise
         reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         warnings.warn(
             f"{getattr(module, PLACE)}: {name} is run on dense weights, as it cannot "
@@ -169,15 +162,30 @@ def _call(module: Any, name: str, use: Callable[[Any], Any]) -> Any:
             stacklevel=3,
         )
         return _call_dense(module, use)
-    new = {}
-    for (path, kind), value in zip(paths, values, strict=True):
-        if isinstance(old := before.get(path), nnx.Variable):
-            old.set_raw_value(value)
-        else:
-            new[path] = value if kind is None else kind(value)
-    if new:
-        nnx.update(module, nnx.from_flat_state(new))
+    copies[-1].write(changed)
     return result
+
+
+# What JAX and Flax raise where a tracer is asked for its value, or what is outside of
+# the trace is changed; and what a bare TypeError says of shapes and of `format`.
+_OF_TRACING = (
+    jax.errors.JAXTypeError,
+    jax.errors.JAXIndexError,
+    errors.TraceContextError,
+    changes.Unwritable,
+)
+_SAID_OF_TRACERS = ("of concrete values", "Tracer.__format__")
+
+
+def _is_of_tracing(error: Exception) -> bool:
+    """Whether an error means that code cannot be traced, and is none of the code."""
+    if isinstance(error, AttributeError):
+        # Such as the sharding, which arrays have that exist.
+        is_traced = isinstance(error.obj, Tracer)
+        return is_traced and hasattr(jax.Array, str(error.name))
+    if type(error) is TypeError:
+        return any(part in str(error) for part in _SAID_OF_TRACERS)
+    return isinstance(error, _OF_TRACING)
 
 
 def _call_dense(module: Any, use: Callable[[Any], Any]) -> Any:
@@ -188,7 +196,9 @@ def _call_dense(module: Any, use: Callable[[Any], Any]) -> Any:
     own = {*type(module)._kinds, "_pytree__nodes"}
     for name, value in vars(bare).items():
         if name not in own and vars(module).get(name) is not value:
-            setattr(module, name, value)
+            changes.assign(module, name, value, bare)
+    for name in vars(module).keys() - vars(bare).keys() - {PACKED, PLACE}:
+        delattr(module, name)
     return result
 
 
@@ -222,11 +232,6 @@ def _held(module: Any) -> dict[str, Held]:
         )
         for name, packed in packed_weights(module).items()
     }
-
-
-def value_of(leaf: Any) -> Any:
-    """The array of a Variable, or what is no Variable itself."""
-    return leaf.get_raw_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _outside(name: str) -> property:

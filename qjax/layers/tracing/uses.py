@@ -69,6 +69,30 @@ def find(
     return {name: _form(weights[name].shape, uses[name]) for name in weights}
 
 
+def arrays_of(
+    inputs: tuple, keywords: Mapping[str, Any]
+) -> tuple[list[Any], Callable[[list[Any]], tuple[tuple, dict[str, Any]]]]:
+    """Takes the arrays out of what a model is called with: they alone are traced.
+
+    Args:
+      inputs: The inputs, whose arrays may be abstract.
+      keywords: More of them.
+
+    Returns:
+      The arrays, and a function that puts others in their place.
+    """
+    given, tree = jax.tree.flatten((inputs, dict(keywords)))
+    is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in given]
+
+    def arguments(arrays: list[Any]) -> tuple[tuple, dict[str, Any]]:
+        rest, pairs = iter(arrays), zip(is_array, given, strict=True)
+        leaves = [next(rest) if is_one else leaf for is_one, leaf in pairs]
+        return jax.tree.unflatten(tree, leaves)
+
+    arrays = [leaf for is_one, leaf in zip(is_array, given, strict=True) if is_one]
+    return arrays, arguments
+
+
 def _arrays(tree: Any) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
 
