@@ -97,7 +97,7 @@ class Rule:
         return any(map(self.pattern.fullmatch, (path, module)))
 
 
-def read(rules: Rules) -> tuple[Rule, ...]:
+def read(rules: Any) -> tuple[Rule, ...]:
     """Checks rules, of which the first that matches a path decides.
 
     Args:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import hypothesis
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from hypothesis import strategies as st
@@ -51,6 +52,8 @@ def assert_refused_or_harmless(name: str, checkpoint: Checkpoint):
             found, message = values(checkpoint, directory), directory
         except ValueError as error:
             found, message = {}, str(error)
+        except jaxtyping.TypeCheckError:  # where annotations are checked at run time
+            return
         assert directory in message
         assert "\n" not in message
     for key, wanted in expected(name).items():

@@ -178,6 +178,6 @@ def variables(weight: QTensor) -> QTensor:
     return jax.tree.map(_variable, weight)
 
 
-def _variable(leaf: Array) -> nnx.Variable:
+def _variable(leaf: Array | jax.ShapeDtypeStruct) -> nnx.Variable:
     floating = jnp.issubdtype(leaf.dtype, jnp.floating)
     return Scale(leaf) if floating else Quantized(leaf)

@@ -22,7 +22,8 @@ from qjax.layers.tracing.products import product, ragged_product
 from qjax.layers.tracing.views import Form, follow
 from qjax.tensor import QTensor
 
-_Value = Array | Held
+# An array, a literal of the program, or a `Held`.
+_Value = Any
 
 
 def hold(weight: QTensor, form: Form, dtype: Any, path: str) -> Held:
@@ -131,7 +132,7 @@ def _packed(eqn: jex.JaxprEqn, values: list[_Value]) -> Sequence[_Value] | None:
     return None if result is None else [result]
 
 
-def _dense_all(values: Sequence[_Value], operation: str) -> list[Array]:
+def _dense_all(values: Sequence[_Value], operation: str) -> list[Any]:
     return [
         _dense(value, operation) if isinstance(value, Held) else value
         for value in values
@@ -241,7 +242,7 @@ def _while(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array] | None:
     if len(carry) != len(values) - ends[1]:
         return None
 
-    def run(closed: Any, values: list[_Value]) -> list[Array]:
+    def run(closed: Any, values: list[_Value]) -> list[Any]:
         return _dense_all(_run(closed.jaxpr, closed.consts, values), "while")
 
     return jax.lax.while_loop(
@@ -298,10 +299,10 @@ _PROGRAMS: Mapping[str, Callable[..., Sequence[_Value] | None]] = {
 
 def _runner(
     jaxpr: jex.Jaxpr, consts: Sequence[Any], values: list[_Value], name: str
-) -> Callable[..., list[Array]]:
+) -> Callable[..., list[Any]]:
     """A program as a function of arrays and of the packed weights' own trees."""
 
-    def run(*leaves: Any) -> list[Array]:
+    def run(*leaves: Any) -> list[Any]:
         given = [
             dataclasses.replace(value, weight=leaf) if isinstance(value, Held) else leaf
             for value, leaf in zip(values, leaves, strict=True)
