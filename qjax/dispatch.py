@@ -72,8 +72,8 @@ class Choice(NamedTuple):
         return self._replace(dtype=jnp.float32)
 
 
-def _xla_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
-    """Names of XLA's forms to try, best first."""
+def _xla_order(op: str, m: Any, w: QTensor) -> tuple[str, ...]:
+    """Names of XLA's forms to try, best first; `jax.export` may leave m open."""
     if op == "matmul" and not is_symbolic_dim(m) and m <= _FUSED_ROWS:
         return ("xla_fused", "xla_tiled", "xla_dense")
     if w.k * w.n <= _SMALL:
@@ -83,8 +83,8 @@ def _xla_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
     return ("xla_tiled", "xla_dense")
 
 
-def _gpu_order(op: str, m: int, w: QTensor) -> tuple[str, ...]:
-    """Names of the GPU's implementations to try, best first."""
+def _gpu_order(op: str, m: Any, w: QTensor) -> tuple[str, ...]:
+    """Names of the GPU's implementations to try, best first, likewise."""
     if op == "leaf_grad":
         return ("pallas",)
     if is_symbolic_dim(m):  # A kernel is launched for a number of rows.

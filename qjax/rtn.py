@@ -5,6 +5,7 @@ from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax import xla
@@ -13,7 +14,7 @@ from qjax.tensor import Affine, QTensor, Segment
 
 
 def quantize(
-    w: Float[Array, "*batch k n"],
+    w: Float[Array | np.ndarray, "*batch k n"],
     bits: SupportsIndex = 4,
     group_size: SupportsIndex | None = 128,
     symmetric: bool = False,

@@ -67,17 +67,17 @@ class Everywhere:
 
 @pytest.fixture(scope="session")
 def refuses():
-    """``with refuses(message)``: a ValueError with that literal piece in it.
+    """``with refuses(message)``: a ValueError, or another error that is named, with it.
 
     Where annotations are checked at run time (--jaxtyping-packages), a wrong dtype or
     rank does not get as far as the function's own check.
     """
 
     @contextlib.contextmanager
-    def refuses(message: str):
-        with pytest.raises((ValueError, jaxtyping.TypeCheckError)) as caught:
+    def refuses(message: str, error: type[Exception] = ValueError):
+        with pytest.raises((error, jaxtyping.TypeCheckError)) as caught:
             yield
-        if isinstance(caught.value, ValueError):
+        if not isinstance(caught.value, jaxtyping.TypeCheckError):
             assert message in str(caught.value)
 
     return refuses

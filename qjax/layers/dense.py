@@ -138,7 +138,7 @@ def _check_sizes(
 
 def check_shapes(
     kernel: QTensor,
-    bias: Array | None,
+    bias: Array | jax.ShapeDtypeStruct | None,
     shape: tuple[int, ...] | None = None,
     *,
     name: str = "kernel",

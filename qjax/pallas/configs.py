@@ -131,7 +131,10 @@ def _heuristic_matmul(m: int, w: QTensor) -> Config:
     # With few rows two warps have the registers for all columns: what is done for an
     # iteration costs half as much a weight. Long iterations leave room for fewer
     # programs, of more warps.
-    return Config(block_m, _BLOCK_N, 128, warps=2 if block_m <= 16 and not long else 4)
+    warps = 2 if block_m <= 16 and not long else 4
+    # What starts the third stage of each segment leaves too few registers to 32 rows.
+    crowded = block_m == EXACT_ROWS and long and len(w.segments) > 1
+    return Config(block_m, _BLOCK_N, 128, warps=warps, stages=2 if crowded else 3)
 
 
 def _heuristic_matvec(m: int, w: QTensor) -> Config:
@@ -141,7 +144,11 @@ def _heuristic_matvec(m: int, w: QTensor) -> Config:
     programs = _ceil(w.n, _BLOCK_N * rows // 8)
     twice = 1 < rows < 8 and programs < _BUSY
     block_m = 16 if twice or rows > 8 else 8
-    return Config(block_m, _BLOCK_N, 128, warps=2, slices=block_m // rows)
+    # Scales of eight groups, loaded ahead, leave no registers to two warps, nor to four
+    # for a third stage.
+    warps, stages = (4, 2) if block_m == 16 and _has_eight_groups(w) else (2, 3)
+    slices = block_m // rows
+    return Config(block_m, _BLOCK_N, 128, warps=warps, stages=stages, slices=slices)
 
 
 def _resolve(op: str, m: int, w: QTensor) -> Config:
@@ -202,6 +209,12 @@ def _registers(op: str, config: Config, w: QTensor) -> int:
 def _has_long_blocks(w: QTensor) -> bool:
     """Whether iterations, which take at least a block, have more than 128 rows."""
     return any(tiles.rows_of_block(s.bits) > 128 for s in w.segments)
+
+
+def _has_eight_groups(w: QTensor) -> bool:
+    """Whether an iteration can have eight groups: of 256 rows, 32 each."""
+    sizes = [(tiles.rows_of_block(s.bits), s.group_size) for s in w.segments]
+    return (256, 32) in sizes
 
 
 def _power_of_two(m: int, least: int, most: int) -> int:

@@ -11,7 +11,7 @@ The segments of a mixed matrix are loops one after another in the same launch
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +23,7 @@ from qjax.formats import tiles
 from qjax.pallas import lang, rows, scaling, segments
 from qjax.pallas.operands import (
     DTYPE,
+    EXACT_ROWS,
     Config,
     arrange,
     books,
@@ -172,23 +173,26 @@ def _body(
     out_ref: Any,
 ) -> None:
     m, n, split = (pl.program_id(axis) for axis in range(3))
-    bounds, runs = walk.read(refs.places, m), walk.runs
     x_rows = pl.ds(m * config.block_m, config.block_m)
     start = n * config.block_n
     book = read_book(refs.books, walk.matrix(refs.places, m), dtype)
     columns = [
         Columns(language, ref, run.bits, start, config.block_n, book.words, dtype)
-        for run, ref in zip(runs, refs.words, strict=True)
+        for run, ref in zip(walk.runs, refs.words, strict=True)
     ]
-    shares = [config.share(split, bound.iterations) for bound in bounds]
     unit = None
     if config.scales_weights:
-        spans = list(map(_span, runs, bounds, shares))
+        spans = [
+            _span(run, bounds, config.share(split, bounds.iterations))
+            for run, bounds in zip(walk.runs, walk.read(refs.places, m), strict=True)
+        ]
         unit = scaling.unit_of(refs.parameters, affine, columns[0], spans)
     program = _Program(language, affine, x_rows, refs, config.scales_weights, unit)
     acc = jnp.zeros((config.block_n, config.block_m), jnp.float32)
-    for run, bound, of_run, share in zip(runs, bounds, columns, shares, strict=True):
-        acc = program.add_segment(acc, run, bound, of_run, *share)
+    bounds_of_each = walk.read(refs.places, m)
+    for run, of_run, bounds in zip(walk.runs, columns, bounds_of_each, strict=True):
+        share = config.share(split, bounds.iterations)
+        acc = program.add_segment(acc, run, bounds, of_run, *share)
     if unit is not None:
         acc *= unit.undo
     if book.undo is not None:
@@ -235,20 +239,25 @@ class _Program(NamedTuple):
         step_rows = range(0, run.block_k, run.steps.rows)
         blocks = run.block_k // tiles.rows_of_block(run.bits)
 
-        def load(iteration: Array) -> list[tuple[list[Array], list[Array]]]:
-            """Sums of x, and scale and zero, of every step of an iteration."""
+        def load_sums(iteration: Array, rows: range) -> list[list[Array]]:
+            first = bounds.step + iteration * len(step_rows)
+            return [self._load_sums(first + row // run.steps.rows) for row in rows]
+
+        def load_parameters(iteration: Array, rows: range) -> list[list[Array]]:
+            groups = [
+                bounds.group + (iteration * run.block_k + row) // run.group
+                for row in rows
+            ]
+            # Past the last group there is only padding, where x is zero.
             return [
-                self._load_step(
-                    bounds.step + iteration * len(step_rows) + i,
-                    bounds.group + (iteration * run.block_k + row) // run.group,
-                    bounds.last_group,
-                    columns,
-                )
-                for i, row in enumerate(step_rows)
+                self._load_parameters(jnp.minimum(group, bounds.last_group), columns)
+                for group in groups
             ]
 
-        def add(acc: Array, iteration: Array, loaded: Any) -> Array:
-            for row, (sums, scale_and_zero) in zip(step_rows, loaded, strict=True):
+        def add(
+            acc: Array, iteration: Array, rows: range, sums: Any, parameters: Any
+        ) -> Array:
+            for row, *loaded in zip(rows, sums, parameters, strict=True):
                 product = functools.partial(
                     columns.add_product,
                     self.refs.x,
@@ -257,32 +266,45 @@ class _Program(NamedTuple):
                     places(run.bits, bounds.block + iteration * blocks, row, run.steps),
                     run.steps.joined,
                 )
-                if self.scales_weights:
-                    read = scaling.weights(
-                        columns, self.affine, self.unit, scale_and_zero
-                    )
-                    acc = product(acc, read)
-                else:
-                    acc = scaling.add_step(
-                        self.language, self.affine, acc, product, sums, scale_and_zero
-                    )
+                acc = self._add_step(acc, product, columns, *loaded)
             return acc
 
-        return segments.iterate(begin, end, load, add, acc)
+        parts = [step_rows]
+        if self.rows.size == EXACT_ROWS:
+            # A step after the other: a thread has no registers to hold twice what a
+            # whole iteration needs, nor once the sums of x. Those are in a cache.
+            parts = [step_rows[i : i + 1] for i in range(len(step_rows))]
+        loads = [
+            segments.Load(load_sums, 1),
+            segments.Load(load_parameters, len(parts)),
+        ]
+        return segments.iterate(begin, end, parts, loads, add, acc)
 
-    def _load_step(
-        self, step: Array, group: Array, last_group: Any, columns: Columns
-    ) -> tuple[list[Array], list[Array]]:
-        # Past the last group there is only padding, where x is zero.
-        group = jnp.minimum(group, last_group)
+    def _add_step(
+        self,
+        acc: Array,
+        product: Callable[..., Array],
+        columns: Columns,
+        sums: list[Array],
+        scale_and_zero: list[Array],
+    ) -> Array:
+        if self.scales_weights:
+            read = scaling.weights(columns, self.affine, self.unit, scale_and_zero)
+            return product(acc, read)
+        return scaling.add_step(
+            self.language, self.affine, acc, product, sums, scale_and_zero
+        )
+
+    def _load_sums(self, step: Array) -> list[Array]:
         # No offset stands beside the entries of a codebook.
         count = 0 if self.refs.start is None else len(self.refs.parameters)
-        sums = [
+        return [
             lang.load_row(self.refs.start, step, i, columns=self.rows)[None]
             for i in range(count)
         ]
-        scale_and_zero = [
+
+    def _load_parameters(self, group: Array, columns: Columns) -> list[Array]:
+        return [
             lang.load_row(ref, group, columns=columns.slice, mask=columns.inside)
             for ref in self.refs.parameters
         ]
-        return sums, scale_and_zero

@@ -211,12 +211,14 @@ class _Segment(NamedTuple):
     def add_to(self, acc: Float[Array, "a b"]) -> Float[Array, "a b"]:
         """Adds the product of the segment."""
 
-        def add(acc: Array, i: Array, loaded: list[list[Array]]) -> Array:
-            for row, scale_and_zero in zip(self._step_rows, loaded, strict=True):
+        def add(acc: Array, i: Array, rows: range, loaded: list[list[Array]]) -> Array:
+            for row, scale_and_zero in zip(rows, loaded, strict=True):
                 acc = self._add_step(acc, i, row, scale_and_zero)
             return acc
 
-        return segments.iterate(0, self._count, self._load_parameters, add, acc)
+        parts = [range(0, self.run.block_k, self.run.steps.rows)]
+        loads = [segments.Load(self._load_parameters, ahead=1)]
+        return segments.iterate(0, self._count, parts, loads, add, acc)
 
     @property
     def _count(self) -> Any:
@@ -229,17 +231,13 @@ class _Segment(NamedTuple):
         iterations = self.bounds.iterations
         return isinstance(iterations, int) and iterations % self.program.pieces == 0
 
-    @property
-    def _step_rows(self) -> range:
-        return range(0, self.run.block_k, self.run.steps.rows)
-
     def _iteration(self, slices: Array, i: Any) -> tuple[Array, Array | None]:
         """The ``i``-th iteration of slices of this program, and whether it exists."""
         iteration = (self.program.first + slices) * self._count + i
         return iteration, None if self._even else iteration < self.bounds.iterations
 
-    def _load_parameters(self, i: Any) -> list[list[Array]]:
-        """Loads scale and zero of every step of the ``i``-th iterations."""
+    def _load_parameters(self, i: Any, rows: range) -> list[list[Array]]:
+        """Loads scale and zero of steps of the ``i``-th iterations."""
         iteration, inside = self._iteration(jnp.arange(self.program.slices), i)
         of_columns = self.columns.inside
         inside = lang.both(
@@ -248,7 +246,7 @@ class _Segment(NamedTuple):
         )
         column = self.columns.slice.start + jnp.arange(self.columns.width)
         loaded = []
-        for row in self._step_rows:
+        for row in rows:
             group = (iteration * self.run.block_k + row) // self.run.group
             # Past the last group there is only padding, where x is zero.
             group = jnp.minimum(self.bounds.group + group, self.bounds.last_group)

@@ -22,7 +22,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qjax.pallas import lang
-from qjax.pallas.operands import DTYPE, TOP, bring_to
+from qjax.pallas.operands import DTYPE, EXACT_ROWS, TOP, bring_to
 from qjax.pallas.weight import Columns, Place
 from qjax.tensor import Affine
 
@@ -48,14 +48,24 @@ def add_step(
       sums: Of `operands.start`, for this step; none with a codebook.
       scale_and_zero: Of every column, as stored.
     """
-    scale, *zero = (p.astype(jnp.float32)[:, None] for p in scale_and_zero)
+    # Widened and brought to the threads that need them, scales take registers. Those of
+    # the product are all that many rows leave: their scales come after it.
+    scale, *zero = scale_and_zero
+    after = acc.shape[1] == EXACT_ROWS
+    scale = scale if after else _column(scale)
+    zero = [_column(z) for z in zero]
     begin, *minus_sum = sums or [jnp.zeros_like(acc)]
     if zero and affine is Affine.ZERO:
         begin = language.fma(zero[0], minus_sum[0], begin)
-    acc = language.fma(product(jnp.broadcast_to(begin, acc.shape)), scale, acc)
+    summed = product(jnp.broadcast_to(begin, acc.shape))
+    acc = language.fma(summed, _column(scale) if after else scale, acc)
     if zero and affine is not Affine.ZERO:
         acc = language.fma(-zero[0], minus_sum[0], acc)
     return acc
+
+
+def _column(parameter: Array) -> Float[Array, "n 1"]:
+    return parameter.astype(jnp.float32)[:, None]
 
 
 class Span(NamedTuple):

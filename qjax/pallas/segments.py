@@ -5,7 +5,7 @@ widths in other proportions share one compiled kernel. Those of a matrix in a st
 reckoned from its index, of which every block of rows may have one of its own.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -114,27 +114,27 @@ class Walk(NamedTuple):
         """Reads, in the kernel's body, which matrix of the stack it is."""
         return read_index(refs.index, block if self.by_block else 0)
 
-    def read(self, refs: Places, block: Any) -> list[Bounds]:
-        """Reads, in the kernel's body, the bounds of every segment.
+    def read(self, refs: Places, block: Any) -> Iterator[Bounds]:
+        """Reads, in the kernel's body, the bounds of one segment after another.
+
+        Whoever walks along a segment before the next bounds are read needs no registers
+        for them.
 
         Args:
           refs: References to `places`.
           block: The block of rows.
         """
-        bounds = list(self.bounds)
-        if refs.table is not None:
-            rows, count = range(len(bounds)), len(Bounds._fields)
-            read = [Bounds(*lang.scalars(refs.table, i, count)) for i in rows]
-            # Which the compiler has to know, or it loads x an element at a time.
-            aligned = [lax.div(b.row, tiles.STEP) * tiles.STEP for b in read]
-            bounds = [b._replace(row=row) for b, row in zip(read, aligned, strict=True)]
-        if refs.index is None:
-            return bounds
-        matrix = self.matrix(refs, block)
-        return [
-            self._moved(matrix, *pair)
-            for pair in zip(bounds, self.strides, strict=True)
-        ]
+        matrix = None if refs.index is None else self.matrix(refs, block)
+        for i, stride in enumerate(self.strides):
+            bounds = self._read_one(refs, i)
+            yield bounds if matrix is None else self._moved(matrix, bounds, stride)
+
+    def _read_one(self, refs: Places, i: int) -> Bounds:
+        if refs.table is None:
+            return self.bounds[i]
+        bounds = Bounds(*lang.scalars(refs.table, i, len(Bounds._fields)))
+        # Which the compiler has to know, or it loads x an element at a time.
+        return bounds._replace(row=lax.div(bounds.row, tiles.STEP) * tiles.STEP)
 
     def _moved(self, matrix: Array, bounds: Bounds, stride: Bounds) -> Bounds:
         iterations = bounds.iterations
@@ -147,11 +147,26 @@ class Walk(NamedTuple):
         return moved._replace(iterations=iterations)
 
 
+class Load(NamedTuple):
+    """What a segment needs beside its products.
+
+    Attributes:
+      rows: Loads it for some steps, given an iteration and the rows of it at which they
+        start.
+      ahead: How many parts of an iteration it is loaded before they need it; at most
+        all.
+    """
+
+    rows: Callable[[Any, range], Any]
+    ahead: int
+
+
 def iterate(
     begin: Any,
     end: Any,
-    load: Callable[[Any], Any],
-    add: Callable[[Array, Array, Any], Array],
+    parts: Sequence[range],
+    loads: Sequence[Load],
+    add: Callable[..., Array],
     acc: Array,
 ) -> Array:
     """Adds the iterations of a segment to an accumulator.
@@ -159,19 +174,26 @@ def iterate(
     Args:
       begin: The first.
       end: One past the last.
-      load: Loads what an iteration needs beside its products.
-      add: Adds an iteration to the accumulator, given what was loaded for it.
+      parts: The rows of an iteration at which the steps of each part of it start.
+      loads: Loads ahead: only those of the products are pipelined by the compiler.
+      add: Adds a part to the accumulator, given that, the iteration, the part, and what
+        each of ``loads`` has loaded for it.
       acc: The accumulator.
     """
 
     def one(iteration: Array, carry: Any) -> Any:
-        acc, loaded = carry
-        # One iteration ahead: only the loads of the products are pipelined by the
-        # compiler.
-        following = load(jnp.minimum(iteration + 1, end - 1))
-        return add(acc, iteration, loaded), following
+        acc, queues = carry
+        following = jnp.minimum(iteration + 1, end - 1)
+        later = [(i, part) for i in (iteration, following) for part in parts]
+        for i, part in enumerate(parts):
+            loaded = [load.rows(*later[i + load.ahead]) for load in loads]
+            queues = [[*q, new] for q, new in zip(queues, loaded, strict=True)]
+            acc = add(acc, iteration, part, *(queue[0] for queue in queues))
+            queues = [queue[1:] for queue in queues]
+        return acc, queues
 
-    return lax.fori_loop(begin, end, one, (acc, load(begin)))[0]
+    first = [[load.rows(begin, part) for part in parts[: load.ahead]] for load in loads]
+    return lax.fori_loop(begin, end, one, (acc, first))[0]
 
 
 def _cut(w: QTensor, config: Config) -> Iterator[tuple[Run, Bounds]]:

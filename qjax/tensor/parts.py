@@ -85,7 +85,7 @@ class Encoded(abc.ABC):
 def plain(parameter: Array | Encoded) -> Array: ...
 @typing.overload
 def plain(parameter: Array | Encoded | None) -> Array | None: ...
-def plain(parameter: Array | Encoded | None) -> Array | None:
+def plain(parameter: typing.Any) -> typing.Any:  # abstract, too
     """Decodes a scale or zero that is kept in its file's encoding."""
     return parameter.decode() if isinstance(parameter, Encoded) else parameter
 

@@ -67,7 +67,7 @@ def fused(x: Float[Array, "m k"], w: QTensor) -> Float[Array, "m n"]:
     run = group // _FUSED
     count = largest(range(1, 9), run)  # of unrolled terms: the program stays short
 
-    def add_some(j: Array, y: Array) -> Array:
+    def add_some(j: int | Array, y: Array) -> Array:
         parts = lax.dynamic_slice_in_dim(dots, j * count, count, 0)
         s = lax.dynamic_index_in_dim(scale, j * count // run, 0)
         return y + s * _add(list(parts))

@@ -66,20 +66,23 @@ class Dense:
 
 @dataclasses.dataclass(frozen=True)
 class Mixed:
-    """One row by a matrix of 6, 4 and 3 bits, as EXL2 mixes them."""
+    """``m`` rows by a matrix of several widths, as EXL2 mixes them."""
 
     group_size: int = 32
     padded: int = 0  # rows that the first segment lacks
+    m: int = 1
+    cut: tuple[tuple[int, int], ...] = ((6, 256), (4, 2048), (3, 1792))
 
     def __str__(self) -> str:
-        return f"mixed g{self.group_size}{' padded' * bool(self.padded)}"
+        widths = "/".join(str(bits) for bits, _ in self.cut)
+        padded = " padded" * bool(self.padded)
+        return f"mixed {widths} g{self.group_size}{padded} m{self.m}"
 
     @property
     def weight(self) -> QTensor:
         g = self.group_size
-        cut = ((6, 256), (4, 2048), (3, 1792))
         codes = {"affine": Affine.CENTERED, "zero": None}
-        first, *others = (weight(b, g, k=k, n=SIDE, **codes) for b, k in cut)
+        first, *others = (weight(b, g, k=k, n=SIDE, **codes) for b, k in self.cut)
         return dataclasses.replace(
             first,
             words=(*first.words, *(part.words[0] for part in others)),
@@ -92,7 +95,7 @@ class Mixed:
 
     def __call__(self) -> Source:
         w = self.weight
-        return qjax.matmul, (_struct((1, w.k), jnp.bfloat16), w)
+        return qjax.matmul, (_struct((self.m, w.k), jnp.bfloat16), w)
 
 
 def gradient(x, dy, w):

@@ -45,6 +45,8 @@ CASES = [
     *(usual(bits, block_m) for bits in range(1, 9) for block_m in (8, 16)),
     Matmul(4, 8, 128, 64, "codebook", "float32", warps=2),
     Matmul(4, 16, 128, 128, "codebook", "bfloat16", warps=2),
+    # Scales of eight steps in an iteration.
+    *(Matmul(bits, 32, 256, 32, "centered") for bits in (3, 5)),
     # These scale weights.
     Matmul(4, 64),
     Matmul(4, 64, 128, 64, "offset", "bfloat16"),

@@ -118,6 +118,21 @@ def test_mixed_widths(case, program):
         assert loop.number("LDGSTS.128") > 0
 
 
+@pytest.mark.parametrize(
+    "case",
+    [
+        Mixed(m=4, cut=((4, 512), (3, 3584))),
+        Mixed(m=16, cut=((8, 256), (4, 512), (3, 3328))),
+        Mixed(m=32, cut=((8, 256), (6, 512), (5, 3328))),
+    ],
+    ids=str,
+)
+@both
+def test_mixed_widths_have_registers(program):
+    # Small groups, whose scales are loaded ahead, in long iterations.
+    assert all(kernel.spills == 0 for kernel in program.kernels)
+
+
 @pytest.mark.parametrize("case", [Product(16, gradient=True)], ids=str)
 @both
 def test_gradient(program):

@@ -168,7 +168,7 @@ def _axis(name: int, size: int) -> tuple[Atom, ...]:
 
 
 def cut(
-    held: Held, starts: Sequence[int | Array], counts: Sequence[int]
+    held: Held, starts: Sequence[Any], counts: Sequence[int]
 ) -> Array | Held | None:
     """Computes a `jax.lax.slice` or a `jax.lax.dynamic_slice`.
 
