@@ -187,7 +187,7 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
     return join(variables["params"], variables.get(QUANTIZED, {}))
 
 
-def _split(kernel: QTensor) -> tuple[dict[str, Array | Segmented], QTensor]:
+def _split(kernel: QTensor) -> tuple[dict[str, Any], QTensor]:
     """Takes the float leaves out of a prepared kernel, by name."""
     floats = {
         name: leaf
