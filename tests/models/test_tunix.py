@@ -4,6 +4,7 @@ import functools
 import importlib
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,11 +15,15 @@ import pytest
 from flax import nnx
 
 import qjax
-from examples.llm import model as llama
 from tests.layers import foreign
 
+EXAMPLE = Path(__file__).parents[2] / "examples" / "llm"
+sys.path.insert(0, str(EXAMPLE))
+
+import model as llama  # noqa: E402
+
 VOCABULARY, LENGTH, GROUP = 96, 6, 32
-CHECKPOINT = Path(__file__).parents[2] / "examples" / "llm" / "checkpoint"
+CHECKPOINT = EXAMPLE / "checkpoint"
 SPEC = qjax.Spec(bits=4, group_size=GROUP)
 
 
