@@ -41,7 +41,7 @@ class Row:
     name: str
     shape: tuple[int, ...]
     format: str
-    bits: float
+    bits: int | float
     group_size: int | list[int | None] | None
     bits_per_weight: float
     bytes: int
