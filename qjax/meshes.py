@@ -51,8 +51,9 @@ def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager[None]:
     Returns:
       The context.
     """
-    if is_explicit(tree):
-        return jax.sharding.use_abstract_mesh(mesh_of(tree))
+    mesh = mesh_of(tree)
+    if AxisType.Explicit in mesh.axis_types:
+        return jax.sharding.use_abstract_mesh(mesh)
     return contextlib.nullcontext()
 
 
@@ -68,10 +69,7 @@ def explicitly_like(tree: Any, other: Any) -> Any:
     """
 
     def cut(leaf: Array, like: Array) -> Array:
-        spec, mesh = jax.typeof(like).sharding.spec, jax.typeof(leaf).sharding.mesh
-        if AxisType.Explicit not in mesh.axis_types:
-            return leaf
-        return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))
+        return _explicitly(leaf, jax.typeof(like).sharding.spec)
 
     return jax.tree.map(cut, tree, other)
 
@@ -89,12 +87,18 @@ def gathered(tree: Any) -> Any:
     """
 
     def whole(leaf: Array) -> Array:
-        mesh, spec = jax.typeof(leaf).sharding.mesh, jax.typeof(leaf).sharding.spec
-        if AxisType.Explicit not in mesh.axis_types or not any(spec[:1]):
-            return leaf
-        return jax.sharding.reshard(leaf, NamedSharding(mesh, P(None, *spec[1:])))
+        first, *rest = jax.typeof(leaf).sharding.spec or [None]
+        return _explicitly(leaf, P(None, *rest)) if first else leaf
 
     return jax.tree.map(whole, tree)
+
+
+def _explicitly(leaf: Array, spec: P) -> Array:
+    """Cuts an array, if its pieces are a part of its type."""
+    mesh = jax.typeof(leaf).sharding.mesh
+    if AxisType.Explicit not in mesh.axis_types:
+        return leaf
+    return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))
 
 
 def vary_together(*operands: Any) -> tuple[Any, ...]:

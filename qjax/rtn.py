@@ -13,6 +13,32 @@ from qjax.bits import block, whole
 from qjax.tensor import Affine, QTensor, Segment
 
 
+def check_groups(
+    bits: SupportsIndex, group_size: SupportsIndex | None
+) -> tuple[int, int | None]:
+    """Checks the width of codes and the size of groups.
+
+    Args:
+      bits: As in `quantize`.
+      group_size: As in `quantize`.
+
+    Returns:
+      Both as Python's own integers.
+
+    Raises:
+      ValueError: If ``bits`` is not an integer from 2 to 8, or ``group_size`` not a
+        positive one or None.
+    """
+    width, rows = whole(bits), whole(group_size)
+    if width is None or not 2 <= width <= 8:
+        raise ValueError(f"bits={bits!r} must be an integer from 2 to 8.")
+    if group_size is not None and (rows is None or rows < 1):
+        raise ValueError(
+            f"group_size={group_size!r} must be a positive integer or None."
+        )
+    return width, rows
+
+
 def quantize(
     w: Float[Array | np.ndarray, "*batch k n"],
     bits: SupportsIndex = 4,
@@ -54,17 +80,11 @@ def quantize(
             "w must be float [..., k, n] without an extent of 0; got "
             f"{w.dtype}{w.shape}."
         )
-    width, rows, k = whole(bits), whole(group_size), w.shape[-2]
-    if width is None or not 2 <= width <= 8:
-        raise ValueError(f"bits={bits!r} must be an integer from 2 to 8.")
+    (width, rows), k = check_groups(bits, group_size), w.shape[-2]
     if k % (codes := block(width)[0]):
         raise ValueError(
             f"w.shape[-2]={k} must be a multiple of {codes}, so that {width}-bit codes "
             "fill whole 32-bit words; pad w with zero rows."
-        )
-    if group_size is not None and (rows is None or rows < 1):
-        raise ValueError(
-            f"group_size={group_size!r} must be a positive integer or None."
         )
     if rows is not None and k % rows:
         raise ValueError(

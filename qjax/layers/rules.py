@@ -40,13 +40,7 @@ class Spec:
 
     def __post_init__(self) -> None:
         """Refuses what no weight can have, before any is looked at."""
-        bits, size = whole(self.bits), whole(self.group_size)
-        if bits not in range(2, 9):
-            raise ValueError(f"bits={self.bits!r} must be an integer from 2 to 8.")
-        if self.group_size is not None and (size is None or size < 1):
-            raise ValueError(
-                f"group_size={self.group_size!r} must be a positive integer or None."
-            )
+        bits, size = rtn.check_groups(self.bits, self.group_size)
         # Those of NumPy would be part of what layers and files say of a weight.
         object.__setattr__(self, "bits", bits)
         object.__setattr__(self, "group_size", size)

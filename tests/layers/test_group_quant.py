@@ -1,9 +1,5 @@
 """`linen.GroupQuantDense` and `nnx.GroupQuantLinear` against optimum-graphcore."""
 
-import functools
-import json
-from pathlib import Path
-
 import chex
 import flax.linen as nn
 import jax
@@ -16,17 +12,10 @@ import qjax
 from qjax.formats import flexgen
 from qjax.layers.linen import GroupQuantDense, to_params
 from qjax.layers.nnx import GroupQuantLinear, Linear
+from tests.goldens import load, names
 from tests.layers import cases
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "flexgen"
-FILES = sorted(path.stem for path in GOLDEN.glob("flexgen_group*.npz"))
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    return data | {"size": json.loads(str(data.pop("meta")))["config"]["group_size"]}
+FILES = [name for name in names("flexgen") if name.startswith("flexgen_group")]
 
 
 def test_every_golden_file_is_here():
@@ -36,7 +25,7 @@ def test_every_golden_file_is_here():
 @pytest.mark.parametrize("name", FILES)
 def test_codes_scales_and_output_of_optimum_graphcore(name):
     data = load(name)
-    kernel, size = jnp.asarray(data["in_w"]).T, data["size"]
+    kernel, size = jnp.asarray(data["in_w"]).T, data["config"]["group_size"]
     bias = jnp.asarray(cases.rng().normal(size=kernel.shape[1]), kernel.dtype)
     layer = GroupQuantLinear.from_dense(kernel, bias, group_size=size)
     for found, key in zip(

@@ -1,9 +1,5 @@
 """`linen.MBWQDense` and `nnx.MBWQLinear` against bitorch-engine's own layers."""
 
-import functools
-import json
-from pathlib import Path
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -16,20 +12,13 @@ from qjax import training
 from qjax.formats import q_groups
 from qjax.layers.linen import MBWQDense, to_params
 from qjax.layers.nnx import MBWQLinear, Quantized, Scale
+from tests.goldens import load, names
 from tests.layers import cases
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "mbwq"
-FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
+FILES = names("mbwq")
 STATE = ("qweight", "scales", "zeros", "q_perm", "bias", "q_groups")
 # Of the folder's page, relative to the largest value: float16 sums in another order.
 TOLERANCES = {"y_ref": 3e-3, "y_layer": 3e-3, "grad_x": 1e-3, "privileged_grad": 2e-3}
-
-
-@functools.cache
-def load(name: str) -> dict:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
-    return data | {"meta": json.loads(str(data["meta"]))}
 
 
 def state_of(name: str) -> dict:
