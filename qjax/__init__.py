@@ -1,6 +1,6 @@
 """Quantized matmul for JAX: packing formats, kernels and Flax layers."""
 
-from qjax import checkpoints, formats, layers, sharding, tensor, training
+from qjax import checkpoints, formats, layers, quantizers, sharding, tensor, training
 from qjax.formats.flattening import flatten, unflatten
 from qjax.layers.memory import memory_report
 from qjax.layers.replace import quantize_model
@@ -27,6 +27,7 @@ __all__ = [
     "prepare",
     "quantize",
     "quantize_model",
+    "quantizers",
     "ragged_matmul",
     "relayout",
     "shard",

@@ -1,16 +1,50 @@
-"""Quantization by rounding to nearest."""
+"""Quantization by rounding to nearest, and what all quantizers share of it."""
 
 import functools
-from typing import SupportsIndex
+from collections.abc import Callable
+from typing import NamedTuple, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, UInt8
 
 from qjax import xla
 from qjax.bits import block, whole
 from qjax.tensor import Affine, QTensor, Segment
+
+
+class Scheme(NamedTuple):
+    """What codes and parameters a weight gets.
+
+    Attributes:
+      bits: Width of a code.
+      group_size: Rows that share a scale; None for one group a column.
+      symmetric: Whether zero is the middle code, so that none is stored.
+      dtype: Dtype of the scales.
+    """
+
+    bits: int
+    group_size: int | None
+    symmetric: bool
+    dtype: jnp.dtype
+
+    @property
+    def top(self) -> int:
+        """The largest code."""
+        return 2**self.bits - 1
+
+
+class Grid(NamedTuple):
+    """The numbers that the codes of some groups stand for: ``(q - zero) * scale``.
+
+    Attributes:
+      scale: ``[groups, n]``, rounded as it will be stored.
+      zero: float32 ``[groups, n]``.
+    """
+
+    scale: Float[Array, "groups n"]
+    zero: Float[Array, "groups n"]
 
 
 def check_groups(
@@ -39,41 +73,27 @@ def check_groups(
     return width, rows
 
 
-def quantize(
-    w: Float[Array | np.ndarray, "*batch k n"],
-    bits: SupportsIndex = 4,
-    group_size: SupportsIndex | None = 128,
-    symmetric: bool = False,
-    *,
-    scale_dtype: DTypeLike | None = None,
-) -> QTensor:
-    """Quantizes a weight by rounding to nearest, in groups of rows of each column.
-
-    Asymmetric codes cover the range of a group widened to hold 0, so that 0 is exact:
-    ``scale = (max - min) / (2**bits - 1)``, ``zero = round(-min / scale)``. Symmetric
-    ones are ``(q - 2**(bits-1)) * scale`` with ``scale = 2 max|w| / (2**bits - 1)``.
-    The rule is that of GPTQ's quantizer without its error feedback.
+def check(
+    w: Array | np.ndarray,
+    bits: SupportsIndex,
+    group_size: SupportsIndex | None,
+    symmetric: bool,
+    scale_dtype: DTypeLike | None,
+) -> Scheme:
+    """Checks the arguments of `quantize`.
 
     Args:
-      w: ``[k, n]`` weight (``y = x @ w``), or a stack of them; finite. Where a scale,
-        or codes times it, leave the range of ``scale_dtype`` (65504 in float16), the
-        weight is infinite: pass a wider one.
-      bits: Width of a code, 2 to 8. (A range that holds 0 leaves one bit no sign.)
-      group_size: Rows that share a scale; None for one group a column.
-      symmetric: Whether zero is the middle code, so that none is stored.
-      scale_dtype: Dtype of the scales; None takes the dtype of ``w``.
+      w: As in `quantize`.
+      bits: As in `quantize`.
+      group_size: As in `quantize`.
+      symmetric: As in `quantize`.
+      scale_dtype: As in `quantize`.
 
     Returns:
-      Tensor in the layout that XLA reads natively (`formats.gptq.Stream`).
+      What codes and parameters the weight gets.
 
     Raises:
-      ValueError: If ``w`` has fewer than two axes, no elements or is not float,
-        ``bits`` is not an integer from 2 to 8 or ``group_size`` not a positive one, or
-        k is not a multiple of ``group_size`` and of whole words.
-
-    Example:
-      >>> qjax.quantize(jnp.ones((256, 64)), bits=3, group_size=64, symmetric=True)
-      QTensor(256x64, 3 bits, group 64, Stream(), (q - 2^(bits-1)) * s + z, ...)
+      ValueError: As `quantize`.
     """
     if w.ndim < 2 or 0 in w.shape or not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(
@@ -98,36 +118,134 @@ def quantize(
         raise ValueError(
             f"scale_dtype={dtype}{source} must be bfloat16, float16 or float32."
         )
-    return _quantize(w, width, rows, symmetric, dtype)
+    return Scheme(width, rows, bool(symmetric), dtype)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))
-def _quantize(
-    w: Array, bits: int, group_size: int | None, symmetric: bool, dtype: jnp.dtype
+def quantize(
+    w: Float[Array | np.ndarray, "*batch k n"],
+    bits: SupportsIndex = 4,
+    group_size: SupportsIndex | None = 128,
+    symmetric: bool = False,
+    *,
+    scale_dtype: DTypeLike | None = None,
 ) -> QTensor:
-    if w.ndim > 2:
-        return jax.vmap(lambda w: _quantize(w, bits, group_size, symmetric, dtype))(w)
+    """Quantizes a weight by rounding to nearest, in groups of rows of each column.
+
+    Asymmetric codes cover the range of a group widened to hold 0, so that 0 is exact:
+    ``scale = (max - min) / (2**bits - 1)``, ``zero = round(-min / scale)``. Symmetric
+    ones are ``(q - 2**(bits-1)) * scale`` with ``scale = 2 max|w| / (2**bits - 1)``.
+    The rule is that of GPTQ's quantizer without its error feedback, which
+    `quantizers.gptq.quantize` has.
+
+    Args:
+      w: ``[k, n]`` weight (``y = x @ w``), or a stack of them; finite. Where a scale,
+        or codes times it, leave the range of ``scale_dtype`` (65504 in float16), the
+        weight is infinite: pass a wider one.
+      bits: Width of a code, 2 to 8. (A range that holds 0 leaves one bit no sign.)
+      group_size: Rows that share a scale; None for one group a column.
+      symmetric: Whether zero is the middle code, so that none is stored.
+      scale_dtype: Dtype of the scales; None takes the dtype of ``w``.
+
+    Returns:
+      Tensor in the layout that XLA reads natively (`formats.gptq.Stream`).
+
+    Raises:
+      ValueError: If ``w`` has fewer than two axes, no elements or is not float,
+        ``bits`` is not an integer from 2 to 8 or ``group_size`` not a positive one, or
+        k is not a multiple of ``group_size`` and of whole words.
+
+    Example:
+      >>> qjax.quantize(jnp.ones((256, 64)), bits=3, group_size=64, symmetric=True)
+      QTensor(256x64, 3 bits, group 64, Stream(), (q - 2^(bits-1)) * s + z, ...)
+    """
+    scheme = check(w, bits, group_size, symmetric, scale_dtype)
+    return over_stack(functools.partial(_quantize, scheme), jnp.asarray(w))
+
+
+def over_stack(one: Callable[..., QTensor], *operands: Array) -> QTensor:
+    """Calls a function of matrices on each of stacked ones."""
+    for _ in operands[0].shape[:-2]:
+        one = jax.vmap(one)
+    return one(*operands)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _quantize(scheme: Scheme, w: Array) -> QTensor:
+    groups = grouped(scheme, w)
+    grid = cover(scheme, groups.min(1), groups.max(1))
+    return assemble(scheme, nearest(scheme, groups, grid), grid)
+
+
+def grouped(scheme: Scheme, w: Float[Array, "k n"]) -> Float[Array, "groups rows n"]:
+    """The groups of a matrix, in float32."""
     k, n = w.shape
-    groups = w.astype(jnp.float32).reshape(-1, group_size or k, n)
-    low = jnp.minimum(groups.min(1), 0)
-    high = jnp.maximum(groups.max(1), 0)
-    top = 2**bits - 1
-    if symmetric:
+    return w.astype(jnp.float32).reshape(-1, scheme.group_size or k, n)
+
+
+def cover(
+    scheme: Scheme, low: Float[Array, "groups n"], high: Float[Array, "groups n"]
+) -> Grid:
+    """Spreads the codes over ranges.
+
+    Args:
+      scheme: What codes there are.
+      low: Least number of each group.
+      high: Largest number of each group.
+
+    Returns:
+      The grid; 0 is on it.
+    """
+    low, high = jnp.minimum(low, 0), jnp.maximum(high, 0)
+    if scheme.symmetric:
         high = jnp.maximum(high, -low)
         low = -high
     # Codes are rounded against the scale as it will be stored. A group of zeros, or one
     # too small for the dtype, takes the smallest normal scale.
-    tiny = jnp.finfo(dtype).smallest_normal
-    scale = jnp.maximum(((high - low) / top).astype(dtype), tiny)
-    step = scale.astype(jnp.float32)
-    zero = jnp.clip(jnp.round(-low / step), 0, top)
-    offset = jnp.full_like(zero, 2 ** (bits - 1)) if symmetric else zero
-    codes = jnp.clip(jnp.round(groups / step[:, None]) + offset[:, None], 0, top)
+    tiny = jnp.finfo(scheme.dtype).smallest_normal
+    scale = jnp.maximum(((high - low) / scheme.top).astype(scheme.dtype), tiny)
+    if scheme.symmetric:
+        zero = jnp.full(scale.shape, 2 ** (scheme.bits - 1), jnp.float32)
+    else:
+        zero = jnp.clip(jnp.round(-low / scale.astype(jnp.float32)), 0, scheme.top)
+    return Grid(scale, zero)
+
+
+def nearest(
+    scheme: Scheme, groups: Float[Array, "groups rows n"], grid: Grid
+) -> Float[Array, "groups rows n"]:
+    """The codes, as float32, of the numbers of a grid that are nearest to others."""
+    steps = jnp.round(groups / grid.scale.astype(jnp.float32)[:, None])
+    return jnp.clip(steps + grid.zero[:, None], 0, scheme.top)
+
+
+def values(
+    codes: Float[Array, "groups rows n"], grid: Grid
+) -> Float[Array, "groups rows n"]:
+    """The numbers that codes stand for, in float32."""
+    return (codes - grid.zero[:, None]) * grid.scale.astype(jnp.float32)[:, None]
+
+
+def assemble(
+    scheme: Scheme,
+    codes: Float[Array, "groups rows n"] | UInt8[Array, "..."],
+    grid: Grid,
+) -> QTensor:
+    """Packs codes and the whole zeros of their grid.
+
+    Args:
+      scheme: What they are.
+      codes: Whole numbers.
+      grid: What they stand for.
+
+    Returns:
+      ``[k, n]`` in the layout that XLA reads natively.
+    """
+    matrix = codes.astype(jnp.uint8).reshape(-1, codes.shape[-1])
     return QTensor(
-        words=(xla.NATIVE.pack(codes.astype(jnp.uint8).reshape(k, n), bits),),
-        scale=scale,
-        zero=None if symmetric else zero.astype(jnp.uint8),
+        words=(xla.NATIVE.pack(matrix, scheme.bits),),
+        scale=grid.scale,
+        zero=None if scheme.symmetric else grid.zero.astype(jnp.uint8),
         layout=xla.NATIVE,
-        segments=(Segment(bits, group_size),),
-        affine=Affine.CENTERED if symmetric else Affine.ZERO,
+        segments=(Segment(scheme.bits, scheme.group_size),),
+        affine=Affine.CENTERED if scheme.symmetric else Affine.ZERO,
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import jax.numpy as jnp
@@ -15,11 +15,11 @@ from qjax.tensor import QTensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """How a weight is rounded to nearest.
+    """How a weight is quantized.
 
     Example:
       >>> Spec(bits=3, group_size=64)
-      Spec(bits=3, group_size=64, symmetric=False, scale_dtype=None)
+      Spec(bits=3, group_size=64, symmetric=False, scale_dtype=None, quantizer=None)
 
     Attributes:
       bits: Width of a code, 2 to 8 (default: 4).
@@ -28,8 +28,11 @@ class Spec:
       symmetric: Whether zero is the middle code, so that none is stored
         (default: False).
       scale_dtype: Dtype of the scales; None for that of the weight (default: None).
+      quantizer: Is called as `qjax.quantize` is, with ``[*stack, k, n]`` weights:
+        ``qjax.quantizers.hqq.quantize``, say; None rounds to nearest (default: None).
 
     Raises:
+      TypeError: If ``quantizer`` cannot be called.
       ValueError: If there are no such codes, groups or scales.
     """
 
@@ -37,6 +40,7 @@ class Spec:
     group_size: SupportsIndex | None = 128
     symmetric: bool = False
     scale_dtype: DTypeLike | None = None
+    quantizer: Callable[..., QTensor] | None = None
 
     def __post_init__(self) -> None:
         """Refuses what no weight can have, before any is looked at."""
@@ -46,6 +50,11 @@ class Spec:
         object.__setattr__(self, "group_size", size)
         if self.scale_dtype is not None:
             self.check_dtype(self.scale_dtype)
+        if self.quantizer is not None and not callable(self.quantizer):
+            raise TypeError(
+                f"quantizer={self.quantizer!r} must be a function that is called as "
+                "qjax.quantize is, such as qjax.quantizers.hqq.quantize."
+            )
 
     @staticmethod
     def check_dtype(dtype: DTypeLike) -> None:
@@ -66,8 +75,15 @@ class Spec:
 
     def pack(self, matrix: Array) -> QTensor:
         """Quantizes ``[*stack, k, n]`` and prepares it for this device."""
-        options = dataclasses.asdict(self)
-        return ops.prepare(rtn.quantize(matrix, **options))
+        quantize = self.quantizer or rtn.quantize
+        packed = quantize(
+            matrix,
+            self.bits,
+            self.group_size,
+            self.symmetric,
+            scale_dtype=self.scale_dtype,
+        )
+        return ops.prepare(packed)
 
 
 Rules = Spec | Mapping[str, Spec | None] | Sequence[Any]

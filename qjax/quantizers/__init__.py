@@ -1,0 +1,20 @@
+"""Quantizers that look further than rounding to nearest.
+
+Each has a function ``quantize`` that is called like `qjax.quantize` and returns a
+`QTensor` that every layer, product and file format takes like any other:
+
+* `clip`: ranges narrowed to where the error is least; no data.
+* `hqq`: float zeros that fit most weights well and some not at all; no data.
+* `gptq`: each row makes up for the rounding of those before it, as far as the inputs
+  that the layer sees let it; `gram` and `grams` collect what is to know of them.
+
+A quantizer goes into a `qjax.Spec`, and so into `qjax.quantize_model`. `output_error`
+says what a quantization costs, and `allocate` which widths a model of many weights
+should have for a given size.
+"""
+
+from qjax.quantizers import clip, gptq, hqq
+from qjax.quantizers.budget import Option, allocate
+from qjax.quantizers.error import gram, output_error
+
+__all__ = ["Option", "allocate", "clip", "gptq", "gram", "hqq", "output_error"]
