@@ -5,6 +5,7 @@ Each has a function ``quantize`` that is called like `qjax.quantize` and returns
 
 * `clip`: ranges narrowed to where the error is least; no data.
 * `hqq`: float zeros that fit most weights well and some not at all; no data.
+* `awq`: rows that large inputs meet are rounded more finely, at the cost of others.
 * `gptq`: each row makes up for the rounding of those before it, as far as the inputs
   that the layer sees let it; `gram` and `grams` collect what is to know of them.
 
@@ -13,8 +14,8 @@ says what a quantization costs, and `allocate` which widths a model of many weig
 should have for a given size.
 """
 
-from qjax.quantizers import clip, gptq, hqq
+from qjax.quantizers import awq, clip, gptq, hqq
 from qjax.quantizers.budget import Option, allocate
 from qjax.quantizers.error import gram, output_error
 
-__all__ = ["Option", "allocate", "clip", "gptq", "gram", "hqq", "output_error"]
+__all__ = ["Option", "allocate", "awq", "clip", "gptq", "gram", "hqq", "output_error"]

@@ -1,7 +1,5 @@
 """What a quantization costs the outputs of a layer."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -70,11 +68,8 @@ def output_error(
     tensor.check_packed(packed, "packed")
     if packed.shape != w.shape:
         raise ValueError(f"packed.shape={packed.shape} must be w.shape={w.shape}.")
-    if gram is not None and gram.shape != (*w.shape[:-1], w.shape[-2]):
-        raise ValueError(
-            f"gram.shape={gram.shape} must be {(*w.shape[:-1], w.shape[-2])}, as "
-            f"w.shape={w.shape}."
-        )
+    if gram is not None:
+        check_gram(w, gram)
     return _output_error(
         jnp.asarray(w), packed, None if gram is None else jnp.asarray(gram)
     )
@@ -84,14 +79,35 @@ def output_error(
 def _output_error(w: Array, packed: QTensor, gram: Array | None) -> Array:
     w = w.astype(jnp.float32)
     off = ops.dequantize(packed, jnp.float32) - w
-
-    def energy(of: Array) -> Array:
-        if gram is None:
-            return (of**2).sum((-2, -1))
-        product = functools.partial(jnp.matmul, precision="highest")
-        # Rounding may leave a little less than nothing.
-        seen = (of * product(gram.astype(jnp.float32), of)).sum((-2, -1))
-        return jnp.maximum(seen, 0)
-
-    lost, whole = energy(off), energy(w)
+    seen = None if gram is None else gram.astype(jnp.float32)
+    lost, whole = energy(off, seen), energy(w, seen)
     return jnp.sqrt(jnp.where(lost > 0, lost / whole, 0))
+
+
+def energy(
+    w: Float[Array, "*batch k n"], gram: Float[Array, "*batch k k"] | None
+) -> Float[Array, "*batch"]:
+    """The sum of squares of ``x @ w``, of all inputs that a gram is of."""
+    if gram is None:
+        return (w**2).sum((-2, -1))
+    squares = (w * jnp.matmul(gram, w, precision="highest")).sum((-2, -1))
+    # Rounding may leave a little less than nothing.
+    return jnp.maximum(squares, 0)
+
+
+def check_gram(w: Array | np.ndarray, gram: Array | np.ndarray) -> None:
+    """Checks that a gram is one of inputs of a weight.
+
+    Args:
+      w: ``[*batch, k, n]``.
+      gram: The gram.
+
+    Raises:
+      ValueError: If ``gram`` is not float ``[*batch, k, k]``.
+    """
+    wanted = (*w.shape[:-1], w.shape[-2])
+    if gram.shape != wanted or not jnp.issubdtype(gram.dtype, jnp.floating):
+        raise ValueError(
+            f"gram is {gram.dtype}{gram.shape} and must be float{wanted}, the sum of "
+            "x.T @ x over inputs x [m, k]; quantizers.gram(x) computes it."
+        )

@@ -18,6 +18,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from qjax import rtn
 from qjax.quantizers import clip as clip_
+from qjax.quantizers.error import check_gram
 from qjax.rtn import Grid, Scheme
 from qjax.tensor import QTensor
 
@@ -80,12 +81,7 @@ def quantize(
       True
     """
     scheme = rtn.check(w, bits, group_size, symmetric, scale_dtype)
-    wanted = (*w.shape[:-1], w.shape[-2])
-    if gram.shape != wanted or not jnp.issubdtype(gram.dtype, jnp.floating):
-        raise ValueError(
-            f"gram is {gram.dtype}{gram.shape} and must be float{wanted}, the sum of "
-            "x.T @ x over inputs x [m, k]; quantizers.gram(x) computes it."
-        )
+    check_gram(w, gram)
     if not damp >= 0:
         raise ValueError(f"damp={damp!r} must not be negative.")
     one = functools.partial(_quantize, scheme, bool(act_order), bool(clip))

@@ -178,7 +178,7 @@ def test_gram_and_error_are_their_definitions():
         (
             lambda: output_error(W, qjax.quantize(W, 2, 32), jnp.eye(3)),
             ValueError,
-            "gram.shape=(3, 3) must be (128, 128)",
+            "gram is float32(3, 3) and must be float(128, 128)",
         ),
     ],
 )
