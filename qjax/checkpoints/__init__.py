@@ -1,10 +1,11 @@
 """Checkpoint directories as Hugging Face hosts them: safetensors and JSON files.
 
 `load` reads one, dense or quantized in a format of `qjax.formats.FORMATS`, without
-PyTorch and without pickles; `stream` reads it weight by weight. `save` writes one, and
-`convert` moves one to another format without requantizing. A directory is data from
-elsewhere: all of its headers are checked against each other and against the format
-before any weight is read, and `verify` looks at every value, too.
+PyTorch and without pickles; `stream` reads it weight by weight. `save` writes one,
+`quantize` makes a quantized one of a dense one, and `convert` moves one to another
+format without requantizing. A directory is data from elsewhere: all of its headers are
+checked against each other and against the format before any weight is read, and
+`verify` looks at every value, too.
 """
 
 import os
@@ -19,10 +20,11 @@ from qjax.checkpoints import cutting, modules, shards
 from qjax.checkpoints.checking import verify
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.converting import convert
+from qjax.checkpoints.quantizing import quantize
 from qjax.checkpoints.writing import save
 from qjax.tensor import QTensor
 
-__all__ = ["convert", "load", "read_config", "save", "stream", "verify"]
+__all__ = ["convert", "load", "quantize", "read_config", "save", "stream", "verify"]
 
 
 Sharding = Callable[[str], NamedSharding | Sequence[NamedSharding]]

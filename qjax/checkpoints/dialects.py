@@ -5,13 +5,16 @@ import dataclasses
 import functools
 import re
 import types
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import DTypeLike
 
 from qjax import tensor
-from qjax.formats import awq, compressed_tensors, exl2, gptq
+from qjax.formats import awq, compressed_tensors, exl2, gptq, hqq
+from qjax.formats.hqq_config import FIELDS
 from qjax.tensor import QTensor
 
 # Matrices by the paths of their modules; the leaves may be abstract.
@@ -26,12 +29,19 @@ class Dialect:
       tensors: Gives a matrix under the upstream's names; a ValueError says why not.
       describe: Makes the ``quantization_config`` of all matrices and of the paths of
         modules with a dense matrix.
-      refusal: Says what the values of a matrix have against it, beyond `tensors`.
+      widths: Bits that a code of a quantizer may have; none where the format has scales
+        of its own.
+      scale_dtype: The dtype of scales that others who read these files expect; None for
+        that of the dense weights.
+      refusal: Says what the values of a matrix have against it, beyond `tensors`; of
+        abstract leaves, what they might have.
       against: Says which matrices cannot stand beside the others, and why.
     """
 
     tensors: Callable[[QTensor], Mapping[str, Any]]
     describe: Callable[[Matrices, Sequence[str]], dict[str, Any]]
+    widths: Collection[int] = ()
+    scale_dtype: DTypeLike | None = None
     refusal: Callable[[QTensor], str | None] = lambda qt: None
     against: Callable[[Matrices, Sequence[str]], dict[str, str]] = lambda m, d: {}
 
@@ -40,12 +50,20 @@ def _gptq(checkpoint_format: gptq.Checkpoint) -> Dialect:
     return Dialect(
         tensors=functools.partial(gptq.to_tensors, checkpoint_format=checkpoint_format),
         describe=functools.partial(_describe_gptq, checkpoint_format),
+        widths=gptq.WIDTHS[checkpoint_format],
+        scale_dtype=jnp.float16,
         refusal=_zero_of_zero if checkpoint_format == "gptq" else lambda qt: None,
     )
 
 
 def _zero_of_zero(qt: QTensor) -> str | None:
-    if qt.zero is None or not (tensor.plain(qt.zero) == 0).any():
+    zero = tensor.plain(qt.zero)
+    if isinstance(zero, jax.ShapeDtypeStruct):
+        return (
+            "it has zeros, and GPTQ v1 cannot store those of 0; 'gptq_v2' holds all of "
+            "them, and symmetric codes have none."
+        )
+    if zero is None or not (zero == 0).any():
         return None
     return (
         "it has zeros of 0, which GPTQ v1 stores as minus one, and which decoders read "
@@ -201,6 +219,47 @@ def _odd_columns(qt: QTensor) -> str | None:
     )
 
 
+def _describe_hqq(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    tagged = {hqq.tag_of(name): hqq.config_of(qt) for name, qt in matrices.items()}
+    one, *others = dict.fromkeys(tagged.values())
+    by_tag = {tag: config.to_json() for tag, config in tagged.items()}
+    return {
+        "quant_method": "hqq",
+        "quant_config": by_tag if others else one.to_json(),
+        # Transformers compares tags, not paths.
+        "skip_modules": sorted({hqq.tag_of(name) for name in dense}),
+    }
+
+
+def _against_hqq(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
+    """Names the matrices that share a tag with others of another kind."""
+    configs = {name: hqq.config_of(qt) for name, qt in matrices.items()}
+    kinds: dict[str, dict[str, hqq.Config]] = {}
+    for name, config in configs.items():
+        kinds.setdefault(hqq.tag_of(name), {})[name] = config
+    usual = {tag: _usual(kind) for tag, kind in kinds.items()}
+    left = {hqq.tag_of(name): name for name in dense}
+    reasons = {}
+    for name, config in configs.items():
+        tag = hqq.tag_of(name)
+        # Transformers also looks for tags of dense modules in whole paths.
+        if shared := [one for one in left if one == tag or one in name]:
+            reasons[name] = (
+                f"HQQ leaves modules dense by tags, and {shared[0]!r}, the tag of "
+                f"{left[shared[0]]}, which is dense, is its or a part of its name."
+            )
+        elif config != usual[tag]:
+            reasons[name] = (
+                f"HQQ tells modules apart by tags, and most of {tag!r} have "
+                f"{_said(usual[tag])}, where it has {_said(config)}."
+            )
+    return reasons
+
+
+def _said(config: hqq.Config) -> str:
+    return f"{config.nbits} bits in groups of {config.group_size} on axis {config.axis}"
+
+
 def _width(qt: QTensor) -> tuple[int, int | None]:
     return qt.segments[0].bits, qt.segments[0].group_size
 
@@ -225,30 +284,45 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
         "gptq_v2": _gptq("gptq_v2"),
         "gptq_p": _gptq("gptq_p"),
         "awq": Dialect(
-            tensors=awq.to_tensors, describe=_describe_awq, against=_against_awq
+            tensors=awq.to_tensors,
+            describe=_describe_awq,
+            widths=awq.WIDTHS,
+            scale_dtype=jnp.float16,
+            against=_against_awq,
         ),
         "compressed-tensors": Dialect(
             tensors=lambda qt: compressed_tensors.to_tensors(
                 qt, compressed_tensors.Dense()
             ),
             describe=_describe_compressed,
+            widths=range(1, 9),
         ),
         "exl2": Dialect(
-            tensors=exl2.to_tensors, describe=_describe_exl2, refusal=_odd_columns
+            tensors=exl2.to_tensors,
+            describe=_describe_exl2,
+            refusal=_odd_columns,
+        ),
+        "hqq": Dialect(
+            tensors=hqq.to_tensors,
+            describe=_describe_hqq,
+            widths=FIELDS,
+            against=_against_hqq,
         ),
     }
 )
 
 
-def centered(qt: QTensor) -> QTensor:
+def centered(qt: Any) -> Any:
     """Leaves out zeros that are all the middle code, which is what symmetric means.
 
     Args:
-      qt: Any tensor with concrete leaves.
+      qt: A matrix with concrete leaves, or a dense weight.
 
     Returns:
-      The tensor, or one that says the same without zeros.
+      What was given, or a matrix that says the same without zeros.
     """
+    if not isinstance(qt, QTensor):
+        return qt
     if len(qt.segments) != 1 or qt.zero is None or qt.affine is not tensor.Affine.ZERO:
         return qt
     zero, middle = tensor.plain(qt.zero), 2 ** (qt.segments[0].bits - 1)

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ def save(
       config: The model's ``config.json``, as `read_config` returns it; its
         ``quantization_config`` is replaced by one that fits.
       format: "gptq" (v1), "gptq_v2", "gptq_p" (planes), "awq" (gemm),
-        "compressed-tensors" (pack-quantized) or "exl2".
+        "compressed-tensors" (pack-quantized), "exl2" or "hqq".
       overwrite: Whether the weights and the config of a checkpoint that is there
         already may be replaced. Other files and directories in it stay.
       shard_bytes: Size above which weights are spread over several files with a
@@ -86,9 +86,10 @@ def save(
       QTensor(64x64, 4 bits, group 32, Gemm(), (q - z) * s, float32 scale, 2.625 KiB)
     """
     target = check_target(path, overwrite=overwrite)
-    plan = plan_files(target, tensors.items(), config, format, shard_bytes)
+    looks = ((name, centered(weight)) for name, weight in tensors.items())
+    plan = plan_files(target, looks, config, format, shard_bytes)
     with replacing(target, overwrite=overwrite, stale=superseded) as fresh:
-        for _ in write_files(fresh, plan, tensors.__getitem__):
+        for _ in write_files(fresh, plan, lambda name: centered(tensors[name])):
             pass
 
 
@@ -110,15 +111,20 @@ def plan_files(
     config: Mapping[str, Any],
     format_: str,
     shard_bytes: int,
+    *,
+    advice: str = "",
 ) -> Plan:
     """Finds what a directory will hold, or why it cannot.
 
     Args:
       path: The directory, for messages.
-      weights: Names with matrices, or with anything that has ``shape`` and ``dtype``.
+      weights: Names with matrices, whose leaves may be abstract; with anything else
+        that has ``shape`` and ``dtype``; or with the ValueError that says why there is
+        none.
       config: The model's ``config.json``.
       format_: A name in `DIALECTS`.
       shard_bytes: As in `save`.
+      advice: What to do about matrices that the format cannot hold.
 
     Returns:
       The plan.
@@ -135,6 +141,9 @@ def plan_files(
     stored: dict[str, dict[str, Stored]] = {}
     reasons: dict[str, str] = {}
     for name, weight in weights:
+        if isinstance(weight, ValueError):
+            reasons[name] = str(weight)
+            continue
         if not isinstance(weight, QTensor):
             stored[name] = {"": _planned(path, name, weight)}
             continue
@@ -153,7 +162,7 @@ def plan_files(
     if matrices:
         reasons |= dialect.against(matrices, dense)
     if reasons:
-        raise _refusal(format_, reasons, len(matrices | reasons))
+        raise _refusal(format_, reasons, len(matrices | reasons), advice)
     config = {**config, "quantization_config": dialect.describe(matrices, dense)}
     _check_readable(path, format_, config, stored)
     files = {
@@ -167,7 +176,6 @@ def plan_files(
 
 def _abstract(dialect: Dialect, qt: QTensor) -> tuple[QTensor, dict[str, Any]]:
     """The matrix, and what will be written of it, without their values."""
-    qt = centered(qt)
     if reason := dialect.refusal(qt):
         raise ValueError(reason)
     shapes: dict[str, Any] = {}
@@ -199,29 +207,48 @@ def _planned(path: Path, name: str, array: Any) -> Stored:
     )
 
 
-def _refusal(format_: str, reasons: Mapping[str, str], total: int) -> ValueError:
+def _refusal(
+    format_: str, reasons: Mapping[str, str], total: int, advice: str
+) -> ValueError:
     lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
     return ValueError(
         f"{len(reasons)} of {total} matrices cannot be written as {format_!r}; nothing "
-        f"was written:{lines}"
+        f"was written:{lines}\n{advice}".rstrip()
     )
+
+
+def linear_of(name: str, shape: Sequence[int]) -> str | None:
+    """Finds the linear layer that a dense tensor is the weight of.
+
+    Args:
+      name: The tensor's full name.
+      shape: Its shape.
+
+    Returns:
+      Path of the layer; None for embeddings and whatever else it may be.
+    """
+    path = name.removesuffix(".weight")
+    last = path.rpartition(".")[2]
+    embeds = "embed" in last or last in ("wte", "wpe")
+    return path if path != name and len(shape) == 2 and not embeds else None
+
+
+def is_head(module: str) -> bool:
+    """Whether a module is the one that makes logits, which loaders leave dense."""
+    return module.rpartition(".")[2] == "lm_head"
 
 
 def _dense_modules(
     stored: Mapping[str, Mapping[str, Stored]], matrices: Mapping[str, QTensor]
 ) -> list[str]:
     """Paths of the linear layers that stay dense, for a loader to know."""
-    dense = []
-    for name in stored.keys() - matrices.keys():
-        path = name.removesuffix(".weight")
-        last = path.rpartition(".")[2]
-        embeds = "embed" in last or last in ("wte", "wpe")
-        if path != name and len(stored[name][""].shape) == 2 and not embeds:
-            dense.append(path)
+    rest = stored.keys() - matrices.keys()
+    linear = [linear_of(name, stored[name][""].shape) for name in rest]
+    dense = {path for path in linear if path is not None}
     # A head that is tied to the embeddings has no tensor, and is dense all the same.
-    if not any(name.rpartition(".")[2] == "lm_head" for name in matrices):
-        dense.append("lm_head")
-    return sorted(set(dense))
+    if not any(map(is_head, matrices)):
+        dense.add("lm_head")
+    return sorted(dense)
 
 
 def _check_readable(
@@ -281,7 +308,7 @@ def write_files(
     Args:
       directory: Empty, or what the same plan has left there.
       plan: What `plan_files` made of the same weights.
-      read: Gives the matrix or array of a name.
+      read: Gives the matrix or array of a name, as it was planned.
       journal: The weights that are finished already, and where to add the others.
 
     Yields:
@@ -315,7 +342,7 @@ def _arrays(
     dialect: Dialect, name: str, weight: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(weight, QTensor):
-        for key, array in dialect.tensors(centered(weight)).items():
+        for key, array in dialect.tensors(weight).items():
             yield f"{name}.{key}", np.asarray(array, order="C")
     else:
         yield name, np.asarray(weight, order="C")

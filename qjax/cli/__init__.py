@@ -6,11 +6,12 @@ import sys
 import jax
 import typer
 
-from qjax.cli import convert, inspect, tune, verify
+from qjax.cli import convert, inspect, quantize, tune, verify
 from qjax.cli.convert import Format
+from qjax.cli.quantize import Method
 from qjax.cli.tune import Operation
 
-__all__ = ["Format", "Operation", "app", "main"]
+__all__ = ["Format", "Method", "Operation", "app", "main"]
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,13 +24,14 @@ app = typer.Typer(
 
 @app.callback()
 def _qjax() -> None:
-    """Quantized checkpoints: see what is in them, check them, convert them.
+    """Quantized checkpoints: make them, see what is in them, check and convert them.
 
     A checkpoint is a directory as Hugging Face hosts it. Results go to stdout,
     everything else to stderr; the exit code is 1 if something is wrong.
 
     **Examples**
 
+    * A dense model in four bits: `qjax quantize llama llama-gptq --to gptq`
     * What takes how many bits: `qjax inspect llama-gptq`
     * Is the download sound: `qjax verify llama-gptq`
     * GPTQ files for vLLM's compressed-tensors:
@@ -38,6 +40,7 @@ def _qjax() -> None:
     """
 
 
+app.command("quantize")(quantize.run)
 app.command("inspect")(inspect.run)
 app.command("convert")(convert.run)
 app.command("verify")(verify.run)
@@ -47,6 +50,7 @@ app.command("tune")(tune.run)
 def main() -> None:
     """Runs the command line."""
     if not os.environ.get("JAX_PLATFORMS") and sys.argv[1:2] != ["tune"]:
-        # Words are moved, not multiplied: the GPU is left to others.
+        # Words are moved, not multiplied: the GPU is left to others, unless it is
+        # asked for.
         jax.config.update("jax_platforms", "cpu")
     app()

@@ -1,8 +1,6 @@
 """`qjax convert`: a checkpoint in another format."""
 
 import enum
-import math
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,31 +8,26 @@ import typer
 from qjax import checkpoints
 from qjax.checkpoints import dialects
 from qjax.cli import faults
+from qjax.cli.arguments import Overwrite, ShardGb, Source, Target, shard_bytes
 
 # What is written.
 Format = enum.StrEnum("Format", list(dialects.DIALECTS))
 
 
 def run(
-    source: Annotated[
-        Path,
-        typer.Argument(
-            metavar="SRC", show_default=False, help="Checkpoint directory to read."
+    source: Source,
+    target: Target,
+    to: Annotated[
+        Format,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            show_default=False,
+            help=f"Format to write: {', '.join(Format)}.",
         ),
     ],
-    target: Annotated[
-        Path,
-        typer.Argument(metavar="DST", show_default=False, help="Directory to make."),
-    ],
-    to: Annotated[
-        Format, typer.Option("--to", show_default=False, help="Format to write.")
-    ],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace DST if it is a checkpoint.")
-    ] = False,
-    shard_gb: Annotated[
-        float, typer.Option(min=0.001, help="Largest file of weights, in 10^9 bytes.")
-    ] = 5.0,
+    overwrite: Overwrite = False,
+    shard_gb: ShardGb = 5.0,
 ) -> None:
     """Write a checkpoint in another format, without requantizing.
 
@@ -50,14 +43,13 @@ def run(
     * `qjax convert llama-gptq llama-ct --to compressed-tensors --shard-gb 2`
     """
     with faults.on_stderr():
-        if not math.isfinite(shard_gb):
-            raise ValueError(f"--shard-gb={shard_gb} must be a finite number.")
+        size = shard_bytes(shard_gb)
         with faults.resumable():
             checkpoints.convert(
                 source,
                 target,
                 format=to.value,
                 overwrite=overwrite,
-                shard_bytes=int(shard_gb * 1e9),
+                shard_bytes=size,
             )
     typer.echo(f"{target}: {to.value}")

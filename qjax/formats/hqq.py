@@ -45,11 +45,11 @@ from qjax.formats.checks import (
     check_width,
     check_words,
 )
-from qjax.formats.hqq_config import FIELDS, Config, metadata
+from qjax.formats.hqq_config import FIELDS, Config, metadata, tag_of
 from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
 
-__all__ = ["TENSORS", "Config", "Slabs", "check", "from_tensors", "pack_slabs"]
-__all__ += ["to_tensors", "unpack_slabs"]
+__all__ = ["TENSORS", "Config", "Slabs", "check", "config_of", "from_tensors"]
+__all__ += ["pack_slabs", "tag_of", "to_tensors", "unpack_slabs"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -322,7 +322,7 @@ def to_tensors(
     Raises:
       ValueError: If HQQ, or ``config``, cannot hold ``qt``, with the reason.
     """
-    config = config or _config(qt)
+    config = config or config_of(qt)
     check_choice("axis", config.axis, (0, 1))
     _holdable(qt, config)
     scale, bits = tensor.plain(qt.scale), config.bits
@@ -330,16 +330,14 @@ def to_tensors(
     if zero is None:
         zero = jnp.full(scale.shape, 2 ** (bits - 1), scale.dtype)
     layout, _, _ = _arrangement(config, qt.k, qt.n)
-    words = np.asarray(decode.relayout(qt, layout).words[0])
-    if config.view_as_float:
-        stored = scale.dtype
-        if words[0].nbytes % stored.itemsize:
-            raise ValueError(
-                f"view_as_float=True: {words[0].nbytes} bytes a row of words are not "
-                f"whole {stored} numbers; write with view_as_float=False."
-            )
-    else:
-        stored = _container(config)
+    words = decode.relayout(qt, layout).words[0]
+    stored = scale.dtype if config.view_as_float else jnp.dtype(_container(config))
+    row = words.shape[1] * words.dtype.itemsize
+    if row % stored.itemsize:
+        raise ValueError(
+            f"view_as_float=True: {row} bytes a row of words are not whole {stored} "
+            "numbers; write with view_as_float=False."
+        )
     shape = (-1, 1) if config.axis else (1, -1)
     return {
         "W_q": words.view(stored),
@@ -349,7 +347,18 @@ def to_tensors(
     }
 
 
-def _config(qt: QTensor) -> Config:
+def config_of(qt: QTensor) -> Config:
+    """Finds the configuration that `to_tensors` writes a matrix with.
+
+    Args:
+      qt: The matrix; its leaves may be abstract.
+
+    Returns:
+      The configuration, of its width and groups.
+
+    Raises:
+      ValueError: If HQQ has no such width.
+    """
     segment, strided = qt.segments[0], qt.grouping is Grouping.STRIDED
     if segment.bits not in FIELDS:
         raise ValueError(

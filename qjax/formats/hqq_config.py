@@ -83,8 +83,7 @@ class Config:
         Args:
           module: The module's path, such as "model.layers.0.mlp.up_proj".
         """
-        parts = [p for p in module.split(".") if p not in ("model", "layers")]
-        tag = ".".join(p for p in parts if not p.isnumeric())
+        tag = tag_of(module)
         if module in self.skip_modules or tag in self.skip_modules:
             return None
         return dict(self.tagged).get(tag) if self.tagged else self
@@ -94,6 +93,29 @@ class Config:
         """Width of a packed code."""
         check_choice("nbits", self.nbits, _WIDTHS)
         return _WIDTHS[self.nbits]
+
+    def to_json(self) -> dict[str, Any]:
+        """Writes a ``quant_config``, of all modules or of those of one tag."""
+        fields = ("nbits", "group_size", "axis", *_FLAGS)
+        return {
+            "weight_quant_params": {name: getattr(self, name) for name in fields},
+            "scale_quant_params": None,
+            "zero_quant_params": None,
+            "offload_meta": self.offload_meta,
+        }
+
+
+def tag_of(module: str) -> str:
+    """The name by which HQQ and transformers know a module, and others like it.
+
+    Args:
+      module: Its path, such as "model.layers.0.mlp.up_proj".
+
+    Returns:
+      The path without "model", "layers" and numbers, such as "mlp.up_proj".
+    """
+    parts = [part for part in module.split(".") if part not in ("model", "layers")]
+    return ".".join(part for part in parts if not part.isnumeric())
 
 
 def _parameters(quant: Mapping[str, Any]) -> dict[str, Any]:

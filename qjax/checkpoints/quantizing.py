@@ -1,0 +1,245 @@
+"""A dense checkpoint directory into a quantized one, a matrix at a time."""
+
+import functools
+import hashlib
+import inspect
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from qjax import tensor
+from qjax.checkpoints import modules
+from qjax.checkpoints.rewriting import Order, Weight, rewrite
+from qjax.checkpoints.shards import Stored
+from qjax.checkpoints.writing import SHARD_BYTES, is_head, linear_of
+from qjax.tensor import QTensor
+
+Quantizer = Callable[[Float[Array, "k n"]], QTensor]
+Watch = Callable[[str, Float[Array, "k n"], QTensor], object]
+
+_ADVICE = (
+    "Choose another group size or width, or another format, or leave these modules "
+    "dense (skip)."
+)
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    *,
+    format: str,
+    quantizer: Quantizer,
+    skip: Sequence[str] = (),
+    head: bool = False,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    watch: Watch | None = None,
+) -> None:
+    """Quantizes the linear layers of a dense checkpoint directory.
+
+    These are all two-axis tensors named ``weight``, but not embeddings (modules with
+    "embed" in their last name, wte and wpe), nor ``lm_head`` unless ``head``. What
+    cannot be quantized is found before anything is quantized or written. Memory holds
+    one matrix, and what the quantizer needs for it. Other weights and files go where
+    `convert` puts them, and what is interrupted can be resumed as there.
+
+    Args:
+      source: The directory to read, float16, bfloat16 or float32.
+      target: The directory to make, as in `save`.
+      format: As in `save`, but not "exl2", whose scales no quantizer makes.
+      quantizer: Makes a `QTensor` of a weight ``[k, n]``, the transpose of what is in
+        the file, in the file's dtype; traceable by JAX, which asks for shapes first. It
+        is a function with a name in a module, or a `functools.partial` of one with
+        numbers, strings, dtypes and arrays, so that whoever resumes is known to ask for
+        the same. Other programs expect float16 scales in GPTQ and AWQ files.
+      skip: Regular expressions; modules whose whole path matches one stay dense.
+      head: Whether ``lm_head`` is quantized, too.
+      overwrite: As in `save`.
+      shard_bytes: As in `save`.
+      watch: Called with the path, the dense weight and the quantized one of each
+        matrix that is quantized now, not of those that an earlier call had finished.
+
+    Raises:
+      ValueError: As `save`: all modules that cannot be quantized, with their reasons;
+        if ``source`` is quantized already; if a pattern is not sound or matches no
+        linear layer; or if a quantized weight is not finite.
+      TypeError: If ``quantizer`` is no such function, or makes something else.
+      OSError: As `load` and `save`.
+
+    Example:
+      >>> import functools, tempfile
+      >>> rounded = functools.partial(
+      ...     qjax.quantize, symmetric=True, scale_dtype=jnp.float16
+      ... )
+      >>> options = {"format": "gptq", "quantizer": rounded}
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     quantize("tests/data/llama_bf16", f"{folder}/gptq", **options)
+      ...     weights = qjax.checkpoints.load(f"{folder}/gptq", prepare=False)
+      >>> weights["model.layers.0.mlp.up_proj"]
+      QTensor(256x640, 4 bits, group 128, Stream(), ..., float16 scale, 83.75 KiB)
+    """
+    chosen = functools.partial(
+        _chosen, skip=[_pattern(text) for text in skip], head=head
+    )
+    order = Order(
+        target=target,
+        format=format,
+        overwrite=overwrite,
+        shard_bytes=shard_bytes,
+        how=_said(quantizer),
+        advice=_ADVICE,
+    )
+    make = functools.partial(_matrix, quantizer, watch)
+    rewrite(source, order, lambda origin: _weights(origin, chosen, make))
+
+
+def _weights(
+    directory: Path,
+    chosen: Callable[[Path, Mapping[str, Stored]], Mapping[str, str]],
+    make: Callable[[str, Stored], Weight],
+) -> dict[str, Weight]:
+    parts: dict[str, Stored] = {}
+    for name, part in modules.open_parts(directory).items():
+        if isinstance(part, modules.Matrix):
+            # No TypeError: the directory is wrong, not the type of an argument.
+            raise ValueError(  # noqa: TRY004
+                f"{directory} is quantized already: {name} is {part.dialect}. `qjax "
+                "convert` (checkpoints.convert) moves it to another format; to "
+                "quantize anew, take the dense model."
+            )
+        parts[name] = part
+    paths = chosen(directory, parts)
+    return {
+        paths.get(name, name): make(paths[name], part)
+        if name in paths
+        else Weight(nbytes=part.nbytes, look=lambda part=part: part, read=part.read)
+        for name, part in parts.items()
+    }
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ValueError(
+            f"skip={text!r} is not a regular expression: {error}."
+        ) from None
+
+
+def _chosen(
+    directory: Path,
+    parts: Mapping[str, Stored],
+    *,
+    skip: Sequence[re.Pattern[str]],
+    head: bool,
+) -> dict[str, str]:
+    """Paths of the modules to quantize, by the names of their weights."""
+    found = {name: linear_of(name, part.shape) for name, part in parts.items()}
+    linear = {name: path for name, path in found.items() if path is not None}
+    for pattern in skip:
+        # A head that is tied to the embeddings has no tensor, and may be named.
+        if not any(map(pattern.fullmatch, [*linear.values(), "lm_head"])):
+            raise ValueError(
+                f"skip={pattern.pattern!r} matches the whole path of no linear layer "
+                f"of {directory}, such as {next(iter(linear.values()), None)}."
+            )
+    if head and not any(map(is_head, linear.values())):
+        raise ValueError(
+            f"head=True, but {directory} has no lm_head.weight; a head that is tied to "
+            "the embeddings stays dense with them."
+        )
+    left = {
+        name: path
+        for name, path in linear.items()
+        if (head or not is_head(path)) and not any(p.fullmatch(path) for p in skip)
+    }
+    if not left:
+        raise ValueError(
+            f"{directory}: no linear layer is left to quantize, of {len(linear)}."
+        )
+    return left
+
+
+def _matrix(
+    quantizer: Quantizer, watch: Watch | None, path: str, stored: Stored
+) -> Weight:
+    def look() -> QTensor | ValueError:
+        shape = jax.ShapeDtypeStruct(stored.shape[::-1], stored.dtype)
+        try:
+            packed = jax.eval_shape(quantizer, shape)
+        except ValueError as reason:
+            return reason
+        return _checked(packed, shape.shape)
+
+    def read() -> QTensor:
+        # JAX takes the memory of the file's array and turns it by itself.
+        w = jax.device_put(stored.read()).T
+        packed = _checked(quantizer(w), w.shape)
+        for name, numbers in (("scale", packed.scale), ("zero", packed.zero)):
+            if numbers is not None and not jnp.isfinite(tensor.plain(numbers)).all():
+                raise ValueError(
+                    f"{stored.file}: {stored.name}: a {name} of what it became is not "
+                    "finite; the weight is not, either, or a wider scale_dtype would "
+                    "hold it."
+                )
+        if watch is not None:
+            watch(path, w, packed)
+        return packed
+
+    return Weight(nbytes=stored.nbytes, look=look, read=read)
+
+
+def _checked(packed: Any, shape: tuple[int, ...]) -> QTensor:
+    tensor.check_packed(packed, "quantizer(w)")
+    if packed.shape != shape:
+        raise TypeError(f"quantizer(w).shape={packed.shape} must be w.shape={shape}.")
+    return packed
+
+
+def _said(quantizer: Any) -> str:
+    """Says what a quantizer is, the same in every process."""
+    quantizer = inspect.unwrap(quantizer)  # of `jax.jit`
+    if isinstance(quantizer, functools.partial):
+        arguments = [_value(value) for value in quantizer.args]
+        named = sorted(quantizer.keywords.items())
+        arguments += [f"{name}={_value(value)}" for name, value in named]
+        return f"{_said(quantizer.func)}({', '.join(arguments)})"
+    name = getattr(quantizer, "__qualname__", "<")
+    if not callable(quantizer) or "<" in name or hasattr(quantizer, "__self__"):
+        raise TypeError(
+            f"quantizer={quantizer!r} must be a function with a name in a module, or a "
+            "functools.partial of one, so that a call that resumes another knows "
+            "whether it asks for the same."
+        )
+    try:
+        # In a script, a function may change under its name.
+        source = inspect.getsource(quantizer)
+    except (OSError, TypeError):
+        source = ""
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    return f"{quantizer.__module__}.{name} {digest}"
+
+
+def _value(value: Any) -> str:
+    """Says what an argument is; its ``repr`` may leave out numbers."""
+    if value is None or isinstance(value, bool | int | float | str | np.generic):
+        return repr(value)
+    if isinstance(value, np.ndarray | jax.Array):
+        array = np.asarray(value, order="C")
+        digest = hashlib.sha256(array.tobytes()).hexdigest()
+        return f"{array.dtype}{array.shape}{digest}"
+    # To NumPy, any other class is a dtype of objects.
+    if isinstance(value, np.dtype | type) and jnp.dtype(value) != np.dtype(object):
+        return jnp.dtype(value).name
+    raise TypeError(
+        f"quantizer has the argument {value!r}, which must be None, a number, a "
+        "string, a dtype or an array, so that a call that resumes another knows "
+        "whether it asks for the same."
+    )

@@ -1,0 +1,207 @@
+"""`qjax quantize`: a dense checkpoint in few bits."""
+
+import dataclasses
+import enum
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, SupportsFloat
+
+import numpy as np
+import typer
+
+from qjax import checkpoints, rtn
+from qjax.checkpoints import dialects, modules
+from qjax.checkpoints.quantizing import Quantizer
+from qjax.checkpoints.shards import Stored
+from qjax.cli import faults
+from qjax.cli.arguments import Overwrite, ShardGb, Source, Target, shard_bytes
+from qjax.quantizers import clip, hqq, output_error
+
+# Formats whose scales a quantizer makes.
+_PACKINGS = [name for name, one in dialects.DIALECTS.items() if one.widths]
+Packing = enum.StrEnum("Packing", list(_PACKINGS))
+
+
+class Method(enum.StrEnum):
+    """How codes are found."""
+
+    RTN = "rtn"
+    CLIP = "clip"
+    HQQ = "hqq"
+
+
+_QUANTIZERS = {"rtn": rtn.quantize, "clip": clip.quantize, "hqq": hqq.quantize}
+
+
+def run(
+    source: Source,
+    target: Target,
+    to: Annotated[
+        Packing,
+        typer.Option(
+            "--to",
+            metavar="FORMAT",
+            show_default=False,
+            help=f"Format to write: {', '.join(Packing)}.",
+        ),
+    ],
+    bits: Annotated[int, typer.Option(min=2, max=8, help="Width of a code.")] = 4,
+    group_size: Annotated[
+        int, typer.Option(help="Inputs that share a scale; -1 for all of them.")
+    ] = 128,
+    symmetric: Annotated[
+        bool | None,
+        typer.Option(
+            "--symmetric/--asymmetric",
+            show_default=False,
+            help="Whether zero is the middle code, or each group has its own. "
+            "[default: symmetric, but not for awq and hqq]",
+        ),
+    ] = None,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="Round to nearest; also search the range of each group (80 times the "
+            "work); or fit float zeros as HQQ does, for --to hqq."
+        ),
+    ] = Method.RTN,
+    skip: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN",
+            help="Leave modules dense whose whole path matches this regular "
+            "expression. May be given several times.",
+        ),
+    ] = None,
+    head: Annotated[
+        bool, typer.Option("--head", help="Quantize lm_head, too.")
+    ] = False,
+    overwrite: Overwrite = False,
+    shard_gb: ShardGb = 5.0,
+) -> None:
+    r"""Quantize the linear layers of a dense checkpoint.
+
+    A matrix at a time, without data and without PyTorch. Embeddings and lm_head stay
+    dense. If a matrix cannot be quantized so, all such matrices are listed with the
+    reason, and nothing is written. DST appears only when it is complete; until then,
+    what is done is in .DST.partial, and the same command goes on after an interruption.
+    Tokenizer and generation config are copied.
+
+    It prints the bits of a weight, scales and zeros included, and the error of the
+    weights, relative to their norm and averaged over the matrices. It runs on the CPU;
+    `JAX_PLATFORMS=cuda qjax quantize ...` takes the GPU.
+
+    **Examples**
+
+    * For vLLM: `qjax quantize llama llama-ct --to compressed-tensors`
+    * Ranges that cost little at three bits:
+      `qjax quantize llama llama-3 --to gptq --bits 3 --group-size 64 --method clip`
+    * HQQ: `qjax quantize llama llama-hqq --to hqq --method hqq --group-size 64`
+    * Routers of a mixture dense:
+      `qjax quantize mixtral mixtral-awq --to awq --skip '.*\.gate'`
+    """
+    with faults.on_stderr():
+        recipe = _Recipe(
+            to=to.value,
+            bits=bits,
+            group_size=group_size,
+            symmetric=symmetric,
+            method=method.value,
+        )
+        quantizer, size = recipe.quantizer(), shard_bytes(shard_gb)
+        before, errors = _dense(source), []
+        with faults.resumable():
+            checkpoints.quantize(
+                source,
+                target,
+                format=to.value,
+                quantizer=quantizer,
+                skip=skip or (),
+                head=head,
+                overwrite=overwrite,
+                shard_bytes=size,
+                watch=lambda _, w, packed: errors.append(output_error(w, packed)),
+            )
+        said = _summary(target, before, errors)
+    typer.echo(f"{target}: {to.value}, {said}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Recipe:
+    """What options ask for."""
+
+    to: str
+    bits: int
+    group_size: int
+    symmetric: bool | None
+    method: str
+
+    def quantizer(self) -> Quantizer:
+        """The function of a matrix; a ValueError if options do not go together."""
+        symmetric = self.symmetric
+        if symmetric is None:
+            symmetric = self.to not in ("awq", "hqq")
+        if reason := self._against(symmetric):
+            raise ValueError(reason)
+        return functools.partial(
+            _QUANTIZERS[self.method],
+            bits=self.bits,
+            group_size=None if self.group_size == -1 else self.group_size,
+            symmetric=symmetric,
+            scale_dtype=dialects.DIALECTS[self.to].scale_dtype,
+        )
+
+    def _against(self, symmetric: bool) -> str | None:
+        if self.group_size < 1 and self.group_size != -1:
+            return f"--group-size={self.group_size} must be positive, or -1."
+        if self.method == "hqq" and self.to != "hqq":
+            return (
+                f"--method=hqq finds float zeros, which --to={self.to} cannot hold; "
+                "write --to hqq, or take --method clip."
+            )
+        if self.method == "hqq" and symmetric:
+            return (
+                "--method=hqq finds zeros, and --symmetric leaves none; leave it out, "
+                "or take --method clip."
+            )
+        widths = dialects.DIALECTS[self.to].widths
+        if self.bits not in widths:
+            held = ", ".join(map(str, sorted(widths)))
+            return f"--bits={self.bits} must be one of {held} for --to {self.to}."
+        if self.to == "awq" and symmetric:
+            return "--to=awq is asymmetric; leave out --symmetric."
+        if self.to == "gptq" and not symmetric:
+            return (
+                "--to=gptq (v1) cannot store every zero of --asymmetric codes; write "
+                "--to gptq_v2, or leave out --asymmetric."
+            )
+        return None
+
+
+def _dense(directory: Path) -> list[Stored]:
+    parts = modules.open_parts(directory).values()
+    return [part for part in parts if isinstance(part, Stored)]
+
+
+def _summary(
+    target: Path, before: Sequence[Stored], errors: Sequence[SupportsFloat]
+) -> str:
+    parts = modules.open_parts(target).values()
+    packed = [part.nbytes for part in parts if isinstance(part, modules.Matrix)]
+    nbytes = [sum(part.nbytes for part in some) for some in (before, parts)]
+    # Dense tensors are the same in both.
+    weights = _weights(before) - _weights(_dense(target))
+    said = (
+        f"{len(packed)} matrices of {8 * sum(packed) / weights:.3f} bits a weight, "
+        f"{nbytes[0] / 1e6:.2f} MB before, {nbytes[1] / 1e6:.2f} MB after"
+    )
+    if errors:
+        # After an interruption, of those that were left.
+        said += f", mean relative error {np.mean([float(e) for e in errors]):.4f}"
+    return said
+
+
+def _weights(tensors: Sequence[Stored]) -> int:
+    return sum(math.prod(one.shape) for one in tensors)

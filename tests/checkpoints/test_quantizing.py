@@ -1,0 +1,417 @@
+"""Dense directories quantized: what is in them, what resumes, what is refused."""
+
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import qjax
+from qjax import checkpoints
+from qjax.checkpoints import placing
+from qjax.quantizers import clip, hqq
+from tests.checkpoints import tiny
+
+REAL = Path(__file__).parents[1] / "data/llama_bf16"
+Q, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.down_proj"))
+LINEAR = [name.replace(".0.", f".{i}.") for i in (0, 1) for name in (Q, DOWN)]
+ROUNDED = functools.partial(
+    qjax.quantize, group_size=32, symmetric=True, scale_dtype=jnp.float16
+)
+OPTIONS = {"format": "gptq", "quantizer": ROUNDED}
+
+
+def dense(dtype=ml_dtypes.bfloat16) -> tiny.Checkpoint:
+    """Four linear layers, and what stays as it is."""
+    rng = np.random.default_rng(0)
+    shapes = {f"{name}.weight": (32, 64) for name in LINEAR}
+    shapes |= {
+        "model.embed_tokens.weight": (24, 64),
+        "transformer.wte.weight": (8, 32),
+        "model.layers.0.input_layernorm.weight": (64,),
+        "model.conv.weight": (8, 8, 2),
+        "model.table": (32, 32),
+        f"{Q}.bias": (32,),
+        "lm_head.weight": (32, 64),
+    }
+    tensors = {
+        n: rng.standard_normal(shape).astype(dtype) for n, shape in shapes.items()
+    }
+    return tiny.Checkpoint(tensors=tensors, config={"model_type": "llama"})
+
+
+@pytest.fixture
+def source(tmp_path):
+    dense().write(tmp_path / "source")
+    (tmp_path / "source/tokenizer.json").write_text("{}")
+    return tmp_path / "source"
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.iterdir()}
+
+
+def weight_of(source: Path, module: str) -> jax.Array:
+    stored = checkpoints.shards.scan(source)[f"{module}.weight"]
+    return jnp.asarray(stored.read().T)
+
+
+def numbers(qt: qjax.QTensor) -> tuple:
+    """Codes, scales and zeros, whatever the layout; implied zeros as they are."""
+    zero = 2 ** (qt.segments[0].bits - 1) if qt.zero is None else qt.zero
+    zero = np.broadcast_to(np.asarray(zero, np.float32), qt.scale.shape)
+    return np.asarray(qjax.codes(qt)), np.asarray(qt.scale), zero
+
+
+def assert_quantized(source: Path, target: Path, modules, quantizer) -> None:
+    """Those modules hold what the quantizer makes, all else what it was."""
+    assert checkpoints.verify(target) == []
+    before = checkpoints.load(source)
+    after = checkpoints.load(target, prepare=False)
+    packed = {name for name, w in after.items() if isinstance(w, qjax.QTensor)}
+    assert packed == set(modules)
+    for name, w in after.items():
+        if name in packed:
+            wanted = quantizer(weight_of(source, name))
+            chex.assert_trees_all_equal(numbers(w), numbers(wanted))
+        else:
+            assert w.dtype == before[name].dtype
+            assert np.asarray(w).tobytes() == np.asarray(before[name]).tobytes()
+    dense = before.keys() - {f"{name}.weight" for name in packed}
+    assert after.keys() == packed | dense
+
+
+def entry_of(path: Path) -> dict:
+    return checkpoints.read_config(path)["quantization_config"]
+
+
+def test_a_trained_model(tmp_path):
+    quantizer = functools.partial(
+        qjax.quantize, symmetric=True, scale_dtype=jnp.float16
+    )
+    checkpoints.quantize(REAL, tmp_path / "x", format="gptq", quantizer=quantizer)
+    names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
+    names += ["self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    modules = [f"model.layers.{i}.{name}" for i in range(3) for name in names]
+    assert_quantized(REAL, tmp_path / "x", modules, quantizer)
+    config = checkpoints.read_config(tmp_path / "x")
+    entry = config.pop("quantization_config")
+    assert config == checkpoints.read_config(REAL)
+    assert entry == {
+        "quant_method": "gptq",
+        "bits": 4,
+        "group_size": 128,
+        "desc_act": False,
+        "sym": True,
+        "lm_head": False,
+        "checkpoint_format": "gptq",
+        "format": "gptq",
+        "pack_dtype": "int32",
+        "meta": {"quantizer": ["qjax"]},
+    }
+
+
+CASES = {
+    # format, quantizer, dtype of the scales in the file
+    "gptq_v2": ("gptq_v2", {"scale_dtype": jnp.float16}, np.float16),
+    "gptq_p": ("gptq_p", {"bits": 5, "scale_dtype": jnp.float16}, np.float16),
+    "awq": ("awq", {"scale_dtype": jnp.float16}, np.float16),
+    "symmetric": ("compressed-tensors", {"symmetric": True}, ml_dtypes.bfloat16),
+    "asymmetric": ("compressed-tensors", {"bits": 3}, ml_dtypes.bfloat16),
+    "columns": ("compressed-tensors", {"group_size": None}, ml_dtypes.bfloat16),
+    "rounded hqq": ("hqq", {"symmetric": True, "bits": 3}, ml_dtypes.bfloat16),
+    "columns hqq": ("hqq", {"group_size": None}, ml_dtypes.bfloat16),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_formats(tmp_path, source, case):
+    format_, arguments, dtype = CASES[case]
+    quantizer = functools.partial(qjax.quantize, **{"group_size": 32} | arguments)
+    checkpoints.quantize(source, tmp_path / "x", format=format_, quantizer=quantizer)
+    assert_quantized(source, tmp_path / "x", LINEAR, quantizer)
+    assert checkpoints.load(tmp_path / "x", prepare=False)[Q].scale.dtype == dtype
+    assert (tmp_path / "x/tokenizer.json").read_text() == "{}"
+
+
+@pytest.mark.parametrize(
+    ("format_", "quantize"), [("hqq", hqq.quantize), ("gptq_v2", clip.quantize)]
+)
+def test_quantizers(tmp_path, source, format_, quantize):
+    quantizer = functools.partial(quantize, bits=4, group_size=32)
+    seen = {}
+
+    def watch(name, w, packed):
+        seen[name] = float(qjax.quantizers.output_error(w, packed))
+
+    options = {"format": format_, "quantizer": quantizer, "watch": watch}
+    checkpoints.quantize(source, tmp_path / "x", **options)
+    assert_quantized(source, tmp_path / "x", LINEAR, quantizer)
+    assert seen.keys() == set(LINEAR)
+    assert all(0.01 < error < 0.2 for error in seen.values())
+
+
+def test_scales_of_the_weights_dtype(tmp_path):
+    source = dense(np.float32).write(tmp_path / "source")
+    quantizer = functools.partial(qjax.quantize, group_size=32, symmetric=True)
+    options = {"format": "compressed-tensors", "quantizer": quantizer}
+    checkpoints.quantize(source, tmp_path / "x", **options)
+    assert_quantized(source, tmp_path / "x", LINEAR, quantizer)
+    assert checkpoints.load(tmp_path / "x", prepare=False)[Q].scale.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("skip", "head", "modules"),
+    [
+        ([], True, [*LINEAR, "lm_head"]),
+        ([r".*\.1\..*"], False, LINEAR[:2]),
+        (["model.layers.0.mlp", ".*self_attn.*", Q], False, LINEAR[1::2]),
+        (["lm_head"], True, LINEAR),
+    ],
+)
+def test_what_is_quantized(tmp_path, source, skip, head, modules, refuses):
+    options = {"skip": skip, "head": head, **OPTIONS}
+    if "model.layers.0.mlp" in skip:
+        with refuses("skip='model.layers.0.mlp' matches the whole path of no linear"):
+            checkpoints.quantize(source, tmp_path / "x", **options)
+        options["skip"] = skip[1:]
+    checkpoints.quantize(source, tmp_path / "x", **options)
+    assert_quantized(source, tmp_path / "x", modules, ROUNDED)
+    assert entry_of(tmp_path / "x")["lm_head"] == ("lm_head" in modules)
+    rules = entry_of(tmp_path / "x").get("dynamic", {})
+    assert len(rules) == 4 - sum(name in LINEAR for name in modules)
+
+
+def test_zeros_that_happen_to_be_the_middle_code(tmp_path):
+    """They are written, as the plan had it, which does not look at values."""
+    made = dense()
+    # From -8 to 7 in each group of each row: scales of 1 and zeros of 8.
+    made.tensors[f"{Q}.weight"][:] = np.tile(np.arange(-8, 8), 4)
+    source = made.write(tmp_path / "source")
+    quantizer = functools.partial(qjax.quantize, group_size=32)
+    options = {"format": "compressed-tensors", "quantizer": quantizer}
+    checkpoints.quantize(source, tmp_path / "x", **options)
+    assert_quantized(source, tmp_path / "x", LINEAR, quantizer)
+    loaded = checkpoints.load(tmp_path / "x", prepare=False)[Q]
+    assert (loaded.zero == 8).all()
+
+
+def test_in_its_own_place(tmp_path, source):
+    checkpoints.quantize(source, tmp_path / "whole", **OPTIONS)
+    with pytest.raises(FileExistsError, match="already there"):
+        checkpoints.quantize(source, source, **OPTIONS)
+    checkpoints.quantize(source, source, overwrite=True, **OPTIONS)
+    assert contents(source) == contents(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "whole"]
+
+
+CALLS = []
+
+
+def noted(w, scale=1):
+    """Notes each call with values, not those with nothing but a shape."""
+    if not isinstance(w, jax.core.Tracer):
+        CALLS.append(w)
+    return ROUNDED(w * scale)
+
+
+@pytest.fixture
+def calls():
+    CALLS.clear()
+    return CALLS
+
+
+def stopped(monkeypatch, at, *arguments, **options):
+    """Leaves a call that has written ``at`` weights."""
+    fill, written = placing.fill, []
+
+    def failing(*given):
+        if len(written) == at:
+            raise OSError("disk full")
+        written.append(given)
+        return fill(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(placing, "fill", failing)
+        with pytest.raises(OSError, match="disk full"):
+            checkpoints.quantize(*arguments, **options)
+
+
+def test_resumes(tmp_path, source, monkeypatch, calls):
+    options = {"format": "gptq", "quantizer": noted, "shard_bytes": 3000}
+    checkpoints.quantize(source, tmp_path / "whole", **options)
+    assert len(calls) == 4
+    stopped(monkeypatch, 6, source, tmp_path / "x", **options)
+    assert not (tmp_path / "x").exists()
+    calls.clear()
+    checkpoints.quantize(source, tmp_path / "x", **options)
+    # What was finished is not quantized again.
+    assert 0 < len(calls) < 4
+    assert contents(tmp_path / "x") == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["source", "whole", "x"]
+
+
+OTHERS = {
+    # The same shapes, other values.
+    "argument": functools.partial(noted, scale=0.5),
+    "array": functools.partial(noted, scale=np.array(0.5, "bfloat16")),
+    "function": functools.partial(
+        clip.quantize, group_size=32, symmetric=True, scale_dtype=jnp.float16
+    ),
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_quantizer_is_not_gone_on_with(tmp_path, source, monkeypatch, other):
+    options = {"format": "gptq", "quantizer": noted}
+    stopped(monkeypatch, 7, source, tmp_path / "x", **options)
+    options["quantizer"] = OTHERS[other]
+    checkpoints.quantize(source, tmp_path / "x", **options)
+    assert_quantized(source, tmp_path / "x", LINEAR, OTHERS[other])
+
+
+def test_arrays_are_told_apart(tmp_path, source, monkeypatch):
+    of = functools.partial(functools.partial, noted)
+    first, second = (of(scale=np.array(x, "bfloat16")) for x in (0.5, 0.25))
+    stopped(monkeypatch, 7, source, tmp_path / "x", format="gptq", quantizer=first)
+    checkpoints.quantize(source, tmp_path / "x", format="gptq", quantizer=second)
+    assert_quantized(source, tmp_path / "x", LINEAR, second)
+
+
+def test_compiled_quantizers_have_the_names_of_their_functions(tmp_path, source):
+    options = {"format": "gptq", "quantizer": jax.jit(ROUNDED)}
+    checkpoints.quantize(source, tmp_path / "x", **options)
+    assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
+
+
+def test_all_that_cannot_be_quantized_is_listed(tmp_path, source, calls):
+    def ragged(tensors):
+        tensors["a.up.weight"] = np.ones((32, 40), np.float16)  # k is no multiple
+        tensors["a.odd.weight"] = np.ones((33, 64), np.float16)  # of GPTQ's words
+
+    made = dense()
+    ragged(made.tensors)
+    made.write(source)
+    options = {"format": "gptq", "quantizer": noted}
+    with pytest.raises(ValueError, match="2 of 6 matrices cannot be writ") as caught:
+        checkpoints.quantize(source, tmp_path / "x", **options)
+    _, *reasons, advice = str(caught.value).splitlines()
+    assert "a.up: w.shape[-2]=40 must be a multiple of group_size=32" in str(reasons)
+    assert "a.odd: GPTQ (gptq) cannot hold" in str(reasons)
+    assert "n=33 does not fill whole words" in str(reasons)
+    assert advice == (
+        "Choose another group size or width, or another format, or leave these modules "
+        "dense (skip)."
+    )
+    assert calls == []
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    checkpoints.quantize(source, tmp_path / "x", skip=["a.(up|odd)"], **options)
+    assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
+
+
+def halved(w):
+    return ROUNDED(w[:, :16])
+
+
+def left(w):
+    return w
+
+
+REFUSALS = {
+    "v1 with zeros": (
+        {"quantizer": functools.partial(qjax.quantize, group_size=32)},
+        "GPTQ v1 cannot store those of 0; 'gptq_v2' holds all of them, and symmetric",
+    ),
+    "exl2": ({"format": "exl2"}, "its scales are plain numbers"),
+    "width": (
+        {"format": "awq", "quantizer": functools.partial(ROUNDED, bits=3)},
+        "(4,)",
+    ),
+    "tags": (
+        {"format": "hqq", "skip": [r".*\.1\.mlp.*"]},
+        "HQQ leaves modules dense by tags, and 'mlp.down_proj', the tag of model",
+    ),
+    "no format": ({"format": "gguf"}, "format='gguf' must be one of ['gptq'"),
+    "no pattern": ({"skip": ["*.up"]}, "skip='*.up' is not a regular expression"),
+    "all": ({"skip": [".*"]}, "no linear layer is left to quantize, of 5"),
+    "shards": ({"shard_bytes": 0}, "shard_bytes=0 must be positive"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+def test_refusals(tmp_path, source, case, refuses):
+    options, message = REFUSALS[case]
+    with refuses(message):
+        checkpoints.quantize(source, tmp_path / "x", **OPTIONS | options)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+QUANTIZERS = {
+    "lambda": (
+        lambda w: ROUNDED(w, bits=3),
+        "must be a function with a name in a module",
+    ),
+    "method": ("".format, "must be a function with a name in a module"),
+    "name": ("rtn", "must be a function with a name in a module"),
+    "argument": (
+        functools.partial(qjax.quantize, bits=[4]),
+        "quantizer has the argument [4], which must be None, a number",
+    ),
+    "class": (functools.partial(qjax.quantize, bits=Path), "has the argument <class"),
+    "shape": (halved, "quantizer(w).shape=(64, 16) must be w.shape=(64, 32)"),
+    "dense": (left, "quantizer(w) is ShapeDtypeStruct of shape (64, 32), and must be"),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZERS)
+def test_no_quantizers(tmp_path, source, case, refuses):
+    quantizer, message = QUANTIZERS[case]
+    with refuses(message, TypeError):
+        checkpoints.quantize(source, tmp_path / "x", format="gptq", quantizer=quantizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_tied_head_cannot_be_quantized(tmp_path, source, refuses):
+    tensors = load_file(source / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, source / "model.safetensors")
+    with refuses("has no lm_head.weight; a head that is tied to the embeddings stays"):
+        checkpoints.quantize(source, tmp_path / "x", head=True, **OPTIONS)
+    checkpoints.quantize(source, tmp_path / "x", skip=["lm_head"], **OPTIONS)
+    assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
+
+
+def test_what_is_quantized_already_is_refused(tmp_path, refuses):
+    source = tiny.checkpoint().write(tmp_path / "source")
+    with refuses(f"is quantized already: {tiny.MODULE} is gptq. `qjax convert`"):
+        checkpoints.quantize(source, tmp_path / "x", **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float16"), (1e9, "float32")])
+def test_weights_that_no_scale_can_hold(tmp_path, value, dtype, refuses):
+    made = dense(dtype)
+    made.tensors[f"{DOWN}.weight"][3, 5] = value
+    source = made.write(tmp_path / "source")
+    with refuses(f"{DOWN}.weight: a scale of what it became is not finite"):
+        checkpoints.quantize(source, tmp_path / "x", **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_other_files_are_copied_and_other_weights_are_not(tmp_path, source):
+    (source / "pytorch_model.bin").write_bytes(b"\x80")
+    (source / "generation_config.json").write_text(json.dumps({"top_k": 1}))
+    shutil.copytree(source, source / "original")
+    with pytest.warns(UserWarning, match=r"the directories \['original'\] are not cop"):
+        checkpoints.quantize(source, tmp_path / "x", **OPTIONS)
+    assert contents(tmp_path / "x").keys() == {
+        *("config.json", "generation_config.json", "model.safetensors"),
+        "tokenizer.json",
+    }
