@@ -90,10 +90,12 @@ class TestHelp:
         # Without arguments it is an error, and says the same.
         assert done.exit_code == (0 if arguments else 2)
         text = words(done.output)
-        assert "Quantized checkpoints: see what is in them, check them" in text
+        assert "Quantized checkpoints: make them, see what is in them, check" in text
+        assert "qjax quantize llama llama-gptq --to gptq" in text
         assert "the exit code is 1 if something is wrong" in text
         for command in ("inspect", "convert", "verify", "tune"):
             assert f"qjax {command} llama-gptq" in text
+        for command in ("quantize", "inspect", "convert", "verify", "tune"):
             assert f" {command} " in text
 
     @pytest.mark.parametrize(
@@ -108,6 +110,18 @@ class TestHelp:
                     "nothing is written",
                     "goes on after an interruption",
                     "qjax convert llama-awq llama-gptq --to gptq_v2",
+                ],
+            ),
+            (
+                "quantize",
+                [
+                    *("--to", "gptq_p, awq, compressed-tensors, hqq", "--bits"),
+                    *("--group-size", "-1 for all", "--symmetric", "--asymmetric"),
+                    *("--method", *cli.Method, "--skip", "PATTERN", "--head"),
+                    *("--overwrite", "--shard-gb", "nothing is written"),
+                    "goes on after an interruption",
+                    "qjax quantize llama llama-ct --to compressed-tensors",
+                    "--skip '.*\\.gate'",
                 ],
             ),
             ("verify", ["NaN and infinity", "exit code 1", "download it again"]),
@@ -377,6 +391,129 @@ class TestConvert:
         assert not (tmp_path / "x").exists()
 
 
+class TestQuantize:
+    @pytest.fixture
+    def source(self, tmp_path):
+        """Two layers of 2048 weights each, and a head of as many."""
+        rng = np.random.default_rng(0)
+        names = (UP, UP.replace(".0.", ".1."), "lm_head")
+        tensors = {
+            f"{name}.weight": rng.standard_normal((32, 64)).astype(np.float16)
+            for name in names
+        }
+        tensors["model.norm.weight"] = np.ones(64, np.float16)
+        return tiny.Checkpoint(tensors=tensors, config={}).write(tmp_path / "source")
+
+    def test_says_what_it_wrote(self, tmp_path, source):
+        options = ("--to", "gptq", "--group-size", "32")
+        done = succeeds("quantize", source, tmp_path / "x", *options)
+        # 2048 codes of 4 bits; 64 scales of 16 and zeros of 4; g_idx of 64 inputs.
+        nbytes = (2048 * 4 + 64 * 20 + 64 * 32) // 8
+        before, after = 3 * 4096 + 128, 2 * nbytes + 4096 + 128
+        said, _, error = done.stdout.rpartition(", mean relative error ")
+        assert said == (
+            f"{tmp_path}/x: gptq, 2 matrices of {8 * nbytes / 2048:.3f} bits a weight, "
+            f"{before / 1e6:.2f} MB before, {after / 1e6:.2f} MB after"
+        )
+        assert done.stderr == ""
+        assert succeeds("verify", tmp_path / "x").stdout.startswith(
+            "OK: 2 matrices of g"
+        )
+        weights = checkpoints.load(tmp_path / "x", prepare=False)
+        assert weights[UP].scale.dtype == jnp.float16
+        dense = {
+            name: checkpoints.shards.scan(source)[f"{name}.weight"].read().T
+            for name, w in weights.items()
+            if isinstance(w, qjax.QTensor)
+        }
+        errors = [qjax.quantizers.output_error(w, weights[n]) for n, w in dense.items()]
+        assert float(error) == pytest.approx(np.mean(errors), abs=6e-5)
+
+    @pytest.mark.parametrize(
+        ("options", "bits", "group", "zeros"),
+        [
+            (["--to=gptq", "--bits=3", "--method=clip"], 3, 32, None),
+            (["--to=gptq_v2", "--asymmetric"], 4, 32, jnp.uint8),
+            (["--to=awq"], 4, 32, jnp.uint8),
+            (["--to=compressed-tensors", "--group-size=-1", "--head"], 4, None, None),
+            (["--to=hqq", "--method=hqq", "--bits=2"], 2, 32, jnp.float16),
+        ],
+    )
+    def test_options(self, tmp_path, source, options, bits, group, zeros):
+        succeeds("quantize", source, tmp_path / "x", "--group-size=32", *options)
+        weights = checkpoints.load(tmp_path / "x", prepare=False)
+        packed = {name for name, w in weights.items() if isinstance(w, qjax.QTensor)}
+        assert ("lm_head" in packed) == ("--head" in options)
+        (segment,) = weights[UP].segments
+        assert (segment.bits, segment.group_size) == (bits, group)
+        # Symmetric codes are read from GPTQ with zeros of the middle code.
+        zero = weights[UP].zero
+        if zeros is None:
+            assert zero is None or (zero == 2 ** (bits - 1)).all()
+        else:
+            assert zero.dtype == zeros
+            assert len(np.unique(zero)) > 1
+
+    def test_skip_may_be_repeated(self, tmp_path, source):
+        options = ("--to=gptq", "--group-size=64", "--skip", UP, "--skip", "lm_head")
+        done = succeeds("quantize", source, tmp_path / "x", *options)
+        assert "gptq, 1 matrices" in done.stdout
+        assert f"{UP}.weight" in checkpoints.load(tmp_path / "x")
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--to=gptq", "--method=hqq"], "--to=gptq cannot hold; write --to hqq"),
+            (["--to=hqq", "--method=hqq", "--symmetric"], "--symmetric leaves none"),
+            (["--to=awq", "--symmetric"], "--to=awq is asymmetric; leave out"),
+            (["--to=awq", "--bits=3"], "--bits=3 must be one of 4 for --to awq"),
+            (["--to=gptq", "--bits=5"], "--bits=5 must be one of 2, 3, 4, 8 for"),
+            (["--to=hqq", "--bits=7"], "--bits=7 must be one of 1, 2, 3, 4, 5, 6, 8"),
+            (["--to=gptq", "--asymmetric"], "write --to gptq_v2, or leave out --asym"),
+            (["--to=gptq", "--group-size=0"], "--group-size=0 must be positive, or -1"),
+            (["--to=gptq", "--skip=("], "skip='(' is not a regular expression"),
+        ],
+    )
+    def test_what_does_not_go_together(self, tmp_path, source, options, message):
+        text = fails("quantize", source, tmp_path / "x", *options)
+        assert message in text
+        assert text.count("\n") == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_groups_that_do_not_fit(self, tmp_path, source):
+        text = fails("quantize", source, tmp_path / "x", "--to", "gptq")
+        lines = text.splitlines()
+        assert lines[0] == (
+            "qjax: 2 of 2 matrices cannot be written as 'gptq'; nothing was written:"
+        )
+        assert "w.shape[-2]=64 must be a multiple of group_size=128" in lines[1]
+        assert lines[-1].startswith("Choose another group size or width")
+        assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+    def test_goes_on_after_an_interruption(self, tmp_path, source, monkeypatch):
+        fill, written = placing.fill, []
+
+        def interrupted(*arguments):
+            if len(written) == 2:
+                raise KeyboardInterrupt
+            written.append(fill(*arguments))
+            return written[-1]
+
+        command = ("quantize", source, tmp_path / "x", "--to=gptq", "--group-size=32")
+        monkeypatch.setattr(placing, "fill", interrupted)
+        text = fails(*command, code=130)
+        assert text == "qjax: interrupted; the same command goes on from here.\n"
+        monkeypatch.setattr(placing, "fill", fill)
+        assert "gptq, 2 matrices" in succeeds(*command).stdout
+        whole = ("quantize", source, tmp_path / "whole", *command[3:])
+        succeeds(*whole)
+        assert files_of(tmp_path / "x") == files_of(tmp_path / "whole")
+
+    def test_what_is_quantized_already(self, tmp_path):
+        text = fails("quantize", AWQ, tmp_path / "x", "--to", "gptq")
+        assert "is awq. `qjax convert` (checkpoints.convert) moves it to" in text
+
+
 @pytest.mark.parametrize("module", ["qjax", "qjax.cli"])
 def test_python_m_runs_the_commands(module, monkeypatch, capsys):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
@@ -459,6 +596,10 @@ def test_convert_of_a_dense_model(tmp_path):
             "Invalid value for '--shard-gb'",
         ),
         (["convert", AWQ, "x", "--to", "gptq", "--force"], "No such option"),
+        (["quantize", AWQ, "x"], "Missing option '--to'"),
+        (["quantize", AWQ, "x", "--to", "exl2"], "'exl2' is not one of 'gptq'"),
+        (["quantize", AWQ, "x", "--to", "gptq", "--bits", "9"], "for '--bits'"),
+        (["quantize", AWQ, "x", "--to=gptq", "--method=awq"], "'awq' is not one of"),
         (["inspect"], "Missing argument 'DIR'"),
         (["verify", AWQ, "more"], "unexpected extra argument"),
         (["quantise", AWQ], "No such command 'quantise'"),
@@ -486,10 +627,11 @@ def test_places_that_cannot_be(tmp_path):
     assert "must not lie in one another" in text
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "convert"])
+@pytest.mark.parametrize("command", ["inspect", "verify", "convert", "quantize"])
 class TestBadDirectories:
     def outcome(self, command, directory, tmp_path):
-        rest = [tmp_path / "x", "--to", "gptq"] if command == "convert" else []
+        writes = command in ("convert", "quantize")
+        rest = [tmp_path / "x", "--to", "gptq"] if writes else []
         text = fails(command, directory, *rest)
         assert not (tmp_path / "x").exists()
         assert text.startswith("qjax: ")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qjax.checkpoints import modules
 from qjax.checkpoints.dialects import centered
-from qjax.checkpoints.rewriting import Order, Weight, rewrite
+from qjax.checkpoints.rewriting import Request, Weight, rewrite
 from qjax.checkpoints.shards import Stored
 from qjax.checkpoints.writing import SHARD_BYTES
 
@@ -52,10 +52,10 @@ def convert(
       >>> config["quantization_config"]["checkpoint_format"]
       'gptq_v2'
     """
-    order = Order(
+    request = Request(
         target=target, format=format, overwrite=overwrite, shard_bytes=shard_bytes
     )
-    rewrite(source, order, _weights)
+    rewrite(source, request, _weights)
 
 
 def _weights(directory: Path) -> Mapping[str, Weight]:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 
 from qjax import tensor
 from qjax.checkpoints import modules
-from qjax.checkpoints.rewriting import Order, Weight, rewrite
+from qjax.checkpoints.rewriting import Request, Weight, rewrite
 from qjax.checkpoints.shards import Stored
 from qjax.checkpoints.writing import SHARD_BYTES, is_head, linear_of
 from qjax.tensor import QTensor
@@ -88,7 +88,7 @@ def quantize(
     chosen = functools.partial(
         _chosen, skip=[_pattern(text) for text in skip], head=head
     )
-    order = Order(
+    request = Request(
         target=target,
         format=format,
         overwrite=overwrite,
@@ -97,7 +97,7 @@ def quantize(
         advice=_ADVICE,
     )
     make = functools.partial(_matrix, quantizer, watch)
-    rewrite(source, order, lambda origin: _weights(origin, chosen, make))
+    rewrite(source, request, lambda origin: _weights(origin, chosen, make))
 
 
 def _weights(

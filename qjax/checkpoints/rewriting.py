@@ -42,7 +42,7 @@ class Weight:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Order:
+class Request:
     """What is asked for.
 
     Attributes:
@@ -64,14 +64,14 @@ class Order:
 
 def rewrite(
     source: str | os.PathLike[str],
-    order: Order,
+    request: Request,
     open_weights: Callable[[Path], Mapping[str, Weight]],
 ) -> None:
     """Makes a checkpoint directory of the weights of another.
 
     Args:
       source: The directory to read.
-      order: What to make of it.
+      request: What to make of it.
       open_weights: Gives the new weights by name, without reading them, of the path of
         ``source``.
 
@@ -80,10 +80,10 @@ def rewrite(
         changed meanwhile.
       OSError: As `save`.
     """
-    goal = check_target(order.target, overwrite=order.overwrite)
+    goal = check_target(request.target, overwrite=request.overwrite)
     origin = Path(os.path.realpath(source))
     if origin != goal and (origin in goal.parents or goal in origin.parents):
-        raise ValueError(f"{source} and {order.target} must not lie in one another.")
+        raise ValueError(f"{source} and {request.target} must not lie in one another.")
     states = _states(origin)
     config = read_config(origin)
     weights = open_weights(origin)
@@ -93,11 +93,16 @@ def rewrite(
     with progress.bar(total, "Checking weights") as advance:
         looks = _looked_at(weights, advance)
         plan = plan_files(
-            goal, looks, config, order.format, order.shard_bytes, advice=order.advice
+            goal,
+            looks,
+            config,
+            request.format,
+            request.shard_bytes,
+            advice=request.advice,
         )
-    job = _job(origin, states, plan, order.how)
+    job = _job(origin, states, plan, request.how)
     with (
-        resuming(goal, job, overwrite=order.overwrite, stale=superseded) as (
+        resuming(goal, job, overwrite=request.overwrite, stale=superseded) as (
             fresh,
             journal,
         ),

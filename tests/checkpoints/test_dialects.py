@@ -1,14 +1,16 @@
 """Directories of every dialect load to the weights that upstream makes of them."""
 
 import json
+from pathlib import Path
 
+import chex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import qjax
 from qjax import checkpoints
-from qjax.formats import FORMATS, gptq, mpq, tinygemm
+from qjax.formats import FORMATS, gptq, hqq, mpq, tinygemm
 from tests.checkpoints import assembled
 from tests.checkpoints.assembled import BLOCK, DIALECTS, MODULE, NAME
 
@@ -166,3 +168,97 @@ def test_files_beside_are_read_in_a_fixed_order(tmp_path):
     with pytest.raises(ValueError, match=r"quantize_config\.json|must be float16"):
         checkpoints.load(directory)
     assert json.loads((directory / "quantize_config.json").read_text()) == {"bits": 3}
+
+
+class TestHqq:
+    """Directories of HQQ, written as transformers' HqqConfig describes them."""
+
+    HQQ = Path(__file__).parents[1] / "data/llama1L_hqq4_g64"
+
+    def test_the_directory_of_transformers_comes_out_as_it_was(self, tmp_path):
+        checkpoints.convert(self.HQQ, tmp_path, format="hqq", overwrite=True)
+        before, after = (
+            {name: stored.read() for name, stored in checkpoints.shards.scan(d).items()}
+            for d in (self.HQQ, tmp_path)
+        )
+        assert before.keys() == after.keys()
+        for name, array in before.items():
+            # How zeros were found is nothing that a matrix knows.
+            if not name.endswith(".round_zero"):
+                assert array.dtype == after[name].dtype
+                np.testing.assert_array_equal(array, after[name])
+        entries = [
+            checkpoints.read_config(d)["quantization_config"]
+            for d in (self.HQQ, tmp_path)
+        ]
+        assert entries[0]["quant_config"]["weight_quant_params"].pop("round_zero")
+        assert not entries[1]["quant_config"]["weight_quant_params"].pop("round_zero")
+        assert entries[0] == entries[1]
+
+    @pytest.mark.parametrize(
+        "name",
+        ["b3_g64_axis0_float16__16x128__s644", "b8_g32_axis1_bfloat16__8x64__s642"],
+    )
+    def test_what_hqq_saved_is_saved_again(self, tmp_path, name):
+        data = assembled.state(assembled.golden(f"hqq/hqq_layer__{name}"))
+        fields = {key: int(data[key]) for key in ("nbits", "group_size", "axis")}
+        fields |= {key: bool(data[key]) for key in ("optimize", "round_zero")}
+        w = hqq.from_tensors(data, hqq.Config(**fields))
+        checkpoints.save(tmp_path / "x", {MODULE: w}, {}, format="hqq")
+        loaded = matrix(tmp_path / "x", prepare=False)
+        assert loaded.layout == w.layout
+        chex.assert_trees_all_equal(loaded, w)
+
+    @pytest.mark.parametrize("name", ["awq gemm", "compressed-tensors"])
+    def test_of_other_formats(self, tmp_path, name):
+        source = DIALECTS[name]().checkpoint.write(tmp_path / "source")
+        checkpoints.convert(source, tmp_path / "x", format="hqq")
+        assert checkpoints.verify(tmp_path / "x") == []
+        before, after = (matrix(d, prepare=False) for d in (source, tmp_path / "x"))
+        np.testing.assert_array_equal(qjax.codes(before), qjax.codes(after))
+        np.testing.assert_array_equal(before.scale, after.scale)
+        weights = (np.asarray(qjax.dequantize(w, jnp.float32)) for w in (before, after))
+        # (q - z) * s, each step rounded to float16 by HQQ.
+        np.testing.assert_allclose(*weights, rtol=2**-10)
+
+    def test_modules_that_differ_have_tags(self, tmp_path):
+        four, two = (qjax.quantize(jnp.eye(64), bits, 32) for bits in (4, 2))
+        tensors = {f"model.layers.{i}.mlp.up_proj": four for i in range(2)}
+        tensors |= {f"model.layers.{i}.mlp.down_proj": two for i in range(2)}
+        tensors |= {"model.layers.0.gate.weight": np.ones((4, 4), np.float16)}
+        checkpoints.save(tmp_path / "x", tensors, {}, format="hqq")
+        entry = checkpoints.read_config(tmp_path / "x")["quantization_config"]
+        assert entry.keys() == {"quant_method", "quant_config", "skip_modules"}
+        assert entry["skip_modules"] == ["gate", "lm_head"]
+        kinds = {
+            tag: (one["weight_quant_params"]["nbits"], one["scale_quant_params"])
+            for tag, one in entry["quant_config"].items()
+        }
+        assert kinds == {"mlp.up_proj": (4, None), "mlp.down_proj": (2, None)}
+        loaded = checkpoints.load(tmp_path / "x", prepare=False)
+        for name, w in tensors.items():
+            if isinstance(w, qjax.QTensor):
+                np.testing.assert_array_equal(loaded[name].numpy(), w.numpy())
+
+    def test_what_tags_cannot_tell_apart(self, tmp_path, refuses):
+        four, two = (qjax.quantize(jnp.eye(64), bits, 32) for bits in (4, 2))
+        up = "model.layers.{}.mlp.up_proj"
+        tensors = {up.format(0): four, up.format(1): two, up.format(2): four}
+        with refuses(
+            "1 of 3 matrices cannot be written as 'hqq'; nothing was written:\n  "
+            "model.layers.1.mlp.up_proj: HQQ tells modules apart by tags, and most of "
+            "'mlp.up_proj' have 4 bits in groups of 32 on axis 1, where it has 2 bits"
+        ):
+            checkpoints.save(tmp_path / "x", tensors, {}, format="hqq")
+        dense = np.ones((4, 4), np.float16)
+        for name in (up.format(1), "mlp.up"):
+            pair = {up.format(0): four, f"{name}.weight": dense}
+            with refuses(f"the tag of {name}, which is dense, is its or a part of"):
+                checkpoints.save(tmp_path / "x", pair, {}, format="hqq")
+        with refuses("HQQ cannot hold"):
+            checkpoints.convert(
+                DIALECTS["gptq"]().checkpoint.write(tmp_path / "act-order"),
+                *(tmp_path / "x",),
+                format="hqq",
+            )
+        assert [path.name for path in tmp_path.iterdir()] == ["act-order"]

@@ -285,6 +285,15 @@ def test_arrays_are_told_apart(tmp_path, source, monkeypatch):
     assert_quantized(source, tmp_path / "x", LINEAR, second)
 
 
+def test_a_quantizer_may_have_no_file(tmp_path, source, monkeypatch):
+    made = {"__name__": "typed", "ROUNDED": ROUNDED}
+    exec("def quantize(w): return ROUNDED(w)", made)
+    options = {"format": "gptq", "quantizer": made["quantize"]}
+    stopped(monkeypatch, 7, source, tmp_path / "x", **options)
+    checkpoints.quantize(source, tmp_path / "x", **options)
+    assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
+
+
 def test_compiled_quantizers_have_the_names_of_their_functions(tmp_path, source):
     options = {"format": "gptq", "quantizer": jax.jit(ROUNDED)}
     checkpoints.quantize(source, tmp_path / "x", **options)
