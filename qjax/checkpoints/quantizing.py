@@ -116,6 +116,12 @@ def _weights(
             )
         parts[name] = part
     paths = chosen(directory, parts)
+    for name, path in paths.items():
+        if path in parts:
+            raise ValueError(
+                f"{directory}: {path} is a tensor, and with {name} quantized also the "
+                "name of a matrix; leave it dense (skip)."
+            )
     return {
         paths.get(name, name): make(paths[name], part)
         if name in paths

@@ -397,6 +397,16 @@ def test_a_tied_head_cannot_be_quantized(tmp_path, source, refuses):
     assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
 
 
+def test_a_module_with_the_name_of_a_tensor(tmp_path, refuses):
+    made = dense()
+    made.tensors[Q] = np.ones(3, np.float16)
+    source = made.write(tmp_path / "source")
+    with refuses(f"{Q} is a tensor, and with {Q}.weight quantized also the name of"):
+        checkpoints.quantize(source, tmp_path / "x", **OPTIONS)
+    checkpoints.quantize(source, tmp_path / "x", skip=[Q], **OPTIONS)
+    assert checkpoints.load(tmp_path / "x")[Q].shape == (3,)
+
+
 def test_what_is_quantized_already_is_refused(tmp_path, refuses):
     source = tiny.checkpoint().write(tmp_path / "source")
     with refuses(f"is quantized already: {tiny.MODULE} is gptq. `qjax convert`"):
