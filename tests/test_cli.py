@@ -504,7 +504,9 @@ class TestQuantize:
         text = fails(*command, code=130)
         assert text == "qjax: interrupted; the same command goes on from here.\n"
         monkeypatch.setattr(placing, "fill", fill)
-        assert "gptq, 2 matrices" in succeeds(*command).stdout
+        said = succeeds(*command).stdout
+        assert "gptq, 2 matrices" in said
+        assert said.endswith(" of the 1 now\n")
         whole = ("quantize", source, tmp_path / "whole", *command[3:])
         succeeds(*whole)
         assert files_of(tmp_path / "x") == files_of(tmp_path / "whole")

@@ -198,8 +198,9 @@ def _summary(
         f"{nbytes[0] / 1e6:.2f} MB before, {nbytes[1] / 1e6:.2f} MB after"
     )
     if errors:
-        # After an interruption, of those that were left.
         said += f", mean relative error {np.mean([float(e) for e in errors]):.4f}"
+        # After an interruption, nothing is known of the others.
+        said += f" of the {len(errors)} now" if len(errors) < len(packed) else ""
     return said
 
 
