@@ -227,14 +227,14 @@ def values(
 
 def assemble(
     scheme: Scheme,
-    codes: Float[Array, "groups rows n"] | UInt8[Array, "..."],
+    codes: Float[Array, "... n"] | UInt8[Array, "... n"],
     grid: Grid,
 ) -> QTensor:
     """Packs codes and the whole zeros of their grid.
 
     Args:
       scheme: What they are.
-      codes: Whole numbers.
+      codes: Whole numbers, rows in groups or one after another.
       grid: What they stand for.
 
     Returns:
