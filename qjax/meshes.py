@@ -86,11 +86,23 @@ def gathered(tree: Any) -> Any:
       ``tree``, resharded where mesh axes are explicit.
     """
 
-    def whole(leaf: Array) -> Array:
+    def first_whole(leaf: Array) -> Array:
         first, *rest = jax.typeof(leaf).sharding.spec or [None]
         return _explicitly(leaf, P(None, *rest)) if first else leaf
 
-    return jax.tree.map(whole, tree)
+    return jax.tree.map(first_whole, tree)
+
+
+def whole(tree: Any) -> Any:
+    """Makes arrays whole, where pieces are a part of their type.
+
+    Args:
+      tree: Arrays.
+
+    Returns:
+      ``tree``, resharded where mesh axes are explicit.
+    """
+    return jax.tree.map(lambda leaf: _explicitly(leaf, P()), tree)
 
 
 def _explicitly(leaf: Array, spec: P) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float, Integer
 
-from qjax import decode, dispatch, moving, pallas, sharding, tensor, xla
+from qjax import decode, dispatch, moving, pallas, sharding, tensor, watched, xla
 from qjax.bits import block
 from qjax.formats.tiles import Tiles
 from qjax.meshes import gathered, is_explicit, on_mesh_of, vary_together
@@ -20,6 +20,7 @@ from qjax.partitioning import over_devices
 from qjax.product import product
 from qjax.sharding import P, Segmented
 from qjax.tensor import Encoded, Grouping, Layout, QTensor, Segment
+from qjax.watched import Watched
 
 
 def matmul(
@@ -78,6 +79,8 @@ def matmul(
       (2, 8)
     """
     check(x, w, index, implementation)
+    if isinstance(w, Watched):
+        x, w = watched.see(x, w, index)
     return _apply(x, w, index, implementation)
 
 
@@ -142,6 +145,7 @@ def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b 
       ((32, 32), dtype(bfloat16))
     """
     tensor.check_packed(qt, "qt")
+    qt = watched.bare(qt)
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(
             f"dtype={dtype!r} must be a float dtype; qjax.codes gives the codes."

@@ -24,12 +24,13 @@ from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from qjax import dispatch, ops, pallas, product, sharding
+from qjax import dispatch, ops, pallas, product, sharding, watched
 from qjax.dispatch import Choice
-from qjax.meshes import explicitly_like, gathered, on_mesh_of, vary_together
+from qjax.meshes import explicitly_like, gathered, on_mesh_of, vary_together, whole
 from qjax.partitioning import over_devices
 from qjax.sharding import P
 from qjax.tensor import QTensor, check_packed
+from qjax.watched import Watched
 
 # From the rows that a GPU kernel takes at least to those of its largest tile.
 _FEWEST, _MOST = 8, 128
@@ -73,6 +74,8 @@ def ragged_matmul(
     """
     _check(x, w, group_sizes)
     ops.check(x, w, 0, implementation)
+    if isinstance(w, Watched):
+        x, w = _seen(x, w.gram, group_sizes), watched.bare(w)
     return _apply(x, w, group_sizes, implementation)
 
 
@@ -182,7 +185,7 @@ def _apply(
         # A block has tokens of any device.
         x, group_sizes = gathered((x, group_sizes))
         blocks = _plan(group_sizes, t)
-        rows = jnp.where(blocks.inside[..., None], x[blocks.token], 0)
+        rows = _rows(blocks, x)
         if w.input_scale is not None:
             scale = gathered(w.input_scale).astype(jnp.float32)[blocks.expert]
             rows = rows.astype(jnp.float32) * scale[:, None]
@@ -191,6 +194,38 @@ def _apply(
         operands = vary_together(rows, bare, blocks.expert, blocks.used)
         y = _products(*operands, choice).reshape(-1, w.n)
         return jnp.where(blocks.has_expert[:, None], y[blocks.place], 0)
+
+
+def _rows(blocks: _Blocks, x: Array) -> Array:
+    """The tokens of every block, and zeros in the rows that hold none."""
+    return jnp.where(blocks.inside[..., None], x[blocks.token], 0)
+
+
+@jax.custom_vjp
+def _seen(x: Array, gram: Array, group_sizes: Array) -> Array:
+    """``x``; the cotangents of ``gram`` are those of the tokens of each expert."""
+    return x
+
+
+def _seen_forward(x: Array, gram: Array, group_sizes: Array) -> tuple:
+    return _seen(x, gram, group_sizes), (x, group_sizes)
+
+
+def _seen_backward(residuals: tuple[Array, Array], dx: Array) -> tuple:
+    x, group_sizes = whole(residuals)
+    gram = jnp.zeros((len(group_sizes), x.shape[1], x.shape[1]), jnp.float32)
+    if len(x):
+        blocks = _plan(group_sizes, len(x))
+        rows = _rows(blocks, x)
+
+        def add(b: Array, gram: Array) -> Array:
+            return gram.at[blocks.expert[b]].add(watched.outer(rows[b]))
+
+        gram = lax.fori_loop(0, blocks.used, add, gram)
+    return dx, gram, np.zeros(group_sizes.shape, jax.dtypes.float0)
+
+
+_seen.defvjp(_seen_forward, _seen_backward)
 
 
 # A block's product is y = x W of its expert, and with g its cotangent

@@ -31,6 +31,19 @@ def test_bar(monkeypatch, stream, patience, shown):
         assert "2.0/2.0 MB" in stderr.getvalue()
 
 
+@pytest.mark.parametrize(("total", "shown"), [(3, "2/3"), (None, "2/?")])
+def test_bar_of_other_things_than_bytes(monkeypatch, total, shown):
+    stderr = Terminal()
+    monkeypatch.setattr("sys.stderr", stderr)
+    monkeypatch.setattr(progress, "_PATIENCE_S", -1)
+    monkeypatch.setenv("TERM", "xterm")
+    with progress.bar(total, "Collecting", unit="batches") as advance:
+        advance(1)
+        advance(1)
+    assert shown in stderr.getvalue()
+    assert "batches" in stderr.getvalue()
+
+
 def test_the_bar_goes_when_a_load_fails(monkeypatch):
     stderr = Terminal()
     monkeypatch.setattr("sys.stderr", stderr)

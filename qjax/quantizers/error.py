@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qjax import ops, tensor
+from qjax import ops, tensor, watched
 from qjax.tensor import QTensor
 
 
@@ -33,10 +33,7 @@ def gram(x: Float[Array | np.ndarray, "*batch k"]) -> Float[Array, "k k"]:
     return _gram(jnp.asarray(x))
 
 
-@jax.jit
-def _gram(x: Array) -> Array:
-    rows = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    return jnp.matmul(rows.T, rows, precision="highest")
+_gram = jax.jit(watched.outer)
 
 
 def output_error(

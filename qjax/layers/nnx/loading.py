@@ -11,7 +11,7 @@ from jaxtyping import Array
 from qjax import ops
 from qjax.layers import packing
 from qjax.layers.nnx import wrapped
-from qjax.layers.nnx.packed import Packed, variables
+from qjax.layers.nnx.packed import variables
 from qjax.layers.report import path_name
 from qjax.tensor import QTensor
 
@@ -61,10 +61,7 @@ def load(model: nnx.Module, weights: Mapping[str, QTensor | Array]) -> None:
             continue
         new = variables(weight)
         for module, name in packed[path]:
-            if isinstance(module, Packed):
-                module.packed = nnx.data(new)
-            else:
-                module.packed[name] = new
+            wrapped.put(module, name, new)
 
 
 def _packed(model: nnx.Module) -> dict[str, _Holders]:

@@ -88,6 +88,20 @@ def packed_weights(module: Any) -> dict[str, QTensor]:
     return dict(getattr(module, PACKED)) if hasattr(type(module), "_kinds") else {}
 
 
+def put(module: Any, name: str, weight: QTensor) -> None:
+    """Puts another packed weight in the place of one that a module has.
+
+    Args:
+      module: The module, of this package or wrapped.
+      name: One of the names in `packed_weights`.
+      weight: The weight, each array of it a Variable.
+    """
+    if isinstance(module, Packed):
+        module.packed = nnx.data(weight)
+    else:
+        getattr(module, PACKED)[name] = weight
+
+
 def form_of(module: Any, name: str) -> Form:
     """How a packed weight is flattened; of our own layers, one of a stack."""
     if not isinstance(module, Packed):

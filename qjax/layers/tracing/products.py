@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from qjax import ops
+from qjax import ops, watched
 from qjax.layers.tracing.held import Held
 from qjax.layers.tracing.views import COLUMN, ROW, Atom, in_order, sizes
 from qjax.ragged import ragged_matmul
@@ -130,10 +130,6 @@ def _over_stack(
     return one
 
 
-# With y = x W^T and g its cotangent: dx = g W, and dW = g^T x, which is what
-# matmul's own rule gives for the product g W with the cotangent x.
-@jax.custom_vjp
-@jax.jit  # The product with the zeros is never computed.
 def transposed(x: Array, w: QTensor) -> Array:
     """Computes ``x @ dequantize(w).T`` without forming the weight.
 
@@ -144,12 +140,21 @@ def transposed(x: Array, w: QTensor) -> Array:
     Returns:
       ``[..., k]`` in the dtype of ``x``.
     """
+    # Its inputs are no rows of the matrix.
+    return _transposed(x, watched.bare(w))
+
+
+# With y = x W^T and g its cotangent: dx = g W, and dW = g^T x, which is what
+# matmul's own rule gives for the product g W with the cotangent x.
+@jax.custom_vjp
+@jax.jit  # The product with the zeros is never computed.
+def _transposed(x: Array, w: QTensor) -> Array:
     zeros = jnp.zeros((*x.shape[:-1], w.k), x.dtype)
     return jax.vjp(lambda rows: ops.matmul(rows, w), zeros)[1](x)[0]
 
 
 def _transposed_forward(x: Array, w: QTensor) -> tuple[Array, tuple[Array, QTensor]]:
-    return transposed(x, w), (x, w)
+    return _transposed(x, w), (x, w)
 
 
 def _transposed_backward(
@@ -160,4 +165,4 @@ def _transposed_backward(
     return dx, pull(x)[0]
 
 
-transposed.defvjp(_transposed_forward, _transposed_backward)
+_transposed.defvjp(_transposed_forward, _transposed_backward)

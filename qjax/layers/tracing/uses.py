@@ -4,7 +4,7 @@ That decides which axes of a weight are the rows of a packed matrix. Only the pr
 read: no array exists.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -69,9 +69,29 @@ def find(
     return {name: _form(weights[name].shape, uses[name]) for name in weights}
 
 
+class Arguments(NamedTuple):
+    """What a model is called with, but for its arrays.
+
+    Attributes:
+      tree: The tree of inputs and keywords.
+      is_array: Which of its leaves are arrays.
+      others: Those that are none.
+    """
+
+    tree: Any
+    is_array: tuple[bool, ...]
+    others: tuple[Any, ...]
+
+    def __call__(self, arrays: Iterable[Any]) -> tuple[tuple, dict[str, Any]]:
+        """Returns inputs and keywords with these arrays."""
+        rest, others = iter(arrays), iter(self.others)
+        leaves = [next(rest if is_one else others) for is_one in self.is_array]
+        return jax.tree.unflatten(self.tree, leaves)
+
+
 def arrays_of(
     inputs: tuple, keywords: Mapping[str, Any]
-) -> tuple[list[Any], Callable[[list[Any]], tuple[tuple, dict[str, Any]]]]:
+) -> tuple[list[Any], Arguments]:
     """Takes the arrays out of what a model is called with: they alone are traced.
 
     Args:
@@ -83,14 +103,10 @@ def arrays_of(
     """
     given, tree = jax.tree.flatten((inputs, dict(keywords)))
     is_array = [hasattr(leaf, "shape") and hasattr(leaf, "dtype") for leaf in given]
-
-    def arguments(arrays: list[Any]) -> tuple[tuple, dict[str, Any]]:
-        rest, pairs = iter(arrays), zip(is_array, given, strict=True)
-        leaves = [next(rest) if is_one else leaf for is_one, leaf in pairs]
-        return jax.tree.unflatten(tree, leaves)
-
-    arrays = [leaf for is_one, leaf in zip(is_array, given, strict=True) if is_one]
-    return arrays, arguments
+    pairs = list(zip(is_array, given, strict=True))
+    others = tuple(leaf for is_one, leaf in pairs if not is_one)
+    arrays = [leaf for is_one, leaf in pairs if is_one]
+    return arrays, Arguments(tree, tuple(is_array), others)
 
 
 def _arrays(tree: Any) -> list[jax.Array]:

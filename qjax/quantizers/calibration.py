@@ -1,0 +1,276 @@
+"""Grams of the inputs that the weights of a whole model see: what `gptq` has to know.
+
+The model runs as ever, under one `jax.grad`, with weights that are `watched`.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx, traverse_util
+from jaxtyping import Array, Float
+
+from qjax import progress
+from qjax.layers.linen.variables import QUANTIZED, to_params
+from qjax.layers.nnx import wrapped
+from qjax.layers.nnx.packed import Scale
+from qjax.layers.report import path_name
+from qjax.layers.rules import Rule
+from qjax.layers.tracing import uses
+from qjax.tensor import QTensor
+from qjax.watched import watch
+
+
+class _Model(NamedTuple):
+    """A model with watched weights, as a function.
+
+    Attributes:
+      grams: Shapes of the grams of its watched weights, by path.
+      arrays: All its other arrays.
+      call: Takes the two, and the inputs of a call and their keywords.
+    """
+
+    grams: dict[str, tuple[int, ...]]
+    arrays: Any
+    call: Callable[[dict[str, Array], Any, tuple, dict[str, Any]], Any]
+
+
+def grams(
+    model: Any,
+    batches: Iterable[Any],
+    *,
+    paths: str = ".*",
+    variables: Mapping[str, Any] | None = None,
+    method: str | None = None,
+    **keywords: Any,
+) -> dict[str, Float[Array, "*stack k k"]]:
+    """Runs a quantized model, and sums ``x.T @ x`` of all inputs x of its weights.
+
+    It is what `gptq.rules` takes. Each product with a packed weight counts, wherever it
+    is: under `jax.jit`, `jax.vmap`, `jax.lax.scan`, `jax.lax.cond`, `jax.checkpoint`,
+    in `qjax.ragged_matmul`; in modules of any author. Of a stack (layers, experts),
+    each matrix has a gram of its own inputs; of a weight that modules share, the uses
+    of all add up, under its first path.
+
+    The grams are a gradient of what the model returns: activations are kept as for a
+    step of training, of the watched weights alone, and a model that has a loop of
+    unknown length (`jax.lax.while_loop`) is refused by JAX. Products on which no float
+    that is returned depends are not counted. Lookups of embeddings and products with
+    the transpose of a packed matrix have no inputs of its rows; a weight without any
+    other use is left out, as is one whose inputs were all 0.
+
+    Args:
+      model: What `qjax.quantize_model` made, for linen the module; it stays as it is.
+        The inputs are those of the quantized model: one of 8 bits hands on nearly those
+        of the dense one, whatever the widths that follow. Call ``model.eval()`` first
+        where there is dropout.
+      batches: Inputs to run the model on: arrays, or tuples of the positional inputs of
+        a call. Each new shape compiles the model anew.
+      paths: A regular expression, as in rules: only the weights whose paths, or those
+        of whose modules, it matches whole are watched. A gram of k inputs takes 4 k**2
+        bytes, and those of a large model may not fit at once (default: all).
+      variables: Variables of a linen module, as `qjax.quantize_model` returned them.
+      method: Name of the method that is called (default: ``__call__``).
+      **keywords: More inputs of each call.
+
+    Returns:
+      float32 ``[*stack, k, k]`` by path, the one in the report of
+      `qjax.quantize_model`; rows in the order of the matrix that is packed.
+
+    Raises:
+      TypeError: If the model is no Flax module, or ``batches`` one array.
+      ValueError: If no packed weight matches, there are no batches, a linen module
+        comes without variables, or the result would be empty.
+
+    Example:
+      >>> from flax import nnx
+      >>> dense = nnx.MultiHeadAttention(4, 64, decode=False, rngs=nnx.Rngs(0))
+      >>> model = qjax.quantize_model(dense, qjax.Spec(bits=8, group_size=32))
+      >>> batches = jax.random.normal(jax.random.key(0), (2, 8, 10, 64))
+      >>> found = grams(model, list(batches), paths="out|query")
+      >>> {path: gram.shape for path, gram in found.items()}
+      {'out/kernel': (64, 64), 'query/kernel': (64, 64)}
+      >>> rules = qjax.quantizers.gptq.rules(qjax.Spec(bits=3, group_size=32), found)
+      >>> better = qjax.quantize_model(dense, rules)
+    """
+    watched = _watched(model, variables, _matcher(paths), method)
+    if not watched.grams:
+        raise ValueError(
+            f"model has no packed weight whose path paths={paths!r} matches; "
+            "qjax.quantize_model(model, rules, x) packs weights, and its report has "
+            "their paths."
+        )
+    totals = _sums(watched, batches, keywords)
+    # A stack may have matrices without inputs, as experts that nothing was sent to.
+    found = {path: gram for path, gram in totals.items() if jnp.any(gram)}
+    if not found:
+        raise ValueError(
+            f"none of the products with {list(totals)[:3]} counts: they are not in "
+            "this call, or no float that it returns depends on them; pass method= of "
+            "a method that returns logits, say, or other paths."
+        )
+    return found
+
+
+def _matcher(paths: str) -> Callable[[str], bool]:
+    try:
+        return Rule(re.compile(paths), None).matches
+    except re.error as error:
+        raise ValueError(
+            f"paths={paths!r} is no regular expression: {error}."
+        ) from error
+
+
+def _watched(
+    model: Any,
+    variables: Mapping[str, Any] | None,
+    matches: Callable[[str], bool],
+    method: str | None,
+) -> _Model:
+    if isinstance(model, nnx.Module):
+        if variables is not None:
+            raise TypeError("variables are for linen; an nnx model has its own.")
+        return _of_nnx(model, matches, method or "__call__")
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model={model!r} must be an nnx.Module or an nn.Module.")
+    if variables is None or "params" not in variables:
+        raise ValueError(
+            f"variables={variables!r} must hold the 'params' and the {QUANTIZED!r} of "
+            "the linen module, as qjax.quantize_model returns them."
+        )
+    return _of_linen(model, variables, matches, method)
+
+
+def _sums(
+    model: _Model, batches: Iterable[Any], keywords: Mapping[str, Any]
+) -> dict[str, Array]:
+    """Adds up the grams of all batches."""
+    if isinstance(batches, Array | np.ndarray):
+        raise TypeError(
+            f"batches is an array of shape {batches.shape}, and must be an iterable of "
+            "inputs, such as [x]."
+        )
+    add, count = _adding(model), 0
+    totals = {path: jnp.zeros(shape) for path, shape in model.grams.items()}
+    known = len(batches) if isinstance(batches, Sized) else None
+    with progress.bar(known, "Collecting grams", unit="batches") as advance:
+        for batch in batches:
+            given = batch if isinstance(batch, tuple) else (batch,)
+            inputs, arguments = uses.arrays_of(given, keywords)
+            totals = add(arguments, totals, model.arrays, inputs)
+            # JAX works in the background, where batches would pile up.
+            jax.block_until_ready(totals)
+            count += 1
+            advance(1)
+    if not count:
+        raise ValueError("batches is empty; pass inputs of the model, such as [x].")
+    return {path: totals[path] for path in model.grams}
+
+
+def _adding(model: _Model) -> Callable[..., dict[str, Array]]:
+    """Returns a program that adds the grams of one batch."""
+
+    def add(
+        arguments: uses.Arguments, totals: dict[str, Array], arrays: Any, inputs: list
+    ) -> dict[str, Array]:
+        def returned(grams: dict[str, Array]) -> Array:
+            return _sum(model.call(grams, arrays, *arguments(inputs)))
+
+        # No value of a gram is looked at, and so the sums so far do as well as others.
+        return jax.tree.map(jnp.add, totals, jax.grad(returned)(totals))
+
+    return jax.jit(add, static_argnums=0, donate_argnums=1)
+
+
+def _sum(outputs: Any) -> Array:
+    """A number that depends on all floats of some outputs."""
+    return sum(
+        (
+            jnp.sum(leaf.real.astype(jnp.float32))
+            for leaf in jax.tree.leaves(outputs)
+            if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+        ),
+        start=jnp.zeros(()),
+    )
+
+
+def _shape(weight: QTensor) -> tuple[int, ...]:
+    """Shape of the gram of a weight."""
+    return (*weight.batch, weight.k, weight.k)
+
+
+class _Gram(Scale):
+    """The gram of a watched weight: wherever scales go, as in a scan, it goes, too."""
+
+
+def _of_nnx(model: nnx.Module, matches: Callable[[str], bool], method: str) -> _Model:
+    model = nnx.clone(model)
+    shapes, names = {}, {}
+    for path, weight, holders in _packed(model):
+        if matches(path):
+            shapes[path] = _shape(nnx.as_pure(weight))
+            gram = _Gram(jax.ShapeDtypeStruct(shapes[path], jnp.float32))
+            names[id(gram)] = path
+            for module, name in holders:
+                wrapped.put(module, name, watch(weight, gram))
+    graphdef, grams, rest = nnx.split(model, _Gram, ...)
+    flat = nnx.to_flat_state(grams)
+
+    def call(grams: dict[str, Array], rest: Any, args: tuple, keywords: dict) -> Any:
+        state = [(place, node.replace(grams[names[id(node)]])) for place, node in flat]
+        merged = nnx.merge(graphdef, nnx.from_flat_state(state), rest, copy=True)
+        return getattr(merged, method)(*args, **keywords)
+
+    return _Model(shapes, rest, call)
+
+
+def _packed(
+    model: nnx.Module,
+) -> Iterator[tuple[str, QTensor, list[tuple[nnx.Module, str]]]]:
+    """The packed weights by their first path, and the modules that share each."""
+    found: dict[int, tuple[list, QTensor, list]] = {}
+    for path, module in nnx.iter_modules(model):
+        for name, weight in wrapped.packed_weights(module).items():
+            empty = ([], weight, [])
+            places, _, holders = found.setdefault(id(weight.words[0]), empty)
+            places.append((*path, name))
+            holders.append((module, name))
+    for places, weight, holders in found.values():
+        # That of a child comes before its parent's own, as Flax goes through a model.
+        yield path_name(min(places, key=_in_order)), weight, holders
+
+
+def _in_order(place: tuple[Any, ...]) -> list[tuple[bool, Any]]:
+    return [(isinstance(key, str), key) for key in place]
+
+
+def _of_linen(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    matches: Callable[[str], bool],
+    method: str | None,
+) -> _Model:
+    variables = nn.meta.unbox(variables)
+    params = traverse_util.flatten_dict(to_params(variables), sep="/")
+    shapes = {
+        path: _shape(weight)
+        for path, weight in params.items()
+        if isinstance(weight, QTensor) and matches(path)
+    }
+
+    def call(
+        grams: dict[str, Array], variables: Any, args: tuple, keywords: dict
+    ) -> Any:
+        flat: dict[str, Any] = dict(traverse_util.flatten_dict(variables, sep="/"))
+        for path, gram in grams.items():
+            flat[f"{QUANTIZED}/{path}"] = watch(flat[f"{QUANTIZED}/{path}"], None)
+            # Beside the scales, where `to_params` and the layers find it.
+            flat[f"params/{path}/gram"] = gram
+        whole = traverse_util.unflatten_dict(flat, sep="/")
+        return module.apply(whole, *args, method=method, **keywords)
+
+    return _Model(shapes, variables, call)
