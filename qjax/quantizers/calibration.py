@@ -240,7 +240,7 @@ def _packed(
             places.append((*path, name))
             holders.append((module, name))
     for places, weight, holders in found.values():
-        # That of a child comes before its parent's own, as Flax goes through a model.
+        # The first in the order of names, in which Flax goes through a model.
         yield path_name(min(places, key=_in_order)), weight, holders
 
 

@@ -174,6 +174,29 @@ def test_a_step_of_decoding_with_a_cache(name):
     jax.tree.map(close, cache, wanted)
 
 
+@pytest.mark.parametrize("name", ["llama3-tied", "qwen2", "qwen3-moe", "gemma3-qkv"])
+def test_every_matrix_has_a_gram(name):
+    grams = qjax.quantizers.grams(quantized(name, "float32"), [INPUTS] * 2)
+    report = qjax.memory_report(quantized(name, "float32"))
+    shapes = {entry.path: entry.shape for entry in report.entries if entry.bits}
+    if any("lm_head" in path for path in shapes):
+        del shapes["embedder/input_embedding"]  # It is looked up, and no more.
+    assert grams.keys() == shapes.keys()
+    for path, (*stack, k, _) in shapes.items():
+        assert grams[path].shape == (*stack, k, k)
+        diagonal = np.asarray(grams[path]).diagonal(axis1=-2, axis2=-1)
+        assert (diagonal >= 0).all()
+        assert diagonal.any()
+    rules = qjax.quantizers.gptq.rules(SPEC, grams)
+    better = qjax.quantize_model(dense(name, "float32"), rules, *INPUTS, strict=True)
+    expected, *found = (
+        run(model, *INPUTS)[0]
+        for model in (dense(name, "float32"), better, quantized(name, "float32"))
+    )
+    errors = [float(jnp.linalg.norm(one - expected)) for one in found]
+    assert errors[0] < errors[1]
+
+
 @pytest.mark.parametrize("remat", ["BLOCK", "DECODER"])
 def test_gradients_of_scales_in_a_rematerialized_model(remat):
     module = importlib.import_module("tunix.models.qwen3.model")
