@@ -1,8 +1,11 @@
-"""Grams of the inputs that the weights of a whole model see: what `gptq` has to know.
+"""Grams of the inputs that the weights of a whole model see, and rules made of them.
 
 The model runs as ever, under one `jax.grad`, with weights that are `watched`.
 """
 
+import dataclasses
+import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from typing import Any, NamedTuple
@@ -15,12 +18,13 @@ from flax import nnx, traverse_util
 from jaxtyping import Array, Float
 
 from qjax import progress
+from qjax.layers import rules as rules_
 from qjax.layers.linen.variables import QUANTIZED, to_params
 from qjax.layers.nnx import wrapped
 from qjax.layers.nnx.packed import Scale
 from qjax.layers.report import path_name
-from qjax.layers.rules import Rule
 from qjax.layers.tracing import uses
+from qjax.quantizers import gptq
 from qjax.tensor import QTensor
 from qjax.watched import watch
 
@@ -50,7 +54,7 @@ def grams(
 ) -> dict[str, Float[Array, "*stack k k"]]:
     """Runs a quantized model, and sums ``x.T @ x`` of all inputs x of its weights.
 
-    It is what `gptq.rules` takes. Each product with a packed weight counts, wherever it
+    It is what `calibrated` takes. Each product with a packed weight counts, wherever it
     is: under `jax.jit`, `jax.vmap`, `jax.lax.scan`, `jax.lax.cond`, `jax.checkpoint`,
     in `qjax.ragged_matmul`; in modules of any author. Of a stack (layers, experts),
     each matrix has a gram of its own inputs; of a weight that modules share, the uses
@@ -94,7 +98,7 @@ def grams(
       >>> found = grams(model, list(batches), paths="out|query")
       >>> {path: gram.shape for path, gram in found.items()}
       {'out/kernel': (64, 64), 'query/kernel': (64, 64)}
-      >>> rules = qjax.quantizers.gptq.rules(qjax.Spec(bits=3, group_size=32), found)
+      >>> rules = calibrated(qjax.Spec(bits=3, group_size=32), found)
       >>> better = qjax.quantize_model(dense, rules)
     """
     watched = _watched(model, variables, _matcher(paths), method)
@@ -116,9 +120,51 @@ def grams(
     return found
 
 
+def calibrated(
+    rules: rules_.Rules,
+    grams: Mapping[str, Float[Array | np.ndarray, "*stack k k"]],
+    quantizer: Callable[..., QTensor] = gptq.quantize,
+    **options: Any,
+) -> list[tuple[str | re.Pattern[str], rules_.Spec | None]]:
+    """Makes rules by which a quantizer takes the place of the rounding of others.
+
+    Args:
+      rules: As in `qjax.quantize_model`.
+      grams: The gram of each weight, by path, as `grams` returns them. Weights without
+        one, and those that ``rules`` leave as they are, are treated as ``rules`` say.
+      quantizer: Takes a gram: `gptq.quantize` or `awq.quantize`.
+      **options: More of what it takes: ``act_order``, say.
+
+    Returns:
+      A rule for each gram, with the `qjax.Spec` of the first of ``rules`` that matches
+      its path, and then ``rules``.
+
+    Raises:
+      TypeError: As `qjax.quantize_model`; or if ``quantizer`` does not take the
+        options.
+      ValueError: As `qjax.quantize_model`.
+
+    Example:
+      >>> grams = {"up/kernel": jnp.eye(64)}
+      >>> rules = [("up/.*", qjax.Spec(bits=3, group_size=32))]
+      >>> specs = dict(calibrated(rules, grams, act_order=True))
+      >>> specs["up/kernel"].bits, specs["up/kernel"].quantizer.keywords["act_order"]
+      (3, True)
+    """
+    given = rules_.read(rules)
+    inspect.signature(quantizer).bind(None, gram=None, **options)
+    exact = []
+    for path, gram in grams.items():
+        spec = next((rule.spec for rule in given if rule.matches(path)), None)
+        if spec is not None:
+            seeing = functools.partial(quantizer, gram=gram, **options)
+            exact.append((re.escape(path), dataclasses.replace(spec, quantizer=seeing)))
+    return exact + [(rule.pattern, rule.spec) for rule in given]
+
+
 def _matcher(paths: str) -> Callable[[str], bool]:
     try:
-        return Rule(re.compile(paths), None).matches
+        return rules_.Rule(re.compile(paths), None).matches
     except re.error as error:
         raise ValueError(
             f"paths={paths!r} is no regular expression: {error}."

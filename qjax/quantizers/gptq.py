@@ -7,8 +7,6 @@ https://arxiv.org/abs/2210.17323.
 import dataclasses
 import functools
 import math
-import re
-from collections.abc import Mapping
 from typing import SupportsIndex
 
 import jax
@@ -19,7 +17,6 @@ from jax.scipy.linalg import solve_triangular
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax import rtn
-from qjax.layers import rules as rules_
 from qjax.quantizers import clip as clip_
 from qjax.quantizers.error import check_gram
 from qjax.rtn import Grid, Scheme
@@ -98,51 +95,6 @@ def quantize(
             "must be finite and of more inputs, or damp larger."
         )
     return packed
-
-
-def rules(
-    rules: rules_.Rules,
-    grams: Mapping[str, Float[Array | np.ndarray, "*stack k k"]],
-    *,
-    act_order: bool = False,
-    clip: bool = False,
-    damp: float = 0.01,
-) -> list[tuple[str | re.Pattern[str], rules_.Spec | None]]:
-    """Makes rules of rules for rounding, by which GPTQ takes the place of that.
-
-    Args:
-      rules: As in `qjax.quantize_model`.
-      grams: The gram of each weight, by path, as `quantizers.grams` returns them.
-        Weights without one, and those that ``rules`` leave as they are, are treated as
-        ``rules`` say.
-      act_order: As in `quantize`.
-      clip: As in `quantize`.
-      damp: As in `quantize`.
-
-    Returns:
-      A rule for each gram, with the `qjax.Spec` of the first of ``rules`` that matches
-      its path, and then ``rules``.
-
-    Raises:
-      TypeError: As `qjax.quantize_model`.
-      ValueError: As well.
-
-    Example:
-      >>> grams = {"up/kernel": jnp.eye(64)}
-      >>> specs = dict(rules([(".*", qjax.Spec(bits=3, group_size=32))], grams))
-      >>> specs["up/kernel"].bits, specs["up/kernel"].quantizer.func is quantize
-      (3, True)
-    """
-    given = rules_.read(rules)
-    options = {"act_order": act_order, "clip": clip, "damp": damp}
-    exact = []
-    for path, gram in grams.items():
-        spec = next((rule.spec for rule in given if rule.matches(path)), None)
-        if spec is not None:
-            quantizer = functools.partial(quantize, gram=gram, **options)
-            named = dataclasses.replace(spec, quantizer=quantizer)
-            exact.append((re.escape(path), named))
-    return exact + [(rule.pattern, rule.spec) for rule in given]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -187,7 +187,7 @@ def test_every_matrix_has_a_gram(name):
         diagonal = np.asarray(grams[path]).diagonal(axis1=-2, axis2=-1)
         assert (diagonal >= 0).all()
         assert diagonal.any()
-    rules = qjax.quantizers.gptq.rules(SPEC, grams)
+    rules = qjax.quantizers.calibrated(SPEC, grams)
     better = qjax.quantize_model(dense(name, "float32"), rules, *INPUTS, strict=True)
     expected, *found = (
         run(model, *INPUTS)[0]

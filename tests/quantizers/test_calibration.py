@@ -12,7 +12,7 @@ from flax import nnx
 import qjax
 from qjax.layers.linen import to_params
 from qjax.layers.nnx import wrapped
-from qjax.quantizers import gptq, grams
+from qjax.quantizers import awq, calibrated, gptq, grams, hqq
 from tests.layers import foreign
 
 K, HEADS, HEAD, STACK = 32, 2, 16, 3
@@ -273,7 +273,7 @@ def test_a_model_of_few_bits_is_nearer_to_the_dense_one():
     batches = [related(128, seed) for seed in range(3)]
     rounded = qjax.quantize_model(dense, rules)
     found = grams(rounded, batches)
-    better = qjax.quantize_model(dense, gptq.rules(rules, found, act_order=True))
+    better = qjax.quantize_model(dense, calibrated(rules, found, act_order=True))
     assert better.up.kernel.order.shape == (K,)
     held_out = related(128, seed=9)
     errors = [
@@ -287,7 +287,7 @@ def test_rules_go_to_weights_that_have_grams():
     eye = jnp.eye(K)
     spec, other = qjax.Spec(bits=3, group_size=16), qjax.Spec(bits=8)
     given = [("a.b", spec), ("c", None), ("d/.*", other)]
-    found = gptq.rules(
+    found = calibrated(
         given, {"a.b/w": eye, "c/w": eye, "d/w": eye, "e/w": eye}, clip=True, damp=0.1
     )
     assert [pattern for pattern, _ in found[:2]] == [re.escape("a.b/w"), "d/w"]
@@ -296,8 +296,13 @@ def test_rules_go_to_weights_that_have_grams():
     (_, first), (_, second) = found[:2]
     assert (first.bits, first.group_size, second.bits) == (3, 16, 8)
     assert first.quantizer.func is gptq.quantize
-    options = {"act_order": False, "clip": True, "damp": 0.1}
-    assert first.quantizer.keywords == options | {"gram": eye}
+    assert first.quantizer.keywords == {"gram": eye, "clip": True, "damp": 0.1}
+    (_, first), *_ = calibrated(given, {"a.b/w": eye}, awq.quantize)
+    assert first.quantizer.func is awq.quantize
+    with pytest.raises(TypeError, match="unexpected keyword argument 'order'"):
+        calibrated(given, {"a.b/w": eye}, order=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'gram'"):
+        calibrated(given, {"a.b/w": eye}, hqq.quantize)
 
 
 @pytest.mark.parametrize(
