@@ -1,5 +1,7 @@
 """The example decoder against references computed by other code, and its commands."""
 
+import functools
+import inspect
 import json
 import re
 import shutil
@@ -25,6 +27,7 @@ import evaluate  # noqa: E402
 import generate  # noqa: E402
 import model  # noqa: E402
 import placement  # noqa: E402
+import quantize  # noqa: E402
 import typer  # noqa: E402
 
 DATA = ROOT / "tests" / "data"
@@ -378,6 +381,65 @@ def test_evaluate_refuses(tmp_path):
         done = invoke(evaluate.main, tmp_path / name)
         assert done.exit_code == 1
         assert message in done.stderr
+
+
+@pytest.fixture
+def dense(tmp_path):
+    """The bf16 model with its tokenizer, and a text that it was trained on."""
+    shutil.copytree(DATA / "llama_bf16", tmp_path / "dense")
+    shutil.copy(SHIPPED / "tokenizer.json", tmp_path / "dense")
+    return tmp_path / "dense", inspect.getsourcefile(inspect)
+
+
+def test_quantize_command(dense, tmp_path):
+    """Two bits lose less than by rounding, on text that GPTQ has not seen."""
+    source, text = dense
+    options = ["--bits", 2, "--group-size", 64, "--rows", 16, "--context", 128]
+    done = invoke(quantize.main, source, tmp_path / "gptq", "--text", text, *options)
+    assert done.exit_code == 0, done.stderr
+    assert "21 matrices, 2.38 bits a weight" in done.stdout
+    assert "2048 tokens to see" in done.stderr
+    rounded = functools.partial(
+        qjax.quantize, bits=2, group_size=64, scale_dtype=jnp.float16
+    )
+    qjax.checkpoints.quantize(
+        source, tmp_path / "rtn", format="gptq_v2", quantizer=rounded
+    )
+    tokenizer = generate.read_tokenizer(tmp_path / "gptq")
+    ids = evaluate.read_ids(ROOT / "examples" / "llm" / "evaluation.npz")[::4]
+    found = {
+        name: evaluate.evaluate(model.load(tmp_path / name), tokenizer, ids)
+        for name in ("dense", "gptq", "rtn")
+    }
+    losses = {name: loss.nats_per_token for name, loss in found.items()}
+    added = losses["rtn"] - losses["dense"]
+    assert 0 < losses["gptq"] - losses["dense"] < 0.85 * added
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--bits", 5], "5 bits are not among (2, 3, 4, 8)"),
+        (["--to", "gptq"], "--to gptq cannot store all zeros; gptq_v2 can."),
+        (["--context", 100000], "do not fill a row of 100001"),
+        (["--group-size", 96], "k=256 is no multiple of group_size=96"),
+        ([], "is there; pass --overwrite"),
+    ],
+)
+def test_quantize_refuses(dense, tmp_path, arguments, message):
+    source, text = dense
+    target = tmp_path / "new" if arguments else source
+    done = invoke(quantize.main, source, target, "--text", text, *arguments)
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def test_quantize_wants_the_dense_model(tmp_path):
+    text = ["--text", inspect.getsourcefile(inspect), "--rows", 1, "--context", 16]
+    done = invoke(quantize.main, SHIPPED, tmp_path / "again", *text)
+    assert done.exit_code == 1
+    assert "is quantized already; pass the model it came from" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -115,12 +115,13 @@ def grams_of(
 def run(block: Block, inputs: list[tuple]) -> list[Array]:
     """The hidden states that a block makes of others."""
     graph, state = nnx.split(block)
+    return [forward(graph, state, *some) for some in inputs]
 
-    @jax.jit
-    def one(state: nnx.State, *inputs: Array) -> Array:
-        return nnx.merge(graph, state)(*inputs)[0]
 
-    return [one(state, *some) for some in inputs]
+# Blocks differ in their arrays alone, and compile once.
+@functools.partial(jax.jit, static_argnums=0)
+def forward(graph: Any, state: nnx.State, *inputs: Array) -> Array:
+    return nnx.merge(graph, state)(*inputs)[0]
 
 
 def check_format(to: Format, spec: qjax.Spec, **options: Any) -> None:

@@ -28,6 +28,9 @@ from qjax.quantizers import gptq
 from qjax.tensor import QTensor
 from qjax.watched import watch
 
+# Takes the grams of a model, its other arrays, the inputs of a call, and keywords.
+_Call = Callable[[dict[str, Array], Any, tuple, dict[str, Any]], Any]
+
 
 class _Model(NamedTuple):
     """A model with watched weights, as a function.
@@ -35,12 +38,12 @@ class _Model(NamedTuple):
     Attributes:
       grams: Shapes of the grams of its watched weights, by path.
       arrays: All its other arrays.
-      call: Takes the two, and the inputs of a call and their keywords.
+      call: Calls it.
     """
 
     grams: dict[str, tuple[int, ...]]
     arrays: Any
-    call: Callable[[dict[str, Array], Any, tuple, dict[str, Any]], Any]
+    call: _Call
 
 
 def grams(
@@ -200,14 +203,14 @@ def _sums(
             f"batches is an array of shape {batches.shape}, and must be an iterable of "
             "inputs, such as [x]."
         )
-    add, count = _adding(model), 0
+    count = 0
     totals = {path: jnp.zeros(shape) for path, shape in model.grams.items()}
     known = len(batches) if isinstance(batches, Sized) else None
     with progress.bar(known, "Collecting grams", unit="batches") as advance:
         for batch in batches:
             given = batch if isinstance(batch, tuple) else (batch,)
             inputs, arguments = uses.arrays_of(given, keywords)
-            totals = add(arguments, totals, model.arrays, inputs)
+            totals = _add(model.call, arguments, totals, model.arrays, inputs)
             # JAX works in the background, where batches would pile up.
             jax.block_until_ready(totals)
             count += 1
@@ -217,19 +220,22 @@ def _sums(
     return {path: totals[path] for path in model.grams}
 
 
-def _adding(model: _Model) -> Callable[..., dict[str, Array]]:
-    """Returns a program that adds the grams of one batch."""
+# Models that differ in nothing but their arrays, as layers of a stack, compile once.
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
+def _add(
+    call: _Call,
+    arguments: uses.Arguments,
+    totals: dict[str, Array],
+    arrays: Any,
+    inputs: list,
+) -> dict[str, Array]:
+    """Adds the grams of one batch."""
 
-    def add(
-        arguments: uses.Arguments, totals: dict[str, Array], arrays: Any, inputs: list
-    ) -> dict[str, Array]:
-        def returned(grams: dict[str, Array]) -> Array:
-            return _sum(model.call(grams, arrays, *arguments(inputs)))
+    def returned(grams: dict[str, Array]) -> Array:
+        return _sum(call(grams, arrays, *arguments(inputs)))
 
-        # No value of a gram is looked at, and so the sums so far do as well as others.
-        return jax.tree.map(jnp.add, totals, jax.grad(returned)(totals))
-
-    return jax.jit(add, static_argnums=0, donate_argnums=1)
+    # No value of a gram is looked at, and so the sums so far do as well as others.
+    return jax.tree.map(jnp.add, totals, jax.grad(returned)(totals))
 
 
 def _sum(outputs: Any) -> Array:
@@ -253,6 +259,27 @@ class _Gram(Scale):
     """The gram of a watched weight: wherever scales go, as in a scan, it goes, too."""
 
 
+class _NnxCall(NamedTuple):
+    """A call of an nnx model, equal for models that differ in their arrays alone.
+
+    Attributes:
+      graphdef: The model.
+      places: Where in its state each gram is, and the path of its weight.
+      method: Name of the method.
+    """
+
+    graphdef: Any
+    places: tuple[tuple[tuple, str], ...]
+    method: str
+
+    def __call__(
+        self, grams: dict[str, Array], rest: Any, args: tuple, keywords: dict
+    ) -> Any:
+        state = [(place, _Gram(grams[path])) for place, path in self.places]
+        merged = nnx.merge(self.graphdef, nnx.from_flat_state(state), rest, copy=True)
+        return getattr(merged, self.method)(*args, **keywords)
+
+
 def _of_nnx(model: nnx.Module, matches: Callable[[str], bool], method: str) -> _Model:
     model = nnx.clone(model)
     shapes, names = {}, {}
@@ -265,13 +292,8 @@ def _of_nnx(model: nnx.Module, matches: Callable[[str], bool], method: str) -> _
                 wrapped.put(module, name, watch(weight, gram))
     graphdef, grams, rest = nnx.split(model, _Gram, ...)
     flat = nnx.to_flat_state(grams)
-
-    def call(grams: dict[str, Array], rest: Any, args: tuple, keywords: dict) -> Any:
-        state = [(place, node.replace(grams[names[id(node)]])) for place, node in flat]
-        merged = nnx.merge(graphdef, nnx.from_flat_state(state), rest, copy=True)
-        return getattr(merged, method)(*args, **keywords)
-
-    return _Model(shapes, rest, call)
+    places = tuple((place, names[id(node)]) for place, node in flat)
+    return _Model(shapes, rest, _NnxCall(graphdef, places, method))
 
 
 def _packed(

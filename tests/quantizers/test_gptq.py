@@ -1,7 +1,6 @@
 """GPTQ against a plain float64 elimination, and what it refuses."""
 
 import functools
-import re
 
 import chex
 import jax
@@ -92,14 +91,14 @@ def test_codes_are_those_of_the_elimination(k, bits, group_size, symmetric, act_
 
 def test_without_relations_of_inputs_it_is_rounding():
     w = weight(64)
-    packed = gptq.quantize(w, 4, 32, gram=jnp.eye(64), damp=0)
+    packed = gptq.quantize(w, 4, 32, gram=jnp.eye(64), damp=0.0)
     chex.assert_trees_all_equal(packed, qjax.quantize(w, 4, 32))
 
 
 def test_act_order_and_clip_help_where_inputs_are_unequal():
-    w, seen = weight(128, 32), gram(inputs(128))
+    w, seen = weight(160), gram(inputs(160))
     plain, ordered, clipped = (
-        gptq.quantize(w, 2, 64, gram=seen, act_order=order, clip=clip)
+        gptq.quantize(w, 2, 32, True, gram=seen, act_order=order, clip=clip)
         for order, clip in [(False, False), (True, False), (True, True)]
     )
     errors = [float(output_error(w, one, seen)) for one in (plain, ordered, clipped)]
@@ -110,8 +109,8 @@ def test_act_order_and_clip_help_where_inputs_are_unequal():
 def test_inputs_that_were_always_zero_are_only_rounded():
     w, x = weight(64), inputs(64)
     x[:, [3, 40]] = 0
-    packed = gptq.quantize(w, 4, None, gram=gram(x))
-    scale, zero = np.asarray(packed.scale)[0], np.asarray(packed.zero)[0]
+    packed = gptq.quantize(w, 4, 32, gram=gram(x))
+    scale, zero = np.asarray(packed.scale), np.asarray(packed.zero)
     codes = np.clip(np.round(w[[3, 40]] / scale) + zero, 0, 15)
     np.testing.assert_array_equal(packed.numpy()[[3, 40]], codes)
     assert float(output_error(w, packed, gram(x))) < 0.2
@@ -119,14 +118,13 @@ def test_inputs_that_were_always_zero_are_only_rounded():
 
 
 def test_a_stack_is_its_matrices():
-    w = np.stack([weight(64, seed=i) for i in range(3)])
-    seen = jnp.stack([gram(inputs(64, seed=i)) for i in range(3)])
-    stack = gptq.quantize(w, 3, 32, gram=seen, act_order=True)
-    ones = [gptq.quantize(w[i], 3, 32, gram=seen[i], act_order=True) for i in range(3)]
-    np.testing.assert_array_equal(stack.order, [one.order for one in ones])
+    w = np.stack([weight(64, seed=i) for i in range(2)])
+    seen = jnp.stack([gram(inputs(64, seed=i)) for i in range(2)])
+    stack = gptq.quantize(w, 4, 32, gram=seen)
+    ones = [gptq.quantize(w[i], 4, 32, gram=seen[i]) for i in range(2)]
     same = stack.numpy() == np.stack([one.numpy() for one in ones])
     assert same.mean() > 0.99
-    assert stack.shape == (3, 64, 12)
+    assert stack.shape == (2, 64, 12)
 
 
 def test_files_hold_the_result():
@@ -140,11 +138,11 @@ def test_files_hold_the_result():
 
 
 def test_traced_and_in_a_model():
-    w, seen = weight(64, 16), gram(inputs(64))
-    quantizer = functools.partial(gptq.quantize, gram=seen, act_order=True)
+    w, seen = weight(64), gram(inputs(64))
+    quantizer = functools.partial(gptq.quantize, gram=seen)
     traced = jax.jit(functools.partial(quantizer, bits=4, group_size=32))(w)
     chex.assert_trees_all_equal(traced, quantizer(w, 4, 32))
-    layer = nnx.Linear(64, 16, use_bias=False, rngs=nnx.Rngs(0))
+    layer = nnx.Linear(64, 12, use_bias=False, rngs=nnx.Rngs(0))
     layer.kernel = nnx.Param(jnp.asarray(w))
     spec = qjax.Spec(bits=4, group_size=32, quantizer=quantizer)
     model = qjax.quantize_model(layer, spec)
@@ -168,7 +166,7 @@ def test_traced_and_in_a_model():
         ({"group_size": 48}, "must be a multiple of group_size=48"),
     ],
 )
-def test_refusals(changes, message):
+def test_refusals(refuses, changes, message):
     options = {"bits": 4, "group_size": 32, "gram": jnp.eye(64)} | changes
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with refuses(message):
         gptq.quantize(weight(64), **options)

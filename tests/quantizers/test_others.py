@@ -1,7 +1,6 @@
 """Clipping, HQQ, budgets, errors: against plain searches and the upstream's codes."""
 
 import itertools
-import re
 
 import chex
 import jax
@@ -77,10 +76,8 @@ def test_clip_of_a_stack_is_that_of_its_matrices():
         chex.assert_trees_all_equal(matrix_of(found, i), one)
 
 
-def test_clip_refuses_other_importance():
-    with pytest.raises(
-        ValueError, match=re.escape("importance.shape=(5,) must be (128,)")
-    ):
+def test_clip_refuses_other_importance(refuses):
+    with refuses("importance.shape=(5,) must be (128,)"):
         clip.quantize(W, importance=np.ones(5))
 
 
@@ -126,19 +123,21 @@ def test_hqq_in_products_stacks_and_models():
     layer = nnx.Linear(128, 24, use_bias=False, rngs=nnx.Rngs(0))
     layer.kernel = nnx.Param(jnp.asarray(W))
     spec = qjax.Spec(bits=4, group_size=32, quantizer=hqq.quantize)
-    x = RNG.standard_normal((3, 128)).astype(np.float32)
+    x = jnp.asarray(RNG.standard_normal((3, 128)), jnp.float32)
     y = qjax.quantize_model(layer, spec)(x)
-    wanted = x.astype(np.float64) @ np.asarray(qjax.dequantize(hqq.quantize(W, 4, 32)))
+    wanted = np.asarray(x, np.float64) @ np.asarray(
+        qjax.dequantize(hqq.quantize(W, 4, 32))
+    )
     np.testing.assert_allclose(y, wanted, rtol=1e-5, atol=1e-4)
 
 
-def test_hqq_refuses_symmetric_codes():
-    with pytest.raises(ValueError, match="symmetric=True leaves HQQ no zeros to find"):
+def test_hqq_refuses_symmetric_codes(refuses):
+    with refuses("symmetric=True leaves HQQ no zeros to find"):
         hqq.quantize(W, symmetric=True)
 
 
-def test_spec_wants_a_function():
-    with pytest.raises(TypeError, match="quantizer='hqq' must be a function"):
+def test_spec_wants_a_function(refuses):
+    with refuses("quantizer='hqq' must be a function", TypeError):
         qjax.Spec(quantizer="hqq")
 
 
@@ -182,8 +181,8 @@ def test_gram_and_error_are_their_definitions():
         ),
     ],
 )
-def test_errors_refuse(call, error, message):
-    with pytest.raises(error, match=re.escape(message)):
+def test_errors_refuse(refuses, call, error, message):
+    with refuses(message, error):
         call()
 
 
@@ -251,8 +250,8 @@ def test_of_any_steps_one_is_lost_at_most(seed):
         ({"a": {2: Option(9, 1.0)}}, "nbytes=8 must be at least 9"),
     ],
 )
-def test_allocate_refuses(options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
+def test_allocate_refuses(refuses, options, message):
+    with refuses(message):
         allocate(options, nbytes=8)
 
 
