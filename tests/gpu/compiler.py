@@ -75,28 +75,59 @@ DEVICES = {
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-    """A Pallas kernel as compiled.
+    """A Pallas kernel as compiled; assembled and disassembled only if one asks.
 
     Attributes:
       name: As given to the launch.
       ptx: What XLA's Triton made of it.
-      registers: Of a thread.
-      spills: Bytes of registers that a thread stores to local memory.
-      instructions: The whole kernel.
-      loops: Its innermost loops.
+      arch: For which ptxas assembles it.
     """
 
     name: str
     ptx: str
-    registers: int
-    spills: int
-    instructions: sass.Loop
-    loops: list[sass.Loop]
+    arch: str
+
+    @property
+    def registers(self) -> int:
+        """Those of a thread."""
+        return int(re.search(r"Used (\d+) registers", self._assembled[0])[1])
+
+    @property
+    def spills(self) -> int:
+        """Bytes of registers that a thread stores to local memory."""
+        return int(re.search(r"(\d+) bytes spill stores", self._assembled[0])[1])
+
+    @functools.cached_property
+    def instructions(self) -> sass.Loop:
+        """The whole kernel."""
+        return sass.kernels(self._disassembly)[self.name]
+
+    @functools.cached_property
+    def loops(self) -> list[sass.Loop]:
+        """Its innermost loops."""
+        return sass.loops(self._disassembly)[self.name]
 
     @property
     def hot(self) -> sass.Loop:
         """The loop with the most tensor-core instructions, else the longest."""
         return max(self.loops, key=lambda loop: (loop.matrix, len(loop)))
+
+    @functools.cached_property
+    def _assembled(self) -> tuple[str, bytes]:
+        """What ptxas says, and the machine code."""
+        with tempfile.TemporaryDirectory() as folder:
+            path, code = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+            path.write_text(self.ptx)
+            # The flags with which XLA calls it.
+            flags = ("-v", f"-arch={self.arch}", "--warn-on-spills")
+            return _run("ptxas", *flags, path, "-o", code), code.read_bytes()
+
+    @functools.cached_property
+    def _disassembly(self) -> str:
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as code:
+            code.write(self._assembled[1])
+            code.flush()
+            return _run("nvdisasm", "-c", code.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,11 +229,11 @@ def compile_for(
         # Written again, under a longer name, by passes that change the sequence.
         thunks = max(Path(folder).glob("*.thunk_sequence*.txt"))
         launches = list(_launches(thunks.read_text()))
-        texts = {path: path.read_text() for path in Path(folder).glob("*.ptx")}
+        texts = [path.read_text() for path in Path(folder).glob("*.ptx")]
         names = _pallas_names(hlo)
         kernels = [
-            _kernel(name, ptx, path, DEVICES[arch].ptxas_arch)
-            for path, ptx in texts.items()
+            Kernel(name, ptx, DEVICES[arch].ptxas_arch)
+            for ptx in texts
             for name in re.findall(r"\.entry (\w+)\(", ptx)
             # Another launch of the same name gets a number.
             if re.sub(r"__\d+$", "", name) in names
@@ -275,21 +306,6 @@ def calls(hlo: str) -> Iterator[tuple[str, str]]:
 
 def _pallas_names(hlo: str) -> set[str]:
     return {name for name, _ in calls(hlo)}
-
-
-def _kernel(name: str, ptx: str, path: Path, arch: str) -> Kernel:
-    code = path.with_suffix(".cubin")
-    # The flags with which XLA calls it.
-    said = _run("ptxas", "-v", f"-arch={arch}", "--warn-on-spills", path, "-o", code)
-    disassembly = _run("nvdisasm", "-c", code)
-    return Kernel(
-        name,
-        ptx,
-        registers=int(re.search(r"Used (\d+) registers", said)[1]),
-        spills=int(re.search(r"(\d+) bytes spill stores", said)[1]),
-        instructions=sass.kernels(disassembly)[name],
-        loops=sass.loops(disassembly)[name],
-    )
 
 
 def _run(tool: str, *arguments: Any) -> str:

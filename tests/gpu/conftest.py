@@ -88,8 +88,11 @@ def compiled(request):
 @pytest.fixture(scope="session")
 def emulated(request):
     """``emulated(run, arch)``: the `running.Outcome` of a call."""
-    pool = Pool(_wanted(request.session, "run"), running.run)
-    yield pool
+    archs = {}
+    for run, arch in _wanted(request.session, "run"):
+        archs[run] = (*archs.get(run, ()), arch)
+    pool = Pool(archs.items(), running.run_for_each)
+    yield lambda run, arch: pool(run, archs[run])[arch]
     pool.close()
 
 

@@ -293,3 +293,8 @@ def run(case: Any, arch: str) -> Outcome:
     with launches.emulated(arch) as launched:
         found = [np.asarray(leaf) for leaf in jax.tree.leaves(call())]
     return Outcome(launched, found, expected)
+
+
+def run_for_each(case: Any, archs: tuple[str, ...]) -> dict[str, Outcome]:
+    """Does so for several GPUs: what surrounds the kernels is compiled but once."""
+    return {arch: run(case, arch) for arch in archs}
