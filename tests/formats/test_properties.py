@@ -197,6 +197,11 @@ def test_relayout_between_any_two_is_lossless(bits, data):
     chex.assert_trees_all_equal(qjax.relayout(moved, gptq.Stream()), start)
 
 
+def zeros(*shape: int, dtype: str = "uint8") -> jax.Array:
+    """Those of NumPy: JAX would compile a program for each shape."""
+    return jnp.asarray(np.zeros(shape, jnp.dtype(dtype)))
+
+
 class TestRefusals:
     """By layouts: names what is wrong, and never packs it some way or other."""
 
@@ -213,8 +218,8 @@ class TestRefusals:
         case = CASES[name]
         layout, (k, n) = case.make(64), (64, 16)
         with refuses(f"bits={bits}"):
-            layout.pack(jnp.zeros((k, n), jnp.uint8), bits)
-        words = layout.pack(jnp.zeros((k, n), jnp.uint8), case.widths[-1])
+            layout.pack(zeros(k, n), bits)
+        words = layout.pack(zeros(k, n), case.widths[-1])
         with refuses(f"bits={bits}"):
             layout.unpack(words, bits)
 
@@ -229,30 +234,30 @@ class TestRefusals:
         k, n = data.draw(st.integers(1, 999), "k"), data.draw(st.integers(1, 99), "n")
         hypothesis.assume(not case.holds(k, n, bits))
         with refuses("codes"):
-            case.make(k).pack(jnp.zeros((k, n), jnp.uint8), bits)
+            case.make(k).pack(zeros(k, n), bits)
 
     @pytest.mark.parametrize("name", CASES)
     @pytest.mark.parametrize("shape", [(64,), (2, 64, 16), (64, 0), (0, 16), ()])
     def test_what_is_no_matrix(self, name, shape, refuses):
         case = CASES[name]
         with refuses(f"codes.shape={shape} must be [k, n], not empty"):
-            case.make(64).pack(jnp.zeros(shape, jnp.uint8), case.widths[-1])
+            case.make(64).pack(zeros(*shape), case.widths[-1])
 
     @pytest.mark.parametrize("name", CASES)
     @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "bool"])
     def test_dtypes(self, name, dtype, refuses):
         layout, bits = CASES[name].make(64), CASES[name].widths[-1]
         with refuses(f"codes.dtype={dtype} must be an integer dtype"):
-            layout.pack(jnp.zeros((64, 16), dtype), bits)
-        words = layout.pack(jnp.zeros((64, 16), jnp.uint8), bits)
+            layout.pack(zeros(64, 16, dtype=dtype), bits)
+        words = layout.pack(zeros(64, 16), bits)
         with refuses(f"words.dtype={dtype} must be"):
-            layout.unpack(words.astype(dtype), bits)
+            layout.unpack(zeros(*words.shape, dtype=dtype), bits)
 
     @pytest.mark.parametrize("name", CASES)
     def test_words_of_other_axes(self, name, refuses):
         layout, bits = CASES[name].make(64), CASES[name].widths[-1]
-        words = layout.pack(jnp.zeros((64, 16), jnp.uint8), bits)
-        for other in (words[None], words[0]):
+        words = np.asarray(layout.pack(zeros(64, 16), bits))
+        for other in (jnp.asarray(words[None]), jnp.asarray(words[0])):
             with refuses(f"words.shape={other.shape} must have {layout.rank} axes"):
                 layout.unpack(other, bits)
 
