@@ -66,9 +66,13 @@ def shipped():
     return model.load(SHIPPED), generate.read_tokenizer(SHIPPED)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(graph, state, ids):
+    return nnx.merge(graph, state)(ids)
+
+
 def forward(decoder, ids):
-    graph, state = nnx.split(decoder)
-    return jax.jit(lambda state, ids: nnx.merge(graph, state)(ids))(state, ids)
+    return logits_of(*nnx.split(decoder), ids)
 
 
 def test_prompt_logits(trained):
@@ -172,10 +176,18 @@ def test_decode_equals_prefill(shipped):
     decoder, _ = shipped
     ids = np.arange(12)[None] + 40
     cache = model.Cache.empty(decoder.config, 1, 12, jnp.float32)
+    graph, state = nnx.split(decoder)
+
+    @jax.jit
+    def step(state, ids, cache):
+        decoder = nnx.merge(graph, state)
+        hidden, cache = decoder.forward(ids, cache)
+        return decoder.logits(hidden), cache
+
     steps = []
     for i in range(12):
-        hidden, cache = decoder.forward(ids[:, i : i + 1], cache)
-        steps.append(decoder.logits(hidden))
+        logits, cache = step(state, ids[:, i : i + 1], cache)
+        steps.append(logits)
     whole = forward(decoder, ids)
     chex.assert_trees_all_close(jnp.concatenate(steps, 1), whole, atol=2e-4)
 
