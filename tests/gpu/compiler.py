@@ -127,7 +127,8 @@ class Kernel:
         with tempfile.NamedTemporaryFile(suffix=".cubin") as code:
             code.write(self._assembled[1])
             code.flush()
-            return _run("nvdisasm", "-c", code.name)
+            # No branch here goes by a stack, which -ndf leaves unanalyzed.
+            return _run("nvdisasm", "-c", "-ndf", code.name)
 
 
 @dataclasses.dataclass(frozen=True)
