@@ -389,12 +389,21 @@ def test_codes_of_mixed_and_stacked_tensors_are_in_stored_order(as_qtensor):
 ONE = (tensor.Segment(4, 32),)
 
 
+def ones(shape, dtype=jnp.float32) -> jax.Array:
+    """Those of NumPy: JAX would compile a program for each shape."""
+    return jnp.asarray(np.ones(shape, dtype))
+
+
+def zeros(shape, dtype=jnp.float32) -> jax.Array:
+    return jnp.asarray(np.zeros(shape, dtype))
+
+
 def leaves(**changes) -> dict[str, typing.Any]:
     """What `tensor.build` takes: 4 bits, k = 64, n = 16, two groups."""
     given = {
-        "words": [jnp.zeros((8, 16), jnp.uint32)],
-        "scale": jnp.ones((2, 16)),
-        "zero": jnp.zeros((2, 16), jnp.uint8),
+        "words": [zeros((8, 16), jnp.uint32)],
+        "scale": ones((2, 16)),
+        "zero": zeros((2, 16), jnp.uint8),
         "layout": gptq.Stream(),
         "segments": ONE,
     }
@@ -408,18 +417,18 @@ CODEBOOK = {"affine": tensor.Affine.CODEBOOK, "zero": None}
     "changes",
     [
         {},
-        {"scale": jnp.ones((2, 1))},
-        {"scale": jnp.ones((2, 4)), "zero": jnp.zeros((2, 1), jnp.uint8)},
-        {"zero": jnp.zeros((2, 16))},
+        {"scale": ones((2, 1))},
+        {"scale": ones((2, 4)), "zero": zeros((2, 1), jnp.uint8)},
+        {"zero": zeros((2, 16))},
         {"zero": None, "affine": tensor.Affine.CENTERED},
-        {**CODEBOOK, "codebook": jnp.zeros(16)},
-        {"row_group": jnp.zeros(64, jnp.int32), "order": jnp.zeros(64, jnp.int32)},
-        {"input_scale": jnp.ones(64)},
+        {**CODEBOOK, "codebook": zeros(16)},
+        {"row_group": zeros(64, jnp.int32), "order": zeros(64, jnp.int32)},
+        {"input_scale": ones(64)},
         {
-            "words": [jnp.zeros((3, 8, 16), jnp.uint32)],
-            "scale": jnp.ones((3, 2, 16)),
-            "zero": jnp.zeros((3, 2, 16), jnp.uint8),
-            "order": jnp.zeros((3, 64), jnp.int32),
+            "words": [zeros((3, 8, 16), jnp.uint32)],
+            "scale": ones((3, 2, 16)),
+            "zero": zeros((3, 2, 16), jnp.uint8),
+            "order": zeros((3, 64), jnp.int32),
         },
     ],
 )
@@ -442,7 +451,7 @@ def test_build_accepts(changes):
             "Segment(bits=4, group_size=0, padding=0): group_size must be positive",
         ),
         (
-            {"words": [jnp.zeros((8, 16))]},
+            {"words": [zeros((8, 16))]},
             "words.dtype=float32 must be int32 or uint32",
         ),
         (
@@ -452,8 +461,8 @@ def test_build_accepts(changes):
         (
             {
                 "words": [
-                    jnp.zeros((4, 16), jnp.uint32),
-                    jnp.zeros((4, 8), jnp.uint32),
+                    zeros((4, 16), jnp.uint32),
+                    zeros((4, 8), jnp.uint32),
                 ],
                 "segments": ONE * 2,
             },
@@ -462,24 +471,24 @@ def test_build_accepts(changes):
         (
             {
                 "words": [
-                    jnp.zeros((4, 16), jnp.uint32),
-                    jnp.zeros((1, 4, 16), jnp.uint32),
+                    zeros((4, 16), jnp.uint32),
+                    zeros((1, 4, 16), jnp.uint32),
                 ],
                 "segments": ONE * 2,
             },
             "batch of words=(1,) must be ()",
         ),
-        ({"scale": jnp.ones(16)}, "scale.shape=(16,) must be [*batch, groups, n]"),
+        ({"scale": ones(16)}, "scale.shape=(16,) must be [*batch, groups, n]"),
         (
-            {"scale": jnp.ones((2, 0))},
+            {"scale": ones((2, 0))},
             "scale.shape[-1]=0 must be n=16 or a divisor of it",
         ),
-        ({"scale": jnp.ones((2, 16), jnp.int32)}, "scale.dtype=int32 must be a float"),
-        ({"scale": jnp.ones((3, 16))}, "scale.shape[:-1]=(3,) must be (2,)"),
-        ({"scale": jnp.ones((1, 2, 16))}, "scale.shape[:-1]=(1, 2) must be (2,)"),
-        ({"scale": jnp.ones((2, 5))}, "scale.shape[-1]=5 must be n=16 or a divisor"),
-        ({"zero": jnp.zeros((1, 16), jnp.uint8)}, "zero.shape[:-1]=(1,) must be (2,)"),
-        ({"zero": jnp.zeros((2, 3), jnp.uint8)}, "zero.shape[-1]=3 must be n=16"),
+        ({"scale": ones((2, 16), jnp.int32)}, "scale.dtype=int32 must be a float"),
+        ({"scale": ones((3, 16))}, "scale.shape[:-1]=(3,) must be (2,)"),
+        ({"scale": ones((1, 2, 16))}, "scale.shape[:-1]=(1, 2) must be (2,)"),
+        ({"scale": ones((2, 5))}, "scale.shape[-1]=5 must be n=16 or a divisor"),
+        ({"zero": zeros((1, 16), jnp.uint8)}, "zero.shape[:-1]=(1,) must be (2,)"),
+        ({"zero": zeros((2, 3), jnp.uint8)}, "zero.shape[-1]=3 must be n=16"),
         ({"zero": None}, "zero is None, but (q - z) * s needs it"),
         (
             {"zero": None, "affine": tensor.Affine.OFFSET},
@@ -490,24 +499,24 @@ def test_build_accepts(changes):
             "zero.dtype=uint8 must be a float dtype for q * s + z",
         ),
         ({"affine": tensor.Affine.CENTERED}, "zero.dtype=uint8 must be a float dtype"),
-        ({"order": jnp.zeros(63, jnp.int32)}, "order.shape=(63,) must be (64,)"),
-        ({"order": jnp.zeros(64, jnp.uint8)}, "order.dtype=uint8 must be int32"),
-        ({"row_group": jnp.zeros((1, 64), jnp.int32)}, "row_group.shape=(1, 64) must"),
-        ({"row_group": jnp.zeros(64)}, "row_group.dtype=float32 must be int32"),
-        ({"input_scale": jnp.ones(16)}, "input_scale.shape=(16,) must be (64,)"),
+        ({"order": zeros(63, jnp.int32)}, "order.shape=(63,) must be (64,)"),
+        ({"order": zeros(64, jnp.uint8)}, "order.dtype=uint8 must be int32"),
+        ({"row_group": zeros((1, 64), jnp.int32)}, "row_group.shape=(1, 64) must"),
+        ({"row_group": zeros(64)}, "row_group.dtype=float32 must be int32"),
+        ({"input_scale": ones(16)}, "input_scale.shape=(16,) must be (64,)"),
         (
-            {"input_scale": jnp.ones(64, jnp.int32)},
+            {"input_scale": ones(64, jnp.int32)},
             "input_scale.dtype=int32 must be a float dtype",
         ),
         (CODEBOOK, "codebook and affine=Affine.CODEBOOK must come together"),
-        ({"codebook": jnp.zeros(16)}, "codebook and affine=Affine.ZERO must come"),
+        ({"codebook": zeros(16)}, "codebook and affine=Affine.ZERO must come"),
         (
-            {"affine": tensor.Affine.CODEBOOK, "codebook": jnp.zeros(16)},
+            {"affine": tensor.Affine.CODEBOOK, "codebook": zeros(16)},
             "zero must be None with a codebook",
         ),
-        ({**CODEBOOK, "codebook": jnp.zeros(8)}, "codebook.shape=(8,) must be (16,)"),
+        ({**CODEBOOK, "codebook": zeros(8)}, "codebook.shape=(8,) must be (16,)"),
         (
-            {**CODEBOOK, "codebook": jnp.zeros(16, jnp.int32)},
+            {**CODEBOOK, "codebook": zeros(16, jnp.int32)},
             "codebook.dtype=int32 must be a float dtype",
         ),
         ({"rounding": 3}, "rounding=3 must be 1 or 2"),
