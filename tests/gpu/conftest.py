@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.gpu import compiler, running
+from tests.gpu import cases, compiler, running
 
 BUDGETS = Path(__file__).with_name("budgets.json")
 # Above the recorded count, the kernel has become worse; so far below it, the record
@@ -30,9 +30,13 @@ def pytest_addoption(parser):
 
 def _compile(case, arch):
     function, avals, *specs = case()
-    return compiler.compile_for(
+    program = compiler.compile_for(
         function, *avals, arch=arch, specs=specs[0] if specs else None
     )
+    if isinstance(case, cases.Matmul | cases.Other):
+        # What their tests ask for, here, where several processes are at work.
+        _ = program.kernel.loops, program.kernel.instructions
+    return program
 
 
 def _processes(count):
