@@ -6,6 +6,7 @@ what the quantized one makes of the text. ``qjax quantize`` needs no text, and n
 code; this costs more time and less of the model.
 """
 
+import dataclasses
 import enum
 import functools
 import math
@@ -39,16 +40,15 @@ Format = enum.StrEnum("Format", ["gptq", "gptq_v2", "gptq_p", "compressed-tensor
 
 
 def quantize(
-    path: Path, ids: np.ndarray, spec: qjax.Spec, *, batch: int = 8, **options: Any
+    path: Path, ids: np.ndarray, spec: qjax.Spec, batch: int = 8
 ) -> dict[str, Any]:
     """Quantizes the linear layers of all blocks of a dense model.
 
     Args:
       path: Its directory.
       ids: Integer token ids ``[sequences, t]``, such as the model will see.
-      spec: Width and groups.
+      spec: Width, groups, and a quantizer that takes a gram.
       batch: Sequences computed at a time.
-      **options: As `qjax.quantizers.gptq.quantize` takes them.
 
     Returns:
       Its tensors, as `qjax.checkpoints.load` returns them.
@@ -74,16 +74,15 @@ def quantize(
         build = functools.partial(block, tensors, config, name, window)
         inputs = [(x, *places(config, x)) for x in states]
         for module, gram in grams_of(build(), name, spec, inputs):
-            weight = tensors.pop(f"{module}.weight").T
-            tensors[module] = to_packed(weight, spec, gram, **options)
+            tensors[module] = to_packed(tensors.pop(f"{module}.weight").T, spec, gram)
         states = run(build(), inputs)
     return tensors
 
 
-def to_packed(w: Array, spec: qjax.Spec, gram: Array, **options: Any) -> qjax.QTensor:
-    """Quantizes ``w[k, n]`` by GPTQ."""
+def to_packed(w: Array, spec: qjax.Spec, gram: Array) -> qjax.QTensor:
+    """Quantizes ``w[k, n]`` by what is known of its inputs."""
     kind = (spec.bits, spec.group_size, spec.symmetric)
-    return gptq.quantize(w, *kind, gram=gram, scale_dtype=spec.scale_dtype, **options)
+    return spec.quantizer(w, *kind, gram=gram, scale_dtype=spec.scale_dtype)
 
 
 def block(
@@ -107,7 +106,8 @@ def grams_of(
     Yields:
       The path of each layer in the checkpoint, and its gram.
     """
-    rounded = qjax.quantize_model(block, spec, *inputs[0], strict=True)
+    rounding = dataclasses.replace(spec, quantizer=None)
+    rounded = qjax.quantize_model(block, rounding, *inputs[0], strict=True)
     for path, gram in qjax.quantizers.grams(rounded, inputs).items():
         yield f"{name}.{path.removesuffix('/weight').replace('/', '.')}", gram
 
@@ -124,12 +124,12 @@ def forward(graph: Any, state: nnx.State, *inputs: Array) -> Array:
     return nnx.merge(graph, state)(*inputs)[0]
 
 
-def check_format(to: Format, spec: qjax.Spec, **options: Any) -> None:
+def check_format(to: Format, spec: qjax.Spec) -> None:
     """Raises a ValueError now where `save` would in an hour."""
     if to is Format.gptq and not spec.symmetric:
         raise ValueError("--to gptq cannot store all zeros; gptq_v2 can.")
     w = jnp.ones((math.lcm(32, spec.group_size or 1), 32), jnp.bfloat16)
-    one = to_packed(w, spec, jnp.eye(len(w)), **options)
+    one = to_packed(w, spec, jnp.eye(len(w)))
     with tempfile.TemporaryDirectory() as folder:
         qjax.checkpoints.save(f"{folder}/one", {"proj": one}, {}, format=to.value)
 
@@ -187,14 +187,14 @@ def main(
             symmetric=symmetric,
             # compressed-tensors has scales of the weights' own dtype.
             scale_dtype=jnp.float16 if to.value.startswith("gptq") else None,
+            quantizer=functools.partial(gptq.quantize, act_order=act_order, clip=clip),
         )
-        options = {"act_order": act_order, "clip": clip}
-        check_format(to, spec, **options)
+        check_format(to, spec)
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} is there; pass --overwrite to replace it.")
         ids = calibration(text, source, context, rows)
         print(f"{ids.size} tokens to see", file=sys.stderr)
-        tensors = quantize(source, ids, spec, batch=batch, **options)
+        tensors = quantize(source, ids, spec, batch)
         config = qjax.checkpoints.read_config(source)
         qjax.checkpoints.save(
             target, tensors, config, format=to.value, overwrite=overwrite
