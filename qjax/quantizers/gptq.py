@@ -7,6 +7,7 @@ https://arxiv.org/abs/2210.17323.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import jax
@@ -35,6 +36,7 @@ def quantize(
     gram: Float[Array | np.ndarray, "*batch k k"],
     scale_dtype: DTypeLike | None = None,
     act_order: bool = False,
+    fewer: float = 0.0,
     clip: bool = False,
     damp: float = 0.01,
 ) -> QTensor:
@@ -59,6 +61,10 @@ def quantize(
       act_order: Whether rows of large inputs come first (upstream's ``desc_act``): less
         error, for inputs that are put in order at every product. Groups are then runs
         of ordered rows.
+      fewer: Share of the rows, those of the smallest inputs, that get a bit less, to
+        whole groups: ``bits - fewer`` bits a weight, for sizes between two widths. The
+        matrix has both in one product, and no upstream's files hold it, but
+        `qjax.flatten` does. ``act_order`` is implied.
       clip: Whether each group also searches its range, as `quantizers.clip` does.
       damp: What is added to the diagonal of ``gram``, as a share of its mean: more for
         fewer inputs.
@@ -67,9 +73,10 @@ def quantize(
       As `qjax.quantize`; with ``act_order``, rows have an ``order``.
 
     Raises:
-      ValueError: As `qjax.quantize`; if ``gram`` is not float ``[*batch, k, k]`` or
-        ``damp`` is negative; or if ``gram`` is not positive definite even so, as where
-        it is not finite (of traced arrays, the result is then not finite, either).
+      ValueError: As `qjax.quantize`; if ``gram`` is not float ``[*batch, k, k]``,
+        ``damp`` is negative, or ``fewer`` not below 1 or there is no such width; or if
+        ``gram`` is not positive definite even so, as where it is not finite (of traced
+        arrays, the result is then not finite, either).
 
     Example:
       >>> w, mix, x = jax.random.normal(jax.random.key(0), (3, 64, 64))
@@ -84,7 +91,9 @@ def quantize(
     check_gram(w, gram)
     if not damp >= 0:
         raise ValueError(f"damp={damp!r} must not be negative.")
-    one = functools.partial(_quantize, scheme, bool(act_order), bool(clip))
+    parts = _parts(scheme, w.shape[-2], fewer)
+    ordered = bool(act_order) or len(parts) > 1
+    one = functools.partial(_quantize, parts, ordered, bool(clip))
     operands = jnp.asarray(w), jnp.asarray(gram)
     for _ in w.shape[:-2]:
         one = jax.vmap(one, in_axes=(0, 0, None))
@@ -97,9 +106,30 @@ def quantize(
     return packed
 
 
+def _parts(scheme: Scheme, k: int, fewer: float) -> tuple[tuple[Scheme, int], ...]:
+    """What each run of rows gets, and how many there are of them."""
+    if not 0 <= fewer < 1:
+        raise ValueError(f"fewer={fewer!r} must be a share from 0 to less than 1.")
+    # Groups and words of any width are whole.
+    unit = math.lcm(scheme.group_size or 1, 32)
+    rows = round(fewer * k / unit) * unit
+    if not rows:
+        return ((scheme, k),)
+    if scheme.bits == 2:
+        raise ValueError(f"fewer={fewer!r}: of 2 bits, no row can have a bit less.")
+    if rows >= k:
+        return ((scheme._replace(bits=scheme.bits - 1), k),)
+    return (scheme, k - rows), (scheme._replace(bits=scheme.bits - 1), rows)
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _quantize(
-    scheme: Scheme, act_order: bool, clip: bool, w: Array, gram: Array, damp: Array
+    parts: tuple[tuple[Scheme, int], ...],
+    act_order: bool,
+    clip: bool,
+    w: Array,
+    gram: Array,
+    damp: Array,
 ) -> tuple[QTensor, Array]:
     w, gram = w.astype(jnp.float32), gram.astype(jnp.float32)
     diagonal = gram.diagonal()
@@ -109,10 +139,34 @@ def _quantize(
     gram += jnp.diag(jnp.where(dead, 1, 0) + damp * diagonal.mean())
     if order is not None:
         w, gram = w[order], gram[order][:, order]
-    spread = _feedback(gram)
-    codes, grid = _rounded(scheme, clip, w, spread)
-    packed = dataclasses.replace(rtn.assemble(scheme, codes, grid), order=order)
-    return packed, jnp.isfinite(spread).all()
+    spread, packed, end = _feedback(gram), [], 0
+    for scheme, rows in parts:
+        start, end = end, end + rows
+        codes, grid, errors = _rounded(
+            scheme, clip, w[start:end], spread[start:end, start:end]
+        )
+        w = _made_up(w, spread[start:end], errors, end)
+        packed.append(rtn.assemble(scheme, codes, grid))
+    joined = dataclasses.replace(_joined(packed), order=order)
+    return joined, jnp.isfinite(spread).all()
+
+
+def _made_up(w: Array, spread: Array, errors: Array, start: int) -> Array:
+    """The weight, with its rows from ``start`` on making up for errors before them."""
+    shares = spread[:, start:].T
+    return w.at[start:].add(-jnp.matmul(shares, errors, precision="highest"))
+
+
+def _joined(packed: Sequence[QTensor]) -> QTensor:
+    """One matrix of runs of rows."""
+    zeros = [one.zero for one in packed if one.zero is not None]
+    return dataclasses.replace(
+        packed[0],
+        words=tuple(one.words[0] for one in packed),
+        scale=jnp.concatenate([one.scale for one in packed]),
+        zero=jnp.concatenate(zeros) if zeros else None,
+        segments=tuple(one.segments[0] for one in packed),
+    )
 
 
 def _feedback(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:
@@ -128,8 +182,18 @@ def _feedback(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:
 
 def _rounded(
     scheme: Scheme, clip: bool, w: Float[Array, "k n"], spread: Float[Array, "k k"]
-) -> tuple[Float[Array, "k n"], Grid]:
-    """Rounds the rows in their order, each with the errors of those before it."""
+) -> tuple[Float[Array, "k n"], Grid, Float[Array, "k n"]]:
+    """Rounds the rows in their order, each with the errors of those before it.
+
+    Args:
+      scheme: What codes there are.
+      clip: Whether ranges are searched.
+      w: The rows.
+      spread: As `_feedback` returns it, for these rows.
+
+    Returns:
+      Codes, what they stand for, and the errors for later rows to make up for.
+    """
     k, n = w.shape
     size = scheme.group_size or k
     block = math.gcd(size, _BLOCK)
@@ -161,9 +225,11 @@ def _rounded(
         # Rows that are done change, too, and nobody looks at them any more.
         shares = jax.lax.dynamic_slice_in_dim(spread, start, block)
         w -= jnp.matmul(shares.T, errors, precision="highest")
-        return (w, grid), (codes, grid)
+        return (w, grid), (codes, grid, errors)
 
     first = Grid(jnp.zeros((1, n), scheme.dtype), jnp.zeros((1, n), jnp.float32))
-    _, (codes, grids) = jax.lax.scan(one_block, (w, first), jnp.arange(0, k, block))
+    starts = jnp.arange(0, k, block)
+    _, (codes, grids, errors) = jax.lax.scan(one_block, (w, first), starts)
     # All blocks of a group have its grid.
-    return codes.reshape(k, n), Grid(*(p[:: size // block, 0] for p in grids))
+    grid = Grid(*(part[:: size // block, 0] for part in grids))
+    return codes.reshape(k, n), grid, errors.reshape(k, n)

@@ -42,16 +42,17 @@ def eliminate(w, gram, bits, group_size, symmetric, damp):
     """Codes by the update that defines the method: no Cholesky, no blocks.
 
     A row is rounded; what is left of the inverse spreads its error over the others, and
-    then loses the row.
+    then loses the row. ``bits`` is a width, or that of each row.
     """
     k = len(w)
     size = group_size or k
     w, codes = w.astype(np.float64), np.zeros(w.shape, np.uint8)
+    widths = np.broadcast_to(bits, k)
     inverse = np.linalg.inv(gram + damp * np.diag(gram).mean() * np.eye(k))
     for i in range(k):
         if i % size == 0:
-            scale, zero = grid(w[i : i + size], bits, symmetric)
-        code = np.clip(np.round(w[i] / scale) + zero, 0, 2**bits - 1)
+            scale, zero = grid(w[i : i + size], widths[i], symmetric)
+        code = np.clip(np.round(w[i] / scale) + zero, 0, 2.0 ** widths[i] - 1)
         codes[i] = code
         error = (w[i] - (code - zero) * scale) / inverse[i, i]
         w -= np.outer(inverse[:, i], error)
@@ -87,6 +88,38 @@ def test_codes_are_those_of_the_elimination(k, bits, group_size, symmetric, act_
     assert (packed.numpy() == codes).mean() > 0.99
     rounded = qjax.quantize(w, bits, group_size, symmetric)
     assert output_error(w, packed, seen) < 0.7 * output_error(w, rounded, seen)
+
+
+def test_two_widths_in_a_matrix():
+    w, x = weight(160), inputs(160)
+    seen = np.asarray(gram(x))
+    packed = gptq.quantize(w, 3, 32, gram=seen, fewer=0.45, damp=0.02)
+    assert [
+        (rows, s.bits) for rows, s in zip(packed.rows, packed.segments, strict=True)
+    ] == [
+        (96, 3),
+        (64, 2),
+    ]
+    order = np.argsort(-np.diag(seen), kind="stable")
+    np.testing.assert_array_equal(packed.order, order)
+    exact = seen.astype(np.float64)[np.ix_(order, order)]
+    codes = eliminate(w[order], exact, [3] * 96 + [2] * 64, 32, False, 0.02)
+    assert (packed.numpy() == codes).mean() > 0.99
+    three, two = (
+        gptq.quantize(w, bits, 32, gram=seen, act_order=True) for bits in (3, 2)
+    )
+    errors = [float(output_error(w, one, seen)) for one in (three, packed, two)]
+    assert errors == sorted(errors)
+    wanted = x.astype(np.float64) @ np.asarray(qjax.dequantize(packed), np.float64)
+    found = qjax.matmul(jnp.asarray(x), packed)
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_all_rows_with_fewer_bits_are_one_width():
+    w, seen = weight(64), gram(inputs(64))
+    packed = gptq.quantize(w, 5, 32, gram=seen, fewer=0.9)
+    assert (packed.bits, len(packed.segments), packed.order) == (4, 1, None)
+    chex.assert_trees_all_equal(packed, gptq.quantize(w, 4, 32, gram=seen))
 
 
 def test_without_relations_of_inputs_it_is_rounding():
@@ -162,6 +195,9 @@ def test_traced_and_in_a_model():
         ({"gram": -jnp.eye(64)}, "is not positive definite"),
         ({"gram": jnp.full((64, 64), jnp.nan)}, "is not positive definite"),
         ({"gram": jnp.ones((64, 64)), "damp": 0.0}, "damp=0.0 of its mean diagonal"),
+        ({"fewer": 1.0}, "fewer=1.0 must be a share from 0 to less than 1"),
+        ({"fewer": float("nan")}, "fewer=nan must be a share"),
+        ({"bits": 2, "fewer": 0.5}, "of 2 bits, no row can have a bit less"),
         ({"bits": 9}, "bits=9 must be"),
         ({"group_size": 48}, "must be a multiple of group_size=48"),
     ],
