@@ -172,7 +172,7 @@ def over_stack(one: Callable[..., QTensor], *operands: Array) -> QTensor:
 @functools.partial(jax.jit, static_argnums=0)
 def _quantize(scheme: Scheme, w: Array) -> QTensor:
     groups = grouped(scheme, w)
-    grid = cover(scheme, groups.min(1), groups.max(1))
+    grid = cover(scheme, *bounds(groups))
     return assemble(scheme, nearest(scheme, groups, grid), grid)
 
 
@@ -180,6 +180,18 @@ def grouped(scheme: Scheme, w: Float[Array, "k n"]) -> Float[Array, "groups rows
     """The groups of a matrix, in float32."""
     k, n = w.shape
     return w.astype(jnp.float32).reshape(-1, scheme.group_size or k, n)
+
+
+def bounds(
+    groups: Float[Array, "groups rows n"],
+) -> tuple[Float[Array, "groups n"], Float[Array, "groups n"]]:
+    """The least and the largest number of each group; NaN where one is NaN.
+
+    XLA's own reductions of a CPU may pass over NaNs, and what is broken would look
+    sound once it is rounded.
+    """
+    broken = jnp.isnan(groups).any(1)
+    return jnp.where(broken, jnp.nan, groups.min(1)), groups.max(1)
 
 
 def cover(

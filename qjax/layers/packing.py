@@ -110,8 +110,19 @@ def pack(weight: Any, form: Form, spec: Spec) -> QTensor:
 
 
 def spec_of(packed: QTensor) -> Spec:
-    """How a dense weight becomes a matrix of the format of another."""
-    segment = packed.segments[0]
+    """How a dense weight becomes a matrix of the format of another.
+
+    Raises:
+      ValueError: If rounding makes none.
+    """
+    extra = (packed.order, packed.row_group, packed.input_scale, packed.codebook)
+    is_float = packed.zero is not None and packed.zero.dtype != jnp.uint8
+    segment, *others = packed.segments
+    if others or is_float or any(part is not None for part in extra):
+        raise ValueError(
+            "it has an order, factors or zeros that its quantizer found; quantize the "
+            "weight, and pass a QTensor"
+        )
     return Spec(
         bits=segment.bits,
         group_size=segment.group_size,
@@ -144,7 +155,11 @@ def settle(
     if choice.spec is not None:
         reason = form if isinstance(form, str) else unfit(weight, form, choice.spec)
         if isinstance(form, Form) and reason is None:
-            packed, reason = pack(weight, form, choice.spec), note
+            try:
+                packed = pack(weight, form, choice.spec)
+            except (ValueError, TypeError) as error:
+                raise type(error)(f"{path}: {error}") from error
+            reason = _notes(weight, choice.spec, note)
     before = _nbytes(weight)
     entry = Entry(
         path=path,
@@ -157,6 +172,14 @@ def settle(
         after=before if packed is None else packed.nbytes,
     )
     return packed, entry
+
+
+def _notes(weight: Any, spec: Spec, note: str | None) -> str | None:
+    """What there is to know of a packed weight."""
+    notes = [note, spec.by and f"by {spec.by}"]
+    if spec.by and not all(isinstance(leaf, Array) for leaf in jax.tree.leaves(weight)):
+        notes.append("a dense array that is loaded there is rounded, or refused")
+    return "; ".join(filter(None, notes)) or None
 
 
 def _nbytes(weight: Any) -> int:

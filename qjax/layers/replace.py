@@ -61,6 +61,10 @@ def quantize_model(
         matched weights that stay dense).
       **keywords: More inputs.
 
+    Warns:
+      UserWarning: If weights that rules match stay dense and no ``report`` is asked
+        for, or rules have quantizers for paths that no weight has.
+
     Returns:
       The model, with weights replaced; for linen, the module and its variables. What
       pickle takes of the model, it takes of the result.
@@ -104,6 +108,7 @@ def quantize_model(
         )
         result = tuple(result)
     _check_matches(checked, entries)
+    _check_quantizers(checked, entries)
     _tell(Report(tuple(entries)), strict=strict, report=report)
     return result
 
@@ -139,6 +144,19 @@ def _check_matches(rules: Sequence[rules_.Rule], entries: Sequence[Entry]) -> No
         raise ValueError(
             f"rules has the patterns {patterns}, and none of them matches all of a "
             f"path of the model, such as {paths[:3]}."
+        )
+
+
+def _check_quantizers(rules: Sequence[rules_.Rule], entries: Sequence[Entry]) -> None:
+    """Speaks up about what was found out for weights that the model does not have."""
+    paths = [entry.path for entry in entries]
+    special = [rule for rule in rules if rule.literal and rule.spec and rule.spec.by]
+    missed = [r.literal for r in special if not any(map(r.matches, paths))]
+    if missed:
+        warnings.warn(
+            f"rules has quantizers for {len(missed)} paths that no weight has, such as "
+            f"{missed[:3]}; the model's are like {paths[:3]}.",
+            stacklevel=3,
         )
 
 

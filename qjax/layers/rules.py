@@ -1,6 +1,7 @@
 """Rules that say how the weights of a model are quantized: patterns and specs."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsIndex
@@ -10,7 +11,7 @@ from jaxtyping import Array, DTypeLike
 
 from qjax import ops, rtn
 from qjax.bits import block, whole
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_packed
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,6 +65,18 @@ class Spec:
                 f"scale_dtype={jnp.dtype(dtype)} must be bfloat16, float16 or float32."
             )
 
+    @property
+    def by(self) -> str | None:
+        """Name of the quantizer, such as "gptq.quantize"; None for rounding."""
+        function = self.quantizer
+        while isinstance(function, functools.partial):
+            function = function.func
+        if function is None:
+            return None
+        module = getattr(function, "__module__", "").rpartition(".")[2]
+        name = getattr(function, "__name__", type(function).__name__)
+        return f"{module}.{name}"
+
     def unfit(self, k: int) -> str | None:
         """Returns why a matrix of k rows cannot be quantized so, or None if it can."""
         codes = block(self.bits)[0]
@@ -83,6 +96,12 @@ class Spec:
             self.symmetric,
             scale_dtype=self.scale_dtype,
         )
+        check_packed(packed, "what quantizer returned")
+        if packed.shape != matrix.shape:
+            raise ValueError(
+                f"quantizer returned {packed!r} of a weight of shape {matrix.shape}, "
+                "and must keep the shape."
+            )
         return ops.prepare(packed)
 
 
@@ -100,6 +119,13 @@ class Rule:
 
     pattern: re.Pattern[str]
     spec: Spec | None
+
+    @property
+    def literal(self) -> str | None:
+        """The one path of a weight that the pattern stands for, or None."""
+        plain = re.sub(r"\\(.)", r"\1", self.pattern.pattern)
+        is_one = "/" in plain and re.escape(plain) == self.pattern.pattern
+        return plain if is_one else None
 
     def matches(self, path: str) -> bool:
         """Whether the rule is for the weight with a path such as "layers/0/up/w"."""

@@ -91,7 +91,8 @@ def grams(
     Raises:
       TypeError: If the model is no Flax module, or ``batches`` one array.
       ValueError: If no packed weight matches, there are no batches, a linen module
-        comes without variables, or the result would be empty.
+        comes without variables, inputs of weights are not finite, or the result would
+        be empty.
 
     Example:
       >>> from flax import nnx
@@ -114,6 +115,12 @@ def grams(
     totals = _sums(watched, batches, keywords)
     # A stack may have matrices without inputs, as experts that nothing was sent to.
     found = {path: gram for path, gram in totals.items() if jnp.any(gram)}
+    broken = [path for path, gram in found.items() if not jnp.isfinite(gram).all()]
+    if broken:
+        raise ValueError(
+            f"the inputs of {broken[:3]} are not finite, or their squares are not, in "
+            f"{len(broken)} of {len(found)} grams; the model, or a batch, is broken."
+        )
     if not found:
         raise ValueError(
             f"none of the products with {list(totals)[:3]} counts: they are not in "
@@ -155,7 +162,13 @@ def calibrated(
       (3, True)
     """
     given = rules_.read(rules)
-    inspect.signature(quantizer).bind(None, gram=None, **options)
+    try:
+        inspect.signature(quantizer).bind(None, gram=None, **options)
+    except TypeError as error:
+        raise TypeError(
+            f"quantizer={quantizer!r} must take gram= and the options, as "
+            f"gptq.quantize and awq.quantize do: {error}."
+        ) from None
     exact = []
     for path, gram in grams.items():
         spec = next((rule.spec for rule in given if rule.matches(path)), None)
@@ -316,6 +329,29 @@ def _in_order(place: tuple[Any, ...]) -> list[tuple[bool, Any]]:
     return [(isinstance(key, str), key) for key in place]
 
 
+class _LinenCall(NamedTuple):
+    """A call of a linen module, equal for equal modules.
+
+    Attributes:
+      module: The module.
+      method: Name of the method, None for ``__call__``.
+    """
+
+    module: nn.Module
+    method: str | None
+
+    def __call__(
+        self, grams: dict[str, Array], variables: Any, args: tuple, keywords: dict
+    ) -> Any:
+        flat: dict[str, Any] = dict(traverse_util.flatten_dict(variables, sep="/"))
+        for path, gram in grams.items():
+            flat[f"{QUANTIZED}/{path}"] = watch(flat[f"{QUANTIZED}/{path}"], None)
+            # Beside the scales, where `to_params` and the layers find it.
+            flat[f"params/{path}/gram"] = gram
+        whole = traverse_util.unflatten_dict(flat, sep="/")
+        return self.module.apply(whole, *args, method=self.method, **keywords)
+
+
 def _of_linen(
     module: nn.Module,
     variables: Mapping[str, Any],
@@ -330,15 +366,4 @@ def _of_linen(
         if isinstance(weight, QTensor) and matches(path)
     }
 
-    def call(
-        grams: dict[str, Array], variables: Any, args: tuple, keywords: dict
-    ) -> Any:
-        flat: dict[str, Any] = dict(traverse_util.flatten_dict(variables, sep="/"))
-        for path, gram in grams.items():
-            flat[f"{QUANTIZED}/{path}"] = watch(flat[f"{QUANTIZED}/{path}"], None)
-            # Beside the scales, where `to_params` and the layers find it.
-            flat[f"params/{path}/gram"] = gram
-        whole = traverse_util.unflatten_dict(flat, sep="/")
-        return module.apply(whole, *args, method=method, **keywords)
-
-    return _Model(shapes, variables, call)
+    return _Model(shapes, variables, _LinenCall(module, method))

@@ -96,11 +96,11 @@ def search(
     Returns:
       The grid.
     """
-    low, high = groups.min(1), groups.max(1)
+    low, high = rtn.bounds(groups)
 
     def step(i: Array, best: tuple[Array, Grid]) -> tuple[Array, Grid]:
         least, grid = best
-        share = 1 - i / 100
+        share = 1 - i.astype(jnp.float32) / 100
         trial = rtn.cover(scheme, low * share, high * share)
         off = rtn.values(rtn.nearest(scheme, groups, trial), trial) - groups
         error = (off**2 * importance[..., None]).sum(1)

@@ -6,6 +6,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from qjax import ops, tensor, watched
+from qjax.meshes import whole
 from qjax.tensor import QTensor
 
 
@@ -30,7 +31,7 @@ def gram(x: Float[Array | np.ndarray, "*batch k"]) -> Float[Array, "k k"]:
     """
     if not x.ndim or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be float [..., k]; got {x.dtype}{x.shape}.")
-    return _gram(jnp.asarray(x))
+    return _gram(whole(jnp.asarray(x)))
 
 
 _gram = jax.jit(watched.outer)
@@ -50,8 +51,8 @@ def output_error(
         each other and are all alike: then it is the error of the weight.
 
     Returns:
-      float32 ``norm(x @ packed - x @ w) / norm(x @ w)``, Frobenius norms; 0 where both
-      are 0.
+      float32 ``norm(x @ packed - x @ w) / norm(x @ w)``, Frobenius norms; 0 where
+      nothing is lost, and not finite where either is not.
 
     Raises:
       TypeError: If ``packed`` is no `QTensor`.
@@ -77,8 +78,8 @@ def _output_error(w: Array, packed: QTensor, gram: Array | None) -> Array:
     w = w.astype(jnp.float32)
     off = ops.dequantize(packed, jnp.float32) - w
     seen = None if gram is None else gram.astype(jnp.float32)
-    lost, whole = energy(off, seen), energy(w, seen)
-    return jnp.sqrt(jnp.where(lost > 0, lost / whole, 0))
+    lost, all_ = energy(off, seen), energy(w, seen)
+    return jnp.sqrt(jnp.where(lost == 0, 0, lost / all_))
 
 
 def energy(

@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.scipy.linalg import solve_triangular
-from jaxtyping import Array, DTypeLike, Float
+from jaxtyping import Array, DTypeLike, Float, UInt8
 
 from qjax import rtn
+from qjax.meshes import whole
 from qjax.quantizers import clip as clip_
 from qjax.quantizers.error import check_gram
 from qjax.rtn import Grid, Scheme
@@ -70,7 +71,8 @@ def quantize(
         fewer inputs.
 
     Returns:
-      As `qjax.quantize`; with ``act_order``, rows have an ``order``.
+      As `qjax.quantize`; with ``act_order``, rows have an ``order``. Of operands cut
+      along explicit axes of a mesh, it is whole on every device; `qjax.shard` cuts it.
 
     Raises:
       ValueError: As `qjax.quantize`; if ``gram`` is not float ``[*batch, k, k]``,
@@ -89,12 +91,12 @@ def quantize(
     """
     scheme = rtn.check(w, bits, group_size, symmetric, scale_dtype)
     check_gram(w, gram)
-    if not damp >= 0:
-        raise ValueError(f"damp={damp!r} must not be negative.")
+    if not 0 <= damp < math.inf:
+        raise ValueError(f"damp={damp!r} must be finite and not negative.")
     parts = _parts(scheme, w.shape[-2], fewer)
     ordered = bool(act_order) or len(parts) > 1
     one = functools.partial(_quantize, parts, ordered, bool(clip))
-    operands = jnp.asarray(w), jnp.asarray(gram)
+    operands = whole((jnp.asarray(w), jnp.asarray(gram)))
     for _ in w.shape[:-2]:
         one = jax.vmap(one, in_axes=(0, 0, None))
     packed, sound = one(*operands, damp)
@@ -132,7 +134,11 @@ def _quantize(
     damp: Array,
 ) -> tuple[QTensor, Array]:
     w, gram = w.astype(jnp.float32), gram.astype(jnp.float32)
+    # How large inputs are as a whole says nothing.
+    mean = gram.diagonal().mean()
+    gram /= jnp.where(mean > 0, mean, 1)
     diagonal = gram.diagonal()
+    sound = jnp.isfinite(mean) & jnp.isfinite(gram).all()
     # Nothing is known of inputs that were always 0: no other row makes up for theirs.
     dead = diagonal == 0
     order = jnp.argsort(-diagonal).astype(jnp.int32) if act_order else None
@@ -148,7 +154,8 @@ def _quantize(
         w = _made_up(w, spread[start:end], errors, end)
         packed.append(rtn.assemble(scheme, codes, grid))
     joined = dataclasses.replace(_joined(packed), order=order)
-    return joined, jnp.isfinite(spread).all()
+    sound &= jnp.isfinite(spread).all() & (spread.diagonal() > 0).all()
+    return joined, sound
 
 
 def _made_up(w: Array, spread: Array, errors: Array, start: int) -> Array:
@@ -177,12 +184,12 @@ def _feedback(gram: Float[Array, "k k"]) -> Float[Array, "k k"]:
     """
     # gram = R R^T with R upper: what Cholesky's L is, seen from the other corner.
     upper = jnp.linalg.cholesky(gram[::-1, ::-1])[::-1, ::-1]
-    return solve_triangular(upper, jnp.eye(len(gram)), lower=False)
+    return solve_triangular(upper, jnp.eye(len(gram), dtype=gram.dtype), lower=False)
 
 
 def _rounded(
     scheme: Scheme, clip: bool, w: Float[Array, "k n"], spread: Float[Array, "k k"]
-) -> tuple[Float[Array, "k n"], Grid, Float[Array, "k n"]]:
+) -> tuple[UInt8[Array, "k n"], Grid, Float[Array, "k n"]]:
     """Rounds the rows in their order, each with the errors of those before it.
 
     Args:
@@ -201,9 +208,9 @@ def _rounded(
     def grid_at(start: Array, w: Array) -> Grid:
         group = jax.lax.dynamic_slice_in_dim(w, start, size)[None]
         if clip:
-            grid = clip_.search(scheme, group, jnp.ones((1, size)))
+            grid = clip_.search(scheme, group, jnp.ones((1, size), jnp.float32))
         else:
-            grid = rtn.cover(scheme, group.min(1), group.max(1))
+            grid = rtn.cover(scheme, *rtn.bounds(group))
         return grid
 
     def one_row(i: Array, state: tuple, corner: Array, grid: Grid) -> tuple:
@@ -212,16 +219,17 @@ def _rounded(
         code = rtn.nearest(scheme, row, grid)
         error = (row - rtn.values(code, grid))[0, 0] / corner[i, i]
         rows -= jnp.outer(corner[i], error)
-        return rows, codes.at[i].set(code[0, 0]), errors.at[i].set(error)
+        codes = codes.at[i].set(code[0, 0].astype(jnp.uint8))
+        return rows, codes, errors.at[i].set(error)
 
     def one_block(state: tuple[Array, Grid], start: Array) -> tuple:
         w, grid = state
         grid = jax.lax.cond(start % size == 0, grid_at, lambda *_: grid, start, w)
         corner = jax.lax.dynamic_slice(spread, (start, start), (block, block))
         rows = jax.lax.dynamic_slice_in_dim(w, start, block)
-        empty = jnp.zeros_like(rows)
+        empty = jnp.zeros_like(rows, jnp.uint8), jnp.zeros_like(rows)
         step = functools.partial(one_row, corner=corner, grid=grid)
-        _, codes, errors = jax.lax.fori_loop(0, block, step, (rows, empty, empty))
+        _, codes, errors = jax.lax.fori_loop(0, block, step, (rows, *empty))
         # Rows that are done change, too, and nobody looks at them any more.
         shares = jax.lax.dynamic_slice_in_dim(spread, start, block)
         w -= jnp.matmul(shares.T, errors, precision="highest")

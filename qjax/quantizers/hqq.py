@@ -68,16 +68,19 @@ def quantize(
 @functools.partial(jax.jit, static_argnums=0)
 def _quantize(scheme: Scheme, w: Array) -> QTensor:
     groups = rtn.grouped(scheme, w)
-    low, high = groups.min(1), groups.max(1)
-    # A group of equal weights has no range: its zero says what they are.
-    tiny = float(jnp.finfo(scheme.dtype).smallest_normal)
-    flat = high - low <= scheme.top * tiny
-    scale = jnp.where(flat, 1, (high - low) / scheme.top).astype(scheme.dtype)
-    step = scale.astype(jnp.float32)
-    start = Grid(scale, -low / step)
+    low, high = rtn.bounds(groups)
+    info, size = jnp.finfo(scheme.dtype), jnp.maximum(jnp.abs(low), jnp.abs(high))
+    # A group of equal weights has no range: its scale is their size, its zero one. And
+    # of one far from 0, the zero must not leave the range of its dtype.
+    flat = high - low <= scheme.top * float(info.smallest_normal)
+    whole = jnp.where(size > 0, size, 1)
+    least = size / (float(info.max) / 2)
+    scale = jnp.where(flat, whole, jnp.maximum((high - low) / scheme.top, least))
+    step = scale.astype(scheme.dtype).astype(jnp.float32)
+    start = Grid(scale.astype(scheme.dtype), -low / step)
     # Stored as it is used: codes are chosen for the zero that the file will have.
     zero = _fit(scheme, groups, start).astype(scheme.dtype)
-    grid = Grid(scale, zero.astype(jnp.float32))
+    grid = start._replace(zero=zero.astype(jnp.float32))
     packed = rtn.assemble(scheme, _nearest(scheme, groups, grid), grid)
     return dataclasses.replace(packed, zero=zero)
 
@@ -101,7 +104,7 @@ def _fit(scheme: Scheme, groups: Array, grid: Grid) -> Array:
         codes = _nearest(scheme, groups, grid._replace(zero=zero))
         off = groups - rtn.values(codes, grid._replace(zero=zero))
         size = jnp.abs(off)
-        weight = _FIRST_WEIGHT * _GROWTH**i
+        weight = _FIRST_WEIGHT * _GROWTH ** jnp.float32(i)
         # 0 ** a negative exponent is infinite, and what is subtracted is cut at 0.
         kept = jnp.maximum(size - size ** (_NORM - 1) / weight, 0) * jnp.sign(off)
         zero = (codes - (groups - kept) / step).mean(1)

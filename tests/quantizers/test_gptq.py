@@ -190,8 +190,8 @@ def test_traced_and_in_a_model():
     [
         ({"gram": jnp.eye(32)}, "gram is float32(32, 32) and must be float(64, 64)"),
         ({"gram": jnp.eye(64, dtype=int)}, "gram is int32(64, 64)"),
-        ({"damp": -1.0}, "damp=-1.0 must not be negative"),
-        ({"damp": float("nan")}, "damp=nan must not be negative"),
+        ({"damp": -1.0}, "damp=-1.0 must be finite and not negative"),
+        ({"damp": float("nan")}, "damp=nan must be finite"),
         ({"gram": -jnp.eye(64)}, "is not positive definite"),
         ({"gram": jnp.full((64, 64), jnp.nan)}, "is not positive definite"),
         ({"gram": jnp.ones((64, 64)), "damp": 0.0}, "damp=0.0 of its mean diagonal"),

@@ -29,13 +29,15 @@ def load(model: nnx.Module, weights: Mapping[str, QTensor | Array]) -> None:
       weights: By path: of a parameter ("layers/0/attn/q_proj/w"), or of a module that
         has one packed weight ("layers/0/attn/q_proj"). A `QTensor`, of any format, is
         the matrix ``[*stack, k, n]`` that the report shows. An array in the place of a
-        packed weight is rounded as that is; any other is taken as it is. Parameters
-        that are not named stay as they are.
+        packed weight is rounded to nearest, to the widths and groups of that, whatever
+        quantizer made it; any other is taken as it is. Parameters that are not named
+        stay as they are.
 
     Raises:
       TypeError: If a `QTensor` is for a parameter that is not packed.
       ValueError: If there is no such parameter, a shape differs, of a dense weight from
-        that of the one which was packed, or an array cannot be rounded so.
+        that of the one which was packed, or an array cannot be rounded so, as where
+        the packed weight has an order, factors or float zeros.
 
     Example:
       >>> from flax import nnx
