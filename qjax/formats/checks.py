@@ -211,8 +211,10 @@ def lacks_plain_groups(qt: QTensor, widths: Collection[int]) -> str | None:
         return f"it stacks {qt.batch} matrices; write them one by one"
     if len(qt.segments) != 1:
         return "its rows have several widths; EXL2 holds those"
-    if qt.grouping is not Grouping.ROWS or qt.input_scale is not None:
-        return f"it has {qt.grouping.value} groups or an input scale"
+    if qt.grouping is not Grouping.ROWS:
+        return f"it has {qt.grouping.value} groups"
+    if qt.input_scale is not None:
+        return "it has an input_scale, which it could hand on to the layer before it"
     if qt.segments[0].bits not in widths:
         return (
             f"{qt.segments[0].bits} bits are not among {tuple(widths)}; "

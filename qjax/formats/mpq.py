@@ -374,8 +374,10 @@ def _require_holdable(qt: QTensor) -> None:
         reason = f"it stacks {qt.batch} matrices; write them one by one"
     elif len(qt.segments) != 1:
         reason = "its rows have several widths; MBWQ holds those"
-    elif qt.grouping is not Grouping.ROWS or qt.input_scale is not None:
-        reason = f"it has {qt.grouping.value} groups or an input scale"
+    elif qt.grouping is not Grouping.ROWS:
+        reason = f"it has {qt.grouping.value} groups"
+    elif qt.input_scale is not None:
+        reason = "it has an input_scale, which it could hand on to the layer before it"
     elif bits not in BITS:
         reason = f"{bits} bits are not among {BITS}"
     elif not integers and qt.affine is not Affine.OFFSET:

@@ -436,7 +436,7 @@ def leaves(scale=(2, 8), zero=(2, 8), group=32, dtype=jnp.uint8, **fields):
         ),
         (
             lambda: leaves(input_scale=jnp.ones(64)),
-            "it has rows groups or an input scale",
+            "it has an input_scale",
         ),
         (lambda: leaves(dtype=jnp.float32), "does not have integer zeros"),
         (

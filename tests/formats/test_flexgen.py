@@ -283,10 +283,10 @@ def test_arrays_that_do_not_fit_are_refused(changes, message, refuses):
     [
         ({"order": True}, "its groups are not runs of inputs (act-order); GPTQ holds"),
         ({"row_group": True}, "its groups are not runs of inputs (act-order)"),
-        ({"input_scale": True}, "it has rows groups or an input scale"),
+        ({"input_scale": True}, "it has an input_scale"),
         ({"affine": "ZERO"}, "(q - z) * s is no multiple of the scale plus a bias"),
         ({"columns": 1}, "columns share scales or zeros"),
-        ({"grouping": "FLAT"}, "it has flat groups or an input scale"),
+        ({"grouping": "FLAT"}, "it has flat groups"),
         ({"bits": 3}, "3 bits are not among (4,); compressed-tensors holds 1 to 8"),
         ({"parts": [(4, 32, 32), (2, 32, 32)]}, "its rows have several widths; EXL2"),
         ({"group_size": 48}, "group_size=48 does not divide k=64; GPTQ holds a short"),

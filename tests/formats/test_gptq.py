@@ -368,8 +368,8 @@ class TestWriting:
                 "gptq",
                 "its rows have several widths; EXL2 holds those",
             ),
-            ({"grouping": "FLAT"}, "gptq", "it has flat groups or an input scale"),
-            ({"input_scale": True}, "gptq", "it has rows groups or an input scale"),
+            ({"grouping": "FLAT"}, "gptq", "it has flat groups"),
+            ({"input_scale": True}, "gptq", "it has an input_scale"),
             ({"affine": "OFFSET"}, "gptq", "does not have integer zeros"),
             ({"float_zero": True}, "gptq", "does not have integer zeros"),
             (

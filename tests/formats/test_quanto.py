@@ -344,7 +344,7 @@ def test_check_refuses_other_widths(refuses):
         ({"float_zero": True}, "has neither integer zeros nor shift"),
         ({"affine": "CODEBOOK"}, "has neither integer zeros nor shift"),
         ({"affine": "CENTERED", "float_zero": True}, "has neither integer zeros nor"),
-        ({"grouping": "STRIDED"}, "it has strided groups or an input scale"),
+        ({"grouping": "STRIDED"}, "it has strided groups"),
         ({"row_group": True}, "its groups are not runs of inputs"),
         ({"group_size": 48}, "group_size=48 does not divide k=64"),
         ({"columns": 1}, "columns share scales or zeros"),

@@ -274,7 +274,7 @@ def test_symmetric_codes_get_zeros_of_0():
         ),
         (
             lambda: quantized(input_scale=jnp.ones(64)),
-            "it has rows groups or an input scale",
+            "it has an input_scale",
         ),
         (
             lambda: quantized(order=jnp.arange(64, dtype=jnp.int32)),

@@ -337,7 +337,7 @@ def with_leaves(scale=(2, 8), zero=(2, 8), group=32, dtype=jnp.uint8, **fields):
         ),
         (
             lambda: with_leaves(input_scale=jnp.ones(64)),
-            "it has rows groups or an input scale",
+            "it has an input_scale",
         ),
         (with_order, "its groups are not runs of inputs (act-order)"),
         (lambda: with_leaves(dtype=jnp.float32), "does not have integer zeros"),
