@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from qjax import tensor
 from qjax.checkpoints import modules
+from qjax.checkpoints.config import read_config
 from qjax.checkpoints.rewriting import Request, Weight, rewrite
 from qjax.checkpoints.shards import Stored
 from qjax.checkpoints.writing import SHARD_BYTES, is_head, linear_of
@@ -28,6 +29,17 @@ _ADVICE = (
     "Choose another group size or width, or another format, or leave these modules "
     "dense (skip)."
 )
+
+# Models of Transformers whose Conv1D modules store [k, n], by model_type, and the last
+# names of these modules.
+_CONV1D = {
+    "gpt2": ("c_attn", "c_proj", "c_fc", "q_attn"),
+    "openai-gpt": ("c_attn", "c_proj", "c_fc"),
+    "imagegpt": ("c_attn", "c_proj", "c_fc", "q_attn"),
+    "decision_transformer": ("c_attn", "c_proj", "c_fc", "q_attn"),
+    "clvp": ("c_proj", "c_fc"),
+    "clvp_decoder": ("c_proj", "c_fc"),
+}
 
 
 def quantize(
@@ -69,7 +81,9 @@ def quantize(
     Raises:
       ValueError: As `save`: all modules that cannot be quantized, with their reasons;
         if ``source`` is quantized already; if a pattern is not sound or matches no
-        linear layer; or if a quantized weight is not finite.
+        linear layer; if a module stores ``[k, n]``, as those of GPT-2 do; if ``head``
+        is asked for and tied to the embeddings; or if a weight, or what it became, is
+        not finite.
       TypeError: If ``quantizer`` is no such function, or makes something else.
       OSError: As `load` and `save`.
 
@@ -170,7 +184,33 @@ def _chosen(
         raise ValueError(
             f"{directory}: no linear layer is left to quantize, of {len(linear)}."
         )
+    _check_model(directory, list(left.values()))
     return left
+
+
+def _check_model(directory: Path, paths: Sequence[str]) -> None:
+    """Refuses modules that are no linear layers of their own, which the config says."""
+    config = read_config(directory)
+    # A model may be made of others, such as an encoder and a decoder.
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for kind in (part.get("model_type") for part in parts):
+        names = _CONV1D.get(kind, ()) if isinstance(kind, str) else ()
+        turned = [path for path in paths if path.rpartition(".")[2] in names]
+        if turned:
+            raise ValueError(
+                f"{directory}: model_type={kind!r} stores the weights of {turned[0]} "
+                "and others [k, n] (Conv1D), where linear layers have [n, k]; they "
+                "would be quantized transposed. Leave them dense (skip), or quantize "
+                "the arrays with qjax.quantize and write them with checkpoints.save."
+            )
+    heads = [path for path in paths if is_head(path)]
+    if heads and config.get("tie_word_embeddings") is True:
+        raise ValueError(
+            f"head=True, but the config of {directory} ties {heads[0]} to the "
+            "embeddings (tie_word_embeddings), which stay dense: loaders would not use "
+            "a quantized one. Leave it dense, or set tie_word_embeddings to false if "
+            "the two differ."
+        )
 
 
 def _matrix(
@@ -187,13 +227,18 @@ def _matrix(
     def read() -> QTensor:
         # JAX takes the memory of the file's array and turns it by itself.
         w = jax.device_put(stored.read()).T
+        # Largest and smallest numbers, which scales come from, may leave out NaN.
+        if not jnp.isfinite(w).all():
+            raise ValueError(
+                f"{stored.file}: {stored.name} is not finite: it holds NaN or infinity "
+                "and cannot be quantized; download it again, or leave it dense (skip)."
+            )
         packed = _checked(quantizer(w), w.shape)
         for name, numbers in (("scale", packed.scale), ("zero", packed.zero)):
             if numbers is not None and not jnp.isfinite(tensor.plain(numbers)).all():
                 raise ValueError(
                     f"{stored.file}: {stored.name}: a {name} of what it became is not "
-                    "finite; the weight is not, either, or a wider scale_dtype would "
-                    "hold it."
+                    "finite; a wider scale_dtype would hold it."
                 )
         if watch is not None:
             watch(path, w, packed)

@@ -397,6 +397,50 @@ def test_a_tied_head_cannot_be_quantized(tmp_path, source, refuses):
     assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
 
 
+def test_a_tied_head_that_is_stored_cannot_be_quantized(tmp_path, refuses):
+    made = dense()
+    made.config["tie_word_embeddings"] = True
+    source = made.write(tmp_path / "source")
+    with refuses(
+        "ties lm_head to the embeddings (tie_word_embeddings), which stay den"
+    ):
+        checkpoints.quantize(source, tmp_path / "x", head=True, **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    options = {"head": True, "skip": ["lm_head"], **OPTIONS}
+    checkpoints.quantize(source, tmp_path / "x", **options)
+    assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "gpt2"},
+        {"model_type": "openai-gpt"},
+        {"model_type": "encoder-decoder", "decoder": {"model_type": "gpt2"}},
+    ],
+)
+def test_weights_that_are_stored_transposed(tmp_path, config, refuses):
+    made = dense()
+    attention = "h.0.attn.c_attn"
+    made.tensors[f"{attention}.weight"] = np.ones((64, 96), np.float16)
+    source = tiny.Checkpoint(tensors=made.tensors, config=config)
+    source = source.write(tmp_path / "source")
+    with refuses(f"stores the weights of {attention} and others [k, n] (Conv1D)"):
+        checkpoints.quantize(source, tmp_path / "x", **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+    checkpoints.quantize(source, tmp_path / "x", skip=[attention], **OPTIONS)
+    assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
+
+
+def test_linear_layers_with_the_names_of_gpt2(tmp_path):
+    made = dense()
+    up = "h.0.mlp.c_fc"  # as in GPT-Neo
+    made.tensors[f"{up}.weight"] = np.ones((96, 64), np.float16)
+    source = tiny.Checkpoint(tensors=made.tensors, config={"model_type": "gpt_neo"})
+    checkpoints.quantize(source.write(tmp_path / "a"), tmp_path / "x", **OPTIONS)
+    assert_quantized(tmp_path / "a", tmp_path / "x", [*LINEAR, up], ROUNDED)
+
+
 def test_a_module_with_the_name_of_a_tensor(tmp_path, refuses):
     made = dense()
     made.tensors[Q] = np.ones(3, np.float16)
@@ -414,13 +458,42 @@ def test_what_is_quantized_already_is_refused(tmp_path, refuses):
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-@pytest.mark.parametrize(("value", "dtype"), [(np.nan, "float16"), (1e9, "float32")])
-def test_weights_that_no_scale_can_hold(tmp_path, value, dtype, refuses):
+UNFIT = " is not finite: it holds NaN or infinity and cannot be quantized"
+
+
+@pytest.mark.parametrize(
+    ("value", "dtype", "message"),
+    [
+        (np.nan, "float16", UNFIT),
+        (np.nan, "bfloat16", UNFIT),
+        (-np.inf, "float32", UNFIT),
+        (
+            1e9,
+            "float32",
+            ": a scale of what it became is not finite; a wider scale_dty",
+        ),
+    ],
+)
+def test_weights_that_no_scale_can_hold(tmp_path, value, dtype, message, refuses):
     made = dense(dtype)
     made.tensors[f"{DOWN}.weight"][3, 5] = value
     source = made.write(tmp_path / "source")
-    with refuses(f"{DOWN}.weight: a scale of what it became is not finite"):
+    with refuses(f"{DOWN}.weight{message}"):
         checkpoints.quantize(source, tmp_path / "x", **OPTIONS)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def blind(w):
+    """Makes finite scales of whatever it is given."""
+    return ROUNDED(jnp.nan_to_num(w))
+
+
+def test_weights_that_are_not_finite_though_their_scales_are(tmp_path, refuses):
+    made = dense()
+    made.tensors[f"{DOWN}.weight"][3, 5] = np.nan
+    source = made.write(tmp_path / "source")
+    with refuses(f"{DOWN}.weight{UNFIT}"):
+        checkpoints.quantize(source, tmp_path / "x", format="gptq", quantizer=blind)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
