@@ -5,6 +5,7 @@ import hashlib
 import inspect
 import os
 import re
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from qjax.checkpoints import modules
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.rewriting import Request, Weight, rewrite
 from qjax.checkpoints.shards import Stored
-from qjax.checkpoints.writing import SHARD_BYTES, is_head, linear_of
+from qjax.checkpoints.writing import SHARD_BYTES, is_head, is_router, linear_of
 from qjax.tensor import QTensor
 
 Quantizer = Callable[[Float[Array, "k n"]], QTensor]
@@ -57,10 +58,14 @@ def quantize(
     """Quantizes the linear layers of a dense checkpoint directory.
 
     These are all two-axis tensors named ``weight``, but not embeddings (modules with
-    "embed" in their last name, wte and wpe), nor ``lm_head`` unless ``head``. What
-    cannot be quantized is found before anything is quantized or written. Memory holds
-    one matrix, and what the quantizer needs for it. Other weights and files go where
-    `convert` puts them, and what is interrupted can be resumed as there.
+    "embed" in their last name, or the last names wte, wpe, emb, shared and
+    relative_attention_bias), not routers of a mixture of experts (modules with gate,
+    router or shared_expert_gate in their paths; gate_proj is another name), nor
+    ``lm_head`` unless ``head``. A UserWarning tells of tensors of three or more axes,
+    such as fused experts, which stay dense. What cannot be quantized is found before
+    anything is quantized or written. Memory holds one matrix, and what the quantizer
+    needs for it. Other weights and files go where `convert` puts them, and what is
+    interrupted can be resumed as there.
 
     Args:
       source: The directory to read, float16, bfloat16 or float32.
@@ -136,12 +141,26 @@ def _weights(
                 f"{directory}: {path} is a tensor, and with {name} quantized also the "
                 "name of a matrix; leave it dense (skip)."
             )
+    _warn_of_axes(directory, parts)
     return {
         paths.get(name, name): make(paths[name], part)
         if name in paths
         else Weight(nbytes=part.nbytes, look=lambda part=part: part, read=part.read)
         for name, part in parts.items()
     }
+
+
+def _warn_of_axes(directory: Path, parts: Mapping[str, Stored]) -> None:
+    """Tells of tensors that may hold many matrices, such as all experts of a layer."""
+    stacks = {name: part.nbytes for name, part in parts.items() if len(part.shape) > 2}
+    if stacks:
+        some = ", ".join(list(stacks)[:3]) + (" and others" if len(stacks) > 3 else "")
+        total = sum(part.nbytes for part in parts.values())
+        warnings.warn(
+            f"{directory}: tensors of three or more axes stay dense, {len(stacks)} of "
+            f"{len(parts)} with {sum(stacks.values())} of {total} bytes: {some}.",
+            stacklevel=6,
+        )
 
 
 def _pattern(text: str) -> re.Pattern[str]:
@@ -178,7 +197,9 @@ def _chosen(
     left = {
         name: path
         for name, path in linear.items()
-        if (head or not is_head(path)) and not any(p.fullmatch(path) for p in skip)
+        if not is_router(path)
+        and (head or not is_head(path))
+        and not any(p.fullmatch(path) for p in skip)
     }
     if not left:
         raise ValueError(

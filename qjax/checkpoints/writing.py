@@ -23,6 +23,11 @@ SHARD_BYTES = 5_000_000_000
 STALE = ("config.json", *modules.BESIDE, "quant_log.csv", "recipe.yaml")
 STALE += ("measurement.json",)
 
+# Last names of embeddings, beside those with "embed" in them.
+_EMBEDDINGS = ("wte", "wpe", "emb", "shared", "relative_attention_bias")
+# Names, in a module's path, of what chooses experts.
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+
 Named = Iterable[tuple[str, Any]]
 
 
@@ -229,13 +234,18 @@ def linear_of(name: str, shape: Sequence[int]) -> str | None:
     """
     path = name.removesuffix(".weight")
     last = path.rpartition(".")[2]
-    embeds = "embed" in last or last in ("wte", "wpe")
+    embeds = "embed" in last or last in _EMBEDDINGS
     return path if path != name and len(shape) == 2 and not embeds else None
 
 
 def is_head(module: str) -> bool:
     """Whether a module is the one that makes logits, which loaders leave dense."""
     return module.rpartition(".")[2] == "lm_head"
+
+
+def is_router(module: str) -> bool:
+    """Whether a module chooses experts of a mixture, which loaders leave dense."""
+    return any(name in _ROUTERS for name in module.split("."))
 
 
 def _dense_modules(

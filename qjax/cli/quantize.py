@@ -83,11 +83,12 @@ def run(
 ) -> None:
     r"""Quantize the linear layers of a dense checkpoint.
 
-    A matrix at a time, without data and without PyTorch. Embeddings and lm_head stay
-    dense. If a matrix cannot be quantized so, all such matrices are listed with the
-    reason, and nothing is written. DST appears only when it is complete; until then,
-    what is done is in .DST.partial, and the same command goes on after an interruption.
-    Tokenizer and generation config are copied.
+    A matrix at a time, without data and without PyTorch. Embeddings, routers of a
+    mixture (gate, router, shared_expert_gate) and lm_head stay dense, and tensors that
+    are no matrices, such as fused experts. If a matrix cannot be quantized so, all such
+    matrices are listed with the reason, and nothing is written. DST appears only when
+    it is complete; until then, what is done is in .DST.partial, and the same command
+    goes on after an interruption. Tokenizer and generation config are copied.
 
     It prints the bits of a weight, scales and zeros included, and the error of the
     weights, relative to their norm and averaged over the matrices. It runs on the CPU;
@@ -99,8 +100,8 @@ def run(
     * Ranges that cost little at three bits:
       `qjax quantize llama llama-3 --to gptq --bits 3 --group-size 64 --method clip`
     * HQQ: `qjax quantize llama llama-hqq --to hqq --method hqq --group-size 64`
-    * Routers of a mixture dense:
-      `qjax quantize mixtral mixtral-awq --to awq --skip '.*\.gate'`
+    * Attention dense:
+      `qjax quantize mixtral mixtral-awq --to awq --skip '.*\.self_attn\..*'`
     """
     with faults.on_stderr():
         recipe = _Recipe(

@@ -25,6 +25,7 @@ LINEAR = [name.replace(".0.", f".{i}.") for i in (0, 1) for name in (Q, DOWN)]
 ROUNDED = functools.partial(
     qjax.quantize, group_size=32, symmetric=True, scale_dtype=jnp.float16
 )
+ROUNDED_AWQ = functools.partial(qjax.quantize, group_size=32, scale_dtype=jnp.float16)
 OPTIONS = {"format": "gptq", "quantizer": ROUNDED}
 
 
@@ -36,7 +37,6 @@ def dense(dtype=ml_dtypes.bfloat16) -> tiny.Checkpoint:
         "model.embed_tokens.weight": (24, 64),
         "transformer.wte.weight": (8, 32),
         "model.layers.0.input_layernorm.weight": (64,),
-        "model.conv.weight": (8, 8, 2),
         "model.table": (32, 32),
         f"{Q}.bias": (32,),
         "lm_head.weight": (32, 64),
@@ -187,6 +187,51 @@ def test_what_is_quantized(tmp_path, source, skip, head, modules, refuses):
     assert entry_of(tmp_path / "x")["lm_head"] == ("lm_head" in modules)
     rules = entry_of(tmp_path / "x").get("dynamic", {})
     assert len(rules) == 4 - sum(name in LINEAR for name in modules)
+
+
+@pytest.mark.parametrize(
+    ("format_", "entry"),
+    [
+        ("gptq", "dynamic"),
+        ("awq", "modules_to_not_convert"),
+        ("compressed-tensors", "ignore"),
+    ],
+)
+def test_routers_and_embeddings_stay_dense(tmp_path, format_, entry):
+    layer = "model.layers.2"
+    routers = [f"{layer}.block_sparse_moe.gate", f"{layer}.mlp.router.classifier"]
+    routers += [f"{layer}.mlp.shared_expert_gate"]
+    others = ["shared", "emb", "model.embeddings", f"{layer}.relative_attention_bias"]
+    made = dense()
+    for name in (*routers, *others, f"{layer}.mlp.gate_proj"):
+        made.tensors[f"{name}.weight"] = np.ones((32, 64), np.float16)
+    source = made.write(tmp_path / "source")
+    quantizer = ROUNDED if format_ != "awq" else ROUNDED_AWQ
+    options = {"format": format_, "quantizer": quantizer, "skip": [r".*block.*\.gate"]}
+    checkpoints.quantize(source, tmp_path / "x", **options)
+    modules = [*LINEAR, f"{layer}.mlp.gate_proj"]
+    assert_quantized(source, tmp_path / "x", modules, quantizer)
+    # Loaders have to know of linear layers alone.
+    said = [name.replace("\\", "") for name in entry_of(tmp_path / "x")[entry]]
+    assert [name for name in routers if not any(name in one for one in said)] == []
+    assert not any(one.endswith(name) for name in others for one in said)
+
+
+def test_stacks_of_matrices_stay_dense_and_are_told_of(tmp_path):
+    made = dense()
+    size = sum(x.nbytes for x in made.tensors.values())
+    for i in range(4):
+        name = f"model.layers.{i}.mlp.experts.gate_up_proj"
+        made.tensors[name] = np.ones((2, 32, 64), np.float16)
+    source = made.write(tmp_path / "source")
+    with pytest.warns(UserWarning, match="three or more axes stay dense") as caught:
+        checkpoints.quantize(source, tmp_path / "x", **OPTIONS)
+    (said,) = [str(warning.message) for warning in caught]
+    stacked = 4 * 2 * 32 * 64 * 2
+    assert f"4 of 14 with {stacked} of {size + stacked} bytes: model.layers.0" in said
+    assert said.endswith("model.layers.2.mlp.experts.gate_up_proj and others.")
+    assert caught[0].filename == __file__
+    assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
 
 
 def test_zeros_that_happen_to_be_the_middle_code(tmp_path):
