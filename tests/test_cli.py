@@ -469,10 +469,13 @@ class TestQuantize:
             (["--to=awq", "--symmetric"], "--to=awq is asymmetric; leave out"),
             (["--to=awq", "--bits=3"], "--bits=3 must be one of 4 for --to awq"),
             (["--to=gptq", "--bits=5"], "--bits=5 must be one of 2, 3, 4, 8 for"),
-            (["--to=hqq", "--bits=7"], "--bits=7 must be one of 1, 2, 3, 4, 5, 6, 8"),
+            (["--to=hqq", "--bits=7"], "--bits=7 must be one of 2, 3, 4, 8 for --to"),
             (["--to=gptq", "--asymmetric"], "write --to gptq_v2, or leave out --asym"),
             (["--to=gptq", "--group-size=0"], "--group-size=0 must be positive, or -1"),
-            (["--to=gptq", "--skip=("], "skip='(' is not a regular expression"),
+            (["--to=hqq", "--bits=5"], "--bits=5 would take the room of 8 in HQQ's wo"),
+            (["--to=hqq", "--bits=6"], "take --bits 4 or 8"),
+            (["--to=gptq", "--skip=("], "--skip='(' is not a regular expression"),
+            (["--to=gptq", "--skip=no"], "qjax: --skip='no' matches the whole path of"),
         ],
     )
     def test_what_does_not_go_together(self, tmp_path, source, options, message):
@@ -487,8 +490,14 @@ class TestQuantize:
         assert lines[0] == (
             "qjax: 2 of 2 matrices cannot be written as 'gptq'; nothing was written:"
         )
-        assert "w.shape[-2]=64 must be a multiple of group_size=128" in lines[1]
-        assert lines[-1].startswith("Choose another group size or width")
+        # One reason of two modules.
+        assert lines[1] == (
+            f"  {UP}, {UP.replace('.0.', '.1.')}: inputs k=64 must be a multiple of "
+            "--group-size=128; choose one that divides it, -1 for all inputs."
+        )
+        assert lines[2].startswith("Choose another group size or width")
+        assert lines[2].endswith("or leave these modules dense (--skip).")
+        assert len(lines) == 3
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
     def test_goes_on_after_an_interruption(self, tmp_path, source, monkeypatch):
@@ -514,7 +523,14 @@ class TestQuantize:
 
     def test_what_is_quantized_already(self, tmp_path):
         text = fails("quantize", AWQ, tmp_path / "x", "--to", "gptq")
-        assert "is awq. `qjax convert` (checkpoints.convert) moves it to" in text
+        assert "is awq. `qjax convert` moves it to another format" in text
+
+    def test_a_head_that_is_not_there(self, tmp_path, source):
+        tensors = tiny.tensors_of(source)
+        del tensors["lm_head.weight"]
+        tiny.Checkpoint(tensors=tensors, config={}).write(source)
+        text = fails("quantize", source, tmp_path / "x", "--to=gptq", "--head")
+        assert text.startswith("qjax: --head, but ")
 
 
 @pytest.mark.parametrize("module", ["qjax", "qjax.cli"])
@@ -568,9 +584,14 @@ def test_convert_says_beforehand_what_cannot_be_held(tmp_path, case):
         f"qjax: {count} of {count} matrices cannot be written as '{name}'; nothing was "
         "written:"
     )
-    assert len(lines) == 1 + count
     assert all(reason in line for line in lines[1:])
-    assert any(line.startswith(f"  {UP}: ") for line in lines)
+    counts, said = [], [line[2:].partition(": ")[0] for line in lines[1:]]
+    for names in said:
+        number, many, _ = names.partition(" modules such as ")
+        counts.append(int(number) if many else len(names.split(", ")))
+    assert sum(counts) == count
+    # Each reason once.
+    assert len({line.partition(": ")[2] for line in lines[1:]}) == len(lines) - 1
     assert list(tmp_path.iterdir()) == []
 
 

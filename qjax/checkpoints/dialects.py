@@ -305,7 +305,8 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
         "hqq": Dialect(
             tensors=hqq.to_tensors,
             describe=_describe_hqq,
-            widths=FIELDS,
+            # Codes of 5 and 6 bits would take fields of 8.
+            widths=FIELDS.keys() - {5, 6},
             against=_against_hqq,
         ),
     }

@@ -222,7 +222,7 @@ def _check_model(directory: Path, paths: Sequence[str]) -> None:
                 f"{directory}: model_type={kind!r} stores the weights of {turned[0]} "
                 "and others [k, n] (Conv1D), where linear layers have [n, k]; they "
                 "would be quantized transposed. Leave them dense (skip), or quantize "
-                "the arrays with qjax.quantize and write them with checkpoints.save."
+                "them in Python (qjax.quantize) and write them (checkpoints.save)."
             )
     heads = [path for path in paths if is_head(path)]
     if heads and config.get("tie_word_embeddings") is True:

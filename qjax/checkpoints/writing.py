@@ -23,6 +23,8 @@ SHARD_BYTES = 5_000_000_000
 STALE = ("config.json", *modules.BESIDE, "quant_log.csv", "recipe.yaml")
 STALE += ("measurement.json",)
 
+# Modules with the same fault that are listed by their names.
+_LISTED = 3
 # Last names of embeddings, beside those with "embed" in them.
 _EMBEDDINGS = ("wte", "wpe", "emb", "shared", "relative_attention_bias")
 # Names, in a module's path, of what chooses experts.
@@ -77,8 +79,8 @@ def save(
 
     Raises:
       ValueError: If the format cannot hold a tensor, or two beside each other: all
-        modules with their reasons, and nothing is written; or if a name is no path
-        with dots.
+        modules with their reasons (of many with the same, one and their number), and
+        nothing is written; or if a name is no path with dots.
       FileExistsError: If ``path`` is there without ``overwrite``, or is no checkpoint.
       FileNotFoundError: If the directory that should hold ``path`` is not there.
 
@@ -215,11 +217,20 @@ def _planned(path: Path, name: str, array: Any) -> Stored:
 def _refusal(
     format_: str, reasons: Mapping[str, str], total: int, advice: str
 ) -> ValueError:
-    lines = "".join(f"\n  {name}: {reason}" for name, reason in reasons.items())
+    names: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        names.setdefault(reason, []).append(name)
+    lines = "".join(f"\n  {_some(same)}: {reason}" for reason, same in names.items())
     return ValueError(
         f"{len(reasons)} of {total} matrices cannot be written as {format_!r}; nothing "
         f"was written:{lines}\n{advice}".rstrip()
     )
+
+
+def _some(names: Sequence[str]) -> str:
+    if len(names) <= _LISTED:
+        return ", ".join(names)
+    return f"{len(names)} modules such as {names[0]}"
 
 
 def linear_of(name: str, shape: Sequence[int]) -> str | None:

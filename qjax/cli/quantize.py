@@ -1,10 +1,11 @@
 """`qjax quantize`: a dense checkpoint in few bits."""
 
+import contextlib
 import dataclasses
 import enum
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, SupportsFloat
 
@@ -32,6 +33,22 @@ class Method(enum.StrEnum):
     HQQ = "hqq"
 
 
+_MIN_BITS = 2
+
+# What arguments of Python are called here.
+_OPTIONS = {
+    "head=True": "--head",
+    "skip=": "--skip=",
+    "(skip)": "(--skip)",
+    "group_size=": "--group-size=",
+    "None for one group a column": "-1 for all inputs",
+    ", or pad w": "",
+    "w.shape[-2]=": "inputs k=",
+    "a wider scale_dtype would hold it": "try --to compressed-tensors, whose scales "
+    "have the dtype of the weights",
+    " (checkpoints.convert)": "",
+}
+
 _QUANTIZERS = {"rtn": rtn.quantize, "clip": clip.quantize, "hqq": hqq.quantize}
 
 
@@ -47,7 +64,9 @@ def run(
             help=f"Format to write: {', '.join(Packing)}.",
         ),
     ],
-    bits: Annotated[int, typer.Option(min=2, max=8, help="Width of a code.")] = 4,
+    bits: Annotated[
+        int, typer.Option(min=_MIN_BITS, max=8, help="Width of a code.")
+    ] = 4,
     group_size: Annotated[
         int, typer.Option(help="Inputs that share a scale; -1 for all of them.")
     ] = 128,
@@ -113,7 +132,7 @@ def run(
         )
         quantizer, size = recipe.quantizer(), shard_bytes(shard_gb)
         before, errors = _dense(source), []
-        with faults.resumable():
+        with faults.resumable(), _said_as_options():
             checkpoints.quantize(
                 source,
                 target,
@@ -127,6 +146,18 @@ def run(
             )
         said = _summary(target, before, errors)
     typer.echo(f"{target}: {to.value}, {said}")
+
+
+@contextlib.contextmanager
+def _said_as_options() -> Iterator[None]:
+    """Errors about arguments as errors about options."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for argument, option in _OPTIONS.items():
+            text = text.replace(argument, option)
+        raise ValueError(text) from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,9 +198,14 @@ class _Recipe:
                 "--method=hqq finds zeros, and --symmetric leaves none; leave it out, "
                 "or take --method clip."
             )
+        if self.to == "hqq" and self.bits in (5, 6):
+            return (
+                f"--bits={self.bits} would take the room of 8 in HQQ's words; take "
+                "--bits 4 or 8."
+            )
         widths = dialects.DIALECTS[self.to].widths
         if self.bits not in widths:
-            held = ", ".join(map(str, sorted(widths)))
+            held = ", ".join(str(one) for one in sorted(widths) if one >= _MIN_BITS)
             return f"--bits={self.bits} must be one of {held} for --to {self.to}."
         if self.to == "awq" and symmetric:
             return "--to=awq is asymmetric; leave out --symmetric."

@@ -370,6 +370,24 @@ def test_all_that_cannot_be_quantized_is_listed(tmp_path, source, calls):
     assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
 
 
+def test_modules_with_one_reason_share_a_line(tmp_path):
+    made = dense()
+    names = [f"a.{i}.up" for i in range(4)]
+    for name in (*names, "b"):
+        made.tensors[f"{name}.weight"] = np.ones((32, 40), np.float16)
+    made.tensors["c.weight"] = np.ones((32, 48), np.float16)
+    source = made.write(tmp_path / "source")
+    with pytest.raises(ValueError, match="6 of 10 matrices cannot be") as caught:
+        checkpoints.quantize(source, tmp_path / "x", **OPTIONS)
+    _, first, second, _ = str(caught.value).splitlines()
+    assert first.startswith("  5 modules such as a.0.up: w.shape[-2]=40 must be a mul")
+    assert second.startswith("  c: w.shape[-2]=48 must be a multiple")
+    options = {"skip": ["b", r"a\.[12]\.up", "c"], **OPTIONS}
+    with pytest.raises(ValueError, match="2 of 6 matrices cannot be") as caught:
+        checkpoints.quantize(source, tmp_path / "x", **options)
+    assert "\n  a.0.up, a.3.up: w.shape" in str(caught.value)
+
+
 def halved(w):
     return ROUNDED(w[:, :16])
 

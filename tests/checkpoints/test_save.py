@@ -274,7 +274,7 @@ def test_refusals_list_all_modules_and_write_nothing(tmp_path, case):
     with pytest.raises(ValueError, match=f"2 of 2 matrices .* '{format_}'") as caught:
         checkpoints.save(tmp_path / "x", tensors, {}, format=format_)
     lines = str(caught.value).splitlines()[1:]
-    assert [line.split(":")[0].strip() for line in lines] == [A, B]
+    assert [line.partition(": ")[0].strip() for line in lines] == [f"{A}, {B}"]
     assert all(reason in line for line in lines)
     assert list(tmp_path.iterdir()) == []
 
