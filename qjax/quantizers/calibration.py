@@ -216,14 +216,14 @@ def _sums(
             f"batches is an array of shape {batches.shape}, and must be an iterable of "
             "inputs, such as [x]."
         )
-    count = 0
+    call, count = _hashable(model.call), 0
     totals = {path: jnp.zeros(shape) for path, shape in model.grams.items()}
     known = len(batches) if isinstance(batches, Sized) else None
     with progress.bar(known, "Collecting grams", unit="batches") as advance:
         for batch in batches:
             given = batch if isinstance(batch, tuple) else (batch,)
             inputs, arguments = uses.arrays_of(given, keywords)
-            totals = _add(model.call, arguments, totals, model.arrays, inputs)
+            totals = _add(call, arguments, totals, model.arrays, inputs)
             # JAX works in the background, where batches would pile up.
             jax.block_until_ready(totals)
             count += 1
@@ -231,6 +231,15 @@ def _sums(
     if not count:
         raise ValueError("batches is empty; pass inputs of the model, such as [x].")
     return {path: totals[path] for path in model.grams}
+
+
+def _hashable(call: _Call) -> _Call:
+    """The call, or one that equals no other where the model cannot be hashed."""
+    try:
+        hash(call)
+    except TypeError:
+        return functools.partial(call)
+    return call
 
 
 # Models that differ in nothing but their arrays, as layers of a stack, compile once.

@@ -320,6 +320,21 @@ def test_refusals(two, batches, options, error, message):
         grams(two, batches, **options)
 
 
+class Unhashable(nnx.Module):
+    def __init__(self, rngs):
+        self.up = nnx.Linear(K, K, rngs=rngs)
+        self.settings = nnx.static({"scale": 2.0})
+
+    def __call__(self, x):
+        return self.up(x) * self.settings["scale"]
+
+
+def test_models_that_cannot_be_hashed():
+    inputs = x(3, K)
+    model = qjax.quantize_model(Unhashable(nnx.Rngs(0)), SPEC)
+    same(grams(model, [inputs, inputs]), {"up/kernel": gram(inputs, inputs)})
+
+
 def test_refusals_of_models():
     with pytest.raises(ValueError, match=r"qjax\.quantize_model\(.* packs"):
         grams(Two(nnx.Rngs(0)), [x(3, K)])
