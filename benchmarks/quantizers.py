@@ -78,10 +78,7 @@ def without_inputs(path: Path, spec: qjax.Spec) -> dict[str, Any]:
     """Quantizes all matrices of the blocks of a model, each by itself."""
     tensors = qjax.checkpoints.load(path)
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        w = tensors.pop(name).T
-        kind = (spec.bits, spec.group_size, spec.symmetric)
-        packed = spec.quantizer(w, *kind, scale_dtype=spec.scale_dtype)
-        tensors[name.removesuffix(".weight")] = packed
+        tensors[name.removesuffix(".weight")] = spec.quantize(tensors.pop(name).T)
     return tensors
 
 

@@ -1,7 +1,6 @@
 """Quantization by rounding to nearest, and what all quantizers share of it."""
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple, SupportsIndex
 
 import jax
@@ -11,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, UInt8
 
 from qjax import xla
 from qjax.bits import block, whole
-from qjax.tensor import Affine, QTensor, Segment
+from qjax.tensor import Affine, QTensor, Segment, over_batch
 
 
 class Scheme(NamedTuple):
@@ -45,6 +44,11 @@ class Grid(NamedTuple):
 
     scale: Float[Array, "groups n"]
     zero: Float[Array, "groups n"]
+
+    @property
+    def step(self) -> Float[Array, "groups 1 n"]:
+        """The scale in float32, beside the rows of its group."""
+        return self.scale.astype(jnp.float32)[:, None]
 
 
 def check_groups(
@@ -159,14 +163,7 @@ def quantize(
       QTensor(256x64, 3 bits, group 64, Stream(), (q - 2^(bits-1)) * s + z, ...)
     """
     scheme = check(w, bits, group_size, symmetric, scale_dtype)
-    return over_stack(functools.partial(_quantize, scheme), jnp.asarray(w))
-
-
-def over_stack(one: Callable[..., QTensor], *operands: Array) -> QTensor:
-    """Calls a function of matrices on each of stacked ones."""
-    for _ in operands[0].shape[:-2]:
-        one = jax.vmap(one)
-    return one(*operands)
+    return over_batch(functools.partial(_quantize, scheme), jnp.asarray(w))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -226,7 +223,7 @@ def nearest(
     scheme: Scheme, groups: Float[Array, "groups rows n"], grid: Grid
 ) -> Float[Array, "groups rows n"]:
     """The codes, as float32, of the numbers of a grid that are nearest to others."""
-    steps = jnp.round(groups / grid.scale.astype(jnp.float32)[:, None])
+    steps = jnp.round(groups / grid.step)
     return jnp.clip(steps + grid.zero[:, None], 0, scheme.top)
 
 
@@ -234,7 +231,7 @@ def values(
     codes: Float[Array, "groups rows n"], grid: Grid
 ) -> Float[Array, "groups rows n"]:
     """The numbers that codes stand for, in float32."""
-    return (codes - grid.zero[:, None]) * grid.scale.astype(jnp.float32)[:, None]
+    return (codes - grid.zero[:, None]) * grid.step
 
 
 def assemble(

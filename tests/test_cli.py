@@ -25,6 +25,7 @@ from qjax.checkpoints import modules, placing
 from qjax.cli import app
 from qjax.formats import exl2
 from tests.checkpoints import tiny
+from tests.checkpoints.writes import Writes
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "examples" / "llm" / "checkpoint"
@@ -347,23 +348,15 @@ class TestConvert:
         assert bytes_of(tmp_path / "x") == bytes_of(SHIPPED)
 
     def test_goes_on_after_an_interruption(self, tmp_path, monkeypatch):
-        fill, written = placing.fill, []
-
-        def interrupted(*arguments):
-            if len(written) == 20:
-                raise KeyboardInterrupt
-            written.append(fill(*arguments))
-            return written[-1]
-
+        writes = Writes(monkeypatch)
+        writes.fail(20, KeyboardInterrupt())
         command = ("convert", AWQ, tmp_path / "x", "--to", "gptq_v2")
-        monkeypatch.setattr(placing, "fill", interrupted)
         text = fails(*command, code=130)
         assert text == "qjax: interrupted; the same command goes on from here.\n"
         assert [file.name for file in tmp_path.iterdir()] == [".x.partial"]
-        count = []
-        monkeypatch.setattr(placing, "fill", lambda *a: count.append(1) or fill(*a))
+        writes.watch()
         succeeds(*command)
-        assert len(count) == 30 - 20
+        assert len(writes.names) == 30 - 20
         assert [file.name for file in tmp_path.iterdir()] == ["x"]
         monkeypatch.undo()
         succeeds("convert", AWQ, tmp_path / "whole", "--to", "gptq_v2")
@@ -501,19 +494,12 @@ class TestQuantize:
         assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
     def test_goes_on_after_an_interruption(self, tmp_path, source, monkeypatch):
-        fill, written = placing.fill, []
-
-        def interrupted(*arguments):
-            if len(written) == 2:
-                raise KeyboardInterrupt
-            written.append(fill(*arguments))
-            return written[-1]
-
+        writes = Writes(monkeypatch)
+        writes.fail(2, KeyboardInterrupt())
         command = ("quantize", source, tmp_path / "x", "--to=gptq", "--group-size=32")
-        monkeypatch.setattr(placing, "fill", interrupted)
         text = fails(*command, code=130)
         assert text == "qjax: interrupted; the same command goes on from here.\n"
-        monkeypatch.setattr(placing, "fill", fill)
+        writes.watch()
         said = succeeds(*command).stdout
         assert "gptq, 2 matrices" in said
         assert said.endswith(" of the 1 now\n")

@@ -74,15 +74,11 @@ def quantize(
         build = functools.partial(block, tensors, config, name, window)
         inputs = [(x, *places(config, x)) for x in states]
         for module, gram in grams_of(build(), name, spec, inputs):
-            tensors[module] = to_packed(tensors.pop(f"{module}.weight").T, spec, gram)
+            tensors[module] = spec.quantize(
+                tensors.pop(f"{module}.weight").T, gram=gram
+            )
         states = run(build(), inputs)
     return tensors
-
-
-def to_packed(w: Array, spec: qjax.Spec, gram: Array) -> qjax.QTensor:
-    """Quantizes ``w[k, n]`` by what is known of its inputs."""
-    kind = (spec.bits, spec.group_size, spec.symmetric)
-    return spec.quantizer(w, *kind, gram=gram, scale_dtype=spec.scale_dtype)
 
 
 def block(
@@ -129,7 +125,7 @@ def check_format(to: Format, spec: qjax.Spec) -> None:
     if to is Format.gptq and not spec.symmetric:
         raise ValueError("--to gptq cannot store all zeros; gptq_v2 can.")
     w = jnp.ones((math.lcm(32, spec.group_size or 1), 32), jnp.bfloat16)
-    one = to_packed(w, spec, jnp.eye(len(w)))
+    one = spec.quantize(w, gram=jnp.eye(len(w)))
     with tempfile.TemporaryDirectory() as folder:
         qjax.checkpoints.save(f"{folder}/one", {"proj": one}, {}, format=to.value)
 
@@ -140,12 +136,12 @@ def calibration(sources: list[Path], path: Path, context: int, rows: int) -> np.
     Raises:
       ValueError: If there are none.
     """
-    parts = []
+    parts, tokenizer = [], functools.cache(read_tokenizer)
     for source in sources:
         if source.suffix in (".npy", ".npz"):
             parts.append(read_ids(source)[:, :context])
         else:
-            parts.append(encode_text(source, read_tokenizer(path), context)[:, :-1])
+            parts.append(encode_text(source, tokenizer(path), context)[:, :-1])
     ids = np.concatenate(parts)
     return ids[np.linspace(0, len(ids) - 1, min(rows, len(ids))).round().astype(int)]
 

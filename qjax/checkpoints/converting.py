@@ -6,7 +6,7 @@ from pathlib import Path
 
 from qjax.checkpoints import modules
 from qjax.checkpoints.dialects import centered
-from qjax.checkpoints.rewriting import Request, Weight, rewrite
+from qjax.checkpoints.rewriting import Request, Weight, kept, rewrite
 from qjax.checkpoints.shards import Stored
 from qjax.checkpoints.writing import SHARD_BYTES
 
@@ -64,9 +64,9 @@ def _weights(directory: Path) -> Mapping[str, Weight]:
 
 
 def _weight(part: modules.Matrix | Stored) -> Weight:
-    """Looks at the values of matrices; of dense tensors the headers say all."""
+    """Looks at the values of matrices."""
     if isinstance(part, Stored):
-        return Weight(nbytes=part.nbytes, look=lambda: part, read=part.read)
+        return kept(part)
     return Weight(
         nbytes=part.nbytes,
         look=lambda: centered(part.read()),

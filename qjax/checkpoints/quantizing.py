@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from qjax import tensor
 from qjax.checkpoints import modules
 from qjax.checkpoints.config import read_config
-from qjax.checkpoints.rewriting import Request, Weight, rewrite
+from qjax.checkpoints.rewriting import Request, Weight, kept, rewrite
 from qjax.checkpoints.shards import Stored
 from qjax.checkpoints.writing import SHARD_BYTES, is_head, is_router, linear_of
 from qjax.tensor import QTensor
@@ -143,9 +143,7 @@ def _weights(
             )
     _warn_of_axes(directory, parts)
     return {
-        paths.get(name, name): make(paths[name], part)
-        if name in paths
-        else Weight(nbytes=part.nbytes, look=lambda part=part: part, read=part.read)
+        paths.get(name, name): make(paths[name], part) if name in paths else kept(part)
         for name, part in parts.items()
     }
 

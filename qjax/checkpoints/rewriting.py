@@ -13,6 +13,7 @@ from typing import Any
 from qjax import progress
 from qjax.checkpoints.atomic import check_target, resuming
 from qjax.checkpoints.config import read_config
+from qjax.checkpoints.shards import Stored
 from qjax.checkpoints.writing import (
     SHARD_BYTES,
     STALE,
@@ -39,6 +40,11 @@ class Weight:
     nbytes: int
     look: Callable[[], Any]
     read: Callable[[], Any]
+
+
+def kept(stored: Stored) -> Weight:
+    """A tensor that stays as it is, of which the header says all that counts."""
+    return Weight(nbytes=stored.nbytes, look=lambda: stored, read=stored.read)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -229,7 +229,8 @@ def _summary(
     packed = [part.nbytes for part in parts if isinstance(part, modules.Matrix)]
     nbytes = [sum(part.nbytes for part in some) for some in (before, parts)]
     # Dense tensors are the same in both.
-    weights = _weights(before) - _weights(_dense(target))
+    dense = [part for part in parts if isinstance(part, Stored)]
+    weights = _weights(before) - _weights(dense)
     said = (
         f"{len(packed)} matrices of {8 * sum(packed) / weights:.3f} bits a weight, "
         f"{nbytes[0] / 1e6:.2f} MB before, {nbytes[1] / 1e6:.2f} MB after"

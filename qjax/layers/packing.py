@@ -101,8 +101,7 @@ def pack(weight: Any, form: Form, spec: Spec) -> QTensor:
             return qarrays.to_qtensor(weight, form)
         return spec.pack(form.matrix(weight))
 
-    leaves = jax.tree.leaves(weight)
-    if all(isinstance(leaf, Array) for leaf in leaves):
+    if _is_concrete(weight):
         # JAX works in the background: without waiting, what is in the middle of being
         # packed of all weights would be alive at once.
         return jax.block_until_ready(packed(weight))
@@ -177,9 +176,13 @@ def settle(
 def _notes(weight: Any, spec: Spec, note: str | None) -> str | None:
     """What there is to know of a packed weight."""
     notes = [note, spec.by and f"by {spec.by}"]
-    if spec.by and not all(isinstance(leaf, Array) for leaf in jax.tree.leaves(weight)):
+    if spec.by and not _is_concrete(weight):
         notes.append("a dense array that is loaded there is rounded, or refused")
     return "; ".join(filter(None, notes)) or None
+
+
+def _is_concrete(weight: Any) -> bool:
+    return all(isinstance(leaf, Array) for leaf in jax.tree.leaves(weight))
 
 
 def _nbytes(weight: Any) -> int:

@@ -86,8 +86,24 @@ class Spec:
             return f"k={k} is no multiple of group_size={self.group_size}"
         return None
 
-    def pack(self, matrix: Array) -> QTensor:
-        """Quantizes ``[*stack, k, n]`` and prepares it for this device."""
+    def quantize(self, matrix: Array, **known: Any) -> QTensor:
+        """Quantizes ``[*stack, k, n]``.
+
+        Args:
+          matrix: The weight.
+          **known: What else the quantizer takes: ``gram``, say.
+
+        Returns:
+          The same weight, packed.
+
+        Raises:
+          TypeError: If the quantizer makes something else of it.
+          ValueError: If it makes another shape of it, or refuses it.
+
+        Example:
+          >>> Spec(bits=3, group_size=32).quantize(jnp.ones((32, 8))).bits
+          3
+        """
         quantize = self.quantizer or rtn.quantize
         packed = quantize(
             matrix,
@@ -95,6 +111,7 @@ class Spec:
             self.group_size,
             self.symmetric,
             scale_dtype=self.scale_dtype,
+            **known,
         )
         check_packed(packed, "what quantizer returned")
         if packed.shape != matrix.shape:
@@ -102,7 +119,11 @@ class Spec:
                 f"quantizer returned {packed!r} of a weight of shape {matrix.shape}, "
                 "and must keep the shape."
             )
-        return ops.prepare(packed)
+        return packed
+
+    def pack(self, matrix: Array) -> QTensor:
+        """Quantizes ``[*stack, k, n]`` and prepares it for this device."""
+        return ops.prepare(self.quantize(matrix))
 
 
 Rules = Spec | Mapping[str, Spec | None] | Sequence[Any]

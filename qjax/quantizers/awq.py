@@ -19,7 +19,7 @@ from qjax import rtn
 from qjax.quantizers import clip as clip_
 from qjax.quantizers.error import check_gram, energy
 from qjax.rtn import Scheme
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, over_batch
 
 _STEPS, _COLUMNS = 20, 512
 
@@ -75,10 +75,7 @@ def quantize(
     scheme = rtn.check(w, bits, group_size, symmetric, scale_dtype)
     check_gram(w, gram)
     one = functools.partial(_quantize, scheme, bool(clip))
-    operands = jnp.asarray(w), jnp.asarray(gram)
-    for _ in w.shape[:-2]:
-        one = jax.vmap(one)
-    packed, error = one(*operands)
+    packed, error = over_batch(one, jnp.asarray(w), jnp.asarray(gram))
     if not isinstance(error, Tracer) and not jnp.isfinite(error).all():
         raise ValueError("gram must be finite, and so must w.")
     return packed

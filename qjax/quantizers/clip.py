@@ -15,7 +15,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from qjax import rtn
 from qjax.rtn import Grid, Scheme
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, over_batch
 
 # Ranges from all of a group's down to a fifth.
 _STEPS = 80
@@ -70,7 +70,7 @@ def quantize(
             "for each row of w."
         )
     one = functools.partial(_quantize, scheme)
-    return rtn.over_stack(one, jnp.asarray(w), jnp.asarray(importance))
+    return over_batch(one, jnp.asarray(w), jnp.asarray(importance))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -22,7 +22,7 @@ from qjax.meshes import whole
 from qjax.quantizers import clip as clip_
 from qjax.quantizers.error import check_gram
 from qjax.rtn import Grid, Scheme
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, over_batch
 
 # Rows between two products with the rows that are still to come.
 _BLOCK = 128
@@ -95,11 +95,9 @@ def quantize(
         raise ValueError(f"damp={damp!r} must be finite and not negative.")
     parts = _parts(scheme, w.shape[-2], fewer)
     ordered = bool(act_order) or len(parts) > 1
-    one = functools.partial(_quantize, parts, ordered, bool(clip))
+    one = functools.partial(_quantize, parts, ordered, bool(clip), damp=damp)
     operands = whole((jnp.asarray(w), jnp.asarray(gram)))
-    for _ in w.shape[:-2]:
-        one = jax.vmap(one, in_axes=(0, 0, None))
-    packed, sound = one(*operands, damp)
+    packed, sound = over_batch(one, *operands)
     if not isinstance(sound, Tracer) and not sound.all():
         raise ValueError(
             f"gram with damp={damp} of its mean diagonal is not positive definite: it "

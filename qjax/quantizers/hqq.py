@@ -15,7 +15,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from qjax import rtn
 from qjax.rtn import Grid, Scheme
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, over_batch
 
 # |error|**_NORM is what counts: below 1, so that a few large errors count for little.
 _NORM = 0.7
@@ -62,7 +62,7 @@ def quantize(
             "find, symmetric or not."
         )
     scheme = rtn.check(w, bits, group_size, symmetric, scale_dtype)
-    return rtn.over_stack(functools.partial(_quantize, scheme), jnp.asarray(w))
+    return over_batch(functools.partial(_quantize, scheme), jnp.asarray(w))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -87,13 +87,12 @@ def _quantize(scheme: Scheme, w: Array) -> QTensor:
 
 def _nearest(scheme: Scheme, groups: Array, grid: Grid) -> Array:
     """The nearest codes, where zeros are no whole numbers."""
-    step = grid.scale.astype(jnp.float32)[:, None]
-    return jnp.clip(jnp.round(groups / step + grid.zero[:, None]), 0, scheme.top)
+    steps = jnp.round(groups / grid.step + grid.zero[:, None])
+    return jnp.clip(steps, 0, scheme.top)
 
 
 def _fit(scheme: Scheme, groups: Array, grid: Grid) -> Array:
     """Finds zeros, until the mean error of the whole matrix grows."""
-    step = grid.scale.astype(jnp.float32)[:, None]
 
     def goes_on(state: tuple) -> Array:
         i, _, error, last = state
@@ -101,15 +100,15 @@ def _fit(scheme: Scheme, groups: Array, grid: Grid) -> Array:
 
     def improve(state: tuple) -> tuple:
         i, zero, last, _ = state
-        codes = _nearest(scheme, groups, grid._replace(zero=zero))
-        off = groups - rtn.values(codes, grid._replace(zero=zero))
+        moved = grid._replace(zero=zero)
+        codes = _nearest(scheme, groups, moved)
+        off = groups - rtn.values(codes, moved)
         size = jnp.abs(off)
         weight = _FIRST_WEIGHT * _GROWTH ** jnp.float32(i)
         # 0 ** a negative exponent is infinite, and what is subtracted is cut at 0.
         kept = jnp.maximum(size - size ** (_NORM - 1) / weight, 0) * jnp.sign(off)
-        zero = (codes - (groups - kept) / step).mean(1)
+        zero = (codes - (groups - kept) / grid.step).mean(1)
         return i + 1, zero, size.mean(), last
 
     start = (0, grid.zero, jnp.float32(jnp.inf), jnp.float32(jnp.inf))
-    first = improve(start)
-    return jax.lax.while_loop(goes_on, improve, (*first[:3], jnp.float32(jnp.inf)))[1]
+    return jax.lax.while_loop(goes_on, improve, improve(start))[1]

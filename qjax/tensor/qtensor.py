@@ -269,11 +269,11 @@ def segment_codes(qt: QTensor, segment: int) -> UInt8[Array, "rows n"]:
     return qt.layout.unpack(words, bits)[: qt.rows[segment], : qt.n]
 
 
-def over_batch(function: Callable[[QTensor], Array], qt: QTensor) -> Array:
-    """Calls a function of one matrix on each of stacked ones."""
-    for _ in qt.batch:
+def over_batch(function: Callable[..., Any], first: Any, *others: Any) -> Any:
+    """Calls a function of matrices, packed or not, on each of stacked ones."""
+    for _ in first.shape[:-2]:
         function = jax.vmap(function)
-    return function(qt)
+    return function(first, *others)
 
 
 def readable(nbytes: int | float) -> str:

@@ -15,9 +15,9 @@ from safetensors.numpy import load_file, save_file
 
 import qjax
 from qjax import checkpoints
-from qjax.checkpoints import placing
 from qjax.quantizers import clip, hqq
 from tests.checkpoints import tiny
+from tests.checkpoints.writes import Writes
 
 REAL = Path(__file__).parents[1] / "data/llama_bf16"
 Q, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.down_proj"))
@@ -274,16 +274,8 @@ def calls():
 
 def stopped(monkeypatch, at, *arguments, **options):
     """Leaves a call that has written ``at`` weights."""
-    fill, written = placing.fill, []
-
-    def failing(*given):
-        if len(written) == at:
-            raise OSError("disk full")
-        written.append(given)
-        return fill(*given)
-
     with monkeypatch.context() as patched:
-        patched.setattr(placing, "fill", failing)
+        Writes(patched).fail(at, OSError("disk full"))
         with pytest.raises(OSError, match="disk full"):
             checkpoints.quantize(*arguments, **options)
 

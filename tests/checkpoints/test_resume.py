@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from qjax import checkpoints
-from qjax.checkpoints import modules, placing
+from qjax.checkpoints import modules
 from tests.checkpoints import tiny
+from tests.checkpoints.writes import Writes
 
 WEIGHTS = 6  # four matrices, two dense tensors
 OPTIONS = {"format": "gptq_v2", "shard_bytes": 4000}
@@ -37,30 +38,6 @@ def contents(path: Path) -> dict[str, bytes]:
 
 def partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
-
-
-class Writes:
-    """Counts the weights that are written, and lets one of them fail."""
-
-    def __init__(self, monkeypatch):
-        self.names, self.error, self.at = [], None, None
-        self._fill = placing.fill
-        monkeypatch.setattr(placing, "fill", self)
-
-    def __call__(self, stream, places, arrays):
-        if self.error is not None and len(self.names) == self.at:
-            half = next(iter(arrays.values())).tobytes()[:5]
-            stream.seek(places[0].offset)
-            stream.write(half)
-            raise self.error
-        self.names.append(places[0].name.rpartition(".")[0])
-        return self._fill(stream, places, arrays)
-
-    def fail(self, at, error):
-        self.names, self.at, self.error = [], at, error
-
-    def watch(self):
-        self.names, self.error = [], None
 
 
 @pytest.fixture
