@@ -20,6 +20,7 @@ from qjax.tensor import (
     plain,
     segment_codes,
     split,
+    widen,
 )
 
 # Patterns of float32: all but the sign, and one step of the exponent.
@@ -129,8 +130,8 @@ def _evaluate(part: QTensor, exact: jnp.dtype | None) -> Array:
     """
     q = segment_codes(part, 0)
     s = spread(part, part.scale.astype(jnp.float32))
-    if part.codebook is not None:
-        numbers = jnp.take(part.codebook.astype(jnp.float32), q, axis=0)
+    if not part.affine.counts:
+        numbers = numbers_of(part, q)
         return numbers * s if exact is None else _times(numbers, s)
     centre = part.affine.centre(part.segments[0].bits)
     c = (q.astype(jnp.int32) - centre).astype(jnp.float32)
@@ -138,6 +139,14 @@ def _evaluate(part: QTensor, exact: jnp.dtype | None) -> Array:
         return c * s
     z = spread(part, part.zero.astype(jnp.float32))
     return affine_map(c, s, z, part.affine, part.rounding, exact)
+
+
+def numbers_of(part: QTensor, q: Array) -> Float[Array, "k n"]:
+    """What codes of a codebook, or of small floats, stand for, in float32."""
+    if part.affine is Affine.FLOAT:
+        return widen(q, part.segments[0].bits)
+    assert part.codebook is not None
+    return jnp.take(part.codebook.astype(jnp.float32), q, axis=0)
 
 
 def affine_map(

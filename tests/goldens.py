@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 
 FOLDER = Path(__file__).parent / "golden"
@@ -34,10 +33,10 @@ def load(name: str) -> dict[str, Any]:
     with np.load(FILES[name]) as file:
         data = dict(file)
     meta = json.loads(str(data["meta"]))
-    # NumPy's files have no bfloat16, only its bits.
+    # NumPy's files have none of these, only their bits.
     for key, dtype in meta.get("dtypes", {}).items():
-        if dtype == "bfloat16":
-            data[key] = data[key].view(ml_dtypes.bfloat16)
+        if dtype in ("bfloat16", "float8_e4m3fn", "float8_e8m0fnu"):
+            data[key] = data[key].view(dtype)
     return data | {"meta": meta, "config": meta.get("config")}
 
 

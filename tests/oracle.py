@@ -17,6 +17,9 @@ PLANES = {
     **{6: [(4, 0), (2, 4)], 7: [(4, 0), (2, 4), (1, 6)], 8: [(8, 0)]},
 }
 
+# Bits of exponent and mantissa of small floats, by their width, and the bias.
+SMALL = {4: (2, 1, 1), 8: (4, 3, 7)}
+
 # Significant bits, and the exponent of the smallest normal number.
 FLOATS = {"float16": (11, -14), "bfloat16": (8, -126), "float32": (24, -126)}
 
@@ -75,6 +78,16 @@ def nearest(value, dtype):
     else:
         kept = magnitude << -dropped
     return math.copysign(math.ldexp(kept, quantum), value)
+
+
+def small_float(code, bits):
+    """The number of a pattern of sign, exponent and mantissa, from the definition."""
+    exponents, mantissas, bias = SMALL[bits]
+    fraction = code % 2**mantissas / 2**mantissas
+    exponent = code >> mantissas & (2**exponents - 1)
+    size = fraction * 2.0 ** (1 - bias) if exponent == 0 else 2.0 ** (exponent - bias)
+    size = size if exponent == 0 else size * (1 + fraction)
+    return -size if code >> (bits - 1) else size
 
 
 class Part(NamedTuple):
@@ -138,6 +151,14 @@ class Matrix:
         return np.concatenate(middles)[:, None]
 
     @property
+    def numbers(self):
+        """What codes of a codebook, or small floats, stand for."""
+        if self.affine == "CODEBOOK":
+            return self.codebook.astype(np.float64)[self.codes]
+        bits = self.parts[0].bits
+        return np.array([small_float(q, bits) for q in range(2**bits)])[self.codes]
+
+    @property
     def stored(self):
         """The weight in stored row order, without the input scale, unrounded."""
         q, (s, _) = self.codes.astype(np.float64), self.spread(self.scale)
@@ -149,8 +170,8 @@ class Matrix:
                 return q * s + z
             case "CENTERED":
                 return (q - self.centre) * s + z
-            case "CODEBOOK":
-                return self.codebook.astype(np.float64)[self.codes] * s
+            case "CODEBOOK" | "FLOAT":
+                return self.numbers * s
 
     @property
     def rows(self):
@@ -184,14 +205,11 @@ class Matrix:
         q = self.codes.astype(np.float64)
         s, place = self.spread(self.scale)
         z = 0.0 if self.zero is None else self.spread(self.zero)[0]
-        by_scale = {
-            "ZERO": q - z,
-            "OFFSET": q,
-            "CENTERED": q - self.centre,
-            "CODEBOOK": 0.0
-            if self.codebook is None
-            else self.codebook.astype(np.float64)[self.codes],
-        }[self.affine]
+        if self.affine in ("CODEBOOK", "FLOAT"):
+            by_scale = self.numbers
+        else:
+            subtrahends = {"ZERO": z, "OFFSET": 0.0, "CENTERED": self.centre}
+            by_scale = q - subtrahends[self.affine]
         gradients["scale"] = _sum_at(self.scale, place, by_row * by_scale)
         if self.zero is not None and self.zero.dtype.kind not in "iu":
             by_zero = -s if self.affine == "ZERO" else np.ones_like(s)
@@ -233,6 +251,8 @@ def random(
     rng = np.random.default_rng(seed)
     parts = tuple(Part(*part) for part in parts or [(bits, k, group_size)])
     codes = [rng.integers(0, 2**part.bits, (part.rows, n)) for part in parts]
+    if affine == "FLOAT" and bits == 8:
+        codes = [np.where(q % 128 == 127, q - 1, q) for q in codes]  # those are NaN
     counts = [
         -(-(rows if grouping == "ROWS" else rows * n) // (size or rows * n))
         for _, rows, size in parts
@@ -245,7 +265,7 @@ def random(
         zero = rng.integers(0, 2 * middle, shape).astype(np.uint8)
         if float_zero:
             zero = rng.uniform(0, 2 * middle, shape).astype(dtype)
-    elif affine != "CODEBOOK" and (affine == "OFFSET" or float_zero):
+    elif affine in ("OFFSET", "CENTERED") and (affine == "OFFSET" or float_zero):
         zero = (-middle * 0.02 * rng.uniform(0, 2, shape)).astype(dtype)
     widest = max(part.bits for part in parts)
     return Matrix(

@@ -18,6 +18,7 @@ MAPS = {
     "centered_zero": {"affine": "CENTERED", "float_zero": True},
 }
 CODEBOOK = {"codebook": {"affine": "CODEBOOK"}}
+FLOAT = {"float": {"affine": "FLOAT"}}
 SCALES = {"float16": F16, "bfloat16": BF16, "float32": F32}
 
 

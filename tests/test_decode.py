@@ -30,6 +30,8 @@ KINDS = {
     "centered": {"affine": "CENTERED"},
     "centered and zero": {"affine": "CENTERED", "float_zero": True},
     "codebook": {"affine": "CODEBOOK"},
+    "floats of 8 bits": {"affine": "FLOAT", "bits": 8},
+    "floats of 4 bits": {"affine": "FLOAT", "group_size": 16},
     "one group a column": {"group_size": None},
     "short last group": {"group_size": 48},
     "group larger than k": {"group_size": 128},

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from qjax import tensor
-from qjax.formats import awq, compressed_tensors, exl2, gptq, hqq
+from qjax.formats import awq, compressed_tensors, exl2, fp8, gptq, hqq
+from qjax.formats import compressed_tensors_floats as floats
 from qjax.formats.hqq_config import FIELDS
 from qjax.tensor import QTensor
 
@@ -130,6 +131,38 @@ def _against_awq(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
     return reasons
 
 
+def _describe_fp8(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    config = _usual({name: fp8.config_of(qt) for name, qt in matrices.items()})
+    size = config.block_size
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": None if size is None else list(size),
+        "scale_fmt": config.scale_fmt,
+        "modules_to_not_convert": list(dense) or None,
+    }
+
+
+def _against_fp8(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
+    del dense
+    configs = {name: fp8.config_of(qt) for name, qt in matrices.items()}
+    usual = _usual(configs)
+    return {
+        name: f"FP8 has scales of one kind for all, here {_of_fp8(usual)}, and it has "
+        f"{_of_fp8(config)}."
+        for name, config in configs.items()
+        if config != usual
+    }
+
+
+def _of_fp8(config: fp8.Config) -> str:
+    if config.block_size is None:
+        return f"{config.scale_fmt} for columns"
+    rows, columns = config.block_size
+    return f"{config.scale_fmt} for blocks of {rows} x {columns}"
+
+
 def _describe_compressed(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
     kinds = {name: _scheme(qt) for name, qt in matrices.items()}
     usual = _usual(kinds)
@@ -137,9 +170,10 @@ def _describe_compressed(matrices: Matrices, dense: Sequence[str]) -> dict[str, 
         usual,
         *(kind for kind in dict.fromkeys(kinds.values()) if kind != usual),
     ]
+    formats = {scheme.format for scheme in schemes}
     groups = {
         f"group_{i}": {
-            "format": "pack-quantized",
+            "format": scheme.format,
             "input_activations": None,
             "output_activations": None,
             # Paths go before classes.
@@ -148,7 +182,7 @@ def _describe_compressed(matrices: Matrices, dense: Sequence[str]) -> dict[str, 
             else [name for name, kind in kinds.items() if kind == scheme],
             "weights": {
                 "actorder": scheme.actorder,
-                "block_structure": None,
+                "block_structure": scheme.block_size and list(scheme.block_size),
                 "dynamic": False,
                 "group_size": scheme.group_size,
                 "num_bits": scheme.bits,
@@ -156,14 +190,14 @@ def _describe_compressed(matrices: Matrices, dense: Sequence[str]) -> dict[str, 
                 "observer_kwargs": {},
                 "strategy": scheme.strategy,
                 "symmetric": scheme.symmetric,
-                "type": "int",
+                "type": "float" if scheme.is_float else "int",
             },
         }
         for i, scheme in enumerate(schemes)
     }
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": groups,
         "ignore": list(dense),
@@ -181,12 +215,17 @@ class _Scheme:
     strategy: str
     symmetric: bool
     actorder: str | None
+    format: str = "pack-quantized"
+    block_size: tuple[int, int] | None = None
+    is_float: bool = False
 
 
 def _scheme(qt: QTensor) -> _Scheme:
     bits, size = _width(qt)
     whole = tuple(qt.scale.shape) == (1, 1) and qt.n > 1
     strategy = "tensor" if whole else "channel" if size is None else "group"
+    if qt.affine is tensor.Affine.FLOAT:
+        return _float_scheme(qt, strategy)
     sorted_ = qt.row_group is not None or qt.order is not None
     return _Scheme(
         bits=bits,
@@ -194,6 +233,25 @@ def _scheme(qt: QTensor) -> _Scheme:
         strategy=strategy,
         symmetric=qt.zero is None,
         actorder="group" if sorted_ and strategy == "group" else None,
+    )
+
+
+def _float_scheme(qt: QTensor, strategy: str) -> _Scheme:
+    (bits, size), format_ = _width(qt), floats.format_of(qt)
+    block_size = None
+    if 1 < qt.scale.shape[-1] < qt.n:
+        strategy, block_size = "block", (qt.n // qt.scale.shape[-1], size or qt.k)
+    elif format_ == floats.NVFP4:
+        strategy = "tensor_group"
+    return _Scheme(
+        bits=bits,
+        group_size=size if strategy.endswith("group") else None,
+        strategy=strategy,
+        symmetric=True,
+        actorder=None,
+        format=format_,
+        block_size=block_size,
+        is_float=True,
     )
 
 
@@ -296,6 +354,9 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             ),
             describe=_describe_compressed,
             widths=range(1, 9),
+        ),
+        "fp8": Dialect(
+            tensors=fp8.to_tensors, describe=_describe_fp8, against=_against_fp8
         ),
         "exl2": Dialect(
             tensors=exl2.to_tensors,

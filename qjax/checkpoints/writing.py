@@ -71,7 +71,8 @@ def save(
       config: The model's ``config.json``, as `read_config` returns it; its
         ``quantization_config`` is replaced by one that fits.
       format: "gptq" (v1), "gptq_v2", "gptq_p" (planes), "awq" (gemm),
-        "compressed-tensors" (pack-quantized), "exl2" or "hqq".
+        "compressed-tensors" (pack-quantized, or the formats of small floats), "exl2",
+        "hqq" or "fp8".
       overwrite: Whether the weights and the config of a checkpoint that is there
         already may be replaced. Other files and directories in it stay.
       shard_bytes: Size above which weights are spread over several files with a

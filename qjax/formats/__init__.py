@@ -8,8 +8,8 @@ A format module has a `Layout` or two. Those of `FORMATS`, which checkpoints nam
 * if the header of the file says more about a weight, ``config.with_header(entry)``,
 * ``check(tensors, config)``: names, dtypes and shapes, without reading any value,
 * if a range of each tensor is a matrix by itself, ``axes(tensors, config)``,
-* ``from_tensors(tensors, config)``, where `exl2`, `mbwq` and `mxfp4` can do without the
-  configuration, and ``to_tensors(qt, ...)``.
+* ``from_tensors(tensors, config)``, where `exl2`, `fp8`, `mbwq` and `mxfp4` can do
+  without the configuration, and ``to_tensors(qt, ...)``.
 
 No checkpoint names the others, and what their tensors do not say comes from elsewhere:
 
@@ -30,6 +30,7 @@ from qjax.formats import (
     compressed_tensors,
     exl2,
     flexgen,
+    fp8,
     gptq,
     hqq,
     mbwq,
@@ -48,6 +49,7 @@ __all__ = [
     "compressed_tensors",
     "exl2",
     "flexgen",
+    "fp8",
     "gptq",
     "hqq",
     "mbwq",
@@ -71,5 +73,6 @@ FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
         "mbwq": mbwq,
         "mpq": mpq,
         "mxfp4": mxfp4,
+        "fp8": fp8,
     }
 )

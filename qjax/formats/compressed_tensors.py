@@ -14,6 +14,8 @@ are 0. ``weight_zero_point`` holds the zero points in the same way along N,
 group of each input; a -1 in it says that it is not used. The weight is
 ``(q - zero) * scale``, rounded once to the dtype of the scale.
 
+Other formats than that are `qjax.formats.compressed_tensors_floats`.
+
 Source: vllm-project/compressed-tensors, src/compressed_tensors/compressors/
 pack_quantized and quantization/lifecycle/forward.py, release 0.20.0 (`Dense` since
 commit 66e631f6); neuralmagic/compressed-tensors, src/compressed_tensors/compressors/
@@ -33,6 +35,7 @@ from jaxtyping import Array, Integer, UInt8, UInt32
 
 from qjax import tensor
 from qjax.bits import WORD, block, pack_fields, transpose, unpack_fields
+from qjax.formats import compressed_tensors_floats as floats
 from qjax.formats.checks import (
     FLOATS,
     Expected,
@@ -47,7 +50,7 @@ from qjax.formats.checks import (
     lacks_plain_scales,
     lacks_whole_groups,
 )
-from qjax.formats.compressed_tensors_config import STRATEGIES, Config
+from qjax.formats.compressed_tensors_config import PACKED, STRATEGIES, Config
 from qjax.formats.g_idx import in_input_order
 from qjax.tensor import Affine, QTensor, Segment
 
@@ -61,13 +64,7 @@ __all__ = [
     "to_tensors",
 ]
 
-TENSORS = (
-    "weight_packed",
-    "weight_scale",
-    "weight_shape",
-    "weight_zero_point",
-    "weight_g_idx",
-)
+TENSORS = ("weight_shape", "weight_g_idx", *floats.TENSORS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -197,14 +194,18 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
         ``[N, K / group]``, ``[N, 1]`` or ``[1]`` by strategy, ``weight_shape`` int64 or
         int32 ``[2]``; for asymmetric weights ``weight_zero_point`` int32
         ``[words, K / group]`` (int8 ``[1]`` with one in all); optionally
-        ``weight_g_idx`` int32 ``[K]``.
+        ``weight_g_idx`` int32 ``[K]``. Of other formats than "pack-quantized" those
+        that `compressed_tensors_floats.check` lists.
       config: The module's configuration.
 
     Raises:
       ValueError: Naming the tensor, or the field of ``config``, what it has and what it
         should have.
     """
-    check_choice("strategy", config.strategy, STRATEGIES)
+    if config.format != PACKED:
+        floats.check(tensors, config)
+        return
+    check_choice("strategy", config.strategy, STRATEGIES[:3])
     block(config.bits)  # refuses other widths
     if (config.strategy == "group") != (config.group_size is not None):
         raise ValueError(
@@ -294,6 +295,8 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
       ValueError: As `check`; or if ``weight_shape`` is another, a scale is not finite,
         or ``weight_g_idx`` does not give every group its ``group_size`` inputs.
     """
+    if config.format != PACKED:
+        return floats.from_tensors(tensors, config)
     check(tensors, config)
     packed, scale = tensors["weight_packed"], np.asarray(tensors["weight_scale"])
     n, k = (int(size) for size in np.asarray(tensors["weight_shape"]))
@@ -361,13 +364,15 @@ def to_tensors(qt: QTensor, layout: tensor.Layout | None = None) -> dict[str, An
     releases from 0.20 on do not read it.
 
     Args:
-      qt: A matrix of one width, with integer zeros or symmetric, groups of rows.
+      qt: A matrix of one width, with integer zeros or symmetric, groups of rows; or
+        one of small floats.
       layout: `Dense` or `Aligned`. None keeps that of ``qt``, and takes `Dense` for
         others.
 
     Returns:
       ``weight_packed``, ``weight_scale``, ``weight_shape`` (NumPy's int64), and where
-      they are needed ``weight_zero_point`` and ``weight_g_idx``.
+      they are needed ``weight_zero_point`` and ``weight_g_idx``; of small floats what
+      `compressed_tensors_floats.to_tensors` says.
 
     Raises:
       ValueError: If compressed-tensors cannot hold ``qt``, with the reason; or
@@ -377,6 +382,8 @@ def to_tensors(qt: QTensor, layout: tensor.Layout | None = None) -> dict[str, An
         layout = qt.layout if qt.layout == Aligned() else Dense()
     if layout not in (Dense(), Aligned()):
         raise ValueError(f"layout={layout!r} must be Dense() or Aligned().")
+    if qt.affine is Affine.FLOAT:
+        return floats.to_tensors(qt)
     _check_holdable(qt)
     return _write(qt, layout) | {"weight_shape": np.array([qt.n, qt.k], np.int64)}
 

@@ -6,14 +6,30 @@ quant_config.py, quant_scheme.py and utils/match.py, release 0.20.0.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
-from qjax.formats.checks import check_strings
+from qjax.formats.checks import check_choice, check_strings
 from qjax.formats.patterns import check_pattern, matches
 
-Strategy = Literal["group", "channel", "tensor"]
+Strategy = Literal["group", "channel", "tensor", "block"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+PACKED = "pack-quantized"
+# Other formats, by the widths and the types of their codes.
+_OTHERS: Mapping[str, tuple[Sequence[int], Sequence[str]]] = {
+    "float-quantized": ((8,), ("float",)),
+    "naive-quantized": ((8,), ("float", "int")),
+    "int-quantized": ((8,), ("int",)),
+    "mxfp8-quantized": ((8,), ("float",)),
+    "nvfp4-pack-quantized": ((4,), ("float",)),
+    "mxfp4-pack-quantized": ((4,), ("float",)),
+}
+# Groups that these formats have.
+_GROUPS = {
+    "mxfp8-quantized": 32,
+    "nvfp4-pack-quantized": 16,
+    "mxfp4-pack-quantized": 32,
+}
 # The release from which on codes are one stream.
 _DENSE_SINCE = (0, 18)
 
@@ -24,10 +40,13 @@ class Config:
 
     Attributes:
       bits: Width of a code, 1 to 8.
-      strategy: One scale a "group" of inputs and output, a "channel" (output), or in
-        all ("tensor").
+      strategy: One scale a "group" of inputs and output, a "channel" (output), in all
+        ("tensor"), or a "block" of outputs and inputs.
       group_size: Inputs of a group; None unless the strategy is "group".
+      block_size: Outputs and inputs of a block; None unless that is the strategy.
       symmetric: Whether there are no zero points.
+      format: "pack-quantized", or one of `compressed_tensors_floats.FORMATS`.
+      is_float: Whether codes are small floats.
       act_order: Whether groups are of inputs sorted by activation (``actorder`` of
         "group" or "dynamic"), so that ``weight_g_idx`` must be there.
       aligned: Whether the writer was older than 0.18 and left bits unused; what counts
@@ -39,7 +58,10 @@ class Config:
     bits: int = 4
     strategy: Strategy = "group"
     group_size: int | None = 128
+    block_size: tuple[int, int] | None = None
     symmetric: bool = True
+    format: str = PACKED
+    is_float: bool = False
     act_order: bool = False
     aligned: bool = False
     groups: tuple[tuple[tuple[str, ...], "Config"], ...] = ()
@@ -138,11 +160,10 @@ def _group(
             f"{where}.weights={weights!r} must be an object."
         )
     format_ = group.get("format") or default_format
-    if format_ != "pack-quantized":
-        raise ValueError(f"{where}: format={format_!r} must be 'pack-quantized'.")
+    check_choice(f"{where}.format", format_, (PACKED, *_OTHERS))
     targets = _targets(f"{where}.targets", group.get("targets"))
     try:
-        return targets, _scheme(weights, aligned)
+        return targets, _scheme(weights, format_, aligned)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
@@ -155,11 +176,14 @@ def _preset(where: str, name: str, aligned: bool) -> Config:
     return Config(bits=int(bits[1]), symmetric=bits[2] is None, aligned=aligned)
 
 
-def _scheme(weights: Mapping[str, Any], aligned: bool) -> Config:
+def _scheme(weights: Mapping[str, Any], format_: str, aligned: bool) -> Config:
     """Reads how weights are quantized."""
     bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
-    if type(bits) is not int or not 1 <= bits <= 8 or kind != "int":
-        raise ValueError(f"{bits!r} bits of {kind!r} must be 1 to 8 of 'int'.")
+    widths, kinds = _OTHERS.get(format_, (range(1, 9), ("int",)))
+    if type(bits) is not int or bits not in widths or kind not in kinds:
+        wanted = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else f"{widths[0]}"
+        wanted += f" of {' or '.join(map(repr, kinds))} in {format_!r}"
+        raise ValueError(f"{bits!r} bits of {kind!r} must be {wanted}.")
     if weights.get("dynamic"):
         raise ValueError(f"dynamic={weights['dynamic']!r} must be false.")
     symmetric = weights.get("symmetric", True)
@@ -173,15 +197,41 @@ def _scheme(weights: Mapping[str, Any], aligned: bool) -> Config:
     size, strategy = weights.get("group_size"), weights.get("strategy")
     if strategy is None:
         strategy = {None: "tensor", -1: "channel"}.get(size, "group")
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy={strategy!r} must be one of {STRATEGIES}.")
+    strategy = "group" if strategy == "tensor_group" else strategy
+    allowed = STRATEGIES if format_ in _OTHERS else STRATEGIES[:3]
+    if strategy not in allowed:
+        raise ValueError(f"strategy={strategy!r} must be one of {allowed}.")
     if strategy == "group" and (type(size) is not int or size < 1):
         raise ValueError(f"group_size={size!r} must be positive.")
+    if format_ in _GROUPS and (strategy, size) != ("group", _GROUPS[format_]):
+        raise ValueError(
+            f"strategy={strategy!r} with group_size={size!r} must be groups of "
+            f"{_GROUPS[format_]} in {format_!r}."
+        )
+    if kind == "float" and not symmetric:
+        raise ValueError("symmetric=False must be true for floats.")
     return Config(
         bits=bits,
         strategy=strategy,
         group_size=size if strategy == "group" else None,
+        block_size=_block(weights) if strategy == "block" else None,
         symmetric=symmetric,
+        format=format_,
+        is_float=kind == "float",
         act_order=actorder is True or actorder in ("group", "dynamic"),
         aligned=aligned,
     )
+
+
+def _block(weights: Mapping[str, Any]) -> tuple[int, int]:
+    """Reads the size of a block, [128, 128] or "128x128"."""
+    size = weights.get("block_structure")
+    if isinstance(size, str) and re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}", size):
+        size = [int(length) for length in size.split("x")]
+    if (
+        not isinstance(size, list)
+        or len(size) != 2
+        or not all(type(length) is int and length > 0 for length in size)
+    ):
+        raise ValueError(f"block_structure={size!r} must be two positive integers.")
+    return size[0], size[1]

@@ -25,7 +25,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from qjax import formats, tensor
-from qjax.formats import bnb, exl2, mpq, tiles
+from qjax.formats import bnb, compressed_tensors_floats, exl2, mpq, tiles
 from qjax.formats.checks import FLOATS
 from qjax.sharding import joined
 from qjax.tensor import (
@@ -47,6 +47,7 @@ _LARGEST = 2**31 - 1
 _VECTORS = ("order", "row_group", "codebook", "input_scale")
 
 _MODULES = [getattr(formats, name) for name in formats.__all__ if name.islower()]
+_MODULES.append(compressed_tensors_floats)
 _MODULES.append(tiles)  # no file holds it, but a prepared tensor does
 
 
@@ -389,6 +390,14 @@ def _mpq_numbers(name: str, arrays: Mapping[str, Array], entries: _Entries) -> E
     return mpq.DoubleQuantized(**arrays)
 
 
+def _over_global(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
+    del entries
+    shape = arrays["local"].shape if "local" in arrays else ()
+    whole = ((jnp.float32,), shape[:-2])
+    _leaves(name, arrays, {"local": ((jnp.uint8,), shape), "whole": whole})
+    return compressed_tensors_floats.OverGlobal(**arrays)
+
+
 def _bnb_absmax(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
     fields = {
         "nested_blocksize": entries.integer(f"{name}.nested_blocksize", 1),
@@ -421,6 +430,7 @@ _BUILDERS: Mapping[type, Callable[[str, Mapping[str, Array], _Entries], Encoded]
             exl2.Scale: _exl2_scale,
             mpq.DoubleQuantized: _mpq_numbers,
             bnb.Absmax: _bnb_absmax,
+            compressed_tensors_floats.OverGlobal: _over_global,
         }
     )
 )

@@ -1,9 +1,7 @@
 """MXFP4: four-bit floats, two a byte, with a power of two for every 32 of them.
 
-A code is the pattern of an E2M1 float: a sign, two bits of exponent, one of mantissa.
-
-    bit 3   2   1   0
-    | sign | e e | m |        0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives
+A code is the pattern of an E2M1 float, as `qjax.tensor.floats` draws it: 0, 0.5, 1,
+1.5, 2, 3, 4, 6 and their negatives.
 
 The torch weight ``[n, k]`` is cut into blocks of 32 inputs. ``blocks[j, g, i]`` is byte
 ``i`` of the 16 of a block, the first of two codes in the low nibble,
@@ -45,12 +43,9 @@ from qjax.formats.checks import (
     check_width,
     check_words,
 )
-from qjax.formats.patterns import check_pattern, matches
+from qjax.formats.patterns import check_pattern, ends_path
 from qjax.tensor import Affine, Cut, Digits, Encoded, Grouping, Layout, QTensor, Segment
 
-# The numbers of the codes 0 to 15.
-E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
-E2M1 = np.concatenate([E2M1, -E2M1])
 BLOCK = 32
 # Exponent of the largest power of two among the codes, 4.
 _LARGEST_EXPONENT = 2
@@ -194,12 +189,9 @@ class Config:
         Raises:
           ValueError: If a pattern may fit the path in too many ways to be tried.
         """
-        for path in (module, module.rpartition(".")[0]):
-            for pattern in self.ignored:
-                start = rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"
-                if path.endswith(pattern) or matches(start, path):
-                    return None
-        return self
+        paths = (module, module.rpartition(".")[0])
+        left = any(ends_path(p, path) for path in paths for p in self.ignored)
+        return None if left else self
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:
@@ -247,7 +239,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QT
       ...     "scales": np.full((8, 3), 127, np.uint8),
       ... }
       >>> from_tensors(tensors)
-      QTensor(96x8, 4 bits, group 32, Blocks(), codebook[q] * s, bfloat16 scale, 472 B)
+      QTensor(96x8, 4 bits, group 32, Blocks(), float(q) * s, bfloat16 scale, 408 B)
     """
     check(tensors, config or Config())
     blocks, scales = (np.asarray(tensors[name]) for name in TENSORS)
@@ -263,8 +255,7 @@ def _build(words: Array, exponent: Array) -> QTensor:
         E8M0(exponent=exponent),
         layout=Blocks(),
         segments=(Segment(4, BLOCK),),
-        affine=Affine.CODEBOOK,
-        codebook=jnp.broadcast_to(jnp.asarray(E2M1), (*words.shape[:-3], E2M1.size)),
+        affine=Affine.FLOAT,
     )
 
 
@@ -294,7 +285,7 @@ def _holdable(qt: QTensor) -> Array:
         reason = "its codes have other widths than 4"
     elif any(v is not None for v in (qt.order, qt.row_group, qt.input_scale)):
         reason = "it has an order of rows or an input scale; GPTQ holds an order"
-    elif qt.affine is not Affine.CODEBOOK or (np.asarray(qt.codebook) != E2M1).any():
+    elif qt.affine is not Affine.FLOAT:
         reason = "its codes are not E2M1 floats; quantize makes them"
     elif qt.grouping is not Grouping.ROWS or qt.segments[0].group_size != BLOCK:
         reason = f"its scales are not for blocks of {BLOCK} inputs"

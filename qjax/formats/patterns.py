@@ -99,6 +99,27 @@ def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
     return match(pattern, name) is not None
 
 
+def ends_path(pattern: str, path: str) -> bool:
+    r"""Whether a module is one that transformers leaves alone by a pattern.
+
+    Args:
+      pattern: Fits from the beginning up to a dot or to the end; or is the path's end.
+      path: The path of the module.
+
+    Returns:
+      Whether it is.
+
+    Raises:
+      ValueError: As `matches`.
+
+    Example:
+      >>> ends_path("lm_head", "lm_head"), ends_path("mlp", "layers.1.mlp.up_proj")
+      (True, False)
+    """
+    start = rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"
+    return path.endswith(pattern) or matches(start, path)
+
+
 @functools.lru_cache(maxsize=4096)
 def _choices(pattern: str) -> _Choices:
     try:

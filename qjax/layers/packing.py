@@ -114,13 +114,14 @@ def spec_of(packed: QTensor) -> Spec:
     Raises:
       ValueError: If rounding makes none.
     """
-    extra = (packed.order, packed.row_group, packed.input_scale, packed.codebook)
+    extra = (packed.order, packed.row_group, packed.input_scale)
     is_float = packed.zero is not None and packed.zero.dtype != jnp.uint8
+    is_float |= not packed.affine.counts
     segment, *others = packed.segments
     if others or is_float or any(part is not None for part in extra):
         raise ValueError(
-            "it has an order, factors or zeros that its quantizer found; quantize the "
-            "weight, and pass a QTensor"
+            "it has an order, factors, zeros or numbers that its quantizer found; "
+            "quantize the weight, and pass a QTensor"
         )
     return Spec(
         bits=segment.bits,

@@ -212,9 +212,11 @@ def _has_long_blocks(w: QTensor) -> bool:
 
 
 def _has_eight_groups(w: QTensor) -> bool:
-    """Whether an iteration can have eight groups: of 256 rows, 32 each."""
-    sizes = [(tiles.rows_of_block(s.bits), s.group_size) for s in w.segments]
-    return (256, 32) in sizes
+    """Whether an iteration can have eight groups or more: 256 rows, at most 32 each."""
+    return any(
+        tiles.rows_of_block(s.bits) == 256 and (s.group_size or 256) <= 32
+        for s in w.segments
+    )
 
 
 def _power_of_two(m: int, least: int, most: int) -> int:

@@ -136,11 +136,13 @@ def _body(
 ) -> None:
     iteration, n = pl.program_id(0), pl.program_id(1)
     columns = Columns(
-        language, refs.words, task.bits, n * config.block_n, config.block_n
+        language, refs.words, task.bits, task.affine, n * config.block_n, config.block_n
     )
     matrix, centre = read_index(refs.index), task.affine.centre(task.bits)
     first_block, first_group = matrix * out_ref.shape[0], matrix * task.groups
-    book = read_book(refs.books, matrix, exponent=TOP, count=task.tables)
+    book = read_book(
+        refs.books, matrix, task.affine, task.bits, exponent=TOP, count=task.tables
+    )
     block = iteration * (config.block_k // tiles.rows_of_block(task.bits))
     step_rows = range(0, config.block_k, task.steps.rows)
 

@@ -39,13 +39,17 @@ from qjax.pallas.segments import Bounds, Run, Walk
 from qjax.pallas.weight import Columns, places
 from qjax.tensor import Affine, QTensor
 
+# Steps of an iteration whose scales a thread can hold at once.
+_STEPS = 8
+
 
 class Operands(NamedTuple):
     """What a launch takes: arrays, or references to them.
 
     Attributes:
       x: Rows in the order of `operands.arrange`.
-      start: What the accumulators start at; None with a codebook, or scaled weights.
+      start: What the accumulators start at; None with codes that are no counts, or
+        scaled weights.
       places: Of the segments.
       books: Codebooks, if there are any.
       words: Of every segment.
@@ -75,7 +79,7 @@ def matmul(
       x: Rows of any float dtype, k as ``w.k``. Every row is scaled by a power of two
         and rounded to float16, which is exact for bfloat16 and float16 values
         (`operands.fit`).
-      w: Codes in stored row order, groups of a multiple of 32 rows or one a column.
+      w: Codes in stored row order, groups of a multiple of 16 rows or one a column.
         The entries of a codebook are rounded to ``dtype``.
       config: How to cut the launch up.
       dtype: Of the tensor cores' operands: float16, or bfloat16, which is exact for
@@ -132,8 +136,8 @@ def _prepare(
     interpret: bool,
 ) -> Rows:
     """Pads, scales, orders and sums rows: in one launch where all of k is alike."""
-    # No offset stands beside the entries of a codebook, or beside weights.
-    none = w.codebook is not None or config.scales_weights
+    # No offset stands beside codes that are no counts, or beside weights.
+    none = not w.affine.counts or config.scales_weights
     sums = 0 if none else 1 if w.zero is None else 2
     k = w.k + sum(segment.padding for segment in w.segments)
     if len(runs) == 1 and rows.fits(k):
@@ -175,9 +179,12 @@ def _body(
     m, n, split = (pl.program_id(axis) for axis in range(3))
     x_rows = pl.ds(m * config.block_m, config.block_m)
     start = n * config.block_n
-    book = read_book(refs.books, walk.matrix(refs.places, m), dtype)
+    matrix, bits = walk.matrix(refs.places, m), walk.runs[0].bits
+    book = read_book(refs.books, matrix, affine, bits, dtype)
     columns = [
-        Columns(language, ref, run.bits, start, config.block_n, book.words, dtype)
+        Columns(
+            language, ref, run.bits, affine, start, config.block_n, book.words, dtype
+        )
         for run, ref in zip(walk.runs, refs.words, strict=True)
     ]
     unit = None
@@ -270,7 +277,7 @@ class _Program(NamedTuple):
             return acc
 
         parts = [step_rows]
-        if self.rows.size == EXACT_ROWS:
+        if self.rows.size == EXACT_ROWS or len(step_rows) > _STEPS:
             # A step after the other: a thread has no registers to hold twice what a
             # whole iteration needs, nor once the sums of x. Those are in a cache.
             parts = [step_rows[i : i + 1] for i in range(len(step_rows))]
@@ -296,7 +303,7 @@ class _Program(NamedTuple):
         )
 
     def _load_sums(self, step: Array) -> list[Array]:
-        # No offset stands beside the entries of a codebook.
+        # No offset stands beside codes that are no counts.
         count = 0 if self.refs.start is None else len(self.refs.parameters)
         return [
             lang.load_row(self.refs.start, step, i, columns=self.rows)[None]

@@ -144,14 +144,20 @@ def _body(
     rows = pl.ds(m * config.block_m, config.block_m)
     matrix = read_index(refs.index)
     first_block, first_group = matrix * out_ref.shape[2], matrix * groups
-    book = read_book(refs.books, matrix)
+    book = read_book(refs.books, matrix, affine, bits)
     block = iteration * (config.block_k // tiles.rows_of_block(bits))
     step_rows = range(0, config.block_k, steps.rows)
     unit = lang.load_row(refs.unit, 0, columns=pl.ds(0, 1))
 
     def add_columns(j: Array, accs: tuple[Array, ...]) -> tuple[Array, ...]:
         columns = Columns(
-            language, refs.words, bits, j * config.block_n, config.block_n, book.words
+            language,
+            refs.words,
+            bits,
+            affine,
+            j * config.block_n,
+            config.block_n,
+            book.words,
         )
         dy = refs.dy[rows, columns.slice].astype(jnp.float32)
         old, new = iter(accs), []
@@ -164,7 +170,7 @@ def _body(
             )
             scaled = (dy * (scale.astype(jnp.float32) * unit)[None]).astype(DTYPE)
             for place in places(bits, first_block + block, row, steps):
-                codes = columns.scaled(place, affine, zero)
+                codes = columns.scaled(place, zero)
                 new.append(next(old) + language.dot(scaled, codes))
         return tuple(new)
 

@@ -145,12 +145,13 @@ def _body(
         exists=None if m % height == 0 else m,
     )
     dtype = refs.x.dtype
-    book = read_book(refs.books, walk.matrix(refs.places, pl.program_id(0)), dtype)
+    matrix, bits = walk.matrix(refs.places, pl.program_id(0)), walk.runs[0].bits
+    book = read_book(refs.books, matrix, affine, bits, dtype)
     acc = jnp.zeros((config.block_n, config.block_m), jnp.float32)
     bounds = walk.read(refs.places, pl.program_id(0))
     for run, bound, words in zip(walk.runs, bounds, refs.words, strict=True):
         columns = Columns(
-            language, words, run.bits, start, width, book.words, dtype, slices
+            language, words, run.bits, affine, start, width, book.words, dtype, slices
         )
         acc = _Segment(program, run, bound, columns).add_to(acc)
     if book.undo is not None:
@@ -281,8 +282,8 @@ class _Segment(NamedTuple):
             return acc
 
         sums = []
-        # No offset stands beside the entries of a codebook.
-        if self.program.affine is not Affine.CODEBOOK:
+        # No offset stands beside codes that are no counts.
+        if self.program.affine.counts:
             offsets = [[self.columns.offset(place(i)) for i in p] for p in products]
             sums = self._sums(offsets, xs, len(acc))
         return scaling.add_step(

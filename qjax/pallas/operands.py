@@ -102,6 +102,7 @@ class Steps(NamedTuple):
             # One product a step keeps wgmma busy. mma.sync, which eight rows of x take,
             # needs no join, only 32 rows a product.
             joined = sub_blocks if config.block_m > 8 else -(-2 // blocks)
+            joined = min(joined, sub_blocks)
         return cls(rows, blocks, sub_blocks, joined)
 
 
@@ -129,10 +130,10 @@ def check(w: QTensor) -> None:
             "turns one whose groups are full into an order of the rows."
         )
     for segment in w.segments:
-        if (segment.group_size or 32) % 32:
+        if (segment.group_size or tiles.SIDE) % tiles.SIDE:
             raise NotImplementedError(
-                f"group_size={segment.group_size} is not a multiple of 32, the rows "
-                "of a kernel's step."
+                f"group_size={segment.group_size} is not a multiple of {tiles.SIDE}, "
+                "the rows of a product of tensor cores."
             )
 
 
@@ -212,17 +213,17 @@ def parameters(w: QTensor) -> list[Array]:
 
 
 class Book(NamedTuple):
-    """A codebook in 16 bits, as a kernel looks codes up.
+    """What a kernel knows of numbers that codes stand for but are not.
 
     Attributes:
-      tables: Each the words of `lookup.words`; their entries add up to the codebook's.
-        None without a codebook.
-      undo: The power of two that undoes what scaled the entries into the range of
-        float16; bfloat16 has that of any.
+      tables: Of a codebook in 16 bits, each the words of `lookup.words`; their entries
+        add up to the codebook's.
+      undo: The power of two that undoes what scaled the numbers into the range of
+        float16; bfloat16 has that of any. None of codes that are numbers themselves.
     """
 
     tables: Sequence[list[Array]] = ()
-    undo: Array | None = None
+    undo: Array | float | None = None
 
     @property
     def words(self) -> list[Array] | None:
@@ -233,22 +234,28 @@ class Book(NamedTuple):
 def read_book(
     ref: Any,
     row: Any,
+    affine: Affine,
+    bits: int,
     dtype: jnp.dtype = DTYPE,
     *,
     exponent: int = 0,
     count: int = 1,
 ) -> Book:
-    """Reads, in a kernel's body, one of the `books`, if there are any.
+    """Reads, in a kernel's body, one of the `books`; of small floats, none is needed.
 
     Args:
       ref: The books, or None.
       row: Which. -1, of a block that takes no matrix, reads any: there are no codes.
+      affine: The map of the codes.
+      bits: Their width.
       dtype: Of the entries.
       exponent: float16 entries are scaled so that the largest lies in
         ``[2**exponent, 2**(exponent + 1))``.
       count: How many tables. Each holds what those before have left: eleven bits of
         float16, where float32 has 24.
     """
+    if affine is Affine.FLOAT:
+        return Book(undo=unpack.unit(bits, dtype))
     if ref is None:
         return Book()
     # Each lane reads another entry, and a maximum of floats leaves it in a register. Of
@@ -353,7 +360,7 @@ def start(
     """
     m, k = x.shape
     centre = affine.centre(bits)
-    recipes = unpack.recipes(bits, x.dtype)
+    recipes = unpack.recipes(bits, x.dtype, floats=affine is Affine.FLOAT)
     offsets = jnp.array([recipe.offset + centre for recipe in recipes], jnp.float32)
     wide = x.astype(jnp.float32)
     by_sub_block = wide.reshape(m, -1, len(recipes), tiles.SIDE)

@@ -19,8 +19,9 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang
+from qjax.pallas import lang, unpack
 from qjax.pallas.operands import (
+    DTYPE,
     Config,
     Steps,
     arrange,
@@ -130,9 +131,11 @@ def _group_products(
     ragged, columns = -m % config.block_m, w.n + w.padding
     rows, unscale = fit(jnp.pad(x, ((0, ragged), (0, segment.padding))))
     cotangent = jnp.pad(dy, ((0, ragged), (0, w.padding))) * unscale
+    if w.affine is Affine.FLOAT:
+        cotangent *= unpack.unit(bits, DTYPE)
     k = rows.shape[1]
     by_step = lang.launch(
-        functools.partial(_body, bits, steps, config, k // config.block_k),
+        functools.partial(_body, bits, w.affine, steps, config, k // config.block_k),
         Operands(
             x=arrange(rows, steps),
             start=start(rows, bits, w.affine, steps, zeros=False),
@@ -160,6 +163,7 @@ def _group_products(
 
 def _body(
     bits: int,
+    affine: Affine,
     steps: Steps,
     config: Config,
     iterations: int,
@@ -169,7 +173,9 @@ def _body(
 ) -> None:
     m, n, split = (pl.program_id(axis) for axis in range(3))
     rows = pl.ds(m * config.block_m, config.block_m)
-    columns = Columns(language, refs.words, bits, n * config.block_n, config.block_n)
+    columns = Columns(
+        language, refs.words, bits, affine, n * config.block_n, config.block_n
+    )
     step_rows = range(0, config.block_k, steps.rows)
     blocks = config.block_k // tiles.rows_of_block(bits)
     first_block = read_index(refs.index) * iterations * blocks

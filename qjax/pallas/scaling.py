@@ -45,7 +45,8 @@ def add_step(
       affine: The map of the codes.
       acc: Sum of the steps before.
       product: Adds the product of codes with their offsets to what it takes.
-      sums: Of `operands.start`, for this step; none with a codebook.
+      sums: Of `operands.start`, for this step; none with codes that are no
+        counts.
       scale_and_zero: Of every column, as stored.
     """
     # Widened and brought to the threads that need them, scales take registers. Those of
@@ -107,13 +108,13 @@ def unit_of(
     before = affine is Affine.ZERO  # whether zeros belong to the codes
     floats, of_codes = (parameters[:1], parameters[1:]) if before else (parameters, [])
     integers = all(jnp.issubdtype(ref.dtype, jnp.integer) for ref in of_codes)
-    integers &= affine is not Affine.CODEBOOK
+    integers &= affine.counts
     if integers and all(ref.dtype == DTYPE for ref in floats):
         return None
     largest = jnp.float32(0)
     for span in spans:
-        # Entries of a codebook lie below 2.
-        bound = 2.0 if affine is Affine.CODEBOOK else 2.0**span.bits
+        # Entries of a codebook, and small floats as float16 has them, lie below 2.
+        bound = 2.0**span.bits if affine.counts else 2.0
         larger = functools.partial(_larger, floats, columns, span, bound)
         chunks = (span.end - span.first + _GROUPS - 1) // _GROUPS
         largest = lax.fori_loop(0, chunks, larger, largest)
@@ -151,4 +152,4 @@ def weights(
         if affine is not Affine.ZERO:
             zero = [z.astype(jnp.float32) * unit.factor for z in zero]
     scale = scale.astype(DTYPE)
-    return lambda place: columns.scaled(place, affine, zero, scale)
+    return lambda place: columns.scaled(place, zero, scale)

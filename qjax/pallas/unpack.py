@@ -14,12 +14,18 @@ Eight bits are one more than bfloat16 has beside its leading one. The seven low 
 taken so, and the eighth is added as one of two numbers whose patterns differ in one
 bit, by one FMA for the two slots.
 
+Codes that are small floats (`qjax.tensor.SMALL_FLOATS`) keep their fields: sign and
+size move to where the wider float has its own, which makes a number too small by a
+power of two, subnormal ones included. In float16 that is left to who takes the numbers;
+in bfloat16, where they would be too small to be multiplied, an FMA takes it off.
+
 A `Recipe` is the plan for one sub-block. Its PTX text acts on each 16-bit slot alone,
 because Triton does not say which elements share a register; `Recipe.on_slots` is the
 same in jnp, for interpret mode and as the specification of the text.
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,6 +34,7 @@ from jax import lax
 from jaxtyping import Array, Float, UInt16
 
 from qjax.formats.tiles import PLANES, POSITIONS, sub_blocks
+from qjax.tensor import SMALL_FLOATS, widen
 
 # Mantissa bits and exponent bias.
 _FLOATS = {jnp.dtype(jnp.float16): (10, 15), jnp.dtype(jnp.bfloat16): (7, 127)}
@@ -142,28 +149,101 @@ class Recipe(NamedTuple):
         return values + lax.bitcast_convert_type(pattern, self.dtype)
 
 
+class FloatRecipe(NamedTuple):
+    """How the codes of one sub-block, small floats, become wider ones.
+
+    Attributes:
+      dtype: float16 or bfloat16.
+      bits: Width of a code.
+      sign: The bit to take for the sign.
+      size: The bits to take for exponent and mantissa.
+    """
+
+    dtype: jnp.dtype
+    bits: int
+    sign: Take
+    size: Take
+
+    @property
+    def offset(self) -> float:
+        """As of a `Recipe`: none."""
+        return 0.0
+
+    @property
+    def _bias(self) -> float:
+        """How many times too small a number is, by its exponent alone."""
+        return 2.0 ** (_FLOATS[self.dtype][1] - SMALL_FLOATS[self.bits].bias)
+
+    @property
+    def unit(self) -> float:
+        """What the result has to be multiplied by to be the number."""
+        return self._bias if self.dtype == jnp.float16 else 1.0
+
+    @property
+    def ptx(self) -> str:
+        """PTX with the result in $0 and a register of two slots in $1."""
+        lines = [
+            *self.size.ptx,
+            f"and.b32 v, t, {_both(self.size.mask):#x};",
+            *self.sign.ptx,
+            f"lop3.b32 v, t, {_both(self.sign.mask):#x}, v, 0xEA;",
+        ]
+        if self.dtype == jnp.float16:
+            lines.append("mov.b32 $0, v;")
+        else:
+            # The patterns of the power of two, and of -0, which changes no sum.
+            power = int(math.log2(self._bias)) + 127 << 7
+            lines += [
+                f"mov.b32 t, {_both(power):#x};",
+                f"mov.b32 o, {_both(0x8000):#x};",
+                "fma.rn.bf16x2 $0, v, t, o;",
+            ]
+        return "{ .reg .b32 t, v, o; " + " ".join(lines) + " }"
+
+    def on_slots(self, slots: UInt16[Array, "..."]) -> Float[Array, "..."]:
+        """Does in jnp what `ptx` does."""
+        size, sign = (take.on_slots([slots]) for take in (self.size, self.sign))
+        if self.dtype == jnp.float16:
+            return lax.bitcast_convert_type(size | sign, self.dtype)
+        # Not by the same patterns: XLA on a CPU takes subnormal numbers for 0.
+        size //= jnp.uint16(self.size.mask & -self.size.mask)
+        code = size | sign >> (16 - self.bits)
+        return widen(code.astype(jnp.uint8), self.bits).astype(self.dtype)
+
+
 def _both(pattern: int) -> int:
     return pattern | pattern << 16
 
 
 @functools.cache
-def recipes(bits: int, dtype: jnp.dtype) -> tuple[Recipe, ...]:
+def recipes(
+    bits: int, dtype: jnp.dtype, *, floats: bool = False
+) -> tuple[Recipe | FloatRecipe, ...]:
     """Returns the recipe of every sub-block of a block.
 
     Args:
       bits: Width of a code, 1 to 8.
       dtype: float16 or bfloat16.
+      floats: Whether codes are small floats.
 
     Example:
       >>> [recipe.offset for recipe in recipes(4, jnp.dtype(jnp.float16))]
       [256.0, -31.0, -271.0, 16.0]
     """
+    if floats:
+        blocks = range(sub_blocks(bits))
+        return tuple(_float_recipe(bits, i, jnp.dtype(dtype)) for i in blocks)
     built, total = [], 0.0
     for sub_block in range(sub_blocks(bits)):
         recipe = _recipe(bits, sub_block, jnp.dtype(dtype), negative=total > 0)
         built.append(recipe)
         total += recipe.offset
     return tuple(built)
+
+
+def unit(bits: int, dtype: jnp.dtype) -> float:
+    """Returns what small floats have to be multiplied by that recipes made wider."""
+    return _float_recipe(bits, 0, jnp.dtype(dtype)).unit
 
 
 def _recipe(bits: int, sub_block: int, dtype: jnp.dtype, negative: bool) -> Recipe:
@@ -196,6 +276,18 @@ def _tall_recipe(bits: int, sub_block: int, dtype: jnp.dtype) -> Recipe:
     return Recipe(dtype, (take,), magic, False, -float(high), above)
 
 
+def _float_recipe(bits: int, sub_block: int, dtype: jnp.dtype) -> FloatRecipe:
+    place = _FLOATS[dtype][0] - SMALL_FLOATS[bits].mantissa
+    size = _cheapest_view(bits, 0, sub_block, place, width=bits - 1)
+    sign = _cheapest_view(bits, 0, sub_block, 15, width=1, above=bits - 1)
+    return FloatRecipe(
+        dtype,
+        bits,
+        sign=Take(0, sign, 1 << 15),
+        size=Take(0, size, (2 ** (bits - 1) - 1) << place),
+    )
+
+
 def _main_view(bits: int, sub_block: int, mantissa: int) -> tuple[View, int]:
     """The first view that puts the main plane's field into the mantissa, and where."""
     width, positions = PLANES[bits][0], POSITIONS[bits][0]
@@ -215,10 +307,22 @@ def _main_view(bits: int, sub_block: int, mantissa: int) -> tuple[View, int]:
     raise AssertionError(f"{bits}-bit codes and a mantissa of {mantissa} bits")
 
 
-def _cheapest_view(bits: int, plane: int, sub_block: int, place: int) -> View:
-    """The cheapest view that puts a field of a plane at bit ``place``."""
-    width, positions = PLANES[bits][plane], POSITIONS[bits][plane]
-    position = positions[sub_block % len(positions)]
+def _cheapest_view(
+    bits: int,
+    plane: int,
+    sub_block: int,
+    place: int,
+    *,
+    width: int | None = None,
+    above: int = 0,
+) -> View:
+    """The cheapest view that puts a field of a plane at bit ``place``.
+
+    Of the field, it takes ``width`` bits (None: all) from bit ``above`` on.
+    """
+    positions = POSITIONS[bits][plane]
+    width = width or PLANES[bits][plane]
+    position = positions[sub_block % len(positions)] + above
     views = [
         View(swap, View(swap, 0).start(position) - place) for swap in (False, True)
     ]

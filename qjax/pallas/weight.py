@@ -58,6 +58,7 @@ class Columns:
         language: lang.Lang,
         words_ref: Any,
         bits: int,
+        affine: Affine,
         start: Array,
         width: int,
         table: Sequence[Array] | None = None,
@@ -70,6 +71,7 @@ class Columns:
           language: What the body is written in.
           words_ref: The storage.
           bits: Width of a code.
+          affine: The map of the codes.
           start: The first column.
           width: How many, a power of two.
           table: Words of `lookup.words` where codes stand for its entries.
@@ -77,7 +79,9 @@ class Columns:
           slices: Runs of k that operands have side by side, slice after slice.
         """
         self._lang, self._words_ref, self._bits = language, words_ref, bits
-        self._recipes, self._table = unpack.recipes(bits, dtype), table
+        floats = affine is Affine.FLOAT
+        self._recipes = unpack.recipes(bits, dtype, floats=floats)
+        self._affine, self._table = affine, table
         self._slices, self._dtype = slices, dtype
         self._units = pl.ds(start // tiles.SIDE, width // tiles.SIDE)
         self.width, self.slice = width, pl.ds(start, width)
@@ -89,7 +93,7 @@ class Columns:
             self._units_inside = unit < units
 
     def offset(self, place: Place) -> float:
-        """What the operand of a sub-block has beyond the codes, or the entries."""
+        """What the operand of a sub-block has beyond the codes, or their numbers."""
         return 0.0 if self._table is not None else self._recipes[place.sub_block].offset
 
     def operand(self, place: Place) -> Float[Array, "n k"]:
@@ -110,7 +114,6 @@ class Columns:
     def scaled(
         self,
         place: Place,
-        affine: Affine,
         zero: Sequence[Num[Array, " n"]],
         scale: Float[Array, " n"] | None = None,
     ) -> Float[Array, "n k"]:
@@ -118,14 +121,14 @@ class Columns:
 
         Args:
           place: The sub-block.
-          affine: The map of its codes.
           zero: Of every column, or none.
           scale: float16, of every column. None leaves codes less their zeros, which are
             exact but for a float zero.
         """
-        column, before = [z.astype(DTYPE)[:, None] for z in zero], affine is Affine.ZERO
+        column = [z.astype(DTYPE)[:, None] for z in zero]
+        before = self._affine is Affine.ZERO
         mapping = AffineMap(
-            self.offset(place) + affine.centre(self._bits),
+            self.offset(place) + self._affine.centre(self._bits),
             zero=column[0] if column and before else None,
             scale=None if scale is None else scale[:, None],
             added=column[0] if column and not before else None,

@@ -2,6 +2,7 @@
 
 from qjax.tensor.building import build
 from qjax.tensor.digits import Digits
+from qjax.tensor.floats import SMALL_FLOATS, numbers, widen
 from qjax.tensor.joining import concatenate
 from qjax.tensor.parts import (
     Affine,
@@ -25,6 +26,7 @@ from qjax.tensor.qtensor import (
 from qjax.tensor.segments import group_counts, split
 
 __all__ = [
+    "SMALL_FLOATS",
     "Affine",
     "Cut",
     "Digits",
@@ -40,9 +42,11 @@ __all__ = [
     "concatenate",
     "group_counts",
     "matrix_shape",
+    "numbers",
     "over_batch",
     "plain",
     "readable",
     "segment_codes",
     "split",
+    "widen",
 ]

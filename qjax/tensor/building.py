@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from qjax.bits import block
+from qjax.tensor.floats import SMALL_FLOATS
 from qjax.tensor.parts import Affine, Layout, Segment
 from qjax.tensor.qtensor import QTensor, matrix_shape
 from qjax.tensor.segments import group_counts
@@ -82,8 +83,14 @@ def _check_words(qt: QTensor) -> None:
 
 def _check_parameters(qt: QTensor) -> None:
     """Checks scale and zero, and that the affine map has what it needs."""
-    if qt.zero is not None and qt.affine is Affine.CODEBOOK:
-        raise ValueError("zero must be None with a codebook.")
+    if qt.zero is not None and not qt.affine.counts:
+        raise ValueError(f"zero must be None with {qt.affine.value}.")
+    widths = {segment.bits for segment in qt.segments}
+    if qt.affine is Affine.FLOAT and widths not in ({bits} for bits in SMALL_FLOATS):
+        raise ValueError(
+            f"{sorted(widths)} bits must be one of {list(SMALL_FLOATS)} for all "
+            f"segments with {qt.affine.value}."
+        )
     if len(qt.scale.shape) < 2:
         raise ValueError(f"scale.shape={qt.scale.shape} must be [*batch, groups, n].")
     groups = sum(group_counts(qt)) if qt.row_group is None else qt.scale.shape[-2]

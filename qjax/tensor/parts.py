@@ -104,7 +104,13 @@ class Affine(enum.Enum):
     ZERO = "(q - z) * s"  # GPTQ, AWQ, HQQ
     OFFSET = "q * s + z"  # FlexGen; MBWQ with z = -zeros; AWQ v2
     CENTERED = "(q - 2^(bits-1)) * s + z"  # tinygemm; EXL2 and symmetric without z
-    CODEBOOK = "codebook[q] * s"  # NF4, FP4, MXFP4
+    CODEBOOK = "codebook[q] * s"  # NF4, FP4
+    FLOAT = "float(q) * s"  # `qjax.tensor.floats`: FP8, NVFP4, MXFP4
+
+    @property
+    def counts(self) -> bool:
+        """Whether codes count steps, and stand for no table's entries or floats."""
+        return self not in (Affine.CODEBOOK, Affine.FLOAT)
 
     def centre(self, bits: int) -> int:
         """Returns the code that the formula takes off: the middle one, or 0."""

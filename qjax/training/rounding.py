@@ -9,10 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from qjax import ops, tensor
-from qjax.decode import rounded, spread, stored_weight
+from qjax.decode import numbers_of, rounded, spread, stored_weight
 from qjax.sharding import by_segment, joined
 from qjax.tensor import Affine, QTensor
 
@@ -136,9 +137,8 @@ def _by_range(part: QTensor, w: Array) -> QTensor:
 
     low, high = -largest(-w), largest(w)
     size = jnp.maximum(high, -low)
-    if part.codebook is not None:
-        entries = part.codebook.astype(jnp.float32)
-        return _with_scale(part, size / jnp.abs(entries).max())
+    if not part.affine.counts:
+        return _with_scale(part, size / jnp.abs(_entries(part)[0]).max())
     if part.zero is None:
         return _with_scale(part, 2 * size / top)
     if not has_integer_zero(part):
@@ -254,10 +254,10 @@ def codes(part: QTensor) -> UInt8[Array, "k n"]:
 
 
 def _levels(part: QTensor, w: Array) -> Array:
-    """Where weights lie on the scale of the codes, or of the codebook's numbers."""
+    """Where weights lie on the scale of the codes, or of their numbers."""
     s = spread(part, part.scale.astype(jnp.float32))
     s = jnp.where(s == 0, 1, s)
-    if part.codebook is not None:
+    if not part.affine.counts:
         return w / s
     centre = part.affine.centre(part.segments[0].bits)
     if part.zero is None:
@@ -272,15 +272,28 @@ def _levels(part: QTensor, w: Array) -> Array:
 def nearest(part: QTensor, w: Array, draws: Array | None = None) -> UInt8[Array, "k n"]:
     """The codes nearest to weights, or, given draws from [0, 1), by chance."""
     level, top = _levels(part, w), 2 ** part.segments[0].bits - 1
-    if part.codebook is not None:
-        return _nearest_entry(part.codebook.astype(jnp.float32), level, draws)
+    if not part.affine.counts:
+        return _nearest_entry(*_entries(part), level, draws)
     whole = jnp.round(level) if draws is None else jnp.floor(level + draws)
     return jnp.clip(whole, 0, top).astype(jnp.uint8)
 
 
-def _nearest_entry(codebook: Array, level: Array, draws: Array | None) -> Array:
-    order = jnp.argsort(codebook)
-    entries = codebook[order]
+def _entries(part: QTensor) -> tuple[Array, Array]:
+    """The numbers that codes may stand for, in ascending order, and their codes."""
+    if part.affine is Affine.FLOAT:
+        numbers = tensor.numbers(part.segments[0].bits)
+        order = np.argsort(numbers, kind="stable")  # those that are none come last
+        order = order[: np.isfinite(numbers).sum()]
+        return jnp.asarray(numbers[order]), jnp.asarray(order)
+    assert part.codebook is not None
+    numbers = part.codebook.astype(jnp.float32)
+    order = jnp.argsort(numbers)
+    return numbers[order], order
+
+
+def _nearest_entry(
+    entries: Array, order: Array, level: Array, draws: Array | None
+) -> Array:
     below = jnp.searchsorted(entries, level, side="right") - 1
     below = jnp.clip(below, 0, entries.size - 2)
     low, high = entries[below], entries[below + 1]
@@ -317,8 +330,8 @@ def remainder(qt: QTensor, target: Array) -> Array:
     limits = []
     for (part,) in parts(qt):
         s = jnp.abs(spread(part, part.scale.astype(jnp.float32)))
-        if part.codebook is not None:
-            s = s * jnp.diff(jnp.sort(part.codebook.astype(jnp.float32))).max()
+        if not part.affine.counts:
+            s = s * jnp.diff(_entries(part)[0]).max()
         limits.append(jnp.broadcast_to(s, (part.k, part.n)))
     limit = jnp.concatenate(limits)
     return in_input_order(qt, jnp.clip(target - weight(qt), -limit, limit))
@@ -346,8 +359,8 @@ def refit_part(part: QTensor, w: Array) -> QTensor:
 def _map_inputs(part: QTensor) -> Array:
     """What the scale multiplies, but for a float zero."""
     q = codes(part)
-    if part.codebook is not None:
-        return jnp.take(part.codebook.astype(jnp.float32), q, axis=0)
+    if not part.affine.counts:
+        return numbers_of(part, q)
     c = q.astype(jnp.float32) - part.affine.centre(part.segments[0].bits)
     zero = part.zero
     if zero is not None and has_integer_zero(part):

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from qjax import decode
 from qjax.bits import block
 from qjax.formats.gptq import Stream
-from qjax.tensor import Affine, Grouping, QTensor, Segment
+from qjax.tensor import Grouping, QTensor, Segment
 
 # The layout that these forms read without conversion.
 NATIVE = Stream()
@@ -88,7 +88,7 @@ def whole_blocks(w: QTensor) -> int:
     """Rows of a group, which are whole blocks of affine codes; declines others."""
     (segment,) = w.segments
     group = segment.group_size or w.k
-    if w.layout != NATIVE or w.affine is Affine.CODEBOOK or not _whole_groups(w):
+    if w.layout != NATIVE or not w.affine.counts or not _whole_groups(w):
         raise NotImplementedError(f"{w!r} is not affine in whole groups of a Stream.")
     if _is_padded(w):
         raise NotImplementedError(f"{w!r} has padding in its words.")

@@ -41,8 +41,8 @@ def golden(path: str) -> dict:
         data = dict(file)
     meta = json.loads(str(data.pop("meta")))
     for name, dtype in meta.get("dtypes", {}).items():
-        if dtype == "bfloat16" and name in data:
-            data[name] = data[name].view(ml_dtypes.bfloat16)
+        if dtype in ("bfloat16", "float8_e4m3fn") and name in data:
+            data[name] = data[name].view(dtype)
     if meta.get("dtype") == "bfloat16":  # widened there
         for name in ("scales", "zeros", "w_unpacked"):
             data[name] = data[name].astype(ml_dtypes.bfloat16)
@@ -141,6 +141,21 @@ def compressed_tensors() -> Assembled:
     config |= {"config_groups": {"group_0": group}, "ignore": ["lm_head"]}
     config |= {"quantization_status": "compressed", "version": "0.12.0"}
     return assemble(state(data), data["out_dequant"].T, config)
+
+
+def compressed_floats(name: str) -> Assembled:
+    data = golden(f"compressed_tensors/ctfloat_{name}")
+    described = data["meta"]["config"]
+    group = {"targets": ["Linear"], "weights": described["weights"]}
+    config = {"quant_method": "compressed-tensors", "format": described["format"]}
+    config |= {"config_groups": {"group_0": group}, "version": "0.20.0"}
+    return assemble(state(data), data["out_dequant"].T, config)
+
+
+def fp8() -> Assembled:
+    data = golden("fp8/fp8_finegrained__bfloat16__32x96__s911")
+    tensors = {"weight": data["weight"], "weight_scale_inv": data["scale"]}
+    return assemble(tensors, data["out_dequant"].T, data["meta"]["config"])
 
 
 def torchao_entry(kind: str, **data) -> dict:
@@ -270,6 +285,13 @@ DIALECTS: dict[str, Callable[[], Assembled]] = {
     "hqq": hqq,
     "bitsandbytes": bnb,
     "compressed-tensors": compressed_tensors,
+    "compressed-tensors fp8": lambda: compressed_floats(
+        "float_quantized__channel_bfloat16__16x48__s901"
+    ),
+    "compressed-tensors nvfp4": lambda: compressed_floats(
+        "nvfp4_pack_quantized__g16__16x96__s907"
+    ),
+    "fp8": fp8,
     "torchao": torchao,
     "torchao tiled": torchao_tiled,
     "torchao tiled and padded": lambda: torchao_tiled((35, 200)),

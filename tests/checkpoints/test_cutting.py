@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import qjax
 from qjax import checkpoints
 from qjax.checkpoints.shards import Stored
-from qjax.formats import awq
+from qjax.formats import awq, fp8
 from tests.checkpoints import tiny
 
 TESTS = pathlib.Path(__file__).parents[1]
@@ -121,6 +121,33 @@ def test_gemv_of_awq(tmp_path, mesh, spec):
     path, where = built.write(tmp_path), NamedSharding(mesh, spec)
     found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
     assert_same(found, qjax.shard(checkpoints.load(path)[tiny.MODULE], mesh, spec))
+
+
+@pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")], ids=str)
+# Cut evenly, too small to be cut, and blocks that are cut short.
+@pytest.mark.parametrize(("n", "k"), [(256, 64), (128, 64), (112, 96)])
+def test_blocks_of_fp8(tmp_path, mesh, counted, n, k, spec):
+    spec = P(None, "data") if k == 96 else spec
+    config = fp8.Config(block_size=(32, 32))
+    dense = np.random.default_rng(0).normal(size=(k, n)).astype(np.float32)
+    w = fp8.quantize(jnp.asarray(dense), block_size=(32, 32))
+    built = tiny.checkpoint()
+    built.tensors = {
+        f"{tiny.MODULE}.{name}": np.asarray(array)
+        for name, array in fp8.to_tensors(w, config).items()
+    }
+    built.config["quantization_config"] = {
+        "quant_method": "fp8",
+        "weight_block_size": [32, 32],
+    }
+    path, where = built.write(tmp_path), NamedSharding(mesh, spec)
+    whole = qjax.shard(checkpoints.load(path)[tiny.MODULE], mesh, spec)
+    counted.clear()
+    found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
+    assert_same(found, whole)
+    if n == 256:
+        # What the devices of this process hold, which is all of it, once.
+        assert sum(counted.values()) == n * k + 4 * (n * k // 32**2)
 
 
 @pytest.mark.parametrize("prepare", [True, False])

@@ -14,9 +14,11 @@ from safetensors import safe_open
 
 import qjax
 from qjax import checkpoints
-from qjax.checkpoints import placing
-from qjax.formats import compressed_tensors, exl2, gptq
+from qjax.checkpoints import placing, shards
+from qjax.formats import compressed_tensors, exl2, fp8, gptq
 from tests.checkpoints import tiny
+from tests.checkpoints.assembled import DIALECTS
+from tests.goldens import same_bits
 
 TESTS = Path(__file__).parents[1]
 SHIPPED = TESTS.parent / "examples/llm/checkpoint"
@@ -186,6 +188,63 @@ def test_schemes_of_compressed_tensors(tmp_path):
     ]
     expected = {name: np.asarray(qjax.dequantize(w)) for name, w in tensors.items()}
     chex.assert_trees_all_equal(dequantized(tmp_path / "x"), expected)
+
+
+class TestSmallFloats:
+    def tensors(self):
+        w = jnp.asarray(
+            np.random.default_rng(0).standard_normal((96, 64)), jnp.bfloat16
+        )
+        return fp8.quantize(w, block_size=(32, 32)), fp8.quantize(w, block_size=None)
+
+    def test_blocks_and_columns_of_compressed_tensors(self, tmp_path):
+        blocks, columns = self.tensors()
+        tensors = {A: blocks, B: columns, "c": quantized()}
+        checkpoints.save(tmp_path / "x", tensors, {}, format="compressed-tensors")
+        entry = entry_of(tmp_path / "x")
+        assert entry["format"] == "mixed-precision"
+        found = [
+            (g["format"], g["weights"]["type"], g["weights"]["strategy"])
+            for g in entry["config_groups"].values()
+        ]
+        assert sorted(found) == [
+            ("naive-quantized", "float", "block"),
+            ("naive-quantized", "float", "channel"),
+            ("pack-quantized", "int", "group"),
+        ]
+        loaded = checkpoints.load(tmp_path / "x")
+        for name, w in tensors.items():
+            again, wanted = (qjax.dequantize(x, jnp.float32) for x in (loaded[name], w))
+            chex.assert_trees_all_equal(again, wanted)
+
+    @pytest.mark.parametrize("name", ["fp8", "compressed-tensors nvfp4"])
+    def test_the_same_bytes_again(self, name, tmp_path):
+        made = DIALECTS[name]().checkpoint
+        source = made.write(tmp_path / "source")
+        checkpoints.convert(source, tmp_path / "again", format=name.split()[0])
+        # safetensors has no float8 of NumPy's.
+        found = {k: v.read() for k, v in shards.scan(tmp_path / "again").items()}
+        same_bits(found, dict(made.tensors))
+
+    def test_blocks_of_one_size(self, tmp_path, refuses):
+        blocks, columns = self.tensors()
+        checkpoints.save(tmp_path / "x", {A: blocks}, {}, format="fp8")
+        assert entry_of(tmp_path / "x")["weight_block_size"] == [32, 32]
+        chex.assert_trees_all_equal(
+            dequantized(tmp_path / "x")[A], np.asarray(qjax.dequantize(blocks))
+        )
+        pair = {A: blocks, "b": blocks, B: columns}
+        with refuses("here float for blocks of 32 x 32, and it has float for columns"):
+            checkpoints.save(tmp_path / "y", pair, {}, format="fp8")
+
+    def test_a_model_into_fp8(self, tmp_path):
+        options = {"format": "fp8", "quantizer": fp8.quantize}
+        checkpoints.quantize(TESTS / "data/llama_bf16", tmp_path / "x", **options)
+        weights = checkpoints.load(tmp_path / "x", prepare=False)
+        w = weights["model.layers.0.mlp.up_proj"]
+        assert w.layout == fp8.Bytes()
+        assert w.scale.shape == (2, 5)
+        assert checkpoints.verify(tmp_path / "x") == []
 
 
 @pytest.mark.parametrize("head", [False, True])

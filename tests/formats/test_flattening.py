@@ -15,7 +15,14 @@ from safetensors.numpy import load_file, save_file
 
 import qjax
 from qjax import formats, tensor
-from qjax.formats import bnb, exl2, flattening, gptq, mpq
+from qjax.formats import (
+    bnb,
+    compressed_tensors_floats,
+    exl2,
+    flattening,
+    gptq,
+    mpq,
+)
 from tests import oracle
 
 LAYOUTS = {
@@ -31,15 +38,21 @@ LAYOUTS = {
     "bnb.Flat": {"k": 64},
     "compressed_tensors.Dense": {},
     "compressed_tensors.Aligned": {},
+    "compressed_tensors_floats.Nibbles": {},
+    "fp8.Bytes": {},
     "torchao.Bytes": {},
     "mxfp4.Blocks": {},
     "tiles.Tiles": {},
 }
 
 
-def four_bits(**kwargs) -> qjax.QTensor:
+def matrix(bits: int, **kwargs) -> qjax.QTensor:
     w = np.random.default_rng(0).standard_normal((64, 32)).astype(np.float16)
-    return qjax.quantize(jnp.asarray(w), bits=4, group_size=32, **kwargs)
+    return qjax.quantize(jnp.asarray(w), bits=bits, group_size=32, **kwargs)
+
+
+def four_bits(**kwargs) -> qjax.QTensor:
+    return matrix(4, **kwargs)
 
 
 def exl2_matrix(scale) -> qjax.QTensor:
@@ -95,7 +108,24 @@ def bnb_matrix(double: bool) -> qjax.QTensor:
     )
 
 
+def float_matrix(scale: object, bits: int = 4) -> qjax.QTensor:
+    return tensor.build(
+        matrix(bits).words,
+        scale,
+        layout=four_bits().layout,
+        segments=[tensor.Segment(bits, 32)],
+        affine=tensor.Affine.FLOAT,
+    )
+
+
+def nvfp4_scale() -> compressed_tensors_floats.OverGlobal:
+    local = jnp.arange(64, dtype=jnp.uint8).reshape(2, 32)
+    return compressed_tensors_floats.OverGlobal(local=local, whole=jnp.float32(3))
+
+
 CASES = {
+    "float": lambda: float_matrix(jnp.ones((2, 1)), 8),
+    "nvfp4": lambda: float_matrix(nvfp4_scale()),
     "symmetric columns": lambda: qjax.quantize(jnp.eye(64), 8, None, symmetric=True),
     "three bits": lambda: qjax.quantize(jnp.eye(64), 3, 32),
     "stack": lambda: qjax.quantize(jnp.ones((2, 3, 64, 32)), 4, 32),
@@ -105,7 +135,8 @@ CASES = {
     "bnb, double": lambda: bnb_matrix(True),
 } | {
     name: lambda name=name: qjax.relayout(
-        four_bits(), flattening.LAYOUTS[name](**LAYOUTS[name])
+        matrix(8 if name == "fp8.Bytes" else 4),
+        flattening.LAYOUTS[name](**LAYOUTS[name]),
     )
     for name in LAYOUTS
     if name in flattening.LAYOUTS
@@ -164,9 +195,9 @@ def test_all_layouts_and_encodings_have_a_name():
     assert inside(tensor.Layout, flattening.LAYOUTS) == LAYOUTS.keys()
     encodings = inside(tensor.Encoded, flattening.ENCODINGS)
     # Encodings of one array need no check of their own.
-    assert encodings - {"exl2.Scale", "mpq.DoubleQuantized", "bnb.Absmax"} == {
-        "mxfp4.E8M0"
-    }
+    checked = {"exl2.Scale", "mpq.DoubleQuantized", "bnb.Absmax"}
+    checked |= {"compressed_tensors_floats.OverGlobal"}
+    assert encodings - checked == {"mxfp4.E8M0"}
 
 
 def test_through_a_safetensors_file(tmp_path):

@@ -23,8 +23,10 @@ from qjax.formats import (
     awq_v2,
     bnb,
     compressed_tensors,
+    compressed_tensors_floats,
     exl2,
     flexgen,
+    fp8,
     gptq,
     hqq,
     mpq,
@@ -85,6 +87,10 @@ CASES = {
     "bnb.Flat": Case(bnb.Flat, (4,)),
     "compressed_tensors.Dense": Case(lambda k: compressed_tensors.Dense()),
     "compressed_tensors.Aligned": Case(lambda k: compressed_tensors.Aligned()),
+    "compressed_tensors_floats.Nibbles": Case(
+        lambda k: compressed_tensors_floats.Nibbles(), (4,), k=2
+    ),
+    "fp8.Bytes": Case(lambda k: fp8.Bytes(), (8,)),
     "flexgen.Blocks": Case(lambda k: flexgen.Blocks(8), (4,), k=8, codes=16),
     "hqq.Slabs": Case(lambda k: hqq.Slabs(k, 8), tuple(SLABS), codes=SLABS),
     "hqq.Slabs, axis 0": Case(lambda k: hqq.Slabs(k, 8, 0), tuple(SLABS), codes=8),

@@ -109,13 +109,15 @@ class Matmul:
     @property
     def words(self) -> int:
         """The parameter of the kernel with the words: after x, sums of x or a table."""
+        if self.convention == "float":
+            return 1
         plain = self.config.scales_weights and self.convention != "codebook"
         return 1 if plain else 2
 
     @property
     def fits_float16(self) -> bool:
         """Whether no weight is rounded, or as float16 they need no common scale."""
-        plain = self.scale == "float16" and self.convention != "codebook"
+        plain = self.scale == "float16" and self.weight.affine.counts
         return plain or not self.config.scales_weights
 
     @property
@@ -125,6 +127,7 @@ class Matmul:
             "offset": (Affine.OFFSET, self.scale),
             "centered": (Affine.CENTERED, None),
             "codebook": (Affine.CODEBOOK, None),
+            "float": (Affine.FLOAT, None),
         }[self.convention]
         return weight(
             self.bits, self.group_size, affine=affine, zero=zero, scale=self.scale
@@ -169,7 +172,7 @@ class Matvec(Matmul):
         # Those by rows of constants serve all columns of a warp.
         columns = self.block_n / 16 / self.warps
         constants = 1 if self.weight.zero is None else 2
-        if self.convention == "codebook":
+        if not self.weight.affine.counts:
             constants = 0
         return super().products * (1 + constants / columns)
 

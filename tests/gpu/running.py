@@ -24,7 +24,7 @@ from qjax.pallas.scale_grad import scale_grad
 from qjax.tensor import Layout
 from tests import oracle
 from tests.gpu.emulator import launches
-from tests.samples import CODEBOOK, MAPS, SCALES, in_tiles, rows
+from tests.samples import CODEBOOK, FLOAT, MAPS, SCALES, in_tiles, rows
 
 # Relative to the largest output, as in the tests of the interpreted kernels: float32
 # sums of terms larger than what is left of them, or an operand rounded to float16.
@@ -58,7 +58,7 @@ class Weight:
             group_size=self.group_size,
             parts=self.parts,
             dtype=SCALES[self.scale],
-            **(MAPS | CODEBOOK)[self.convention],
+            **(MAPS | CODEBOOK | FLOAT)[self.convention],
         )
 
 

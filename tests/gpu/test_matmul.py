@@ -45,6 +45,13 @@ CASES = [
     *(usual(bits, block_m) for bits in range(1, 9) for block_m in (8, 16)),
     Matmul(4, 8, 128, 64, "codebook", "float32", warps=2),
     Matmul(4, 16, 128, 128, "codebook", "bfloat16", warps=2),
+    Matmul(8, 8, 128, 128, "float", "float32", warps=2),
+    Matmul(8, 128, 64, 128, "float", "float32", warps=8),
+    Matmul(4, 16, 128, 32, "float", "bfloat16", warps=2),
+    # Groups of one product of tensor cores.
+    Matmul(6, 8, 128, 16, "centered", "float32", warps=2),
+    Matmul(3, 16, 256, 16, "centered", "float32"),
+    Matmul(4, 32, 128, 16, "float", "float32"),
     # Scales of eight steps in an iteration.
     *(Matmul(bits, 32, 256, 32, "centered") for bits in (3, 5)),
     # These scale weights.
@@ -64,6 +71,10 @@ CASES = [
     Matvec(4, 8, 128, 32, "centered", "bfloat16"),
     Matvec(4, 8, 128, None, "offset"),
     Matvec(4, 8, 128, 32, "codebook", "float32"),
+    Matvec(8, 8, 128, 128, "float", "float32"),
+    Matvec(8, 8, 128, 128, "float", "float32", dtype="float16"),
+    Matvec(4, 8, 128, 16, "float", "float32"),
+    Matvec(4, 8, 128, 32, "float", "bfloat16"),
     Matvec(4, 16, 128, 128, "codebook", "float32", m=16, slices=1, splits=4),
 ]
 CODEBOOKS = [c for c in CASES if c.convention == "codebook" and c.block_m <= 16]

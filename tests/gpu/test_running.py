@@ -61,6 +61,9 @@ CASES = [
     Matmul(EXL2, 100, Config(128, 128, 64, 2, 8, 2)),
     Matmul(Weight(4, 64, "codebook", "float32"), 5),
     Matmul(Weight(4, 32, "codebook", "bfloat16", k=360, n=136), 33),
+    Matmul(Weight(8, 128, "float", "float32", k=360, n=136), 5),
+    Matmul(Weight(4, 16, "float", "float32"), 33),
+    Matmul(Weight(6, 16, "centered", "float32"), 100),
     Matmul(EXL2, 33),
     Matmul(Weight(4, 64, "zero"), 5, dtype="bfloat16"),
     Matmul(Weight(7, 128, "offset"), 33, dtype="bfloat16"),
@@ -82,6 +85,8 @@ CASES = [
     Matvec(Weight(8, 128, "zero", k=640, n=136), 2),
     Matvec(Weight(4, 32, "codebook", "float32", k=1152, n=136), 2),
     Matvec(Weight(4, 64, "codebook", "bfloat16", k=640), 8, dtype="float16"),
+    Matvec(Weight(8, 128, "float", "float32", k=640, n=136), 2),
+    Matvec(Weight(4, 16, "float", "float32", k=640)),
     Matvec(EXL2, 2, index=1),
     Matvec(Weight(4, 64, "offset", k=384, n=80), index=2),
     MatmulT(Weight(4, 128, "zero", n=512)),
@@ -90,11 +95,13 @@ CASES = [
     MatmulT(Weight(7, 32, "float_zero"), 33),
     MatmulT(Weight(8, 128, "centered_zero"), 16, Config(16, 32, 128, 2, warps=2)),
     MatmulT(Weight(4, 64, "codebook", "float32"), 16),
+    MatmulT(Weight(8, 128, "float", "float32"), 16),
     MatmulT(Weight(1, None, "zero"), 64),
     ScaleGrad(Weight(4, 128, "zero", k=1024), 8),
     ScaleGrad(Weight(4, 32, "offset"), 32),
     ScaleGrad(Weight(3, 64, "centered_zero", k=360, n=136), 16),
     ScaleGrad(Weight(8, None, "float_zero"), 5),
+    ScaleGrad(Weight(4, 16, "float"), 5),
     Dequantize(Weight(1, 256, "zero"), "bfloat16"),
     Dequantize(Weight(2, 128, "centered"), "float16"),
     Dequantize(Weight(3, 64, "float_zero", k=360, n=136), "float32"),
@@ -104,6 +111,8 @@ CASES = [
     Dequantize(Weight(7, 128, "zero", "float32"), "float32"),
     Dequantize(Weight(8, 128, "zero"), "bfloat16"),
     Dequantize(Weight(4, 64, "codebook", "float32", k=360, n=136), "float32"),
+    Dequantize(Weight(4, 16, "float", "float32"), "bfloat16"),
+    Dequantize(Weight(8, 128, "float", "float32"), "bfloat16"),
     Relayout(Stream(), Gemm()),
     Relayout(Gemm(), TensorCoreTiled()),
     Relayout(TensorCoreTiled(), Tiles()),
@@ -171,11 +180,15 @@ def test_what_orders_the_threads_is_needed(missing, message, monkeypatch):
 
 @every
 @both
-def test_no_access_is_wasteful(outcome):
+def test_no_access_is_wasteful(run, outcome):
     for launched in outcome.launches:
         for parameter, sectors in launched.traffic.device.items():
             # Bounds of segments are read one by one.
             if "5_4_3bit" in launched.name:
+                continue
+            if launched.name.startswith("rows") and "g16" in str(run):
+                # Steps of 16 rows of x: little, and read once for all columns.
+                assert sectors.taken <= 2 * sectors.least
                 continue
             if launched.name.startswith("matvec") and parameter == 3:
                 # Zeros of 16 columns are half a sector; another program has the rest.

@@ -25,11 +25,11 @@ from qjax.pallas.scale_grad import scale_grad
 from tests import oracle
 from tests.oracle import relative_error
 from tests.pairs import pairwise
-from tests.samples import BF16, CODEBOOK, F16, F32, MAPS, SCALES, in_tiles, rows
+from tests.samples import BF16, CODEBOOK, F16, F32, FLOAT, MAPS, SCALES, in_tiles, rows
 
 # Whole tiles of the kernels, and ragged ones: of the storage and of the tiles.
 SHAPES = {"whole": (512, 128), "ragged": (360, 136), "one unit": (96, 16)}
-GROUPS = (32, 64, 128, 256, None, 96)
+GROUPS = (16, 32, 64, 128, 256, None, 96)
 ROWS = (1, 5, 16, 33, 130)
 # Relative to the largest output: float32 sums whose terms stand up to 1024 steps of a
 # code above it, so that fewer bits lose more (`qjax.pallas.unpack`). A twentieth of
@@ -55,7 +55,7 @@ def sample(case: dict, seed: int = 0) -> oracle.Matrix:
         bits=case["bits"],
         group_size=case["group"],
         dtype=SCALES[case["scale"]],
-        **(MAPS | CODEBOOK)[case["affine"]],
+        **(MAPS | CODEBOOK | FLOAT)[case["affine"]],
     )
 
 
@@ -65,19 +65,19 @@ def label(case: dict) -> str:
 
 AXES = {
     "bits": range(1, 9),
-    "affine": list(MAPS | CODEBOOK),
+    "affine": list(MAPS | CODEBOOK | FLOAT),
     "group": GROUPS,
     "shape": list(SHAPES),
     "scale": list(SCALES),
 }
 # The unpacking is that of matmul: fewer widths.
-OTHER = AXES | {"bits": (3, 4, 8), "group": (32, 128, None)}
+OTHER = AXES | {"bits": (3, 4, 8), "group": (16, 32, 128, None)}
 # What the ``case`` of a test is made of.
 COVERED = {
     "test_matmul": AXES | {"m": ROWS},
     "test_matvec": AXES
     | {
-        "group": (32, 128, None, 96),
+        "group": (16, 32, 128, None, 96),
         "m": (1, 2, 3, 5, 8),
         "x": ("bfloat16", "float16"),
     },
@@ -88,7 +88,8 @@ COVERED = {
 
 def is_covered(case: dict) -> bool:
     """Whether there are such tensors; of a part of a case, whether there may be."""
-    return case.get("affine") != "codebook" or case.get("bits", 4) == 4
+    widths = {"codebook": (4,), "float": (4, 8)}
+    return case.get("bits", 4) in widths.get(case.get("affine"), range(1, 9))
 
 
 def pytest_generate_tests(metafunc):

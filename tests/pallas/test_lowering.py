@@ -33,6 +33,7 @@ CONVENTIONS = {
     "centered": (Affine.CENTERED, jnp.float16),
     "symmetric": (Affine.CENTERED, None),
     "codebook": (Affine.CODEBOOK, None),
+    "float": (Affine.FLOAT, None),
 }
 struct = jax.ShapeDtypeStruct
 
@@ -91,6 +92,8 @@ def launches(text):
         (4, 64, 128, None, "float zero"),
         (4, 8, 256, 64, "codebook"),
         (4, 32, 128, 32, "codebook"),
+        (4, 8, 128, 16, "float"),
+        (8, 64, 128, 128, "float"),
         (5, 16, 256, 128, "symmetric"),
         (5, 32, 256, 256, "float zero"),
         (6, 8, 128, 64, "centered"),

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.formats import awq, awq_v2, bnb, gptq, mxfp4, tiles, tinygemm
+from qjax.formats import awq, awq_v2, bnb, fp8, gptq, mxfp4, tiles, tinygemm
 from qjax.formats import compressed_tensors as ct
+from qjax.formats.compressed_tensors_floats import Nibbles
 from qjax.pallas.relayout import relayout
 
 K, N = 256, 80
@@ -18,6 +19,7 @@ FOUR_BITS = [
     awq_v2.Interleaved(),
     bnb.Flat(K),
     mxfp4.Blocks(),
+    Nibbles(),
     tinygemm.TensorCoreTiled(2),
     tinygemm.TensorCoreTiled(4),
     tinygemm.TensorCoreTiled(8),
@@ -36,6 +38,7 @@ def pairs(layouts):
 
 PAIRS = [(4, *pair) for pair in pairs(FOUR_BITS)]
 PAIRS += [(bits, *pair) for bits in (1, 2, 8) for pair in pairs(ANY_BITS)]
+PAIRS += [(8, *pair) for pair in pairs([tiles.Tiles(), fp8.Bytes()])]
 
 
 def codes(k, n, bits):

@@ -9,13 +9,15 @@ import pytest
 from qjax.formats import tiles
 from qjax.pallas import lookup, unpack
 from qjax.pallas.affine import AffineMap
+from tests import oracle
 from tests.gpu.texts import of_each_thread
 
 FLOAT16, BFLOAT16 = jnp.dtype(jnp.float16), jnp.dtype(jnp.bfloat16)
 RECIPES = [
-    (bits, dtype, index)
+    (bits, dtype, floats, index)
     for dtype in (FLOAT16, BFLOAT16)
-    for bits in range(1, 9)
+    for floats, widths in ((False, range(1, 9)), (True, (4, 8)))
+    for bits in widths
     for index in range(tiles.sub_blocks(bits))
 ]
 
@@ -75,10 +77,10 @@ def _bits(values):
     return np.asarray(values).view(np.uint16)
 
 
-@pytest.mark.parametrize(("bits", "dtype", "index"), RECIPES)
-def test_text_does_what_the_recipe_says(bits, dtype, index, rng):
+@pytest.mark.parametrize(("bits", "dtype", "floats", "index"), RECIPES)
+def test_text_does_what_the_recipe_says(bits, dtype, floats, index, rng):
     # Random slots: also the bits that belong to other sub-blocks must not matter.
-    recipe = unpack.recipes(bits, dtype)[index]
+    recipe = unpack.recipes(bits, dtype, floats=floats)[index]
     planes = [
         rng.integers(0, 2**16, 4096, dtype=np.uint16) for _ in tiles.POSITIONS[bits]
     ]
@@ -86,17 +88,21 @@ def test_text_does_what_the_recipe_says(bits, dtype, index, rng):
     np.testing.assert_array_equal(_run(recipe, planes, rng), _bits(expected))
 
 
-@pytest.mark.parametrize(("bits", "dtype", "index"), RECIPES)
-def test_every_code_becomes_code_plus_offset(bits, dtype, index, rng):
+@pytest.mark.parametrize(("bits", "dtype", "floats", "index"), RECIPES)
+def test_every_code_becomes_its_number(bits, dtype, floats, index, rng):
     codes, words = _packed(bits, rng)
-    recipe = unpack.recipes(bits, dtype)[index]
+    recipe = unpack.recipes(bits, dtype, floats=floats)[index]
     slots = _run(recipe, _planes(bits, words, index), rng)
     values = slots.view(dtype).astype(np.float64)
     # Index of a slot in its unit: n2 n1 n0, k2 k1, k3, n3, k0.
     axes = values.reshape(-1, 8, 4, 2, 2, 2)
     by_row = axes.transpose(3, 2, 5, 0, 4, 1).reshape(16, -1)
-    expected = codes[16 * index : 16 * (index + 1)].astype(np.float64) + recipe.offset
-    np.testing.assert_array_equal(by_row, expected)
+    codes = codes[16 * index : 16 * (index + 1)]
+    if floats:
+        numbers = np.array([oracle.small_float(q, bits) for q in range(2**bits)])
+        np.testing.assert_array_equal(by_row * recipe.unit, numbers[codes])
+    else:
+        np.testing.assert_array_equal(by_row, codes + recipe.offset)
 
 
 @pytest.mark.parametrize("sub_block", range(4))

@@ -90,6 +90,23 @@ def test_every_rule_takes_the_nearest_code(name, as_qtensor):
     chex.assert_trees_all_close(total, bare(w) + step, atol=4e-7 * largest)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_small_floats_take_the_nearest_number(bits, as_qtensor):
+    m = oracle.random(3, K, N, bits=bits, affine="FLOAT")
+    w, scale = as_qtensor(m), m.spread(m.scale)[0]
+    numbers = np.array([oracle.small_float(q, bits) for q in range(2**bits)])
+    numbers = numbers[np.abs(numbers) < 480]  # those beyond are none
+    target = scale * np.random.default_rng(0).uniform(-7, 7, (K, N))
+    step = jnp.asarray(target - m.weight, jnp.float32)
+    moved = np.asarray(qjax.dequantize(training.apply_updates(w, step)), np.float64)
+    least = np.abs(numbers - (target / scale)[..., None]).min(-1) * scale
+    assert (np.abs(moved - target) <= least + 1e-5 * np.abs(m.weight).max()).all()
+    # Scales of the new range, and the sum of squares that they leave.
+    again = training.requantize(w, jnp.asarray(target, jnp.float32))
+    error = np.asarray(qjax.dequantize(again), np.float64) - target
+    assert (error**2).sum() <= ((moved - target) ** 2).sum()
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_every_layout_is_kept(name):
     case = CASES[name]

@@ -1,0 +1,326 @@
+"""compressed-tensors' other formats: FP8 and int8 bytes, NVFP4, MXFP4 and MXFP8.
+
+"float-quantized", "naive-quantized" and "mxfp8-quantized" have ``weight[n, k]`` in
+float8_e4m3fn, whose patterns are the codes (`qjax.formats.fp8.Bytes`);
+"int-quantized", and "naive-quantized" of integers, in int8
+(`qjax.formats.torchao.Bytes`). "nvfp4-pack-quantized" and "mxfp4-pack-quantized" have
+``weight_packed[n, i]``, two E2M1 floats a byte, the first in the low nibble:
+
+    bit 7               bit 0
+    | q[2i + 1, n] | q[2i, n] |
+
+``weight_scale`` is one number for a tensor, for an output, a group of inputs, or a
+block of outputs and inputs: a float, of the MX formats an E8M0 exponent for 32 inputs,
+and of NVFP4 a float8_e4m3fn for 16, to be divided by the one ``weight_global_scale``.
+Scales of activations are read over.
+
+The weight is ``float(q) * scale``, of integers ``(q - zero) * scale``, rounded once to
+the dtype of the scale; of NVFP4, from float32 to bfloat16.
+
+Source: vllm-project/compressed-tensors, src/compressed_tensors/compressors/
+naive_quantized, nvfp4, mxfp4, mxfp8 and mx_utils.py, and
+quantization/lifecycle/forward.py, release 0.20.0.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Integer, UInt8
+
+from qjax import decode, tensor
+from qjax.bits import transpose_codes
+from qjax.formats import fp8, torchao
+from qjax.formats.checks import (
+    FLOATS,
+    Expected,
+    check_codes,
+    check_finite,
+    check_tensors,
+    check_width,
+    check_words,
+    lacks_input_order,
+    lacks_plain_groups,
+)
+from qjax.formats.compressed_tensors_config import Config
+from qjax.formats.mxfp4 import E8M0
+from qjax.tensor import Affine, Cut, Digits, Encoded, Layout, QTensor, Segment
+
+# What may stand beside a weight for the activations.
+_OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale")
+TENSORS = (
+    "weight",
+    "weight_packed",
+    "weight_scale",
+    "weight_zero_point",
+    "weight_global_scale",
+    *_OF_ACTIVATIONS,
+)
+NVFP4, MXFP4, MXFP8 = (
+    "nvfp4-pack-quantized",
+    "mxfp4-pack-quantized",
+    "mxfp8-quantized",
+)
+BYTES = ("float-quantized", "naive-quantized", "int-quantized", MXFP8)
+FORMATS = (*BYTES, NVFP4, MXFP4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Nibbles(Layout):
+    """Two codes a byte along each row of torch's weight: words uint8 ``[n, k / 2]``."""
+
+    def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt8[Array, "n bytes"]:
+        """Packs ``[k, n]`` codes of 4 bits; k must be even."""
+        check_width(bits, (4,), "compressed_tensors_floats.Nibbles")
+        check_codes(codes)
+        if codes.shape[0] % 2:
+            raise ValueError(
+                f"codes.shape[0]={codes.shape[0]} must be even; pad codes."
+            )
+        return _pack(codes)
+
+    def unpack(self, words: UInt8[Array, "n bytes"], bits: int) -> UInt8[Array, "k n"]:
+        """Unpacks the bytes."""
+        check_width(bits, (4,), "compressed_tensors_floats.Nibbles")
+        check_words(words, 2, jnp.uint8)
+        return _unpack(words)
+
+    def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
+        """Returns ``(2 * bytes, n)``."""
+        check_width(bits, (4,), "compressed_tensors_floats.Nibbles")
+        return 2 * shape[1], shape[0]
+
+    def cut(self, bits: int) -> Cut:
+        """Cuts between bytes, and between columns."""
+        del bits
+        return Cut(k_axis=1, rows=2, n_axis=0, columns=1)
+
+    def digits(self, bits: int) -> Digits:
+        """Permutes them."""
+        del bits
+        return Digits("n", fields="k0", width=8)
+
+
+@jax.jit
+def _pack(codes: Array) -> Array:
+    fields = transpose_codes(codes).reshape(codes.shape[1], -1, 2) & jnp.uint8(15)
+    return fields[..., 0] | (fields[..., 1] << 4)
+
+
+@jax.jit
+def _unpack(words: Array) -> Array:
+    fields = jnp.stack([words & jnp.uint8(15), words >> 4], axis=-1)
+    return transpose_codes(fields.reshape(words.shape[0], -1))
+
+
+@jax.tree_util.register_dataclass
+@typing.no_type_check  # JAX rebuilds pytrees with leaves that are not arrays.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class OverGlobal(Encoded):
+    """NVFP4's scales: small floats over one number for the whole matrix.
+
+    Attributes:
+      local: uint8 ``[*batch, groups, n]``: patterns of E4M3 floats.
+      whole: float32 ``[*batch]``.
+
+    Example:
+      >>> scale = OverGlobal(
+      ...     local=jnp.array([[56, 64]], jnp.uint8), whole=jnp.float32(8)
+      ... )
+      >>> scale.decode()
+      Array([[0.125, 0.25 ]], dtype=float32)
+    """
+
+    local: Array
+    whole: Array
+
+    def decode(self) -> Float[Array, "*batch groups n"]:
+        """Returns the scales in float32."""
+        return tensor.widen(self.local, 8) / self.whole[..., None, None]
+
+
+def check(tensors: Mapping[str, Any], config: Config) -> None:
+    """Checks names, dtypes and shapes of one module's tensors, and no values.
+
+    Args:
+      tensors: Arrays or anything with ``shape`` and ``dtype``, by upstream name:
+        ``weight`` float8_e4m3fn or int8 ``[n, k]``, or ``weight_packed`` uint8
+        ``[n, k / 2]``; ``weight_scale``, ``[1]``, ``[n, 1]``, ``[n, k / group]`` or
+        ``[ceil(n / rows), ceil(k / columns)]`` by strategy; ``weight_global_scale``
+        float32 ``[1]`` of NVFP4; ``weight_zero_point`` of asymmetric integers, int8 of
+        the shape of the scale; optionally those of activations.
+      config: The module's configuration.
+
+    Raises:
+      ValueError: Naming the tensor, what it has and what it should have.
+    """
+    is_packed = config.format in (NVFP4, MXFP4)
+    codes = "weight_packed" if is_packed else "weight"
+    dtype = jnp.uint8 if is_packed else fp8.E4M3 if config.is_float else jnp.int8
+    scales = {NVFP4: (fp8.E4M3,), MXFP4: (jnp.uint8,), MXFP8: (jnp.uint8,)}
+    expected = {
+        codes: Expected((dtype,), 2),
+        "weight_scale": Expected(scales.get(config.format, FLOATS), None),
+        **{name: Expected(_ANY, None, optional=True) for name in _OF_ACTIVATIONS},
+    }
+    if config.format == NVFP4:
+        expected["weight_global_scale"] = Expected((jnp.float32,), None)
+    if not config.symmetric:
+        expected["weight_zero_point"] = Expected((jnp.int8,), None)
+    check_tensors(tensors, expected, f"{config}")
+    n, k = shape = tuple(tensors[codes].shape)
+    if not n or not k:
+        raise ValueError(f"{codes}.shape={shape} must not be empty.")
+    k *= 2 if is_packed else 1
+    allowed = _shapes_of_scales(n, k, config)
+    for name in ("weight_scale", "weight_zero_point"):
+        if name in tensors and tuple(tensors[name].shape) not in allowed:
+            wanted = " or ".join(map(str, allowed))
+            raise ValueError(
+                f"{name}.shape={tuple(tensors[name].shape)} must be {wanted}, from "
+                f"{codes}.shape={shape} and {config}."
+            )
+    whole = tensors.get("weight_global_scale")
+    if whole is not None and whole.shape not in ((), (1,)):
+        raise ValueError(f"weight_global_scale.shape={whole.shape} must be (1,).")
+
+
+# Of tensors that are read over.
+_ANY = (*FLOATS, jnp.int8, jnp.uint8, fp8.E4M3)
+
+
+def _shapes_of_scales(n: int, k: int, config: Config) -> list[tuple[int, ...]]:
+    match config.strategy:
+        case "tensor":
+            return [(), (1,), (1, 1)]
+        case "channel":
+            return [(n, 1), (n,)]
+        case "block":
+            rows, columns = config.block_size or (n, k)
+            return [(-(-n // rows), -(-k // columns))]
+    size = config.group_size or k
+    if k % size:
+        raise ValueError(f"k={k} must be a multiple of group_size={size}.")
+    return [(n, k // size)]
+
+
+def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
+    """Reads one quantized matrix.
+
+    Args:
+      tensors: Concrete arrays by upstream name, as `check` lists them.
+      config: The module's configuration.
+
+    Returns:
+      ``[k, n]`` tensor in the file's layout.
+
+    Raises:
+      ValueError: As `check`; or if a weight is not a number, or a scale not finite.
+    """
+    check(tensors, config)
+    scale = np.asarray(tensors["weight_scale"])
+    if config.format in (NVFP4, MXFP4):
+        words, layout = np.asarray(tensors["weight_packed"]), Nibbles()
+    elif config.is_float:
+        words = fp8.patterns_of("weight", tensors["weight"])
+        layout = fp8.Bytes()
+    else:
+        words, layout = np.asarray(tensors["weight"]), torchao.Bytes()
+    n = words.shape[0]
+    zero, size = None, config.group_size
+    if config.block_size is not None:
+        rows, size = config.block_size
+        if n % rows:
+            scale = np.repeat(scale, rows, axis=0)[:n]
+    scale = scale.reshape(-1, scale.shape[-1] if size else 1)
+    if not config.symmetric:
+        points = np.asarray(tensors["weight_zero_point"]).reshape(scale.shape)
+        zero = jnp.asarray((points.T.astype(np.int16) + 128).astype(np.uint8))
+    symmetric = Affine.FLOAT if config.is_float else Affine.CENTERED
+    return tensor.build(
+        (jnp.asarray(words),),
+        _scale(scale, tensors, config),
+        zero,
+        layout=layout,
+        segments=(Segment(config.bits, size),),
+        affine=symmetric if zero is None else Affine.ZERO,
+        weight_dtype="bfloat16" if config.format == NVFP4 else None,
+    )
+
+
+def _scale(scale: np.ndarray, tensors: Mapping[str, Any], config: Config) -> Any:
+    """The scales ``[groups, n]``, as the file has them."""
+    if config.format in (MXFP4, MXFP8):
+        return E8M0(exponent=jnp.asarray(fp8.exponents_of("weight_scale", scale).T))
+    if config.format != NVFP4:
+        check_finite(tensors, ["weight_scale"])
+        return jnp.asarray(scale.T)
+    whole = np.asarray(tensors["weight_global_scale"]).reshape(())
+    if not np.isfinite(whole) or whole == 0:
+        raise ValueError(f"weight_global_scale={whole} must be finite and not 0.")
+    local = fp8.patterns_of("weight_scale", scale).T
+    return OverGlobal(local=jnp.asarray(local), whole=jnp.asarray(whole))
+
+
+def format_of(qt: QTensor) -> str:
+    """Returns the format that holds a matrix of floats, which may be abstract.
+
+    Raises:
+      ValueError: If none does, with the reason.
+    """
+    size, reason = qt.segments[0].group_size, None
+    if qt.affine is not Affine.FLOAT:
+        reason = f"{qt.affine.value} is not float(q) * s"
+    reason = reason or lacks_plain_groups(qt, (4, 8)) or lacks_input_order(qt)
+    if reason is None and qt.segments[0].bits == 8:
+        return MXFP8 if isinstance(qt.scale, E8M0) and size == 32 else "naive-quantized"
+    if reason is None and isinstance(qt.scale, OverGlobal) and size == 16:
+        return NVFP4
+    if reason is None and isinstance(qt.scale, E8M0) and size == 32:
+        return MXFP4
+    reason = reason or (
+        f"floats of 4 bits in groups of {size} with {qt.scale.dtype} scales are "
+        "neither NVFP4 nor MXFP4 as files have them; load with prepare=False"
+    )
+    raise ValueError(f"compressed-tensors cannot hold {qt!r}: {reason}.")
+
+
+def to_tensors(qt: QTensor) -> dict[str, Array]:
+    """Writes one matrix of small floats under the upstream's names.
+
+    Args:
+      qt: A matrix. NVFP4 and the MX formats must still have the scales of their files.
+
+    Returns:
+      ``weight`` or ``weight_packed``, ``weight_scale``, and of NVFP4
+      ``weight_global_scale``.
+
+    Raises:
+      ValueError: As `format_of`.
+    """
+    format_ = format_of(qt)
+    scale: Any = qt.scale
+    if format_ == NVFP4:
+        local = lax.bitcast_convert_type(scale.local.T, fp8.E4M3)
+        return _nibbles(qt) | {
+            "weight_scale": local,
+            "weight_global_scale": scale.whole.reshape(1),
+        }
+    if format_ == MXFP4:
+        return _nibbles(qt) | {"weight_scale": scale.exponent.T}
+    weight = fp8.Bytes().pack(tensor.codes(qt), 8)
+    plain: Any = scale.exponent if format_ == MXFP8 else tensor.plain(scale)
+    whole = plain.shape == (1, 1) and qt.n > 1
+    return {
+        "weight": lax.bitcast_convert_type(weight, fp8.E4M3),
+        "weight_scale": plain[0] if whole else plain.T,
+    }
+
+
+def _nibbles(qt: QTensor) -> dict[str, Array]:
+    return {"weight_packed": decode.relayout(qt, Nibbles()).words[0]}

@@ -1,0 +1,459 @@
+"""FP8: a byte a weight, an E4M3 float, with a scale for each block of the matrix.
+
+``weight[n, k]`` of torch's orientation is ``float8_e4m3fn``; a code is its pattern, as
+`qjax.tensor.floats` draws it. ``weight_scale_inv[i, j]``, which multiplies in spite of
+its name, belongs to the block of 128 outputs and 128 inputs at ``(128 i, 128 j)``; the
+last blocks may be cut short. It is float32, bfloat16 or an E8M0 exponent. Where the
+configuration has no blocks, ``weight_scale`` is one number, or one an output. So
+DeepSeek-V3, Qwen3-FP8 and many others are published. A static ``input_scale`` is for
+activations in eight bits: here they are not quantized, and it is read over.
+
+The weight is ``float(q) * scale`` in float32, rounded once: to the dtype of the scale,
+where that has 16 bits, and else to bfloat16.
+
+Source: huggingface/transformers, src/transformers/integrations/finegrained_fp8.py and
+utils/quantization_config.py, release 5.23.0; deepseek-ai/DeepSeek-V3,
+inference/kernel.py and README_WEIGHTS.md, commit
+f6e34dd26772dd4a216be94a8899276c5dca9e43.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Integer, UInt8
+
+from qjax import tensor
+from qjax.bits import transpose_codes
+from qjax.formats.checks import (
+    FLOATS,
+    Expected,
+    check_choice,
+    check_codes,
+    check_finite,
+    check_method,
+    check_strings,
+    check_tensors,
+    check_width,
+    check_words,
+    lacks_input_order,
+    lacks_plain_groups,
+)
+from qjax.formats.mxfp4 import E8M0
+from qjax.formats.patterns import check_pattern, ends_path
+from qjax.tensor import Affine, Cut, Digits, Layout, QTensor, Segment
+
+E4M3 = jnp.dtype(jnp.float8_e4m3fn)
+LARGEST = tensor.SMALL_FLOATS[8].largest
+# Of the pattern, without its sign: all ones is not a number.
+_NAN = 127
+# How E8M0 numbers may be stored.
+_EXPONENTS = (jnp.uint8, jnp.float8_e8m0fnu)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bytes(Layout):
+    """One byte a code, in torch's orientation: words uint8 ``[n, k]``."""
+
+    def pack(self, codes: Integer[Array, "k n"], bits: int) -> UInt8[Array, "n k"]:
+        """Packs ``[k, n]`` codes of 8 bits."""
+        check_width(bits, (8,), "fp8.Bytes")
+        check_codes(codes)
+        return transpose_codes(codes)
+
+    def unpack(self, words: UInt8[Array, "n k"], bits: int) -> UInt8[Array, "k n"]:
+        """Unpacks the bytes."""
+        check_width(bits, (8,), "fp8.Bytes")
+        check_words(words, 2, jnp.uint8)
+        return transpose_codes(words)
+
+    def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
+        """Returns ``(k, n)``."""
+        check_width(bits, (8,), "fp8.Bytes")
+        return shape[1], shape[0]
+
+    def cut(self, bits: int) -> Cut:
+        """Cuts anywhere."""
+        del bits
+        return Cut(k_axis=1, rows=1, n_axis=0, columns=1)
+
+    def digits(self, bits: int) -> Digits:
+        """Permutes nothing within a row."""
+        del bits
+        return Digits("n", fields="", width=8)
+
+
+_SCALES = ("weight_scale_inv", "weight_scale")
+_OF_ACTIVATIONS = ("input_scale", "activation_scale")
+TENSORS = ("weight", *_SCALES, *_OF_ACTIVATIONS)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What an FP8 ``quantization_config`` says.
+
+    Attributes:
+      block_size: Outputs and inputs that share a scale; None for one in all, or one an
+        output.
+      scale_fmt: "float", or "ue8m0" for exponents of powers of two.
+      ignored: Patterns of paths that stay dense.
+    """
+
+    block_size: tuple[int, int] | None = (128, 128)
+    scale_fmt: Literal["float", "ue8m0"] = "float"
+    ignored: tuple[str, ...] = ()
+
+    @classmethod
+    def from_json(cls, entry: Mapping[str, Any]) -> "Config":
+        """Reads the ``quantization_config`` of config.json.
+
+        Args:
+          entry: The parsed JSON object.
+
+        Returns:
+          The configuration of all modules.
+
+        Raises:
+          ValueError: If a field has a wrong type or value.
+        """
+        check_method(entry, "fp8")
+        check_choice("fmt", entry.get("fmt", "e4m3"), ("e4m3",))
+        check_choice("expert_dtype", entry.get("expert_dtype", "fp8"), ("fp8",))
+        scale_fmt = entry.get("scale_fmt") or "float"
+        check_choice("scale_fmt", scale_fmt, ("float", "ue8m0"))
+        size = entry.get("weight_block_size")
+        if size is not None and not (
+            isinstance(size, list)
+            and len(size) == 2
+            and all(type(length) is int and length > 0 for length in size)
+        ):
+            raise ValueError(
+                f"weight_block_size={size!r} must be two positive integers, or null."
+            )
+        aliases = ("modules_to_not_convert", "ignored_layers")
+        field = next((name for name in aliases if entry.get(name)), aliases[0])
+        ignored = check_strings(field, entry.get(field) or [])
+        for pattern in ignored:
+            check_pattern(field, pattern)
+        return cls(
+            block_size=None if size is None else (size[0], size[1]),
+            scale_fmt=scale_fmt,
+            ignored=ignored,
+        )
+
+    def of(self, module: str) -> "Config | None":
+        """Returns the configuration of one matrix, or None where it is left dense.
+
+        Args:
+          module: Path of the matrix, such as "model.layers.0.mlp.down_proj".
+
+        Raises:
+          ValueError: If a pattern may fit the path in too many ways to be tried.
+        """
+        left = any(ends_path(pattern, module) for pattern in self.ignored)
+        return None if left else dataclasses.replace(self, ignored=())
+
+
+def check(tensors: Mapping[str, Any], config: Config) -> None:
+    """Checks names, dtypes and shapes of one matrix, and no values.
+
+    Args:
+      tensors: Arrays or anything with ``shape`` and ``dtype``, by upstream name:
+        ``weight`` float8_e4m3fn ``[n, k]``; ``weight_scale_inv`` or ``weight_scale``, a
+        float or E8M0 ``[ceil(n / rows), ceil(k / columns)]``, or without blocks ``[]``,
+        ``[1]``, ``[1, 1]``, ``[n]`` or ``[n, 1]``; and optionally ``input_scale`` or
+        ``activation_scale``.
+      config: The configuration.
+
+    Raises:
+      ValueError: Naming the tensor, what it has and what it should have.
+    """
+    name = scale_name(tensors)
+    others = {key: Expected(FLOATS, None, optional=True) for key in _OF_ACTIVATIONS}
+    scales = _EXPONENTS if config.scale_fmt == "ue8m0" else FLOATS
+    expected = {"weight": Expected((E4M3,), 2), name: Expected(scales, None)} | others
+    check_tensors(tensors, expected, "FP8")
+    n, k = shape = tuple(tensors["weight"].shape)
+    if not n or not k:
+        raise ValueError(f"weight.shape={shape} must be [n, k], not empty.")
+    allowed = [(), (1,), (1, 1), (n,), (n, 1)]
+    if config.block_size is not None:
+        rows, columns = config.block_size
+        allowed = [(-(-n // rows), -(-k // columns))]
+    found = tuple(tensors[name].shape)
+    if found not in allowed:
+        wanted = " or ".join(map(str, allowed))
+        raise ValueError(
+            f"{name}.shape={found} must be {wanted}, from weight.shape={shape} and "
+            f"weight_block_size={config.block_size}."
+        )
+
+
+def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, ...]]:
+    """Says what runs along the axes of each tensor, so that a part can be read.
+
+    The same share of each is a matrix by itself, unless a block is cut short.
+
+    Args:
+      tensors: As in `check`.
+      config: The module's configuration.
+
+    Returns:
+      "n" and "k" for the axes of each tensor, by upstream name; nothing where blocks
+      are cut short.
+    """
+    shape = tuple(tensors["weight"].shape)
+    sizes = config.block_size or (1, 1)
+    if any(length % size for length, size in zip(shape, sizes, strict=True)):
+        return {}
+    return {name: ("n", "k")[: len(array.shape)] for name, array in tensors.items()}
+
+
+def scale_name(tensors: Mapping[str, Any]) -> str:
+    """Returns which of the two names of scales a matrix has.
+
+    Raises:
+      ValueError: If it has both, or none.
+    """
+    found = [name for name in _SCALES if name in tensors]
+    if len(found) != 1:
+        raise ValueError(f"there must be one of {_SCALES}; found {sorted(tensors)}.")
+    return found[0]
+
+
+def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QTensor:
+    """Reads one quantized matrix.
+
+    Args:
+      tensors: Concrete arrays by upstream name, as `check` lists them.
+      config: The configuration; None has blocks of 128 x 128.
+
+    Returns:
+      ``[k, n]`` tensor in the layout `Bytes`. Its scale has a column for each block of
+      columns, or for each column where the last block is cut short.
+
+    Raises:
+      ValueError: As `check`; or if a weight is not a number, or a scale not finite.
+
+    Example:
+      >>> tensors = {
+      ...     "weight": np.ones((256, 384), jnp.float8_e4m3fn),
+      ...     "weight_scale_inv": np.full((2, 3), 0.5, np.float32),
+      ... }
+      >>> w = from_tensors(tensors)
+      >>> w
+      QTensor(384x256, 8 bits, group 128, Bytes(), float(q) * s, float32 scale, ...)
+      >>> w.scale.shape, qjax.dequantize(w)[0, 0]
+      ((3, 2), Array(0.5, dtype=bfloat16))
+    """
+    config = config or Config()
+    check(tensors, config)
+    name = scale_name(tensors)
+    codes = patterns_of("weight", tensors["weight"])
+    n = codes.shape[0]
+    scale = np.asarray(tensors[name])
+    if config.scale_fmt == "ue8m0":
+        scale = exponents_of(name, scale)
+    else:
+        check_finite(tensors, [name])
+    if config.block_size is None:
+        scale, size = scale.reshape(-1, 1), None
+    else:
+        rows, size = config.block_size
+        if n % rows:
+            scale = np.repeat(scale, rows, axis=0)[:n]
+    return _build(jnp.asarray(codes), jnp.asarray(scale.T), size, config.scale_fmt)
+
+
+def patterns_of(name: str, weight: Any) -> UInt8[np.ndarray, "n k"]:
+    """Takes float8_e4m3fn numbers for their patterns.
+
+    Args:
+      name: What they are called, for the message.
+      weight: The numbers.
+
+    Raises:
+      ValueError: If one is not a number.
+    """
+    patterns = np.asarray(weight).view(np.uint8)
+    # A row at a time: masks of a whole matrix would take as much memory as it does.
+    if any(((row & _NAN) == _NAN).any() for row in patterns):
+        raise ValueError(f"{name} must be finite; found NaN.")
+    return patterns
+
+
+def exponents_of(name: str, scale: Any) -> UInt8[np.ndarray, "..."]:
+    """Takes E8M0 numbers for their exponents.
+
+    Args:
+      name: What they are called, for the message.
+      scale: The numbers, as uint8 or float8_e8m0fnu.
+
+    Raises:
+      ValueError: If one is 255, which is not a number.
+    """
+    exponents = np.asarray(scale).view(np.uint8)
+    if (exponents == 255).any():
+        raise ValueError(f"{name} holds 255, which is not a number.")
+    return exponents
+
+
+def _build(
+    words: Array, scale: Array, size: int | None, scale_fmt: str = "float"
+) -> QTensor:
+    is_float32 = scale.dtype == jnp.float32
+    return tensor.build(
+        (words,),
+        E8M0(exponent=scale) if scale_fmt == "ue8m0" else scale,
+        layout=Bytes(),
+        segments=(Segment(8, size),),
+        affine=Affine.FLOAT,
+        weight_dtype="bfloat16" if is_float32 else None,
+    )
+
+
+def to_tensors(qt: QTensor, config: Config | None = None) -> dict[str, Array]:
+    """Writes one quantized matrix under the upstream's names.
+
+    Args:
+      qt: A matrix of E4M3 codes, prepared or not.
+      config: What the file will have; None keeps the blocks that the scales are of,
+        which are rows of one column where `qjax.prepare` gave each column its own.
+        Where blocks are joined to larger ones, leaves must be concrete.
+
+    Returns:
+      ``weight``, and ``weight_scale_inv``, or ``weight_scale`` without blocks;
+      exponents as float8_e8m0fnu.
+
+    Raises:
+      ValueError: If such a file cannot hold ``qt``, with the reason.
+    """
+    reason = lacks_patterns(qt)
+    if reason is None:
+        config = config or config_of(qt)
+        reason = _lacks_scales(qt, config)
+    if reason or config is None:
+        raise ValueError(f"FP8 cannot hold {qt!r}: {reason}.")
+    scale = qt.scale
+    if isinstance(scale, E8M0) and config.scale_fmt == "ue8m0":
+        scale = lax.bitcast_convert_type(scale.exponent, jnp.float8_e8m0fnu)
+    else:
+        scale = tensor.plain(scale)
+    name = _SCALES[0] if config.block_size else _SCALES[1]
+    weight = Bytes().pack(tensor.codes(qt), 8)
+    return {
+        "weight": lax.bitcast_convert_type(weight, E4M3),
+        name: _of_blocks(scale, qt.n, config.block_size).T,
+    }
+
+
+def config_of(qt: QTensor) -> Config:
+    """The configuration of a matrix, whose leaves may be abstract."""
+    size = qt.segments[0].group_size
+    return Config(
+        block_size=None if size is None else (qt.n // qt.scale.shape[-1], size),
+        scale_fmt="ue8m0" if isinstance(qt.scale, E8M0) else "float",
+    )
+
+
+def lacks_patterns(qt: QTensor) -> str | None:
+    """Why a tensor is no matrix of E4M3 floats in the order of its inputs, if so."""
+    if qt.affine is not Affine.FLOAT:
+        return f"{qt.affine.value} is not float(q) * s; requantize it"
+    return lacks_plain_groups(qt, (8,)) or lacks_input_order(qt)
+
+
+def _of_blocks(scale: Array, n: int, block_size: tuple[int, int] | None) -> Array:
+    """One column of scales for each block, where each column has its own."""
+    if block_size is None or scale.shape[1] != n:
+        return scale
+    return scale[:, :: block_size[0]]
+
+
+def _lacks_scales(qt: QTensor, config: Config) -> str | None:
+    if config.scale_fmt == "ue8m0" and not isinstance(qt.scale, E8M0):
+        return "its scales are no exponents"
+    (groups, count), size = qt.scale.shape, config.block_size
+    if size is None:
+        whole = groups == 1 and count in (1, qt.n)
+        return None if whole else "it has more than one scale a column"
+    rows, columns = size
+    fits = groups == 1 >= qt.k / columns or qt.segments[0].group_size == columns
+    if fits and count == -(-qt.n // rows):
+        return None
+    if fits and count == qt.n:
+        scale = np.asarray(tensor.plain(qt.scale)).astype(np.float32)
+        whole = np.repeat(scale[:, ::rows], rows, axis=1)[:, : qt.n]
+        if (whole == scale).all():
+            return None
+    return f"its scales are not for blocks of {rows} x {columns}"
+
+
+def quantize(
+    w: Float[Array, "k n"], *, block_size: tuple[int, int] | None = (128, 128)
+) -> QTensor:
+    """Rounds a dense weight to FP8.
+
+    The scale of a block is its largest magnitude over 448, the largest E4M3 number, so
+    that nothing lies beyond it. A weight over its scale is rounded to the nearest
+    number, to the one with an even mantissa if midway. A block of zeros has the scale
+    1.
+
+    Args:
+      w: ``[k, n]`` bfloat16, float16 or float32 weight (``y = x @ w``).
+      block_size: Outputs and inputs that share a scale; None for a scale an output.
+
+    Returns:
+      The tensor that a file would hold, with float32 scales. NaN or infinity makes the
+      scale of its block NaN.
+
+    Raises:
+      ValueError: If ``w`` is not as described.
+
+    Example:
+      >>> w = quantize(jnp.array([[448.0, 7.0], [1.06, 0.51]]), block_size=None)
+      >>> qjax.dequantize(w)
+      Array([[448. ,   7. ],
+             [  1. ,   0.5]], dtype=float32)
+    """
+    if w.ndim != 2 or w.dtype not in FLOATS:
+        raise ValueError(
+            f"w must be bfloat16, float16 or float32 [k, n]; got {w.dtype}{w.shape}."
+        )
+    k, n = w.shape
+    rows, columns = block_size or (1, k)
+    codes, scale = _quantize(w, min(rows, n), min(columns, k))
+    if n % rows:
+        scale = jnp.repeat(scale, rows, axis=1)[:, :n]
+    made = _build(Bytes().pack(codes, 8), scale, block_size and columns)
+    return dataclasses.replace(made, weight_dtype=jnp.dtype(w.dtype).name)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _quantize(w: Array, rows: int, columns: int) -> tuple[Array, Array]:
+    (k, n), wide = w.shape, w.astype(jnp.float32)
+    padded = jnp.pad(wide, ((0, -k % columns), (0, -n % rows)))
+    blocks = padded.reshape(-(-k // columns), columns, -(-n // rows), rows)
+    scale = jnp.abs(blocks).max((1, 3)) / jnp.float32(LARGEST)
+    # A maximum may leave out NaN.
+    finite = jnp.isfinite(blocks).all((1, 3))
+    scale = jnp.where(finite, jnp.where(scale == 0, 1, scale), jnp.nan)
+    level = blocks / jnp.where(finite, scale, 1)[:, None, :, None]
+    return _nearest(level.reshape(padded.shape)[:k, :n]), scale
+
+
+def _nearest(level: Array) -> Array:
+    """Patterns of the nearest E4M3 numbers, at most the largest."""
+    size = jnp.minimum(jnp.abs(level), LARGEST)
+    # Of float32's exponent; numbers below 2**-6 are as far apart as those above it.
+    exponent = lax.bitcast_convert_type(jnp.maximum(size, 2.0**-6), jnp.int32) >> 23
+    step = lax.bitcast_convert_type((exponent - 3) << 23, jnp.float32)
+    rounded = jnp.round(size / step).astype(jnp.int32)
+    # Eight patterns an octave; the first octave's numbers begin with the pattern 8.
+    pattern = rounded + 8 * (exponent - 127 + 6)
+    return pattern.astype(jnp.uint8) | jnp.signbit(level).astype(jnp.uint8) << 7

@@ -1,0 +1,227 @@
+"""FP8 against what transformers makes of it, bit for bit."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+import qjax
+from qjax.formats import fp8
+from qjax.formats.tiles import Tiles
+from tests import goldens, oracle
+from tests.goldens import load, same_bits
+
+FILES = goldens.names("fp8")
+E4M3, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
+
+
+def stored(name: str) -> tuple[dict, fp8.Config]:
+    data = load(name)
+    tensors = {"weight": data["weight"], "weight_scale_inv": data["scale"]}
+    return tensors, fp8.Config.from_json(data["config"])
+
+
+def tensors(n=40, k=72, scale=(2, 3), seed=0, **others) -> dict:
+    rng = np.random.default_rng(seed)
+    weight = rng.standard_normal((n, k)).astype(E4M3)
+    scales = rng.uniform(0.01, 0.02, scale).astype(np.float32)
+    return {"weight": weight, "weight_scale_inv": scales} | others
+
+
+SMALL = fp8.Config(block_size=(32, 32))
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_dequantizes_as_transformers(name, prepare):
+    w, expected = fp8.from_tensors(*stored(name)), load(name)["out_dequant"]
+    w = qjax.prepare(w) if prepare else w
+    assert w.dtype == jnp.bfloat16
+    same_bits(qjax.dequantize(w, expected.dtype), expected.T)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_writes_the_same_bytes(name):
+    held, config = stored(name)
+    w = fp8.from_tensors(held, config)
+    again = {k: np.asarray(v) for k, v in fp8.to_tensors(w, config).items()}
+    same_bits(again, held)
+    if config.scale_fmt == "float":
+        # Also of what products read: scales of each column, codes in another layout.
+        prepared = fp8.to_tensors(qjax.prepare(w), config)
+        same_bits({k: np.asarray(v) for k, v in prepared.items()}, held)
+
+
+def test_blocks_that_are_cut_short():
+    held = tensors()
+    w = fp8.from_tensors(held, SMALL)
+    weight, scale = held["weight"].astype(np.float64), held["weight_scale_inv"]
+    expected = weight * np.kron(scale, np.ones((32, 32)))[:40, :72]
+    found = qjax.dequantize(w, jnp.float32)
+    np.testing.assert_array_equal(found, expected.T.astype(np.float32))
+    same_bits({k: np.asarray(v) for k, v in fp8.to_tensors(w, SMALL).items()}, held)
+    # Where nothing says how large blocks were, each column has its own.
+    config = fp8.config_of(w)
+    assert config.block_size == (1, 32)
+    again = fp8.from_tensors(
+        {k: np.asarray(v) for k, v in fp8.to_tensors(w).items()}, config
+    )
+    np.testing.assert_array_equal(qjax.dequantize(again, jnp.float32), found)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (40,), (40, 1)])
+def test_without_blocks(shape):
+    config = fp8.Config(block_size=None)
+    held = tensors(scale=shape, input_scale=np.float32(1))
+    held["weight_scale"] = held.pop("weight_scale_inv").astype(ml_dtypes.bfloat16)
+    w = fp8.from_tensors(held, config)
+    assert w.dtype == jnp.bfloat16
+    scale = held["weight_scale"].astype(np.float32).reshape(-1, 1)
+    expected = (held["weight"].astype(np.float32) * scale).astype(ml_dtypes.bfloat16)
+    same_bits(np.asarray(qjax.dequantize(w)), expected.T)
+    again = fp8.to_tensors(w, config)["weight_scale"]
+    same_bits(np.asarray(again).reshape(shape), held["weight_scale"])
+
+
+@pytest.mark.parametrize("layout", [Tiles(), qjax.formats.gptq.Stream()])
+def test_products_are_those_of_the_weight(layout):
+    held = tensors(n=48, k=96, scale=(2, 3))
+    w = qjax.prepare(fp8.from_tensors(held, SMALL), layout=layout)
+    x = np.random.default_rng(1).standard_normal((5, 96)).astype(np.float32)
+    dense = np.asarray(qjax.dequantize(w, jnp.float32), np.float64)
+    assert oracle.relative_error(qjax.matmul(jnp.asarray(x), w), x @ dense) < 1e-5
+
+
+class TestQuantize:
+    def test_nearest_numbers(self):
+        # All of E4M3, what lies between, and what lies midway.
+        numbers = np.arange(127, dtype=np.uint8).view(E4M3).astype(np.float32)
+        midway = (numbers[1:] + numbers[:-1]) / 2
+        beside = [
+            np.nextafter(midway, side) for side in (np.float32(0), np.float32(500))
+        ]
+        all_of_them = np.concatenate([numbers, midway, *beside])
+        w = np.concatenate([all_of_them, -all_of_them])[:, None]
+        quantized = fp8.quantize(jnp.asarray(w), block_size=None)
+        assert float(quantized.scale[0, 0]) == 1
+        expected = w.astype(E4M3).view(np.uint8)
+        np.testing.assert_array_equal(quantized.numpy(), expected)
+
+    def test_scales_of_blocks(self):
+        w = np.random.default_rng(0).standard_normal((72, 40)).astype(np.float32)
+        w[:32, :32] = 0
+        quantized = fp8.quantize(jnp.asarray(w), block_size=(32, 32))
+        scale = fp8.to_tensors(quantized, SMALL)["weight_scale_inv"]
+        largest = [np.abs(w[i : i + 32, 32:]).max() for i in (0, 32, 64)]
+        expected = np.float32(largest) / np.float32(448)
+        np.testing.assert_allclose(scale[1], expected, rtol=2e-7)
+        assert scale[0, 0] == 1
+        error = np.abs(np.asarray(qjax.dequantize(quantized)) - w)
+        # Half of a step of three bits of mantissa, or of the least one.
+        step = np.maximum(np.abs(w) / 16, np.abs(w).max() / 448 * 2.0**-10)
+        assert (error <= step * 1.0001).all()
+
+    def test_is_a_quantizer(self):
+        spec = qjax.Spec(bits=8, group_size=None)
+        made = dataclasses.replace(spec, quantizer=quantizer).quantize(jnp.eye(32))
+        same_bits(qjax.dequantize(made), jnp.eye(32))
+
+    def test_not_finite(self):
+        w = jnp.ones((64, 64)).at[3, 40].set(jnp.nan).at[40, 3].set(jnp.inf)
+        scale = fp8.to_tensors(fp8.quantize(w, block_size=(32, 32)), SMALL)
+        bad = np.isnan(scale["weight_scale_inv"])
+        np.testing.assert_array_equal(bad, [[False, True], [True, False]])
+
+    def test_refuses(self, refuses):
+        with refuses("w must be bfloat16, float16 or float32 [k, n]; got int32(3, 2)."):
+            fp8.quantize(jnp.ones((3, 2), jnp.int32))
+
+
+def quantizer(w, *_, **__):
+    return fp8.quantize(w)
+
+
+@pytest.mark.parametrize(
+    ("changes", "config", "message"),
+    [
+        (
+            {"weight": np.ones((40, 72), np.int8)},
+            SMALL,
+            "weight.dtype=int8 must be flo",
+        ),
+        ({"weight": np.ones((0, 72), E4M3)}, SMALL, "weight.shape=(0, 72) must be [n"),
+        ({"weight_scale": np.float32(1)}, SMALL, "there must be one of ('weight_scal"),
+        (
+            {"weight_scale_inv": np.ones((2, 2), np.float32)},
+            SMALL,
+            "must be (2, 3), fr",
+        ),
+        ({"weight_scale_inv": np.full((2, 3), np.inf, np.float32)}, SMALL, "be finite"),
+        ({"weight": np.full((40, 72), np.nan, E4M3)}, SMALL, "weight must be finite"),
+        ({"bias": np.ones(3)}, SMALL, "bias is no tensor of FP8"),
+        (
+            {"weight_scale_inv": np.full((2, 3), 255, np.uint8)},
+            dataclasses.replace(SMALL, scale_fmt="ue8m0"),
+            "weight_scale_inv holds 255",
+        ),
+        ({}, fp8.Config(block_size=None), "weight_scale_inv.shape=(2, 3) must be ()"),
+    ],
+)
+def test_refuses_tensors(changes, config, message, refuses):
+    with refuses(message):
+        fp8.from_tensors(tensors() | changes, config)
+
+
+@pytest.mark.parametrize(
+    ("make", "config", "reason"),
+    [
+        (lambda: qjax.quantize(jnp.eye(128), 8), SMALL, "is not float(q) * s; req"),
+        (lambda: fp8.from_tensors(tensors(), SMALL), fp8.Config(), "of 128 x 128"),
+        (
+            lambda: fp8.from_tensors(tensors(), SMALL),
+            fp8.Config(block_size=None),
+            "it has more than one scale a column",
+        ),
+        (
+            lambda: fp8.from_tensors(tensors(), SMALL),
+            dataclasses.replace(SMALL, scale_fmt="ue8m0"),
+            "its scales are no exponents",
+        ),
+    ],
+)
+def test_refuses_to_write(make, config, reason, refuses):
+    with refuses(reason):
+        fp8.to_tensors(make(), config)
+
+
+def test_config():
+    entry = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [64, 128]}
+    config = fp8.Config.from_json(entry | {"modules_to_not_convert": ["lm_head"]})
+    assert config == fp8.Config(block_size=(64, 128), ignored=("lm_head",))
+    assert config.of("lm_head") is None
+    assert config.of("model.layers.0.mlp.up_proj") == fp8.Config(block_size=(64, 128))
+    older = {"ignored_layers": ["model.layers.1"], "activation_scheme": "static"}
+    config = fp8.Config.from_json(older)
+    assert config.block_size is None
+    assert config.of("model.layers.1.mlp.up_proj") is None
+    assert config.of("model.layers.10.mlp.up_proj") is not None
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ({"quant_method": "gptq"}, "quant_method='gptq' must be 'fp8'"),
+        ({"fmt": "e5m2"}, "fmt='e5m2' must be one of ('e4m3',)"),
+        ({"expert_dtype": "fp4"}, "expert_dtype='fp4' must be one of ('fp8',)"),
+        ({"scale_fmt": "int"}, "scale_fmt='int' must be one of ('float', 'ue8m0')"),
+        ({"weight_block_size": [128]}, "weight_block_size=[128] must be two positive"),
+        ({"weight_block_size": [128, 0]}, "weight_block_size=[128, 0] must be two pos"),
+        ({"modules_to_not_convert": "a"}, "modules_to_not_convert='a' must be a list"),
+        ({"ignored_layers": ["("]}, "ignored_layers: '(' is no pattern"),
+    ],
+)
+def test_config_refuses(entry, message, refuses):
+    with refuses(message):
+        fp8.Config.from_json(entry)
