@@ -220,7 +220,8 @@ def _times(a: Array, b: Array) -> Array:
     pattern = lax.bitcast_convert_type(b, jnp.int32)
     size = pattern & _SIZE
     raised = lax.bitcast_convert_type(pattern + 100 * _ONE, jnp.float32)
-    subnormal = (jnp.sign(pattern) * size).astype(jnp.float32) * jnp.float32(2.0**-49)
+    subnormal = size.astype(jnp.float32) * jnp.float32(2.0**-49)
+    subnormal = jnp.where(pattern < 0, -subnormal, subnormal)  # of -0.0, too
     product = a * jnp.where(size < _ONE, subnormal, raised)
     pattern = lax.bitcast_convert_type(product, jnp.int32)
     size = pattern & _SIZE

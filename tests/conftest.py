@@ -10,8 +10,9 @@ import pytest
 
 from tests import goldens, oracle
 
-# torch made the reference logits; it is no dependency.
+# What made reference data needs packages that are no dependencies.
 collect_ignore = ["reference/make_logits.py"]
+collect_ignore_glob = ["data/*/make.py", "golden/*/make_vectors.py"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import chex
+import gguf
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -635,6 +636,78 @@ def test_places_that_cannot_be(tmp_path):
     source = shutil.copytree(AWQ, tmp_path / "awq")
     text = fails("convert", source, source / "gptq", "--to", "gptq")
     assert "must not lie in one another" in text
+
+
+class TestGguf:
+    """A file of llama.cpp in the place of a directory."""
+
+    FILE = DATA / "llama_gguf_q4_k_m" / "model.gguf"
+
+    def test_inspect(self):
+        lines = succeeds("inspect", self.FILE).stdout.splitlines()
+        (up,) = (line for line in lines if "blk.0.ffn_up" in line)
+        assert up.split()[1:] == [
+            "256x640",
+            "gguf",
+            "Q4_K",
+            "4",
+            "32",
+            "4.500",
+            "92,160",
+        ]
+        (down,) = (line for line in lines if "blk.2.ffn_down" in line)
+        assert down.split()[1:] == [
+            "640x256",
+            "gguf",
+            "Q8_0",
+            "8",
+            "32",
+            "8.500",
+            "174,080",
+        ]
+        assert any(line.startswith(" 23 matrices") for line in lines)
+
+    def test_inspect_counts_all_experts(self, tmp_path):
+        # What llama.cpp's own writer makes of two matrices of ones, one after another.
+        writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama")
+        raw = gguf.quantize(
+            np.ones((2, 8, 32), np.float32), gguf.GGMLQuantizationType(8)
+        )
+        kind = gguf.GGMLQuantizationType.Q8_0
+        writer.add_tensor("blk.0.ffn_up_exps.weight", raw, raw_dtype=kind)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        (row,) = json.loads(succeeds("inspect", tmp_path / "m.gguf", "--json").stdout)[
+            "matrices"
+        ]
+        assert (row["shape"], row["bits_per_weight"]) == ([2, 32, 8], 8.5)
+
+    def test_verify(self, tmp_path):
+        done = succeeds("verify", self.FILE)
+        kinds = ", ".join(f"gguf {kind}" for kind in ("Q4_K", "Q5_0", "Q6_K", "Q8_0"))
+        assert done.stdout == (
+            f"OK: 23 matrices of {kinds}, 7 dense tensors, 1,480,960 bytes\n"
+        )
+        (tmp_path / "m.gguf").write_bytes(self.FILE.read_bytes()[:-50_000])
+        done = run("verify", tmp_path / "m.gguf")
+        assert done.exit_code == 1
+        assert "m.gguf: blk.2.ffn_up.weight ends at byte" in done.stdout
+
+    @pytest.mark.parametrize("command", ["convert", "quantize"])
+    def test_is_not_written(self, command, tmp_path):
+        text = fails(command, self.FILE, tmp_path / "x", "--to", "gptq")
+        assert text.startswith(
+            f"qjax: {self.FILE} is a GGUF file, whose weights can be"
+        )
+        assert not (tmp_path / "x").exists()
+
+    @pytest.mark.parametrize("command", ["inspect", "verify"])
+    def test_no_sound_file(self, command, tmp_path):
+        (tmp_path / "m.gguf").write_bytes(b"GGUF")
+        assert "m.gguf is not a sound GGUF file" in fails(command, tmp_path / "m.gguf")
+        assert "n.gguf is not there" in fails(command, tmp_path / "n.gguf")
 
 
 @pytest.mark.parametrize("command", ["inspect", "verify", "convert", "quantize"])

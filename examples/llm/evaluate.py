@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from flax import nnx
-from generate import SHIPPED, describe, read_tokenizer
+from generate import SHIPPED, TokenizerOption, describe, read_tokenizer
 from jax import Array
 from model import Decoder, load
 from placement import MeshOption, Placement, place, rows_of
@@ -129,8 +129,12 @@ def main(
         Path, typer.Argument(help="A text file, or ids in .npy or .npz.")
     ],
     model: Annotated[
-        Path, typer.Option(help="Hugging Face directory; default: the shipped model.")
+        Path,
+        typer.Option(
+            help="Hugging Face directory or .gguf file; default: the shipped."
+        ),
     ] = SHIPPED,
+    tokenizer: TokenizerOption = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of text a row.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Rows computed at a time.")] = 8,
     mesh: MeshOption = None,
@@ -140,13 +144,13 @@ def main(
     Example: python evaluate.py my_module.py --model path/to/model --mesh 2,2
     """
     try:
-        tokenizer = read_tokenizer(model)
+        vocabulary = read_tokenizer(model, tokenizer)
         is_ids = source.suffix in (".npy", ".npz")
-        ids = read_ids(source) if is_ids else encode_text(source, tokenizer, context)
+        ids = read_ids(source) if is_ids else encode_text(source, vocabulary, context)
         placement = place(model, mesh)
         decoder = load(model, sharding=placement and placement.weight, joined=True)
         print(describe(decoder, model), file=sys.stderr)
-        print(evaluate(decoder, tokenizer, ids, batch, placement))
+        print(evaluate(decoder, vocabulary, ids, batch, placement))
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None

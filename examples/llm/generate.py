@@ -9,11 +9,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
+import gguf_tokenizer
 import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
 from flax import nnx
+from gguf_file import is_gguf, read_config
 from jax import Array
 from model import Cache, Decoder, load
 from placement import MeshOption, Placement, place, rows_of
@@ -22,6 +24,10 @@ from tokenizers.decoders import DecodeStream
 
 import qjax
 
+TokenizerOption = Annotated[
+    Path | None,
+    typer.Option(help="A tokenizer.json, where the model's own is not to be used."),
+]
 SHIPPED = Path(__file__).parent / "checkpoint"
 PROMPT = "def "
 
@@ -134,17 +140,16 @@ class Generator:
 def stop_ids(path: Path) -> set[int]:
     """Ids that end a text: of generation_config.json, or else of config.json."""
     file = path / "generation_config.json"
-    if file.is_file():
-        config = json.loads(file.read_text())
-    else:
-        config = qjax.checkpoints.read_config(path)
+    config = json.loads(file.read_text()) if file.is_file() else read_config(path)
     ids = config.get("eos_token_id")
     return set(ids if isinstance(ids, list) else [ids]) - {None}
 
 
-def read_tokenizer(path: Path) -> Tokenizer:
-    """Reads tokenizer.json of a model directory."""
-    file = path / "tokenizer.json"
+def read_tokenizer(path: Path, file: Path | None = None) -> Tokenizer:
+    """Reads tokenizer.json of a model directory, the one of a GGUF file, or another."""
+    if file is None and is_gguf(path):
+        return gguf_tokenizer.read_tokenizer(path)
+    file = file or path / "tokenizer.json"
     if not file.is_file():
         raise FileNotFoundError(f"{file} is missing; copy it from the original model.")
     return Tokenizer.from_file(str(file))
@@ -245,8 +250,12 @@ def keep_stdout(process: int) -> None:
 
 def main(
     model: Annotated[
-        Path, typer.Option(help="Hugging Face directory; default: the shipped model.")
+        Path,
+        typer.Option(
+            help="Hugging Face directory or .gguf file; default: the shipped."
+        ),
     ] = SHIPPED,
+    tokenizer: TokenizerOption = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Text to continue; repeatable.")
     ] = None,
@@ -292,13 +301,13 @@ def main(
     if processes > 1:
         keep_stdout(process)
     try:
-        tokenizer = read_tokenizer(model)
+        vocabulary = read_tokenizer(model, tokenizer)
         placement = place(model, mesh, coordinator, processes, process)
         decoder = load(model, sharding=placement and placement.weight, joined=True)
         print(describe(decoder, model), file=sys.stderr)
         stream(
             decoder,
-            tokenizer,
+            vocabulary,
             prompt or [PROMPT],
             sampling=Sampling(temperature, top_k, top_p),
             max_new_tokens=max_new_tokens,

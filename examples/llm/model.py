@@ -1,8 +1,9 @@
 """A decoder-only language model over quantized weights: Llama, Mistral, Qwen2, Qwen3.
 
 Read it from top to bottom: the configuration, the layers, the decoder, and `load`,
-which turns a Hugging Face directory into a model. Weights are whatever the checkpoint
-holds, packed matrices as `qjax.QTensor`; activations are ``dtype``, logits float32.
+which turns a Hugging Face directory or a GGUF file into a model. Weights are whatever
+the checkpoint holds, packed matrices as `qjax.QTensor`; activations are ``dtype``,
+logits float32.
 """
 
 import dataclasses
@@ -15,11 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from gguf_file import completed, is_gguf, read_config, read_tensors
 from jax import Array
 from jax.typing import DTypeLike
 from weights import Weights, join
-
-import qjax
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -237,7 +237,7 @@ class Decoder(nnx.Module):
     def __init__(self, weights: Weights) -> None:
         self.config = config = weights.config
         self.dtype = weights.dtype
-        self.embed_tokens = nnx.Param(weights.take("model.embed_tokens.weight"))
+        self.embed_tokens = weights.table("model.embed_tokens")
         self.layers = nnx.List(
             Block(weights, f"model.layers.{i}", window)
             for i, window in enumerate(config.windows)
@@ -252,7 +252,7 @@ class Decoder(nnx.Module):
 
     def forward(self, ids: Array, cache: Cache) -> tuple[Array, Cache]:
         """Runs ``ids[b, t]`` after what the cache holds: last hidden states, cache."""
-        x = jnp.take(self.embed_tokens[...], ids, axis=0).astype(self.dtype)
+        x = self.embed(ids)
         keys, values = list(cache.keys), list(cache.values)
         place = cache.length, cache.first
         for i, layer in enumerate(self.layers):
@@ -260,10 +260,18 @@ class Decoder(nnx.Module):
         length = cache.length + ids.shape[1]
         return self.norm(x), Cache(tuple(keys), tuple(values), length, cache.first)
 
+    def embed(self, ids: Array) -> Array:
+        """Looks up the first hidden states."""
+        if isinstance(self.embed_tokens, nnx.Param):
+            return jnp.take(self.embed_tokens[...], ids, axis=0).astype(self.dtype)
+        return self.embed_tokens(ids)
+
     def logits(self, hidden: Array) -> Array:
         """Scores of the next token, in float32."""
         if self.lm_head is not None:
             return self.lm_head(hidden).astype(jnp.float32)
+        if not isinstance(self.embed_tokens, nnx.Param):
+            return self.embed_tokens.attend(hidden).astype(jnp.float32)
         embedding = self.embed_tokens[...].astype(self.dtype)
         scores = jnp.einsum("...k,nk->...n", hidden, embedding, precision="highest")
         return scores.astype(jnp.float32)
@@ -276,10 +284,10 @@ def load(
     *,
     joined: bool = False,
 ) -> Decoder:
-    """Loads a model from a Hugging Face directory.
+    """Loads a model from a Hugging Face directory or a GGUF file.
 
     Args:
-      path: Directory with config.json and safetensors, quantized or not.
+      path: Directory with config.json and safetensors, quantized or not; or the file.
       dtype: Dtype of the activations.
       sharding: Where each weight goes, as in `qjax.checkpoints.load`.
       joined: Whether to `join` what it can, where nothing is cut over devices. Layers
@@ -293,10 +301,12 @@ def load(
         over.
     """
     try:
-        config = Config.from_json(qjax.checkpoints.read_config(path))
+        config = Config.from_json(read_config(path))
     except KeyError as error:
         raise ValueError(f"{path}: config.json lacks {error}.") from None
-    tensors = qjax.checkpoints.load(path, sharding=sharding)
+    tensors = read_tensors(path, sharding)
+    if is_gguf(path):
+        config = completed(config, tensors)
     if joined and sharding is None:
         join(tensors)
     weights = Weights(tensors, config, dtype)

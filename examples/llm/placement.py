@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from gguf_file import read_config
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from model import Cache, Config
-
-import qjax
 
 FIRST = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
 LAST = ("o_proj", "down_proj")
@@ -113,13 +112,13 @@ def place(
     processes: int = 1,
     process: int = 0,
 ) -> Placement | None:
-    """Says where the model of a directory goes. No weight is read.
+    """Says where the model of a directory or a GGUF file goes. No weight is read.
 
     Call it before anything asks JAX for a device: only then can a CPU be made into
     several, and processes be connected.
 
     Args:
-      path: The directory.
+      path: The directory, or the file.
       mesh: "data,model", or None for one device.
       coordinator: "host:port" of the first process, where there are several.
       processes: How many there are; all devices of all of them make the mesh.
@@ -136,7 +135,7 @@ def place(
             raise ValueError(f"--processes {processes} needs a --mesh to share.")
         return None
     sizes = _sizes(mesh)
-    entry = qjax.checkpoints.read_config(path)
+    entry = read_config(path)
     config, shares = Config.from_json(entry), sizes[1]
     heads = {"q_proj": config.num_heads, "k_proj and v_proj": config.num_kv_heads}
     for matrix, count in heads.items():

@@ -69,6 +69,13 @@ class Weights:
         is_there = not self.tensors.keys().isdisjoint((name, f"{name}.weight"))
         return self.linear(name) if is_there else None
 
+    def table(self, name: str) -> nnx.Module | nnx.Param:
+        """The table of embeddings ``name``: packed, or ``[vocab, hidden]``."""
+        if name in self.tensors:
+            table = self.take(name)
+            return qjax.layers.nnx.Embed.from_qtensor(table, dtype=self.dtype)
+        return nnx.Param(self.take(f"{name}.weight"))
+
     def norm(self, name: str) -> Norm:
         return Norm(self.take(f"{name}.weight"), self.config.norm_eps)
 

@@ -1,11 +1,11 @@
-"""Checkpoint directories as Hugging Face hosts them: safetensors and JSON files.
+"""Checkpoints: directories of safetensors and JSON files, and GGUF files.
 
 `load` reads one, dense or quantized in a format of `qjax.formats.FORMATS`, without
-PyTorch and without pickles; `stream` reads it weight by weight. `save` writes one,
-`quantize` makes a quantized one of a dense one, and `convert` moves one to another
-format without requantizing. A directory is data from elsewhere: all of its headers are
-checked against each other and against the format before any weight is read, and
-`verify` looks at every value, too.
+PyTorch and without pickles; `stream` reads it weight by weight. `save` writes a
+directory as Hugging Face hosts them, `quantize` makes a quantized one of a dense one,
+and `convert` moves one to another format without requantizing. A checkpoint is data
+from elsewhere: all of its headers are checked against each other and against the format
+before any weight is read, and `verify` looks at every value, too.
 """
 
 import os
@@ -20,11 +20,21 @@ from qjax.checkpoints import cutting, modules, shards
 from qjax.checkpoints.checking import verify
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.converting import convert
+from qjax.checkpoints.gguf import read_metadata
 from qjax.checkpoints.quantizing import quantize
 from qjax.checkpoints.writing import save
 from qjax.tensor import QTensor
 
-__all__ = ["convert", "load", "quantize", "read_config", "save", "stream", "verify"]
+__all__ = [
+    "convert",
+    "load",
+    "quantize",
+    "read_config",
+    "read_metadata",
+    "save",
+    "stream",
+    "verify",
+]
 
 
 Sharding = Callable[[str], NamedSharding | Sequence[NamedSharding]]
@@ -36,7 +46,7 @@ def load(
     prepare: bool = True,
     sharding: Sharding | None = None,
 ) -> dict[str, QTensor | Array]:
-    """Loads the weights of a checkpoint directory.
+    """Loads the weights of a checkpoint directory or a GGUF file.
 
     Matrices are read one by one, so that host memory holds the model and a few times
     its largest matrix; with ``sharding``, of the model only what the devices of this
@@ -48,14 +58,15 @@ def load(
         ``quantization_config`` in ``config.json``; else by the first that is there of
         green-bit-llm's ``quant_strategy.json``, AutoGPTQ's ``quantize_config.json`` and
         AutoAWQ's ``quant_config.json``; else, for EXL2, MBWQ and the float zeros of
-        MPQ, by names and shapes of the tensors alone.
+        MPQ, by names and shapes of the tensors alone. Or a file of llama.cpp, with
+        the suffix ``.gguf``; of split ones any.
       prepare: Whether `qjax.prepare` gives each matrix the form that this device
         multiplies fastest. False keeps the layout of the file, which `qjax.formats`
         writes back bit for bit.
       sharding: Says of a name, of those that are returned, where the weight goes: for a
         quantized matrix a spec of ``(k, n)``, as in `qjax.shard`, and for every other
         tensor one of its own axes. Of several, the first is taken that cuts the weight
-        evenly. The mesh may span processes: each reads, of GPTQ and AWQ and of dense
+        evenly. The mesh may span processes: each reads, of GPTQ, AWQ, GGUF and of dense
         tensors, the bytes that its devices hold. Of an act-order matrix that is cut
         along k it reads whole columns, and of other formats whole matrices.
 
@@ -63,11 +74,12 @@ def load(
       Quantized matrices, ``[k, n]``, under the paths of their modules
       ("model.layers.0.mlp.up_proj"). Every other tensor as an array under its full name
       ("model.layers.0.mlp.up_proj.bias", "model.norm.weight"), with the dtype and the
-      orientation of the file: a dense ``weight`` is ``[n, k]``.
+      orientation of the file: a dense ``weight`` is ``[n, k]``. GGUF has other names:
+      "blk.0.ffn_up" is a matrix, "token_embd", too, "output_norm.weight" an array.
 
     Raises:
-      FileNotFoundError: If the directory, a JSON file or a shard is missing.
-      ValueError: If anything in the directory is not sound, or is not what the
+      FileNotFoundError: If the directory, a JSON file, a shard or the file is missing.
+      ValueError: If anything in the checkpoint is not sound, or is not what the
         quantization says, with the file and the tensor; or if ``sharding`` gives no
         sharding, or none that cuts a weight evenly, with its name. Nothing is
         returned of a checkpoint of which only a part is sound.
@@ -107,13 +119,13 @@ def stream(
     prepare: bool = True,
     sharding: Sharding | None = None,
 ) -> Iterator[tuple[str, QTensor | Array]]:
-    """Reads the weights of a checkpoint directory one after another.
+    """Reads the weights of a checkpoint one after another.
 
     For models that do not fit in memory, or of which only a part is wanted. All headers
     are checked before this returns.
 
     Args:
-      path: The directory, as in `load`.
+      path: As in `load`.
       prepare: As in `load`.
       sharding: As in `load`.
 

@@ -11,14 +11,14 @@ import numpy as np
 from jaxtyping import Array
 
 from qjax import progress, tensor
-from qjax.checkpoints import modules
+from qjax.checkpoints import gguf, modules
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.shards import INDEX, SINGLE, Stored, scan
 from qjax.tensor import QTensor
 
 
 def verify(path: str | os.PathLike[str]) -> list[str]:
-    """Looks for everything that is wrong with a checkpoint directory.
+    """Looks for everything that is wrong with a checkpoint directory or a GGUF file.
 
     What `load` checks, but going on after the first fault; and that dense tensors,
     scales and zeros have neither NaN nor infinity, orders are permutations, groups are
@@ -26,25 +26,29 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
     weights is left over.
 
     Args:
-      path: The directory, as in `load`.
+      path: As in `load`.
 
     Returns:
       One line for each fault; none if the checkpoint is sound. What only may be wrong
       is a warning.
 
     Raises:
-      FileNotFoundError: If the directory, a JSON file or a shard is missing.
+      FileNotFoundError: If the directory, a JSON file, a shard or the file is missing.
       ValueError: If the files are so damaged that nothing in them can be told apart.
 
     Example:
       >>> verify("examples/llm/checkpoint")
       []
     """
-    config, directory = read_config(path), Path(path)
-    tensors = scan(directory)
-    parts, errors = modules.survey(directory, config, tensors)
-    faults = [str(error) for error in errors]
-    faults += _orphan_files(directory, tensors) + _orphan_tensors(parts)
+    if gguf.is_file(path):
+        parts, errors = modules.survey_file(Path(path))
+        faults = [str(error) for error in errors]
+    else:
+        config, directory = read_config(path), Path(path)
+        tensors = scan(directory)
+        parts, errors = modules.survey(directory, config, tensors)
+        faults = [str(error) for error in errors]
+        faults += _orphan_files(directory, tensors) + _orphan_tensors(parts)
     total = sum(part.nbytes for part in parts.values())
     with progress.bar(total, "Checking weights") as advance:
         for name, part in parts.items():

@@ -34,7 +34,8 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{directory} is not a directory; pass one that holds config.json and "
-            "model.safetensors (models on a hub must be downloaded first)."
+            "model.safetensors (models on a hub must be downloaded first). What a GGUF "
+            "file has instead of config.json, read_metadata gives."
         )
     file = directory / "config.json"
     config = read_object(file)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from qjax.checkpoints import gguf
 from qjax.checkpoints.config import parse_object, read_config, read_object
 from qjax.checkpoints.shards import Stored, scan
 from qjax.formats import FORMATS
@@ -173,18 +174,23 @@ class Quantization:
 
 
 def open_parts(path: str | os.PathLike[str]) -> dict[str, Matrix | Stored]:
-    """Opens a checkpoint directory and checks all of its headers.
+    """Opens a checkpoint directory or a GGUF file, and checks all headers.
 
     Args:
-      path: The directory.
+      path: The directory, or the file.
 
     Returns:
       As `arrange`.
 
     Raises:
-      FileNotFoundError: If the directory, a JSON file or a shard is missing.
+      FileNotFoundError: If the directory, a JSON file, a shard or the file is missing.
       ValueError: As `arrange`.
     """
+    if gguf.is_file(path):
+        parts, faults = survey_file(Path(path))
+        for fault in faults:
+            raise fault
+        return parts
     config, directory = read_config(path), Path(path)
     return arrange(directory, config, scan(directory))
 
@@ -252,6 +258,39 @@ def survey(
             parts[module] = quantization.of(module, group)
         except ValueError as fault:
             faults.append(fault)
+    return parts, faults
+
+
+def survey_file(file: Path) -> tuple[dict[str, Matrix | Stored], list[ValueError]]:
+    """Does the work of `survey` for a GGUF file, which says itself what is quantized.
+
+    Args:
+      file: The file; of split ones any.
+
+    Returns:
+      As `survey`. Matrices are under the names of their tensors without ".weight".
+
+    Raises:
+      FileNotFoundError: As `gguf.scan`.
+      ValueError: As `gguf.scan`.
+    """
+    tensors, faults = gguf.scan(file)
+    parts: dict[str, Matrix | Stored] = {}
+    for name, (stored, kind) in tensors.items():
+        module = name if kind is None else name.removesuffix(".weight")
+        if module in parts:
+            message = f"{stored.file}: {name} is there quantized and dense."
+            faults.append(ValueError(message))
+        elif kind is None:
+            parts[name] = stored
+            faults += _dense_faults({name: stored})
+        else:
+            parts[module] = Matrix(
+                name=module,
+                tensors={"weight": stored},
+                format=FORMATS["gguf"],
+                config=FORMATS["gguf"].Config(type=kind),
+            )
     return parts, faults
 
 

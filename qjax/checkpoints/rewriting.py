@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qjax import progress
+from qjax.checkpoints import gguf
 from qjax.checkpoints.atomic import check_target, resuming
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.shards import Stored
@@ -82,10 +83,15 @@ def rewrite(
         ``source``.
 
     Raises:
-      ValueError: As `save`; if one directory lies in the other; or if ``source`` is
-        changed meanwhile.
+      ValueError: As `save`; if ``source`` is a GGUF file, or changed meanwhile; or if
+        one directory lies in the other.
       OSError: As `save`.
     """
+    if gguf.is_file(source):
+        raise ValueError(
+            f"{source} is a GGUF file, whose weights can be loaded, but not written in "
+            "other formats: it lacks the config.json and the names that those need."
+        )
     goal = check_target(request.target, overwrite=request.overwrite)
     origin = Path(os.path.realpath(source))
     if origin != goal and (origin in goal.parents or goal in origin.parents):

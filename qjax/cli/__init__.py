@@ -26,8 +26,9 @@ app = typer.Typer(
 def _qjax() -> None:
     """Quantized checkpoints: make them, see what is in them, check and convert them.
 
-    A checkpoint is a directory as Hugging Face hosts it. Results go to stdout,
-    everything else to stderr; the exit code is 1 if something is wrong.
+    A checkpoint is a directory as Hugging Face hosts it; `inspect` and `verify` take a
+    GGUF file, too. Results go to stdout, everything else to stderr; the exit code is 1
+    if something is wrong.
 
     **Examples**
 

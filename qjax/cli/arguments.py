@@ -11,7 +11,8 @@ Directory = Annotated[
     typer.Argument(
         metavar="DIR",
         show_default=False,
-        help="Holds config.json and model.safetensors (or shards and their index).",
+        help="Holds config.json and model.safetensors (or shards and their index); or "
+        "a .gguf file.",
     ),
 ]
 

@@ -68,6 +68,7 @@ def run(
     **Examples**
 
     * `qjax inspect llama-gptq`
+    * `qjax inspect llama-Q4_K_M.gguf`
     * The five largest:
       `qjax inspect llama-gptq --json | jq '.matrices | sort_by(-.bytes) | .[:5]'`
     * A picture of a mixed model: `qjax inspect llama-exl2 --plot bits.png`
@@ -116,7 +117,7 @@ def _matrix_row(part: modules.Matrix, qt: QTensor) -> Row:
         format=part.dialect,
         bits=qt.bits,
         group_size=sizes[0] if len(sizes) == 1 else sizes,
-        bits_per_weight=8 * part.nbytes / (qt.k * qt.n),
+        bits_per_weight=8 * part.nbytes / math.prod(qt.shape),
         bytes=part.nbytes,
     )
 

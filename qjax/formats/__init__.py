@@ -11,7 +11,8 @@ A format module has a `Layout` or two. Those of `FORMATS`, which checkpoints nam
 * ``from_tensors(tensors, config)``, where `exl2`, `fp8`, `mbwq` and `mxfp4` can do
   without the configuration, and ``to_tensors(qt, ...)``.
 
-No checkpoint names the others, and what their tensors do not say comes from elsewhere:
+Each tensor of a `gguf` file says what it is, and no directory names that format. No
+checkpoint names the others, and what their tensors do not say comes from elsewhere:
 
 * `tinygemm` reads with the ``Config`` that `torchao` makes of a file's header,
 * ``awq_v2.from_tensors(tensors, group_size)`` is given that by `awq`,
@@ -31,6 +32,7 @@ from qjax.formats import (
     exl2,
     flexgen,
     fp8,
+    gguf,
     gptq,
     hqq,
     mbwq,
@@ -50,6 +52,7 @@ __all__ = [
     "exl2",
     "flexgen",
     "fp8",
+    "gguf",
     "gptq",
     "hqq",
     "mbwq",
@@ -74,5 +77,6 @@ FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
         "mpq": mpq,
         "mxfp4": mxfp4,
         "fp8": fp8,
+        "gguf": gguf,
     }
 )

@@ -25,7 +25,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from qjax import formats, tensor
-from qjax.formats import bnb, compressed_tensors_floats, exl2, mpq, tiles
+from qjax.formats import bnb, compressed_tensors_floats, exl2, gguf, mpq, tiles
 from qjax.formats.checks import FLOATS
 from qjax.sharding import joined
 from qjax.tensor import (
@@ -423,6 +423,26 @@ def _bnb_absmax(name: str, arrays: Mapping[str, Array], entries: _Entries) -> En
     return bnb.Absmax(absmax=arrays["absmax"], nested=bnb.Nested(**leaves), **fields)
 
 
+def _gguf_scale(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
+    flag = f"{name}.negative"
+    negative = entries.has(flag) and entries.integer(flag, 1, 1) == 1
+    factor, step = (
+        arrays[key].shape if key in arrays else () for key in ("factor", "step")
+    )
+    blocks = step[-2:-1] or (1,)
+    expected = {
+        "factor": ((jnp.int8,), factor),
+        "step": ((jnp.float16,), (*factor[:-2], *blocks, *factor[-1:])),
+    }
+    _leaves(name, arrays, expected)
+    if len(factor) < 2 or 0 in blocks or factor[-2] % blocks[0]:
+        raise ValueError(
+            f"arrays['{name}.step'] of {blocks} blocks must have a divisor of the "
+            f"groups of arrays['{name}.factor'], whose shape is {factor}."
+        )
+    return gguf.Scale(negative=negative, **arrays)
+
+
 # Of encodings with several arrays, which must fit together.
 _BUILDERS: Mapping[type, Callable[[str, Mapping[str, Array], _Entries], Encoded]] = (
     types.MappingProxyType(
@@ -431,6 +451,7 @@ _BUILDERS: Mapping[type, Callable[[str, Mapping[str, Array], _Entries], Encoded]
             mpq.DoubleQuantized: _mpq_numbers,
             bnb.Absmax: _bnb_absmax,
             compressed_tensors_floats.OverGlobal: _over_global,
+            gguf.Scale: _gguf_scale,
         }
     )
 )

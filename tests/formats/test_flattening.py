@@ -20,6 +20,7 @@ from qjax.formats import (
     compressed_tensors_floats,
     exl2,
     flattening,
+    gguf,
     gptq,
     mpq,
 )
@@ -42,6 +43,7 @@ LAYOUTS = {
     "fp8.Bytes": {},
     "torchao.Bytes": {},
     "mxfp4.Blocks": {},
+    "gguf.Planes": {"block": 32, "run": 16},
     "tiles.Tiles": {},
 }
 
@@ -123,6 +125,13 @@ def nvfp4_scale() -> compressed_tensors_floats.OverGlobal:
     return compressed_tensors_floats.OverGlobal(local=local, whole=jnp.float32(3))
 
 
+def gguf_matrix() -> qjax.QTensor:
+    """Q2_K, whose scales and minima are encoded."""
+    blocks = np.random.default_rng(0).integers(0, 256, (32, 1, 84), dtype=np.uint8)
+    blocks[..., 80:] = np.float16([0.5, 2]).view(np.uint8)
+    return gguf.from_tensors({"weight": blocks}, gguf.Config(type="Q2_K"))
+
+
 CASES = {
     "float": lambda: float_matrix(jnp.ones((2, 1)), 8),
     "nvfp4": lambda: float_matrix(nvfp4_scale()),
@@ -131,6 +140,7 @@ CASES = {
     "stack": lambda: qjax.quantize(jnp.ones((2, 3, 64, 32)), 4, 32),
     "exl2": lambda: exl2_matrix(exl2_scale()),
     "mpq": mpq_matrix,
+    "gguf": gguf_matrix,
     "bnb": lambda: bnb_matrix(False),
     "bnb, double": lambda: bnb_matrix(True),
 } | {
@@ -195,9 +205,9 @@ def test_all_layouts_and_encodings_have_a_name():
     assert inside(tensor.Layout, flattening.LAYOUTS) == LAYOUTS.keys()
     encodings = inside(tensor.Encoded, flattening.ENCODINGS)
     # Encodings of one array need no check of their own.
-    checked = {"exl2.Scale", "mpq.DoubleQuantized", "bnb.Absmax"}
-    checked |= {"compressed_tensors_floats.OverGlobal"}
-    assert encodings - checked == {"mxfp4.E8M0"}
+    several = {"exl2.Scale", "mpq.DoubleQuantized", "bnb.Absmax", "gguf.Scale"}
+    several |= {"compressed_tensors_floats.OverGlobal"}
+    assert encodings - several == {"mxfp4.E8M0"}
 
 
 def test_through_a_safetensors_file(tmp_path):
@@ -317,6 +327,18 @@ SCALES = {
             ("index", np.full((2, 2, 16), 16, np.uint8), "must lie in 0 to 15"),
             ("zero", f16(1, 2, 1), "must be float16 or bfloat16 or float32[2, 2, 1]"),
             ("step", np.ones((2, 2, 1), np.int8), "arrays['scale.step']=int8[2, 2, 1]"),
+        ],
+    ),
+    "gguf": (
+        gguf_matrix,
+        [
+            ("factor", np.zeros((16, 32), np.uint8), "=uint8[16, 32] must be int8"),
+            ("factor", np.zeros(32, np.int8), "'scale.factor'], whose shape is (32,)"),
+            ("step", f16(1, 16), "=float16[1, 16] must be float16[1, 32]"),
+            ("step", f16(0, 32), "(0,) blocks must have a divisor of the groups"),
+            ("step", f16(3, 32), "(3,) blocks must have a divisor of the groups"),
+            ("step", f16(32), "=float16[32] must be float16[1, 32]"),
+            ("negative", 2, "['scale.negative']=2 must be an integer from 1 to 1"),
         ],
     ),
     "bnb": (

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from qjax.formats import awq, awq_v2, bnb, fp8, gptq, mxfp4, tiles, tinygemm
+from qjax.formats import awq, awq_v2, bnb, fp8, gguf, gptq, mxfp4, tiles, tinygemm
 from qjax.formats import compressed_tensors as ct
 from qjax.formats.compressed_tensors_floats import Nibbles
 from qjax.pallas.relayout import relayout
@@ -18,6 +18,8 @@ FOUR_BITS = [
     awq.Gemv(),
     awq_v2.Interleaved(),
     bnb.Flat(K),
+    gguf.Planes(256, 32),
+    gguf.Planes(32, 16),
     mxfp4.Blocks(),
     Nibbles(),
     tinygemm.TensorCoreTiled(2),
@@ -39,6 +41,10 @@ def pairs(layouts):
 PAIRS = [(4, *pair) for pair in pairs(FOUR_BITS)]
 PAIRS += [(bits, *pair) for bits in (1, 2, 8) for pair in pairs(ANY_BITS)]
 PAIRS += [(8, *pair) for pair in pairs([tiles.Tiles(), fp8.Bytes()])]
+PAIRS += [
+    (2, gguf.Planes(256, 32), tiles.Tiles()),
+    (8, gguf.Planes(32, 32), gptq.Stream()),
+]
 
 
 def codes(k, n, bits):

@@ -1,0 +1,203 @@
+"""What a GGUF file says in the terms of a Hugging Face directory.
+
+The metadata become a config.json, and tensors get the names that `model.Decoder` asks
+for. llama.cpp's converter also moves the rows of two matrices of Llama: channels that
+rotate together are neighbours there, and here half a head apart.
+"""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Sharding
+
+import qjax
+
+# Architectures, which Mistral shares with Llama, and whether rows were moved.
+ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a model is one file, not a directory."""
+    return Path(path).suffix == ".gguf"
+
+
+def read_config(path: Path) -> Mapping[str, Any]:
+    """Reads config.json of a directory, or says the same of a GGUF file.
+
+    Raises:
+      ValueError: If the model of the file is none that the decoder can run.
+    """
+    if not is_gguf(path):
+        return qjax.checkpoints.read_config(path)
+    try:
+        return config_of(qjax.checkpoints.read_metadata(path))
+    except KeyError as error:
+        raise ValueError(f"{path}: the metadata lack {error}.") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a model with these metadata."""
+    kind = metadata["general.architecture"]
+    if kind not in ARCHITECTURES:
+        raise ValueError(
+            f"general.architecture={kind!r} must be one of {[*ARCHITECTURES]}."
+        )
+    own = {
+        key.removeprefix(f"{kind}."): value
+        for key, value in metadata.items()
+        if key.startswith(f"{kind}.")
+    }
+    hidden, heads = own["embedding_length"], own["attention.head_count"]
+    kv_heads = own.get("attention.head_count_kv", heads)
+    for name, count in (("head_count", heads), ("head_count_kv", kv_heads)):
+        if type(count) is not int or count < 1:
+            raise ValueError(
+                f"{kind}.attention.{name}={count!r} must be one number, for all layers."
+            )
+    head_dim = own.get("attention.key_length", hidden // heads)
+    scaling = own.get("rope.scaling.type", "none")
+    # What the decoder does not do, and the one value at which that makes no difference.
+    wanted = {
+        "attention.value_length": head_dim,
+        "rope.dimension_count": head_dim,
+        "attention.sliding_window": 0,
+        "expert_count": 0,
+    }
+    for key, value in wanted.items():
+        if own.get(key, value) != value:
+            raise ValueError(f"{kind}.{key}={own[key]} is not supported, but {value}.")
+    if scaling not in ("none", "linear"):
+        raise ValueError(f"{kind}.rope.scaling.type={scaling!r} is not supported.")
+    rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
+    if scaling == "linear":
+        rope |= {"rope_type": "linear", "factor": own["rope.scaling.factor"]}
+    tokens = metadata.get("tokenizer.ggml.tokens", ())
+    stops = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
+    return {
+        "model_type": kind,
+        "vocab_size": own.get("vocab_size", len(tokens)),
+        "hidden_size": hidden,
+        "num_hidden_layers": own["block_count"],
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": own["context_length"],
+        "rms_norm_eps": own["attention.layer_norm_rms_epsilon"],
+        "rope_parameters": rope,
+        "eos_token_id": [stop for stop in stops if stop is not None],
+    }
+
+
+def read_tensors(path: Path, sharding: Any = None) -> dict[str, Any]:
+    """Reads the weights of a directory, or those of a GGUF file as it has them.
+
+    Args:
+      path: Either.
+      sharding: As in `qjax.checkpoints.load`, by the names of a directory.
+
+    Returns:
+      Matrices and arrays by the names of a directory. "rope_freqs.weight", by which
+      Llama 3 divides its frequencies, and whatever else has no name there, keep theirs.
+    """
+    if not is_gguf(path):
+        return qjax.checkpoints.load(path, sharding=sharding)
+    config = read_config(path)
+    moved = {
+        "self_attn.q_proj": config["num_attention_heads"],
+        "self_attn.k_proj": config["num_key_value_heads"],
+    }
+    where = None if sharding is None else lambda name: sharding(renamed(name))
+    tensors = {}
+    for name, weight in qjax.checkpoints.stream(path, sharding=where):
+        new = renamed(name)
+        tensors[new] = weight
+        for part, heads in moved.items():
+            if part in new and ARCHITECTURES[config["model_type"]]:
+                tensors[new] = columns_back(weight, heads)
+    return tensors
+
+
+def renamed(name: str) -> str:
+    """The name that a directory has for a tensor of a GGUF file."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)((?:\.weight|\.bias)?)", name)
+    if match is None or match[2] not in NAMES:
+        return name
+    layer = "" if match[1] is None else f"model.layers.{match[1]}."
+    return f"{layer}{NAMES[match[2]]}{match[3]}"
+
+
+def columns_back(weight: Any, heads: int) -> Any:
+    """Moves the outputs of a matrix, or a bias, back to where Llama has them.
+
+    Args:
+      weight: A `qjax.QTensor` ``[k, n]``, whose columns are the outputs, or an array
+        ``[n, ...]``.
+      heads: Number of heads, each of which is moved within itself.
+
+    Returns:
+      The same with the evens of each head before its odds; packed columns are moved,
+      and not unpacked.
+    """
+    packed = isinstance(weight, qjax.QTensor)
+    n = weight.n if packed else weight.shape[0]
+    index = np.arange(n).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
+    if not packed:
+        return _taken(weight, index, 0)
+    w = qjax.relayout(qjax.prepare(weight), qjax.formats.gptq.Stream())
+    moved = {
+        name: None if leaf is None else _taken(leaf, index, -1)
+        for name, leaf in (("scale", w.scale), ("zero", w.zero))
+    }
+    words = tuple(_taken(words, index, -1) for words in w.words)
+    return qjax.prepare(dataclasses.replace(w, words=words, **moved))
+
+
+def _taken(array: Array, index: np.ndarray, axis: int) -> Array:
+    """Gathers along an axis, and leaves the result where the array is."""
+    return _taking(axis, array.sharding)(array, index)
+
+
+@functools.cache
+def _taking(axis: int, where: Sharding) -> Callable[[Array, np.ndarray], Array]:
+    return jax.jit(functools.partial(jnp.take, axis=axis), out_shardings=where)
+
+
+def completed(config: Any, tensors: dict[str, Any]) -> Any:
+    """A `model.Config` with what only the tensors of a file say.
+
+    Args:
+      config: What the metadata say.
+      tensors: As `read_tensors` gives them; "rope_freqs.weight" is taken out.
+    """
+    factors = np.asarray(tensors.pop("rope_freqs.weight", 1.0), np.float64)
+    return dataclasses.replace(
+        config,
+        frequencies=tuple((np.array(config.frequencies) / factors).tolist()),
+        tied=tensors.keys().isdisjoint(("lm_head", "lm_head.weight")),
+    )
