@@ -34,28 +34,30 @@ sys.path.insert(0, str(LLM))
 from evaluate import evaluate, read_ids  # noqa: E402  (found on the path just added)
 from generate import read_tokenizer  # noqa: E402
 from model import Config, Decoder  # noqa: E402
-from quantize import calibration, quantize  # noqa: E402
+from quantize import Recipe, calibration, clipped, quantize, rounded  # noqa: E402
 from weights import Weights  # noqa: E402
 
 KINDS = ((2, 64), (3, 64), (4, 128))
-NEEDS_GRAM = (awq.quantize, gptq.quantize)
+NEEDS_GRAM = (awq.quantize, gptq.quantize, rounded, clipped)
 
 
 class Method(NamedTuple):
-    """A quantizer and how it is called."""
+    """A quantizer and how it is called, and what finds factors that it folds before."""
 
     quantizer: Callable[..., qjax.QTensor]
     symmetric: bool = False
     options: Mapping[str, bool] = {}
+    factors: Callable[..., jax.Array] | None = None
 
-    def spec(self, bits: int, group_size: int) -> qjax.Spec:
-        return qjax.Spec(
+    def recipe(self, bits: int, group_size: int) -> Recipe:
+        spec = qjax.Spec(
             bits=bits,
             group_size=group_size,
             symmetric=self.symmetric,
             scale_dtype=jnp.float16,
             quantizer=functools.partial(self.quantizer, **self.options),
         )
+        return Recipe(spec=spec, factors=self.factors)
 
 
 METHODS = {
@@ -65,6 +67,10 @@ METHODS = {
     "clip": Method(clip.quantize),
     "awq": Method(awq.quantize),
     "awq, clip": Method(awq.quantize, options={"clip": True}),
+    "awq, folded": Method(rounded, factors=awq.factors),
+    "awq, folded, clip": Method(
+        clipped, factors=functools.partial(awq.factors, clip=True)
+    ),
     "gptq, symmetric": Method(gptq.quantize, symmetric=True),
     "gptq": Method(gptq.quantize),
     "gptq, act_order": Method(gptq.quantize, options={"act_order": True}),
@@ -82,13 +88,24 @@ def without_inputs(path: Path, spec: qjax.Spec) -> dict[str, Any]:
     return tensors
 
 
-def measure(path: Path, ids: np.ndarray, seen: np.ndarray, spec: qjax.Spec) -> Any:
+def with_inputs(path: Path, seen: np.ndarray, recipe: Recipe) -> dict[str, Any]:
+    """Quantizes the blocks of a model, each on what those before it make of ids."""
+    dense, blocks = qjax.checkpoints.load(path), {}
+    config = Config.from_json(qjax.checkpoints.read_config(path))
+    quantize(dense, config, seen, recipe, blocks)
+    tensors = {n: one for n, one in dense.items() if not n.startswith("model.layers.")}
+    for block in blocks.values():
+        tensors |= block
+    return tensors
+
+
+def measure(path: Path, ids: np.ndarray, seen: np.ndarray, recipe: Recipe) -> Any:
     """Nats per token, seconds of quantizing, and bits of a weight."""
     began = time.perf_counter()
-    if spec.quantizer.func in NEEDS_GRAM:
-        tensors = quantize(path, seen, spec)
+    if recipe.spec.quantizer.func in NEEDS_GRAM:
+        tensors = with_inputs(path, seen, recipe)
     else:
-        tensors = without_inputs(path, spec)
+        tensors = without_inputs(path, recipe.spec)
     jax.block_until_ready(tensors)
     seconds = time.perf_counter() - began
     packed = [one for one in tensors.values() if isinstance(one, qjax.QTensor)]
@@ -138,7 +155,7 @@ def main() -> None:
         cells = []
         for kind in KINDS:
             nats, seconds, bits = measure(
-                arguments.model, ids, seen, method.spec(*kind)
+                arguments.model, ids, seen, method.recipe(*kind)
             )
             cells.append(f"{nats:.4f} (+{nats - dense:.4f})")
             rows.append(

@@ -4,10 +4,10 @@ from qjax import checkpoints, formats, layers, quantizers, sharding, tensor, tra
 from qjax.formats.flattening import flatten, unflatten
 from qjax.layers.memory import memory_report
 from qjax.layers.replace import quantize_model
-from qjax.layers.rules import Spec
 from qjax.ops import dequantize, matmul, prepare, relayout
 from qjax.ragged import ragged_matmul
 from qjax.rtn import quantize
+from qjax.rules import Spec
 from qjax.sharding import partition_specs, shard
 from qjax.tensor import QTensor, codes, concatenate
 

@@ -117,14 +117,16 @@ class TestHelp:
             (
                 "quantize",
                 [
-                    *("--to", "gptq_p, awq, compressed-tensors, hqq", "--bits"),
+                    *("--to", "awq, compressed-tensors, hqq, fp8", "--bits"),
                     *("--group-size", "-1 for all", "--symmetric", "--asymmetric"),
-                    *("--method", *cli.Method, "--skip", "PATTERN", "--head"),
+                    *("--method", *cli.Method, "--rule", "PATTERN=BITS[,GROU"),
+                    *("--skip", "PATTERN", "--head"),
                     *("--overwrite", "--shard-gb", "nothing is written"),
                     "goes on after an interruption",
                     "qjax quantize llama llama-ct --to compressed-tensors",
                     "Embeddings, routers of a mixture",
                     "--skip '.*\\.self_attn\\..*'",
+                    "--rule '.*\\.(v_proj|down_proj)=3,32'",
                 ],
             ),
             ("verify", ["NaN and infinity", "exit code 1", "download it again"]),
@@ -432,6 +434,7 @@ class TestQuantize:
             (["--to=awq"], 4, 32, jnp.uint8),
             (["--to=compressed-tensors", "--group-size=-1", "--head"], 4, None, None),
             (["--to=hqq", "--method=hqq", "--bits=2"], 2, 32, jnp.float16),
+            (["--to=fp8"], 8, 32, None),
         ],
     )
     def test_options(self, tmp_path, source, options, bits, group, zeros):
@@ -455,6 +458,16 @@ class TestQuantize:
         assert "gptq, 1 matrices" in done.stdout
         assert f"{UP}.weight" in checkpoints.load(tmp_path / "x")
 
+    def test_rules_of_other_widths(self, tmp_path, source):
+        rules = ("--rule", f"(?=.*){UP}=8", "--rule=.*up.*=4,-1", "--rule=lm.*=2")
+        options = ("--to=gptq", "--bits=3", "--group-size=32", "--head", *rules)
+        succeeds("quantize", source, tmp_path / "x", *options)
+        weights = checkpoints.load(tmp_path / "x", prepare=False)
+        names = (UP, UP.replace(".0.", ".1."), "lm_head")
+        found = [weights[name].segments[0] for name in names]
+        kinds = [(segment.bits, segment.group_size) for segment in found]
+        assert kinds == [(8, 32), (4, None), (2, 32)]
+
     @pytest.mark.parametrize(
         ("options", "message"),
         [
@@ -468,8 +481,20 @@ class TestQuantize:
             (["--to=gptq", "--group-size=0"], "--group-size=0 must be positive, or -1"),
             (["--to=hqq", "--bits=5"], "--bits=5 would take the room of 8 in HQQ's wo"),
             (["--to=hqq", "--bits=6"], "take --bits 4 or 8"),
+            (
+                ["--to=fp8", "--method=clip"],
+                "--method=clip finds whole numbers; --to=f",
+            ),
+            (["--to=fp8", "--asymmetric"], "--to=fp8 is symmetric; leave out --asymme"),
+            (["--to=fp8", "--bits=4"], "--bits=4 must be one of 8 for --to fp8"),
             (["--to=gptq", "--skip=("], "--skip='(' is not a regular expression"),
             (["--to=gptq", "--skip=no"], "qjax: --skip='no' matches the whole path of"),
+            (["--to=gptq", "--rule=x"], "--rule='x' must be PATTERN=BITS or PATTERN=B"),
+            (["--to=gptq", "--rule=x=5"], "--rule='x=5': --bits=5 must be one of 2, 3"),
+            (["--to=gptq", "--rule=x=4,0"], "'x=4,0': --group-size=0 must be positive"),
+            (["--to=gptq", "--rule=x=4"], "--rule='x', which matches the whole path"),
+            (["--to=gptq", "--rule=(=4"], "--rule='(', which is no regular expressio"),
+            (["--to=gptq", "--rule=lm_head=4"], "and lm_head does without --head."),
         ],
     )
     def test_what_does_not_go_together(self, tmp_path, source, options, message):

@@ -1,5 +1,7 @@
 """The example decoder against references computed by other code, and its commands."""
 
+import contextlib
+import dataclasses
 import functools
 import inspect
 import json
@@ -7,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import chex
@@ -48,10 +51,16 @@ DIALECTS = [
 RANDOM = sorted(p.parent for p in (ROOT / "tests" / "reference").glob("*/config.json"))
 
 
+@contextlib.contextmanager
+def defaults():
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def jax_as_users_run_it():
     """Examples are written for JAX's defaults, not for the strict library."""
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+    with defaults():
         yield
 
 
@@ -411,12 +420,8 @@ def test_quantize_command(dense, tmp_path):
     assert done.exit_code == 0, done.stderr
     assert "21 matrices, 2.38 bits a weight" in done.stdout
     assert "2048 tokens to see" in done.stderr
-    rounded = functools.partial(
-        qjax.quantize, bits=2, group_size=64, scale_dtype=jnp.float16
-    )
-    qjax.checkpoints.quantize(
-        source, tmp_path / "rtn", format="gptq_v2", quantizer=rounded
-    )
+    rounded = qjax.Spec(bits=2, group_size=64, scale_dtype=jnp.float16)
+    qjax.checkpoints.quantize(source, tmp_path / "rtn", format="gptq_v2", rules=rounded)
     tokenizer = generate.read_tokenizer(tmp_path / "gptq")
     ids = evaluate.read_ids(ROOT / "examples" / "llm" / "evaluation.npz")[::4]
     found = {
@@ -435,6 +440,9 @@ def test_quantize_command(dense, tmp_path):
         (["--to", "gptq"], "--to gptq cannot store all zeros; gptq_v2 can."),
         (["--context", 100000], "do not fill a row of 100001"),
         (["--group-size", 96], "k=256 is no multiple of group_size=96"),
+        (["--method", "awq", "--bits", 3], "3 bits are not among (4,)"),
+        (["--method", "awq", "--act-order"], "--act-order is of --method gptq"),
+        (["--to", "awq", "--symmetric"], "--to awq is asymmetric; leave out --symm"),
         ([], "is there; pass --overwrite"),
     ],
 )
@@ -445,6 +453,208 @@ def test_quantize_refuses(dense, tmp_path, arguments, message):
     assert done.exit_code == 1
     assert message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+def with_all_heads(tensors, config):
+    """The same model with a head of keys and of values for each of queries."""
+    tensors = dict(tensors)
+    times = config.num_heads // config.num_kv_heads
+    for name in [n for n in tensors if "k_proj" in n or "v_proj" in n]:
+        heads = tensors[name].reshape(config.num_kv_heads, config.head_dim, -1)
+        shape = (config.num_heads * config.head_dim, *tensors[name].shape[1:])
+        tensors[name] = jnp.repeat(heads, times, axis=0).reshape(shape)
+    return tensors, dataclasses.replace(config, num_kv_heads=config.num_heads)
+
+
+def test_folding_leaves_a_block_as_it_is():
+    """Biases and a head of values for each of queries included."""
+    path, name = ROOT / "tests" / "reference" / "llama3_bias", "model.layers.0"
+    config = model.Config.from_json(qjax.checkpoints.read_config(path))
+    # In the dtype of the file, folding would round weights to it.
+    tensors = jax.tree.map(jnp.float32, qjax.checkpoints.load(path))
+    tensors, config = with_all_heads(tensors, config)
+    x = jax.random.normal(jax.random.key(0), (2, 8, config.hidden_size))
+    places = quantize.empty(config, x)
+    spread, outputs = jax.random.normal(jax.random.key(1), (256,)), []
+    for _ in range(2):
+        states = [x]
+        quantize.run(quantize.block(tensors, config, name, None), states, places)
+        outputs += states
+        recipe = quantize.Recipe(
+            spec=qjax.Spec(group_size=32),
+            factors=lambda ws, *_, **__: jnp.exp(spread[: len(ws[0])]),
+        )
+        for maker, matrices in quantize.junctions(config, name):
+            k = len(tensors[f"{matrices[0]}.weight"].T)
+            grams = dict.fromkeys(matrices, jnp.eye(k))
+            recipe.fold(tensors, maker, matrices, grams)
+            factor = jnp.exp(spread[:k])
+            chex.assert_trees_all_close(grams[matrices[-1]].diagonal(), 1 / factor**2)
+    assert {
+        f"{m}.weight" for _, ms in quantize.junctions(config, name) for m in ms
+    } == {n for n in tensors if n.startswith(name) and n.endswith("_proj.weight")}
+    # Float32 weights, each rounded twice at most.
+    before, after = outputs
+    chex.assert_trees_all_close(after, before, atol=1e-5 * float(jnp.abs(before).max()))
+
+
+QWEN2 = ROOT / "tests" / "reference" / "qwen2"
+
+
+def tiny(folder):
+    """Arguments that fit a small model, and ids for it to see."""
+    ids = np.random.default_rng(0).integers(0, 96, (8, 24))
+    np.save(folder / "ids.npy", ids)
+    return ["--text", folder / "ids.npy", "--group-size", 32, "--batch", 4]
+
+
+@pytest.fixture(scope="module")
+def awq(tmp_path_factory):
+    """What AWQ makes of a model of two small blocks, and the arguments that do."""
+    folder = tmp_path_factory.mktemp("awq")
+    options = [*tiny(folder), "--method", "awq"]
+    with defaults():
+        done = invoke(quantize.main, QWEN2, folder / "awq", *options)
+    assert done.exit_code == 0, done.stderr
+    assert "14 matrices, 4.75 bits a weight" in done.stdout
+    return folder / "awq", options
+
+
+def test_awq_ends_in_a_directory_that_needs_no_factors(awq):
+    path, _ = awq
+    entry = qjax.checkpoints.read_config(path)["quantization_config"]
+    assert (entry["quant_method"], entry["version"]) == ("awq", "gemm")
+    before, after = qjax.checkpoints.load(QWEN2), qjax.checkpoints.load(path)
+    packed = [w for w in after.values() if isinstance(w, qjax.QTensor)]
+    assert len(packed) == 14
+    assert all(w.input_scale is None for w in packed)
+    changed = {
+        name
+        for name, w in after.items()
+        if name in before and not np.array_equal(w, before[name])
+    }
+    # Two heads of queries share one of values, and so o_proj has no factors.
+    norms = ("input_layernorm", "post_attention_layernorm")
+    assert changed == {f"model.layers.{i}.{n}.weight" for i in (0, 1) for n in norms}
+    logits = np.load(QWEN2 / "reference.npz")["logits"]
+    found = forward(model.load(path), np.load(QWEN2 / "reference.npz")["ids"])
+    # Rounded without factors, it is 0.27 of random weights.
+    assert np.linalg.norm(found - logits) < 0.3 * np.linalg.norm(logits)
+
+
+def test_an_interrupted_call_goes_on(awq, tmp_path, monkeypatch):
+    whole, options = awq
+    made, keep = [], quantize.Written.__setitem__
+
+    def noted(blocks, i, tensors):
+        made.append(i)
+        if made == [0, 1]:
+            raise KeyboardInterrupt
+        keep(blocks, i, tensors)
+
+    monkeypatch.setattr(quantize.Written, "__setitem__", noted)
+    done = invoke(quantize.main, QWEN2, tmp_path / "new", *options)
+    assert done.exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == [".new.blocks"]
+    done = invoke(quantize.main, QWEN2, tmp_path / "new", *options)
+    assert done.exit_code == 0
+    assert "going on after 1 of 2 blocks" in done.stderr
+    assert made == [0, 1, 1]
+    for file in whole.iterdir():
+        assert (tmp_path / "new" / file.name).read_bytes() == file.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
+
+
+def test_blocks_of_another_job_are_not_gone_on_with(tmp_path):
+    tensors = {"a": qjax.quantize(jnp.ones((32, 32)), group_size=32)}
+    folder = tmp_path / "blocks"
+    quantize.Written(folder, "first", {}, "gptq_v2")[0] = tensors
+    assert 0 in quantize.Written(folder, "first", {}, "gptq_v2")
+    blocks = quantize.Written(folder, "second", {}, "gptq_v2")
+    assert 0 not in blocks
+    assert not folder.exists()
+    blocks[0] = tensors
+    assert 0 in quantize.Written(folder, "second", {}, "gptq_v2")
+    (folder / "job.json").unlink()
+    with pytest.raises(FileExistsError, match="holds no blocks of a model"):
+        quantize.Written(folder, "second", {}, "gptq_v2")
+
+
+def test_a_job_is_its_files_ids_and_options():
+    ids = np.arange(6).reshape(2, 3)
+    jobs = [
+        quantize.job_of(*given)
+        for given in (
+            (QWEN2, ids, {"bits": 4}),
+            (QWEN2, ids.astype(np.int16), {"bits": 4}),
+            (QWEN2, ids, {"bits": 3}),
+            (QWEN2, ids.reshape(3, 2), {"bits": 4}),
+            (QWEN2, ids + 1, {"bits": 4}),
+            (DATA / "llama_bf16", ids, {"bits": 4}),
+        )
+    ]
+    assert jobs[0] == jobs[1]
+    assert len(set(jobs)) == 5
+
+
+class Deep(Mapping):
+    """A model of two blocks, six blocks deep."""
+
+    def __init__(self, shallow):
+        self.shallow, self.names = shallow, {}
+        for name in shallow:
+            found = re.fullmatch(r"model\.layers\.([01])\.(.*)", name)
+            copies = range(int(found[1]), 6, 2) if found else ()
+            self.names |= {f"model.layers.{i}.{found[2]}": name for i in copies}
+            if not copies:
+                self.names[name] = name
+
+    def __getitem__(self, name):
+        return self.shallow[self.names[name]]
+
+    def __iter__(self):
+        return iter(self.names)
+
+    def __len__(self):
+        return len(self.names)
+
+
+def live():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_memory_holds_one_block_grams_and_the_hidden_states(tmp_path):
+    known = qjax.checkpoints.read_config(QWEN2)
+    config = model.Config.from_json(known)
+    dense = qjax.checkpoints.lazy(QWEN2)
+    first = {name: dense[name] for name in dense if "layers.0." in name}
+    block = sum(array.nbytes for array in first.values())
+    ks = [array.shape[1] for array in first.values() if array.ndim == 2]
+    ids = np.random.default_rng(0).integers(0, 96, (8, 24))
+    states = ids.size * config.hidden_size * 4
+    del first
+    at_matrices, at_blocks, before = [], [], live()
+
+    def noted(w, *codes, gram, **options):
+        at_matrices.append(live())
+        return quantize.rounded(w, *codes, gram=gram, **options)
+
+    class Noted(quantize.Written):
+        def __setitem__(self, i, tensors):
+            at_blocks.append(live())
+            super().__setitem__(i, tensors)
+
+    recipe = quantize.Recipe(spec=qjax.Spec(group_size=32, quantizer=noted))
+    blocks = Noted(tmp_path / "blocks", "", known, "gptq_v2")
+    deep = dataclasses.replace(config, num_layers=6, windows=config.windows * 3)
+    quantize.quantize(Deep(dense), deep, ids, recipe, blocks, 4)
+    # Beside them, the matrix that is quantized as JAX turns it, and an empty cache.
+    room = block + 4 * sum(k * k for k in ks) + states
+    assert max(at_matrices) - before < 1.25 * room
+    assert len(at_blocks) == 6
+    # The first block compiles, and leaves a few constants.
+    assert max(at_blocks[1:]) == min(at_blocks[1:])
+    assert max(at_blocks) - before < block + 1.25 * states
 
 
 def test_quantize_wants_the_dense_model(tmp_path):

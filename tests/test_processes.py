@@ -65,7 +65,7 @@ counted = read
 
 path, where = generate.SHIPPED, placements[0].weight
 plain, equal = qjax.checkpoints.load(path), []
-for name, weight in qjax.checkpoints.stream(path, sharding=where):
+for name, weight in qjax.checkpoints.lazy(path, sharding=where).items():
     leaves = zip(jax.tree.leaves(weight), jax.tree.leaves(plain[name]), strict=True)
     for found, wanted in leaves:
         equal += [

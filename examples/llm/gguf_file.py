@@ -134,7 +134,7 @@ def read_tensors(path: Path, sharding: Any = None) -> dict[str, Any]:
     }
     where = None if sharding is None else lambda name: sharding(renamed(name))
     tensors = {}
-    for name, weight in qjax.checkpoints.stream(path, sharding=where):
+    for name, weight in qjax.checkpoints.lazy(path, sharding=where).items():
         new = renamed(name)
         tensors[new] = weight
         for part, heads in moved.items():

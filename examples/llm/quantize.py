@@ -1,21 +1,28 @@
-"""Quantizes a language model by GPTQ, on text: ``python quantize.py --help``.
+"""Quantizes a language model by GPTQ or AWQ, on text: ``python quantize.py --help``.
 
 Block by block: the inputs of its layers are seen on the text, its matrices are
 quantized so that their outputs on such inputs change least, and the next block sees
-what the quantized one makes of the text. ``qjax quantize`` needs no text, and no model
-code; this costs more time and less of the model.
+what the quantized one makes of the text. Memory holds one block, grams of its inputs,
+and the hidden states of the text. Finished blocks are checkpoints of their own until
+all are there; an interrupted call goes on after the last of them, with hidden states
+that it computes anew. ``qjax quantize`` needs no text, and no model code; this costs
+more time and less of the model.
 """
 
 import dataclasses
 import enum
 import functools
+import hashlib
+import itertools
+import json
 import math
+import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -31,87 +38,115 @@ from rich.progress import track
 from weights import Weights
 
 import qjax
-from qjax.quantizers import gptq
+from qjax.quantizers import awq, clip, gptq
 
 # What a directory holds beside the model, and a quantized one as well.
 BESIDE = ("*token*", "*.jinja", "vocab.*", "merges.txt", "generation_config.json")
 
-Format = enum.StrEnum("Format", ["gptq", "gptq_v2", "gptq_p", "compressed-tensors"])
+Tensors = dict[str, Any]
+Format = enum.StrEnum(
+    "Format", ["gptq", "gptq_v2", "gptq_p", "awq", "compressed-tensors"]
+)
+Method = enum.StrEnum("Method", ["gptq", "awq"])
+
+
+class Blocks(Protocol):
+    """Where the tensors of quantized blocks are, by index: a dictionary will do."""
+
+    def __contains__(self, i: int) -> bool: ...
+    def __getitem__(self, i: int) -> Mapping[str, Any]: ...
+    def __setitem__(self, i: int, tensors: Tensors) -> None: ...
 
 
 def quantize(
-    path: Path, ids: np.ndarray, spec: qjax.Spec, batch: int = 8
-) -> dict[str, Any]:
+    dense: Mapping[str, Any],
+    config: Config,
+    ids: np.ndarray,
+    recipe: "Recipe",
+    blocks: Blocks,
+    batch: int = 8,
+) -> None:
     """Quantizes the linear layers of all blocks of a dense model.
 
     Args:
-      path: Its directory.
+      dense: Its tensors, as `qjax.checkpoints.lazy` returns them.
+      config: Its configuration.
       ids: Integer token ids ``[sequences, t]``, such as the model will see.
-      spec: Width, groups, and a quantizer that takes a gram.
+      recipe: How.
+      blocks: Where blocks go. Those that are there already are taken as they are.
       batch: Sequences computed at a time.
-
-    Returns:
-      Its tensors, as `qjax.checkpoints.load` returns them.
 
     Raises:
       ValueError: If the model is quantized already, or cannot be so.
     """
-    tensors = qjax.checkpoints.load(path)
-    if any(isinstance(tensor, qjax.QTensor) for tensor in tensors.values()):
-        raise ValueError(f"{path} is quantized already; pass the model it came from.")
-    config = Config.from_json(qjax.checkpoints.read_config(path))
     # Those that are left over when there are fewer than a batch would compile anew.
     batch = min(batch, len(ids))
     ids = ids[: len(ids) // batch * batch].reshape(-1, batch, ids.shape[1])
-    embedding = tensors["model.embed_tokens.weight"]
+    embedding = dense["model.embed_tokens.weight"]
     states = [jnp.take(embedding, some, axis=0).astype(jnp.float32) for some in ids]
-    blocks = list(enumerate(config.windows))
+    del embedding
+    places = empty(config, states[0])
+    ready = sum(i in blocks for i in range(config.num_layers))
+    if ready:
+        print(f"going on after {ready} of {config.num_layers} blocks", file=sys.stderr)
     console = Console(stderr=True)
     for i, window in track(
-        blocks, "blocks", console=console, disable=not console.is_terminal
+        list(enumerate(config.windows)),
+        "blocks",
+        console=console,
+        disable=not console.is_terminal,
     ):
         name = f"model.layers.{i}"
-        build = functools.partial(block, tensors, config, name, window)
-        inputs = [(x, *places(config, x)) for x in states]
-        for module, gram in grams_of(build(), name, spec, inputs):
-            tensors[module] = spec.quantize(
-                tensors.pop(f"{module}.weight").T, gram=gram
-            )
-        states = run(build(), inputs)
-    return tensors
+        if i not in blocks:
+            tensors = {n: dense[n] for n in dense if n.startswith(f"{name}.")}
+            if any(isinstance(one, qjax.QTensor) for one in tensors.values()):
+                raise ValueError(
+                    "the model is quantized already; pass the model it came from."
+                )
+            whole = block(tensors, config, name, window)
+            grams = grams_of(whole, name, recipe.spec, [(x, *places) for x in states])
+            del whole
+            blocks[i] = recipe.quantized(tensors, config, name, grams)
+            del tensors, grams
+        if any(later not in blocks for later in range(i + 1, config.num_layers)):
+            run(block(blocks[i], config, name, window), states, places)
 
 
 def block(
-    tensors: dict[str, Any], config: Config, name: str, window: int | None
+    tensors: Mapping[str, Any], config: Config, name: str, window: int | None
 ) -> Block:
     """A block over tensors of which it leaves all where they are."""
     return Block(Weights(dict(tensors), config, jnp.float32), name, window)
 
 
-def places(config: Config, x: Array) -> tuple[Array, ...]:
+def empty(config: Config, x: Array) -> tuple[Array, ...]:
     """An empty cache for one layer, and where sequences begin."""
+    config = dataclasses.replace(config, num_layers=1)
     one = Cache.empty(config, len(x), x.shape[1], x.dtype)
     return one.keys[0], one.values[0], one.length, one.first
 
 
 def grams_of(
     block: Block, name: str, spec: qjax.Spec, inputs: list[tuple]
-) -> Iterator[tuple[str, Array]]:
+) -> dict[str, Array]:
     """Grams of the inputs of the layers of a block whose others are rounded.
 
-    Yields:
-      The path of each layer in the checkpoint, and its gram.
+    Returns:
+      The gram of each layer, by its path in the checkpoint.
     """
     rounding = dataclasses.replace(spec, quantizer=None)
     rounded = qjax.quantize_model(block, rounding, *inputs[0], strict=True)
-    for path, gram in qjax.quantizers.grams(rounded, inputs).items():
-        yield f"{name}.{path.removesuffix('/weight').replace('/', '.')}", gram
+    return {
+        f"{name}.{path.removesuffix('/weight').replace('/', '.')}": gram
+        for path, gram in qjax.quantizers.grams(rounded, inputs).items()
+    }
 
 
-def run(block: Block, inputs: list[tuple]) -> list[Array]:
-    """The hidden states that a block makes of others."""
+def run(block: Block, states: list[Array], places: tuple[Array, ...]) -> None:
+    """Puts the hidden states that a block makes in the place of its inputs."""
     graph, state = nnx.split(block)
-    return [forward(graph, state, *some) for some in inputs]
+    for i, x in enumerate(states):
+        states[i] = forward(graph, state, x, *places)
 
 
 # Blocks differ in their arrays alone, and compile once.
@@ -120,8 +155,131 @@ def forward(graph: Any, state: nnx.State, *inputs: Array) -> Array:
     return nnx.merge(graph, state)(*inputs)[0]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How blocks are quantized.
+
+    Attributes:
+      spec: Width, groups, and a quantizer that takes a gram.
+      factors: Finds AWQ's, as `awq.factors` does, to be moved into the norm or the
+        matrix before; None moves nothing.
+    """
+
+    spec: qjax.Spec
+    factors: Callable[..., Array] | None = None
+
+    def quantized(
+        self, tensors: Tensors, config: Config, name: str, grams: dict[str, Array]
+    ) -> Tensors:
+        """The tensors of a block with its matrices quantized, of those of a dense one.
+
+        Both dictionaries are used up: memory holds each matrix once.
+        """
+        if self.factors is not None:
+            for maker, matrices in junctions(config, name):
+                self.fold(tensors, maker, matrices, grams)
+        for module in list(grams):
+            w = tensors.pop(f"{module}.weight").T
+            tensors[module] = self.spec.quantize(w, gram=grams.pop(module))
+        return tensors
+
+    def fold(
+        self, tensors: Tensors, maker: str, matrices: list[str], grams: dict[str, Array]
+    ) -> None:
+        """Moves the factors of matrices into what makes their inputs."""
+        before = [n for n in (f"{maker}.weight", f"{maker}.bias") if n in tensors]
+        after = [f"{matrix}.weight" for matrix in matrices]
+        smaller, larger = ([tensors[n].T for n in part] for part in (before, after))
+        spec, gram = self.spec, grams[matrices[0]]
+        codes = spec.bits, spec.group_size, spec.symmetric
+        factor = self.factors(larger, *codes, gram=gram, scale_dtype=spec.scale_dtype)
+        made = itertools.chain(*awq.fold(factor, smaller, larger))
+        for name, array in zip(before + after, made, strict=True):
+            tensors[name] = array.T
+        for matrix in matrices:
+            grams[matrix] = gram / jnp.outer(factor, factor)
+
+
+def junctions(config: Config, name: str) -> Iterator[tuple[str, list[str]]]:
+    """What in a block makes the inputs of which matrices, and of no others."""
+    attention, mlp = f"{name}.self_attn", f"{name}.mlp"
+    yield f"{name}.input_layernorm", [f"{attention}.{one}_proj" for one in "qkv"]
+    # Several heads of queries may share one of values, but not its factors.
+    if config.num_heads == config.num_kv_heads:
+        yield f"{attention}.v_proj", [f"{attention}.o_proj"]
+    yield (
+        f"{name}.post_attention_layernorm",
+        [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
+    )
+    yield f"{mlp}.up_proj", [f"{mlp}.down_proj"]
+
+
+def rounded(w: Array, *codes: Any, gram: Array, **options: Any) -> qjax.QTensor:
+    """Rounds to nearest, whatever the inputs are."""
+    return qjax.quantize(w, *codes, **options)
+
+
+def clipped(w: Array, *codes: Any, gram: Array, **options: Any) -> qjax.QTensor:
+    """Searches the range of each group, with large inputs counting for more."""
+    return clip.quantize(w, *codes, importance=gram.diagonal(), **options)
+
+
+class Written:
+    """Blocks as checkpoints of their own in a folder, each there as a whole or not.
+
+    The folder also says of what job they are; those of another are deleted.
+    """
+
+    def __init__(self, folder: Path, job: str, config: Mapping[str, Any], to: str):
+        self.folder, self.job, self.config, self.to = folder, job, config, to
+        note = folder / "job.json"
+        if not folder.exists() or (note.is_file() and note.read_text() == job):
+            return
+        # What a typing error names should survive.
+        if not note.is_file() and any(folder.iterdir()):
+            raise FileExistsError(f"{folder} holds no blocks of a model; move it away.")
+        shutil.rmtree(folder)
+
+    def path(self, i: int) -> Path:
+        return self.folder / str(i)
+
+    def __contains__(self, i: int) -> bool:
+        return self.path(i).is_dir()
+
+    def __getitem__(self, i: int) -> Mapping[str, Any]:
+        return qjax.checkpoints.load(self.path(i))
+
+    def __setitem__(self, i: int, tensors: Tensors) -> None:
+        if not self.folder.is_dir():
+            self.folder.mkdir()
+            (self.folder / "job.json").write_text(self.job)
+        qjax.checkpoints.save(self.path(i), tensors, self.config, format=self.to)
+
+
+class Assembled(Mapping[str, Any]):
+    """A whole model: the blocks that are written, and the rest of the dense one."""
+
+    def __init__(self, dense: Mapping[str, Any], blocks: Written, count: int):
+        lazy = functools.partial(qjax.checkpoints.lazy, prepare=False)
+        parts = [lazy(blocks.path(i)) for i in range(count)]
+        self.places = {name: part for part in parts for name in part}
+        layers = tuple(f"model.layers.{i}." for i in range(count))
+        self.places |= {n: dense for n in dense if not n.startswith(layers)}
+
+    def __getitem__(self, name: str) -> Any:
+        return self.places[name][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
 def check_format(to: Format, spec: qjax.Spec) -> None:
     """Raises a ValueError now where `save` would in an hour."""
+    if to is Format.awq and spec.symmetric:
+        raise ValueError("--to awq is asymmetric; leave out --symmetric.")
     if to is Format.gptq and not spec.symmetric:
         raise ValueError("--to gptq cannot store all zeros; gptq_v2 can.")
     w = jnp.ones((math.lcm(32, spec.group_size or 1), 32), jnp.bfloat16)
@@ -146,6 +304,38 @@ def calibration(sources: list[Path], path: Path, context: int, rows: int) -> np.
     return ids[np.linspace(0, len(ids) - 1, min(rows, len(ids))).round().astype(int)]
 
 
+def recipe_of(method: Method, *, act_order: bool, clip: bool, **codes: Any) -> Recipe:
+    """What the options ask for; a ValueError if they do not go together."""
+    if method is Method.gptq:
+        how = functools.partial(gptq.quantize, act_order=act_order, clip=clip)
+        return Recipe(spec=qjax.Spec(**codes, quantizer=how))
+    if act_order:
+        raise ValueError("--act-order is of --method gptq; leave it out.")
+    return Recipe(
+        spec=qjax.Spec(**codes, quantizer=clipped if clip else rounded),
+        factors=functools.partial(awq.factors, clip=clip),
+    )
+
+
+def job_of(source: Path, ids: np.ndarray, options: Mapping[str, Any]) -> str:
+    """Says all that blocks depend on."""
+    files = sorted(file for file in source.iterdir() if file.is_file())
+    stats = {file.name: file.stat() for file in files}
+    return json.dumps(
+        {
+            "source": os.path.realpath(source),
+            "files": {
+                name: (one.st_size, one.st_mtime_ns) for name, one in stats.items()
+            },
+            "ids": [
+                ids.shape,
+                hashlib.sha256(ids.astype(np.int64).tobytes()).hexdigest(),
+            ],
+            "options": options,
+        }
+    )
+
+
 def main(
     source: Annotated[Path, typer.Argument(help="Directory of a dense model.")],
     target: Annotated[Path, typer.Argument(help="Directory to make.")],
@@ -153,7 +343,20 @@ def main(
         list[Path],
         typer.Option(help="Text such as the model will see, or ids; may be repeated."),
     ],
-    to: Annotated[Format, typer.Option(help="Format to write.")] = Format.gptq_v2,
+    method: Annotated[
+        Method,
+        typer.Option(
+            help="GPTQ; or AWQ, whose factors go into norms and matrices, so that any "
+            "program reads what it writes."
+        ),
+    ] = Method.gptq,
+    to: Annotated[
+        Format | None,
+        typer.Option(
+            show_default=False,
+            help="Format to write. [default: gptq_v2, or awq for --method awq]",
+        ),
+    ] = None,
     bits: Annotated[int, typer.Option(min=2, max=8, help="Width of a code.")] = 4,
     group_size: Annotated[
         int, typer.Option(help="Rows that share a scale; -1 for all of a column.")
@@ -162,7 +365,10 @@ def main(
         bool, typer.Option(help="Whether no zeros are stored.")
     ] = False,
     act_order: Annotated[
-        bool, typer.Option(help="Rows of large inputs first: less loss, some speed.")
+        bool,
+        typer.Option(
+            help="Rows of large inputs first, for GPTQ: less loss, some speed."
+        ),
     ] = False,
     clip: Annotated[
         bool, typer.Option(help="Search ranges, too: pays at 2 bits.")
@@ -174,37 +380,58 @@ def main(
 ) -> None:
     """Writes TARGET: SOURCE with the matrices of its blocks quantized.
 
+    Memory holds a block at a time. TARGET appears when it is complete; until then,
+    finished blocks are in .TARGET.blocks, and the same command goes on after them.
+
     Example: python quantize.py llama llama-2bit --text book.txt --bits 2 --clip
     """
     try:
-        spec = qjax.Spec(
-            bits=bits,
-            group_size=None if group_size == -1 else group_size,
-            symmetric=symmetric,
+        to = to or (Format.awq if method is Method.awq else Format.gptq_v2)
+        options = {
+            "bits": bits,
+            "group_size": None if group_size == -1 else group_size,
+            "symmetric": symmetric,
             # compressed-tensors has scales of the weights' own dtype.
-            scale_dtype=jnp.float16 if to.value.startswith("gptq") else None,
-            quantizer=functools.partial(gptq.quantize, act_order=act_order, clip=clip),
-        )
-        check_format(to, spec)
+            "scale_dtype": None if to.value == "compressed-tensors" else "float16",
+            "act_order": act_order,
+            "clip": clip,
+        }
+        recipe = recipe_of(method, **options)
+        check_format(to, recipe.spec)
         if target.exists() and not overwrite:
             raise FileExistsError(f"{target} is there; pass --overwrite to replace it.")
+        dense = qjax.checkpoints.lazy(source)
         ids = calibration(text, source, context, rows)
         print(f"{ids.size} tokens to see", file=sys.stderr)
-        tensors = quantize(source, ids, spec, batch)
-        config = qjax.checkpoints.read_config(source)
+        known = qjax.checkpoints.read_config(source)
+        config = Config.from_json(known)
+        options |= {"method": method.value, "to": to.value, "batch": batch}
+        folder = target.with_name(f".{target.name}.blocks")
+        blocks = Written(folder, job_of(source, ids, options), known, to.value)
+        quantize(dense, config, ids, recipe, blocks, batch)
+        whole = Assembled(dense, blocks, config.num_layers)
         qjax.checkpoints.save(
-            target, tensors, config, format=to.value, overwrite=overwrite
+            target, whole, known, format=to.value, overwrite=overwrite
         )
         for pattern in BESIDE:
             for file in source.glob(pattern):
                 shutil.copy(file, target)
+        print(f"{target}: {summary(blocks, config.num_layers)}")
+        shutil.rmtree(folder)
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    packed = [one for one in tensors.values() if isinstance(one, qjax.QTensor)]
-    size = sum(one.nbytes for one in packed)
-    weights = sum(one.k * one.n for one in packed)
-    print(f"{target}: {len(packed)} matrices, {8 * size / weights:.2f} bits a weight")
+
+
+def summary(blocks: Written, count: int) -> str:
+    """How many matrices there are in some blocks, and of how many bits."""
+    matrices = size = weights = 0
+    for i in range(count):
+        for one in blocks[i].values():
+            if isinstance(one, qjax.QTensor):
+                matrices, size = matrices + 1, size + one.nbytes
+                weights += one.k * one.n
+    return f"{matrices} matrices, {8 * size / weights:.2f} bits a weight"
 
 
 if __name__ == "__main__":

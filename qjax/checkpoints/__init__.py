@@ -1,7 +1,7 @@
 """Checkpoints: directories of safetensors and JSON files, and GGUF files.
 
 `load` reads one, dense or quantized in a format of `qjax.formats.FORMATS`, without
-PyTorch and without pickles; `stream` reads it weight by weight. `save` writes a
+PyTorch and without pickles; `lazy` reads a weight when it is asked for. `save` writes a
 directory as Hugging Face hosts them, `quantize` makes a quantized one of a dense one,
 and `convert` moves one to another format without requantizing. A checkpoint is data
 from elsewhere: all of its headers are checked against each other and against the format
@@ -27,12 +27,12 @@ from qjax.tensor import QTensor
 
 __all__ = [
     "convert",
+    "lazy",
     "load",
     "quantize",
     "read_config",
     "read_metadata",
     "save",
-    "stream",
     "verify",
 ]
 
@@ -104,22 +104,23 @@ def load(
       >>> words.shape, [shard.data.shape for shard in words.addressable_shards]
       ((32, 640), [(32, 320), (32, 320)])
     """
-    parts = modules.open_parts(path)
+    found = _Lazy(modules.open_parts(path), prepare, sharding)
     weights: dict[str, QTensor | Array] = {}
-    with progress.bar(sum(part.nbytes for part in parts.values())) as advance:
-        for name, weight in _read(parts, prepare, sharding):
+    total = sum(part.nbytes for part in found.parts.values())
+    with progress.bar(total) as advance:
+        for name, weight in found.items():
             weights[name] = weight
-            advance(parts[name].nbytes)
+            advance(found.parts[name].nbytes)
     return weights
 
 
-def stream(
+def lazy(
     path: str | os.PathLike[str],
     *,
     prepare: bool = True,
     sharding: Sharding | None = None,
-) -> Iterator[tuple[str, QTensor | Array]]:
-    """Reads the weights of a checkpoint one after another.
+) -> Mapping[str, QTensor | Array]:
+    """Opens a checkpoint, and reads each weight when it is asked for.
 
     For models that do not fit in memory, or of which only a part is wanted. All headers
     are checked before this returns.
@@ -130,31 +131,49 @@ def stream(
       sharding: As in `load`.
 
     Returns:
-      An iterator over the names and weights of `load`, each read when it is asked for.
+      The names and weights of `load`, of which nothing is kept: ``weights[name]`` reads
+      anew, and ``weights.items()`` one after another.
 
     Raises:
       FileNotFoundError: As `load`.
       ValueError: As `load`; for values that are not sound when they are reached.
 
     Example:
-      >>> weights = stream("examples/llm/checkpoint", prepare=False)
-      >>> len([name for name, _ in weights])
-      30
+      >>> weights = lazy("examples/llm/checkpoint", prepare=False)
+      >>> len(weights), weights["model.norm.weight"].shape
+      (30, (256,))
     """
-    return _read(modules.open_parts(path), prepare, sharding)
+    return _Lazy(modules.open_parts(path), prepare, sharding)
 
 
-def _read(
-    parts: Mapping[str, modules.Matrix | shards.Stored],
-    prepare: bool,
-    sharding: Sharding | None,
-) -> Iterator[tuple[str, QTensor | Array]]:
-    for name, part in parts.items():
-        if sharding is not None:
-            weight = cutting.read(name, part, sharding(name), prepare)
+class _Lazy(Mapping[str, QTensor | Array]):
+    """Weights that are read when they are asked for."""
+
+    def __init__(
+        self,
+        parts: Mapping[str, modules.Matrix | shards.Stored],
+        prepare: bool,
+        sharding: Sharding | None,
+    ):
+        self.parts, self._prepare, self._sharding = parts, prepare, sharding
+
+    def __getitem__(self, name: str) -> QTensor | Array:
+        part = self.parts[name]
+        if self._sharding is not None:
+            weight = cutting.read(name, part, self._sharding(name), self._prepare)
         else:
             weight = jax.device_put(part.read())
-            weight = ops.prepare(weight) if prepare else weight
+            weight = ops.prepare(weight) if self._prepare else weight
         # JAX works in the background: without waiting, the next matrices would be read
         # while buffers of this one are still alive.
-        yield name, jax.block_until_ready(weight)
+        return jax.block_until_ready(weight)
+
+    def __contains__(self, name: object) -> bool:
+        # That of Mapping would read the weight.
+        return name in self.parts
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)

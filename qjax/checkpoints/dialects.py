@@ -32,6 +32,7 @@ class Dialect:
         modules with a dense matrix.
       widths: Bits that a code of a quantizer may have; none where the format has scales
         of its own.
+      quantizer: What rounds to its codes, where these are no whole numbers.
       scale_dtype: The dtype of scales that others who read these files expect; None for
         that of the dense weights.
       refusal: Says what the values of a matrix have against it, beyond `tensors`; of
@@ -42,6 +43,7 @@ class Dialect:
     tensors: Callable[[QTensor], Mapping[str, Any]]
     describe: Callable[[Matrices, Sequence[str]], dict[str, Any]]
     widths: Collection[int] = ()
+    quantizer: Callable[..., QTensor] | None = None
     scale_dtype: DTypeLike | None = None
     refusal: Callable[[QTensor], str | None] = lambda qt: None
     against: Callable[[Matrices, Sequence[str]], dict[str, str]] = lambda m, d: {}
@@ -355,9 +357,6 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             describe=_describe_compressed,
             widths=range(1, 9),
         ),
-        "fp8": Dialect(
-            tensors=fp8.to_tensors, describe=_describe_fp8, against=_against_fp8
-        ),
         "exl2": Dialect(
             tensors=exl2.to_tensors,
             describe=_describe_exl2,
@@ -369,6 +368,13 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             # Codes of 5 and 6 bits would take fields of 8.
             widths=FIELDS.keys() - {5, 6},
             against=_against_hqq,
+        ),
+        "fp8": Dialect(
+            tensors=fp8.to_tensors,
+            describe=_describe_fp8,
+            widths=(8,),
+            quantizer=fp8.quantize,
+            against=_against_fp8,
         ),
     }
 )

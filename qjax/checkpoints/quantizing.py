@@ -6,7 +6,7 @@ import inspect
 import os
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from qjax import tensor
+from qjax import rtn, tensor
+from qjax import rules as rules_
 from qjax.checkpoints import modules
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.rewriting import Request, Weight, kept, rewrite
 from qjax.checkpoints.shards import Stored
 from qjax.checkpoints.writing import SHARD_BYTES, is_head, is_router, linear_of
+from qjax.rules import Rule, Spec
 from qjax.tensor import QTensor
 
-Quantizer = Callable[[Float[Array, "k n"]], QTensor]
 Watch = Callable[[str, Float[Array, "k n"], QTensor], object]
 
 _ADVICE = (
@@ -48,7 +49,7 @@ def quantize(
     target: str | os.PathLike[str],
     *,
     format: str,
-    quantizer: Quantizer,
+    rules: rules_.Rules,
     skip: Sequence[str] = (),
     head: bool = False,
     overwrite: bool = False,
@@ -57,13 +58,13 @@ def quantize(
 ) -> None:
     """Quantizes the linear layers of a dense checkpoint directory.
 
-    These are all two-axis tensors named ``weight``, but not embeddings (modules with
-    "embed" in their last name, or the last names wte, wpe, emb, shared and
+    Linear layers are all two-axis tensors named ``weight``, but not embeddings (modules
+    with "embed" in their last name, or the last names wte, wpe, emb, shared and
     relative_attention_bias), not routers of a mixture of experts (modules with gate,
     router or shared_expert_gate in their paths; gate_proj is another name), nor
     ``lm_head`` unless ``head``. A UserWarning tells of tensors of three or more axes,
     such as fused experts, which stay dense. What cannot be quantized is found before
-    anything is quantized or written. Memory holds one matrix, and what the quantizer
+    anything is quantized or written. Memory holds one matrix, and what its quantizer
     needs for it. Other weights and files go where `convert` puts them, and what is
     interrupted can be resumed as there.
 
@@ -71,13 +72,18 @@ def quantize(
       source: The directory to read, float16, bfloat16 or float32.
       target: The directory to make, as in `save`.
       format: As in `save`, but not "exl2", whose scales no quantizer makes.
-      quantizer: Makes a `QTensor` of a weight ``[k, n]``, the transpose of what is in
-        the file, in the file's dtype; traceable by JAX, which asks for shapes first. It
-        is a function with a name in a module, or a `functools.partial` of one with
-        numbers, strings, dtypes and arrays, so that whoever resumes is known to ask for
-        the same. Other programs expect float16 scales in GPTQ and AWQ files.
-      skip: Regular expressions; modules whose whole path matches one stay dense.
-      head: Whether ``lm_head`` is quantized, too.
+      rules: As in `qjax.quantize_model`: a `Spec` for all linear layers, or a sequence
+        of ``(pattern, Spec or None)``, of which the first decides whose pattern matches
+        all of the name of the tensor ("model.layers.0.mlp.up_proj.weight"), or of the
+        path of its module ("model.layers.0.mlp.up_proj"). None, or no match, leaves a
+        layer dense. `quantizers.calibrated` makes such rules of grams by the paths of
+        modules. A quantizer gets the weight ``[k, n]``, the transpose of what is in
+        the file, in the file's dtype, and is traceable by JAX, which asks for shapes
+        first. It is a function with a name in a module, or a `functools.partial` of one
+        with numbers, strings, dtypes and arrays, so that whoever resumes is known to
+        ask for the same. Other programs expect float16 scales in GPTQ and AWQ files.
+      skip: Patterns of layers that stay dense whatever ``rules`` say.
+      head: Whether ``lm_head`` may be quantized, too.
       overwrite: As in `save`.
       shard_bytes: As in `save`.
       watch: Called with the path, the dense weight and the quantized one of each
@@ -86,43 +92,44 @@ def quantize(
     Raises:
       ValueError: As `save`: all modules that cannot be quantized, with their reasons;
         if ``source`` is quantized already; if a pattern is not sound or matches no
-        linear layer; if a module stores ``[k, n]``, as those of GPT-2 do; if ``head``
-        is asked for and tied to the embeddings; or if a weight, or what it became, is
-        not finite.
-      TypeError: If ``quantizer`` is no such function, or makes something else.
+        linear layer that it may decide on; if a module stores ``[k, n]``, as those of
+        GPT-2 do; if ``head`` is asked for and tied to the embeddings; or if a weight,
+        or what it became, is not finite.
+      TypeError: If ``rules`` are none, a quantizer is no such function, wants more than
+        a weight, or makes something else.
+      NotImplementedError: As `qjax.quantize_model`.
       OSError: As `load` and `save`.
 
     Example:
-      >>> import functools, tempfile
-      >>> rounded = functools.partial(
-      ...     qjax.quantize, symmetric=True, scale_dtype=jnp.float16
-      ... )
-      >>> options = {"format": "gptq", "quantizer": rounded}
+      >>> import tempfile
+      >>> four = qjax.Spec(symmetric=True, scale_dtype=jnp.float16)
+      >>> eight = qjax.Spec(bits=8, symmetric=True, scale_dtype=jnp.float16)
+      >>> options = {"format": "gptq", "rules": [(".*down_proj", eight), (".*", four)]}
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     quantize("tests/data/llama_bf16", f"{folder}/gptq", **options)
       ...     weights = qjax.checkpoints.load(f"{folder}/gptq", prepare=False)
-      >>> weights["model.layers.0.mlp.up_proj"]
-      QTensor(256x640, 4 bits, group 128, Stream(), ..., float16 scale, 83.75 KiB)
+      >>> [weights[f"model.layers.0.mlp.{name}_proj"].bits for name in ("up", "down")]
+      [4, 8]
     """
+    given = rules_.read(rules)
     chosen = functools.partial(
-        _chosen, skip=[_pattern(text) for text in skip], head=head
+        _chosen, rules=given, skip=[_skipping(text) for text in skip], head=head
     )
     request = Request(
         target=target,
         format=format,
         overwrite=overwrite,
         shard_bytes=shard_bytes,
-        how=_said(quantizer),
+        how="; ".join(map(_rule_said, given)),
         advice=_ADVICE,
     )
-    make = functools.partial(_matrix, quantizer, watch)
-    rewrite(source, request, lambda origin: _weights(origin, chosen, make))
+    rewrite(source, request, lambda origin: _weights(origin, chosen, watch))
 
 
 def _weights(
     directory: Path,
-    chosen: Callable[[Path, Mapping[str, Stored]], Mapping[str, str]],
-    make: Callable[[str, Stored], Weight],
+    chosen: Callable[[Path, Mapping[str, Stored]], Mapping[str, Spec]],
+    watch: Watch | None,
 ) -> dict[str, Weight]:
     parts: dict[str, Stored] = {}
     for name, part in modules.open_parts(directory).items():
@@ -134,18 +141,21 @@ def _weights(
                 "quantize anew, take the dense model."
             )
         parts[name] = part
-    paths = chosen(directory, parts)
-    for name, path in paths.items():
+    specs = chosen(directory, parts)
+    weights: dict[str, Weight] = {}
+    for name, part in parts.items():
+        if name not in specs:
+            weights[name] = kept(part)
+            continue
+        path = _path(name)
         if path in parts:
             raise ValueError(
                 f"{directory}: {path} is a tensor, and with {name} quantized also the "
                 "name of a matrix; leave it dense (skip)."
             )
+        weights[path] = _matrix(specs[name], watch, path, part)
     _warn_of_axes(directory, parts)
-    return {
-        paths.get(name, name): make(paths[name], part) if name in paths else kept(part)
-        for name, part in parts.items()
-    }
+    return weights
 
 
 def _warn_of_axes(directory: Path, parts: Mapping[str, Stored]) -> None:
@@ -161,9 +171,14 @@ def _warn_of_axes(directory: Path, parts: Mapping[str, Stored]) -> None:
         )
 
 
-def _pattern(text: str) -> re.Pattern[str]:
+def _path(name: str) -> str:
+    """Path of the module that has a tensor of that name."""
+    return name.rpartition(".")[0]
+
+
+def _skipping(text: str) -> Rule:
     try:
-        return re.compile(text)
+        return Rule(re.compile(text), None)
     except re.error as error:
         raise ValueError(
             f"skip={text!r} is not a regular expression: {error}."
@@ -174,37 +189,54 @@ def _chosen(
     directory: Path,
     parts: Mapping[str, Stored],
     *,
-    skip: Sequence[re.Pattern[str]],
+    rules: Sequence[Rule],
+    skip: Sequence[Rule],
     head: bool,
-) -> dict[str, str]:
-    """Paths of the modules to quantize, by the names of their weights."""
-    found = {name: linear_of(name, part.shape) for name, part in parts.items()}
-    linear = {name: path for name, path in found.items() if path is not None}
-    for pattern in skip:
-        # A head that is tied to the embeddings has no tensor, and may be named.
-        if not any(map(pattern.fullmatch, [*linear.values(), "lm_head"])):
-            raise ValueError(
-                f"skip={pattern.pattern!r} matches the whole path of no linear layer "
-                f"of {directory}, such as {next(iter(linear.values()), None)}."
-            )
-    if head and not any(map(is_head, linear.values())):
+) -> dict[str, Spec]:
+    """How the weights of linear layers are quantized, by name."""
+    linear = [name for name, part in parts.items() if linear_of(name, part.shape)]
+    if head and not any(is_head(_path(name)) for name in linear):
         raise ValueError(
             f"head=True, but {directory} has no lm_head.weight; a head that is tied to "
             "the embeddings stays dense with them."
         )
-    left = {
-        name: path
-        for name, path in linear.items()
-        if not is_router(path)
-        and (head or not is_head(path))
-        and not any(p.fullmatch(path) for p in skip)
-    }
-    if not left:
+    # A head that is tied to the embeddings has no tensor, and may be named.
+    known = [*linear, "lm_head.weight"]
+    left = [
+        name
+        for name in linear
+        if not is_router(_path(name)) and (head or not is_head(_path(name)))
+    ]
+    for rule in skip:
+        if not _is_used(rule, known):
+            raise ValueError(
+                f"skip={rule.pattern.pattern!r} matches the whole path of no linear "
+                f"layer of {directory}, such as {next(map(_path, linear), None)}."
+            )
+    for rule in rules:
+        if left and not _is_used(rule, known if rule.spec is None else left):
+            raise ValueError(
+                f"rules has the pattern {rule.pattern.pattern!r}, which matches the "
+                f"whole path of no linear layer of {directory} that may be quantized, "
+                f"such as {_path(left[0])}; routers stay dense, and lm_head does "
+                "without head=True."
+            )
+    decided = {name: _first((*skip, *rules), name) for name in left}
+    specs = {name: spec for name, spec in decided.items() if spec is not None}
+    if not specs:
         raise ValueError(
             f"{directory}: no linear layer is left to quantize, of {len(linear)}."
         )
-    _check_model(directory, list(left.values()))
-    return left
+    _check_model(directory, list(map(_path, specs)))
+    return specs
+
+
+def _is_used(rule: Rule, names: Iterable[str]) -> bool:
+    return any(rule.matches(name, ".") for name in names)
+
+
+def _first(rules: Iterable[Rule], name: str) -> Spec | None:
+    return next((rule.spec for rule in rules if rule.matches(name, ".")), None)
 
 
 def _check_model(directory: Path, paths: Sequence[str]) -> None:
@@ -232,16 +264,16 @@ def _check_model(directory: Path, paths: Sequence[str]) -> None:
         )
 
 
-def _matrix(
-    quantizer: Quantizer, watch: Watch | None, path: str, stored: Stored
-) -> Weight:
+def _matrix(spec: Spec, watch: Watch | None, path: str, stored: Stored) -> Weight:
     def look() -> QTensor | ValueError:
         shape = jax.ShapeDtypeStruct(stored.shape[::-1], stored.dtype)
         try:
-            packed = jax.eval_shape(quantizer, shape)
+            return jax.eval_shape(spec.quantize, shape)
         except ValueError as reason:
             return reason
-        return _checked(packed, shape.shape)
+        except TypeError as error:
+            error.add_note(f"It was raised for the shape of {path}.")
+            raise
 
     def read() -> QTensor:
         # JAX takes the memory of the file's array and turns it by itself.
@@ -252,7 +284,10 @@ def _matrix(
                 f"{stored.file}: {stored.name} is not finite: it holds NaN or infinity "
                 "and cannot be quantized; download it again, or leave it dense (skip)."
             )
-        packed = _checked(quantizer(w), w.shape)
+        try:
+            packed = spec.quantize(w)
+        except ValueError as error:
+            raise ValueError(f"{stored.file}: {stored.name}: {error}") from error
         for name, numbers in (("scale", packed.scale), ("zero", packed.zero)):
             if numbers is not None and not jnp.isfinite(tensor.plain(numbers)).all():
                 raise ValueError(
@@ -266,11 +301,15 @@ def _matrix(
     return Weight(nbytes=stored.nbytes, look=look, read=read)
 
 
-def _checked(packed: Any, shape: tuple[int, ...]) -> QTensor:
-    tensor.check_packed(packed, "quantizer(w)")
-    if packed.shape != shape:
-        raise TypeError(f"quantizer(w).shape={packed.shape} must be w.shape={shape}.")
-    return packed
+def _rule_said(rule: Rule) -> str:
+    """Says what a rule is, the same in every process."""
+    pattern, spec = rule.pattern, rule.spec
+    matched = f"{pattern.pattern!r} {pattern.flags}"
+    if spec is None:
+        return f"{matched} dense"
+    codes = (spec.bits, spec.group_size, spec.symmetric, spec.scale_dtype)
+    said = ", ".join(map(_value, codes))
+    return f"{matched} {said} by {_said(spec.quantizer or rtn.quantize)}"
 
 
 def _said(quantizer: Any) -> str:

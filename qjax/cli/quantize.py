@@ -3,8 +3,8 @@
 import contextlib
 import dataclasses
 import enum
-import functools
 import math
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, SupportsFloat
@@ -14,11 +14,11 @@ import typer
 
 from qjax import checkpoints, rtn
 from qjax.checkpoints import dialects, modules
-from qjax.checkpoints.quantizing import Quantizer
 from qjax.checkpoints.shards import Stored
 from qjax.cli import faults
 from qjax.cli.arguments import Overwrite, ShardGb, Source, Target, shard_bytes
 from qjax.quantizers import clip, hqq, output_error
+from qjax.rules import Spec
 
 # Formats whose scales a quantizer makes.
 _PACKINGS = [name for name, one in dialects.DIALECTS.items() if one.widths]
@@ -38,6 +38,7 @@ _MIN_BITS = 2
 # What arguments of Python are called here.
 _OPTIONS = {
     "head=True": "--head",
+    "rules has the pattern ": "--rule=",
     "skip=": "--skip=",
     "(skip)": "(--skip)",
     "group_size=": "--group-size=",
@@ -65,8 +66,14 @@ def run(
         ),
     ],
     bits: Annotated[
-        int, typer.Option(min=_MIN_BITS, max=8, help="Width of a code.")
-    ] = 4,
+        int | None,
+        typer.Option(
+            min=_MIN_BITS,
+            max=8,
+            show_default=False,
+            help="Width of a code. [default: 4, or 8 for fp8]",
+        ),
+    ] = None,
     group_size: Annotated[
         int, typer.Option(help="Inputs that share a scale; -1 for all of them.")
     ] = 128,
@@ -86,12 +93,21 @@ def run(
             "work); or fit float zeros as HQQ does, for --to hqq."
         ),
     ] = Method.RTN,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="PATTERN=BITS[,GROUP]",
+            help="Another width, and group size, for modules whose whole path matches "
+            "this regular expression. May be given several times; the first that "
+            "matches decides, and --bits and --group-size where none does.",
+        ),
+    ] = None,
     skip: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PATTERN",
             help="Leave modules dense whose whole path matches this regular "
-            "expression. May be given several times.",
+            "expression, whatever --rule says. May be given several times.",
         ),
     ] = None,
     head: Annotated[
@@ -118,26 +134,31 @@ def run(
     * For vLLM: `qjax quantize llama llama-ct --to compressed-tensors`
     * Ranges that cost little at three bits:
       `qjax quantize llama llama-3 --to gptq --bits 3 --group-size 64 --method clip`
+    * Two bits, but more where they are worth it:
+      `qjax quantize llama llama-mixed --to gptq --bits 2 --group-size 64
+      --rule '.*\.layers\.[01]\..*=4' --rule '.*\.(v_proj|down_proj)=3,32'`
     * HQQ: `qjax quantize llama llama-hqq --to hqq --method hqq --group-size 64`
+    * FP8 in blocks of 128 x 128: `qjax quantize llama llama-fp8 --to fp8`
     * Attention dense:
       `qjax quantize mixtral mixtral-awq --to awq --skip '.*\.self_attn\..*'`
     """
     with faults.on_stderr():
         recipe = _Recipe(
             to=to.value,
-            bits=bits,
+            bits=bits or (8 if to.value == "fp8" else 4),
             group_size=group_size,
             symmetric=symmetric,
             method=method.value,
         )
-        quantizer, size = recipe.quantizer(), shard_bytes(shard_gb)
+        rules = [*map(recipe.rule, rule or ()), (".*", recipe.spec())]
+        size = shard_bytes(shard_gb)
         before, errors = _dense(source), []
         with faults.resumable(), _said_as_options():
             checkpoints.quantize(
                 source,
                 target,
                 format=to.value,
-                quantizer=quantizer,
+                rules=rules,
                 skip=skip or (),
                 head=head,
                 overwrite=overwrite,
@@ -170,19 +191,37 @@ class _Recipe:
     symmetric: bool | None
     method: str
 
-    def quantizer(self) -> Quantizer:
-        """The function of a matrix; a ValueError if options do not go together."""
+    def rule(self, text: str) -> tuple[str, Spec]:
+        """Reads a ``--rule``; a ValueError if it is none, or not possible."""
+        # A pattern may have an equals sign of its own, in (?=...).
+        found = re.fullmatch(r"(.+)=(\d+)(?:,(-?\d+))?", text, re.DOTALL)
+        if found is None:
+            raise ValueError(
+                f"--rule={text!r} must be PATTERN=BITS or PATTERN=BITS,GROUP, such as "
+                "'.*down_proj=8,64'."
+            )
+        pattern, bits, size = found.groups()
+        size = self.group_size if size is None else int(size)
+        other = dataclasses.replace(self, bits=int(bits), group_size=size)
+        try:
+            return pattern, other.spec()
+        except ValueError as error:
+            raise ValueError(f"--rule={text!r}: {error}") from None
+
+    def spec(self) -> Spec:
+        """How a matrix is quantized; a ValueError if options do not go together."""
         symmetric = self.symmetric
         if symmetric is None:
             symmetric = self.to not in ("awq", "hqq")
         if reason := self._against(symmetric):
             raise ValueError(reason)
-        return functools.partial(
-            _QUANTIZERS[self.method],
+        dialect = dialects.DIALECTS[self.to]
+        return Spec(
             bits=self.bits,
             group_size=None if self.group_size == -1 else self.group_size,
             symmetric=symmetric,
-            scale_dtype=dialects.DIALECTS[self.to].scale_dtype,
+            scale_dtype=dialect.scale_dtype,
+            quantizer=dialect.quantizer or _QUANTIZERS[self.method],
         )
 
     def _against(self, symmetric: bool) -> str | None:
@@ -203,6 +242,10 @@ class _Recipe:
                 f"--bits={self.bits} would take the room of 8 in HQQ's words; take "
                 "--bits 4 or 8."
             )
+        if self.to == "fp8" and self.method != "rtn":
+            return f"--method={self.method} finds whole numbers; --to=fp8 has floats."
+        if self.to == "fp8" and not symmetric:
+            return "--to=fp8 is symmetric; leave out --asymmetric."
         widths = dialects.DIALECTS[self.to].widths
         if self.bits not in widths:
             held = ", ".join(str(one) for one in sorted(widths) if one >= _MIN_BITS)

@@ -19,14 +19,15 @@ f6e34dd26772dd4a216be94a8899276c5dca9e43.
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Integer, UInt8
+from jaxtyping import Array, DTypeLike, Float, Integer, UInt8
 
 from qjax import tensor
 from qjax.bits import transpose_codes
@@ -395,9 +396,15 @@ def _lacks_scales(qt: QTensor, config: Config) -> str | None:
 
 
 def quantize(
-    w: Float[Array, "k n"], *, block_size: tuple[int, int] | None = (128, 128)
+    w: Float[Array, "*batch k n"],
+    bits: SupportsIndex = 8,
+    group_size: SupportsIndex | None = 128,
+    symmetric: bool = True,
+    *,
+    scale_dtype: DTypeLike | None = None,
+    columns: SupportsIndex | None = None,
 ) -> QTensor:
-    """Rounds a dense weight to FP8.
+    """Rounds a dense weight to FP8, called as `qjax.quantize` is.
 
     The scale of a block is its largest magnitude over 448, the largest E4M3 number, so
     that nothing lies beyond it. A weight over its scale is rounded to the nearest
@@ -405,45 +412,70 @@ def quantize(
     1.
 
     Args:
-      w: ``[k, n]`` bfloat16, float16 or float32 weight (``y = x @ w``).
-      block_size: Outputs and inputs that share a scale; None for a scale an output.
+      w: ``[*batch, k, n]`` bfloat16, float16 or float32 weight (``y = x @ w``).
+      bits: 8.
+      group_size: Inputs that share a scale; None for all.
+      symmetric: True: floats have a sign.
+      scale_dtype: bfloat16, float16 or float32, which None stands for.
+      columns: Outputs that share a scale; None for ``group_size``, or for 1 where that
+        is None.
 
     Returns:
-      The tensor that a file would hold, with float32 scales. NaN or infinity makes the
-      scale of its block NaN.
+      The tensor that a file would hold. NaN or infinity makes the scale of its block
+      NaN.
 
     Raises:
-      ValueError: If ``w`` is not as described.
+      ValueError: If an argument is not as described.
 
     Example:
-      >>> w = quantize(jnp.array([[448.0, 7.0], [1.06, 0.51]]), block_size=None)
+      >>> w = quantize(jnp.array([[448.0, 7.0], [1.06, 0.51]]), group_size=None)
       >>> qjax.dequantize(w)
       Array([[448. ,   7. ],
              [  1. ,   0.5]], dtype=float32)
     """
-    if w.ndim != 2 or w.dtype not in FLOATS:
+    if w.ndim < 2 or w.dtype not in FLOATS:
         raise ValueError(
-            f"w must be bfloat16, float16 or float32 [k, n]; got {w.dtype}{w.shape}."
+            f"w must be bfloat16, float16 or float32 [..., k, n]; got "
+            f"{w.dtype}{w.shape}."
         )
-    k, n = w.shape
-    rows, columns = block_size or (1, k)
-    codes, scale = _quantize(w, min(rows, n), min(columns, k))
-    if n % rows:
-        scale = jnp.repeat(scale, rows, axis=1)[:, :n]
-    made = _build(Bytes().pack(codes, 8), scale, block_size and columns)
-    return dataclasses.replace(made, weight_dtype=jnp.dtype(w.dtype).name)
+    size = None if group_size is None else operator.index(group_size)
+    together = size or 1 if columns is None else operator.index(columns)
+    if operator.index(bits) != 8 or not symmetric:
+        raise ValueError(
+            f"bits={bits} and symmetric={symmetric} must be 8 and True: codes are "
+            "floats of 8 bits with a sign."
+        )
+    if together < 1 or (size is not None and size < 1):
+        raise ValueError(
+            f"group_size={group_size} and columns={columns} must be positive, or None."
+        )
+    dtype = jnp.dtype(scale_dtype or jnp.float32)
+    check_choice("scale_dtype", dtype, tuple(map(jnp.dtype, FLOATS)))
+
+    def one(w: Array) -> QTensor:
+        k, n = w.shape
+        codes, scale = _quantize(w, min(together, n), min(size or k, k), dtype)
+        if n % together:
+            scale = jnp.repeat(scale, together, axis=1)[:, :n]
+        made = _build(Bytes().pack(codes, 8), scale, size)
+        return dataclasses.replace(made, weight_dtype=jnp.dtype(w.dtype).name)
+
+    return tensor.over_batch(one, w)
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _quantize(w: Array, rows: int, columns: int) -> tuple[Array, Array]:
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _quantize(
+    w: Array, rows: int, columns: int, dtype: jnp.dtype
+) -> tuple[Array, Array]:
     (k, n), wide = w.shape, w.astype(jnp.float32)
     padded = jnp.pad(wide, ((0, -k % columns), (0, -n % rows)))
     blocks = padded.reshape(-(-k // columns), columns, -(-n // rows), rows)
     scale = jnp.abs(blocks).max((1, 3)) / jnp.float32(LARGEST)
     # A maximum may leave out NaN.
     finite = jnp.isfinite(blocks).all((1, 3))
-    scale = jnp.where(finite, jnp.where(scale == 0, 1, scale), jnp.nan)
-    level = blocks / jnp.where(finite, scale, 1)[:, None, :, None]
+    scale = jnp.where(finite, jnp.where(scale == 0, 1, scale), jnp.nan).astype(dtype)
+    step = jnp.where(finite, scale, 1).astype(jnp.float32)
+    level = blocks / step[:, None, :, None]
     return _nearest(level.reshape(padded.shape)[:k, :n]), scale
 
 

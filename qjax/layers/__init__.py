@@ -20,7 +20,7 @@ from qjax.layers import experts, linen, nnx
 from qjax.layers.memory import memory_report
 from qjax.layers.replace import quantize_model
 from qjax.layers.report import Report
-from qjax.layers.rules import Spec
+from qjax.rules import Spec
 
 __all__ = [
     "Report",

@@ -13,8 +13,8 @@ from jaxtyping import Array
 from qjax import progress
 from qjax.layers import qarrays
 from qjax.layers.report import Entry
-from qjax.layers.rules import Rule, Spec
 from qjax.layers.tracing.views import Form
+from qjax.rules import Rule, Spec
 from qjax.tensor import QTensor
 
 # A bias of several features has several axes, and is still no matrix.

@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 from flax import nnx
 
-from qjax.layers import rules as rules_
+from qjax import rules as rules_
 from qjax.layers.linen import replace as linen
 from qjax.layers.nnx import replace as of_nnx
 from qjax.layers.report import Entry, Listener, Report

@@ -9,11 +9,11 @@ Each has a function ``quantize`` that is called like `qjax.quantize` and returns
 * `gptq`: each row makes up for the rounding of those before it, as far as the inputs
   that the layer sees let it.
 
-A quantizer goes into a `qjax.Spec`, and so into `qjax.quantize_model`. What `awq` and
-`gptq` have to know of inputs, `gram` computes of those at hand, and `grams` of all that
-the weights of a model see; `calibrated` makes rules of them. `output_error`
-says what a quantization costs, and `allocate` which widths a model of many weights
-should have for a given size.
+A quantizer goes into a `qjax.Spec`, and so into `qjax.quantize_model` and
+`checkpoints.quantize`. What `awq` and `gptq` have to know of inputs, `gram` computes of
+those at hand, and `grams` of all that the weights of a model see; `calibrated` makes
+rules of them. `output_error` says what a quantization costs, and `allocate` which
+widths a model of many weights should have for a given size.
 """
 
 from qjax.quantizers import awq, clip, gptq, hqq

@@ -1,12 +1,18 @@
 """AWQ: rows that large inputs meet are scaled up before they are rounded.
 
+`quantize` does that of a matrix by itself and leaves the factors beside it. Files have
+no place for them: for those, `factors` finds what matrices of the same inputs share,
+and `fold` moves it into the layer before.
+
 Source: mit-han-lab/llm-awq, awq/quantize/auto_scale.py, commit
 d6e797a42b9ef7778de8ee2352116e0f48a78d61, and https://arxiv.org/abs/2306.00978; sizes of
-inputs are root mean squares here, and errors those that a gram gives.
+inputs are root mean squares here, and errors those that a gram gives, of the outputs of
+the matrices themselves, where the original looks at those of the whole module.
 """
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import SupportsIndex
 
 import jax
@@ -43,16 +49,14 @@ def quantize(
 
     The factors stay beside the matrix, as its ``input_scale``, and cost one product an
     input. The original moves them into the layer before, and so AWQ's files have no
-    place for them: a model may do so by ``dataclasses.replace(w, input_scale=None)``
-    and a norm, say, whose weight it multiplies.
+    place for them: `factors` and `fold` do that.
 
     Args:
       w: As in `qjax.quantize`.
       bits: As in `qjax.quantize`.
       group_size: As in `qjax.quantize`.
       symmetric: As in `qjax.quantize`.
-      gram: As in `quantizers.gptq.quantize`. Layers of the same inputs that should have
-        the same factors are one matrix, side by side.
+      gram: As in `quantizers.gptq.quantize`.
       scale_dtype: As in `qjax.quantize`.
       clip: Whether each group also searches its range, as `quantizers.clip` does.
 
@@ -76,9 +80,118 @@ def quantize(
     check_gram(w, gram)
     one = functools.partial(_quantize, scheme, bool(clip))
     packed, error = over_batch(one, jnp.asarray(w), jnp.asarray(gram))
+    _check_finite(error)
+    return packed
+
+
+def factors(
+    weights: Sequence[Float[Array | np.ndarray, "k _"]],
+    bits: SupportsIndex = 4,
+    group_size: SupportsIndex | None = 128,
+    symmetric: bool = False,
+    *,
+    gram: Float[Array | np.ndarray, "k k"],
+    scale_dtype: DTypeLike | None = None,
+    clip: bool = False,
+) -> Float[Array, " k"]:
+    """Finds the factors that matrices of the same inputs have in common.
+
+    They are what `quantize` finds of the matrices side by side: the sum of the squared
+    errors of all outputs is least. Multiplied by them, the rows may be rounded by
+    `qjax.quantize`; or, with ``clip``, by `quantizers.clip` with the diagonal of the
+    gram, divided by the squares of the factors, as ``importance``.
+
+    Args:
+      weights: Any number of ``[k, n]``: those of queries, keys and values, say.
+      bits: As in `quantize`.
+      group_size: As in `quantize`.
+      symmetric: As in `quantize`.
+      gram: As in `quantize`, of the inputs that all of them see.
+      scale_dtype: As in `quantize`; None for the dtype of the first weight.
+      clip: As in `quantize`.
+
+    Returns:
+      float32 ``[k]``, positive; the largest times the smallest is 1.
+
+    Raises:
+      ValueError: As `quantize`; if there are no weights, or their k differ.
+
+    Example:
+      >>> up, gate, x = jax.random.normal(jax.random.key(0), (3, 64, 64))
+      >>> gram = qjax.quantizers.gram(x.at[:, 0].multiply(9))
+      >>> found = factors([gate, up], bits=3, group_size=32, gram=gram)
+      >>> found.shape, bool(found[0] == found.max())
+      ((64,), True)
+    """
+    shapes = [w.shape for w in weights]
+    if not shapes or any(len(one) != 2 or one[0] != shapes[0][0] for one in shapes):
+        raise ValueError(f"weights must be [k, n], all of one k; got shapes {shapes}.")
+    scheme, *_ = (
+        rtn.check(w, bits, group_size, symmetric, scale_dtype) for w in weights
+    )
+    check_gram(weights[0], gram)
+    joined = jnp.concatenate([jnp.asarray(w, jnp.float32) for w in weights], -1)
+    factor, error = _search(scheme, bool(clip), joined, jnp.asarray(gram))
+    _check_finite(error)
+    return factor
+
+
+def fold(
+    factor: Float[Array | np.ndarray, " k"],
+    before: Sequence[Float[Array | np.ndarray, "... k"]],
+    after: Sequence[Float[Array | np.ndarray, "k _"]],
+) -> tuple[list[Float[Array, "... k"]], list[Float[Array, "k _"]]]:
+    """Moves factors of inputs into the layer that makes these inputs.
+
+    The function of the layers together is what it was, as
+    ``(x / factor) @ (factor[:, None] * w) = x @ w``, if x is linear in ``before``, and
+    goes nowhere but into ``after``. Of a Llama, before queries, keys and values, or
+    gate and up projection, there is the weight of a norm; before the down projection
+    the outputs of the up projection; before the output projection of attention those of
+    values, if there is a head of values for each of queries.
+
+    Args:
+      factor: As `factors` finds it, positive.
+      before: What gets smaller: arrays whose last axis these inputs are: the weight of
+        a norm ``[k]``; or a matrix ``[j, k]`` (``y = x @ w``) and its bias ``[k]``.
+      after: What gets larger: matrices ``[k, n]``.
+
+    Returns:
+      Both, in their order, with the dtypes that they had; divided and multiplied in
+      float32.
+
+    Raises:
+      ValueError: If shapes do not fit the factor.
+
+    Example:
+      >>> x, up, down = jax.random.normal(jax.random.key(0), (3, 8, 8))
+      >>> factor = jnp.arange(1.0, 9.0)
+      >>> (less,), (more,) = fold(factor, [up], [down])
+      >>> bool(jnp.allclose(x @ less @ more, x @ up @ down, atol=1e-4))
+      True
+    """
+    factor = jnp.asarray(factor, jnp.float32)
+    wrong = [one.shape for one in before if one.shape[-1:] != factor.shape]
+    wrong += [one.shape for one in after if one.shape[:-1] != factor.shape]
+    if factor.ndim != 1 or wrong:
+        raise ValueError(
+            f"factor.shape={factor.shape} must be [k], with before [..., k] and after "
+            f"[k, n]; got {wrong}."
+        )
+    return (
+        [_times(one, 1 / factor) for one in before],
+        [_times(one, factor[:, None]) for one in after],
+    )
+
+
+def _times(array: Array | np.ndarray, factor: Array) -> Array:
+    wide = jnp.asarray(array, jnp.float32)
+    return (wide * jnp.broadcast_to(factor, array.shape)).astype(array.dtype)
+
+
+def _check_finite(error: Array) -> None:
     if not isinstance(error, Tracer) and not jnp.isfinite(error).all():
         raise ValueError("gram must be finite, and so must w.")
-    return packed
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -86,30 +199,48 @@ def _quantize(
     scheme: Scheme, clip: bool, w: Array, gram: Array
 ) -> tuple[QTensor, Array]:
     w, gram = w.astype(jnp.float32), gram.astype(jnp.float32)
-    size = jnp.sqrt(jnp.maximum(gram.diagonal(), 0))
-    seen = size > 0
-    size = jnp.where(seen, size, 1)
+    factor, _ = _searched(scheme, clip, w, gram)
+    error, packed = _attempt(scheme, clip, w, gram, factor)
+    return dataclasses.replace(packed, input_scale=1 / factor), error
 
-    def attempt(w: Array, exponent: Array) -> tuple[Array, QTensor]:
-        factor = jnp.where(seen, size**exponent, 1)
-        factor /= jnp.sqrt(factor.max() * factor.min())
-        groups = rtn.grouped(scheme, w * factor[:, None])
-        if clip:
-            # In units of w, so that a row counts for as much as its inputs make of it.
-            importance = (size / factor) ** 2
-            importance = importance.reshape(groups.shape[:2])
-            grid = clip_.search(scheme, groups, importance)
-        else:
-            grid = rtn.cover(scheme, *rtn.bounds(groups))
-        codes = rtn.nearest(scheme, groups, grid)
-        off = rtn.values(codes, grid).reshape(w.shape) / factor[:, None] - w
-        packed = rtn.assemble(scheme, codes, grid)
-        packed = dataclasses.replace(packed, input_scale=1 / factor)
-        return energy(off, gram), packed
 
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _search(scheme: Scheme, clip: bool, w: Array, gram: Array) -> tuple[Array, Array]:
+    factor, error = _searched(scheme, clip, w, gram.astype(jnp.float32))
+    # The search does not look at all columns.
+    return factor, jnp.where(jnp.isfinite(w).all(), error, jnp.nan)
+
+
+def _searched(scheme: Scheme, clip: bool, w: Array, gram: Array) -> tuple[Array, Array]:
+    """The best factors for a weight, and the error of what was looked at."""
     # What all columns have in common shows in some hundreds of them.
     some = w[:, :: max(1, w.shape[1] // _COLUMNS)]
     exponents = jnp.arange(_STEPS, dtype=jnp.float32) / _STEPS
-    errors = jax.lax.map(lambda exponent: attempt(some, exponent)[0], exponents)
-    error, packed = attempt(w, exponents[errors.argmin()])
-    return packed, error
+    trials = _size(gram)[None] ** exponents[:, None]
+    trials /= jnp.sqrt(trials.max(1) * trials.min(1))[:, None]
+    one = functools.partial(_attempt, scheme, clip, some, gram)
+    errors = jax.lax.map(lambda factor: one(factor)[0], trials)
+    best = errors.argmin()
+    return trials[best], errors[best]
+
+
+def _size(gram: Array) -> Array:
+    """The size of each input; 1 of those that were always 0."""
+    size = jnp.sqrt(jnp.maximum(gram.diagonal(), 0))
+    return jnp.where(size > 0, size, 1)
+
+
+def _attempt(
+    scheme: Scheme, clip: bool, w: Array, gram: Array, factor: Array
+) -> tuple[Array, QTensor]:
+    """The error of a weight whose rows are scaled and rounded, and these rows."""
+    groups = rtn.grouped(scheme, w * factor[:, None])
+    if clip:
+        # In units of w, so that a row counts for as much as its inputs make of it.
+        importance = (_size(gram) / factor) ** 2
+        grid = clip_.search(scheme, groups, importance.reshape(groups.shape[:2]))
+    else:
+        grid = rtn.cover(scheme, *rtn.bounds(groups))
+    codes = rtn.nearest(scheme, groups, grid)
+    off = rtn.values(codes, grid).reshape(w.shape) / factor[:, None] - w
+    return energy(off, gram), rtn.assemble(scheme, codes, grid)

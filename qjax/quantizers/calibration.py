@@ -18,7 +18,7 @@ from flax import nnx, traverse_util
 from jaxtyping import Array, Float
 
 from qjax import progress
-from qjax.layers import rules as rules_
+from qjax import rules as rules_
 from qjax.layers.linen.variables import QUANTIZED, to_params
 from qjax.layers.nnx import wrapped
 from qjax.layers.nnx.packed import Scale
@@ -76,13 +76,14 @@ def grams(
         of the dense one, whatever the widths that follow. Call ``model.eval()`` first
         where there is dropout.
       batches: Inputs to run the model on: arrays, or tuples of the positional inputs of
-        a call. Each new shape compiles the model anew.
+        a call, or mappings of its keyword inputs. Each new shape compiles the model
+        anew.
       paths: A regular expression, as in rules: only the weights whose paths, or those
         of whose modules, it matches whole are watched. A gram of k inputs takes 4 k**2
         bytes, and those of a large model may not fit at once (default: all).
       variables: Variables of a linen module, as `qjax.quantize_model` returned them.
       method: Name of the method that is called (default: ``__call__``).
-      **keywords: More inputs of each call.
+      **keywords: More inputs of each call; those that a batch has itself go first.
 
     Returns:
       float32 ``[*stack, k, k]`` by path, the one in the report of
@@ -137,6 +138,9 @@ def calibrated(
     **options: Any,
 ) -> list[tuple[str | re.Pattern[str], rules_.Spec | None]]:
     """Makes rules by which a quantizer takes the place of the rounding of others.
+
+    They are for `qjax.quantize_model`, and for `checkpoints.quantize` if the paths are
+    those of a checkpoint's modules.
 
     Args:
       rules: As in `qjax.quantize_model`.
@@ -221,8 +225,7 @@ def _sums(
     known = len(batches) if isinstance(batches, Sized) else None
     with progress.bar(known, "Collecting grams", unit="batches") as advance:
         for batch in batches:
-            given = batch if isinstance(batch, tuple) else (batch,)
-            inputs, arguments = uses.arrays_of(given, keywords)
+            inputs, arguments = uses.arrays_of(*_given(batch, keywords))
             totals = _add(call, arguments, totals, model.arrays, inputs)
             # JAX works in the background, where batches would pile up.
             jax.block_until_ready(totals)
@@ -231,6 +234,13 @@ def _sums(
     if not count:
         raise ValueError("batches is empty; pass inputs of the model, such as [x].")
     return {path: totals[path] for path in model.grams}
+
+
+def _given(batch: Any, keywords: Mapping[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """What the model is called with."""
+    if isinstance(batch, Mapping):
+        return (), {**keywords, **batch}
+    return batch if isinstance(batch, tuple) else (batch,), dict(keywords)
 
 
 def _hashable(call: _Call) -> _Call:

@@ -64,7 +64,7 @@ class TestFileOfLlamaCpp:
         assert checkpoints.verify(MODEL) == []
 
     def test_streams_in_the_order_of_the_file(self, reader):
-        found = [name for name, _ in checkpoints.stream(str(MODEL), prepare=False)]
+        found = list(checkpoints.lazy(str(MODEL), prepare=False))
         wanted = [tensor.name for tensor in reader.tensors]
         assert [name.removesuffix(".weight") for name in found] == [
             name.removesuffix(".weight") for name in wanted
@@ -473,7 +473,7 @@ class TestWhatIsNotDone:
             checkpoints.convert(MODEL, tmp_path / "new", format="gptq")
         with refuses("is a GGUF file"):
             checkpoints.quantize(
-                MODEL, tmp_path / "new", format="gptq", quantizer=qjax.quantize
+                MODEL, tmp_path / "new", format="gptq", rules=qjax.Spec()
             )
         assert not any(tmp_path.iterdir())
 

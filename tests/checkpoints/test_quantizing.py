@@ -1,5 +1,6 @@
 """Dense directories quantized: what is in them, what resumes, what is refused."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -15,18 +16,17 @@ from safetensors.numpy import load_file, save_file
 
 import qjax
 from qjax import checkpoints
-from qjax.quantizers import clip, hqq
+from qjax.quantizers import calibrated, clip, gptq, gram, hqq
 from tests.checkpoints import tiny
 from tests.checkpoints.writes import Writes
 
 REAL = Path(__file__).parents[1] / "data/llama_bf16"
 Q, DOWN = (f"model.layers.0.{name}" for name in ("self_attn.q_proj", "mlp.down_proj"))
 LINEAR = [name.replace(".0.", f".{i}.") for i in (0, 1) for name in (Q, DOWN)]
-ROUNDED = functools.partial(
-    qjax.quantize, group_size=32, symmetric=True, scale_dtype=jnp.float16
-)
-ROUNDED_AWQ = functools.partial(qjax.quantize, group_size=32, scale_dtype=jnp.float16)
-OPTIONS = {"format": "gptq", "quantizer": ROUNDED}
+ROUNDED = qjax.Spec(group_size=32, symmetric=True, scale_dtype=jnp.float16)
+ROUNDED_AWQ = qjax.Spec(group_size=32, scale_dtype=jnp.float16)
+DTYPE = ("scale_dtype",)
+OPTIONS = {"format": "gptq", "rules": ROUNDED}
 
 
 def dense(dtype=ml_dtypes.bfloat16) -> tiny.Checkpoint:
@@ -70,8 +70,8 @@ def numbers(qt: qjax.QTensor) -> tuple:
     return np.asarray(qjax.codes(qt)), np.asarray(qt.scale), zero
 
 
-def assert_quantized(source: Path, target: Path, modules, quantizer) -> None:
-    """Those modules hold what the quantizer makes, all else what it was."""
+def assert_quantized(source: Path, target: Path, modules, spec) -> None:
+    """Those modules hold what a spec, or one for each, makes; all else what it was."""
     assert checkpoints.verify(target) == []
     before = checkpoints.load(source)
     after = checkpoints.load(target, prepare=False)
@@ -79,7 +79,8 @@ def assert_quantized(source: Path, target: Path, modules, quantizer) -> None:
     assert packed == set(modules)
     for name, w in after.items():
         if name in packed:
-            wanted = quantizer(weight_of(source, name))
+            one = spec[name] if isinstance(spec, dict) else spec
+            wanted = one.quantize(weight_of(source, name))
             chex.assert_trees_all_equal(numbers(w), numbers(wanted))
         else:
             assert w.dtype == before[name].dtype
@@ -93,14 +94,12 @@ def entry_of(path: Path) -> dict:
 
 
 def test_a_trained_model(tmp_path):
-    quantizer = functools.partial(
-        qjax.quantize, symmetric=True, scale_dtype=jnp.float16
-    )
-    checkpoints.quantize(REAL, tmp_path / "x", format="gptq", quantizer=quantizer)
+    spec = qjax.Spec(symmetric=True, scale_dtype=jnp.float16)
+    checkpoints.quantize(REAL, tmp_path / "x", format="gptq", rules=spec)
     names = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
     names += ["self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
     modules = [f"model.layers.{i}.{name}" for i in range(3) for name in names]
-    assert_quantized(REAL, tmp_path / "x", modules, quantizer)
+    assert_quantized(REAL, tmp_path / "x", modules, spec)
     config = checkpoints.read_config(tmp_path / "x")
     entry = config.pop("quantization_config")
     assert config == checkpoints.read_config(REAL)
@@ -119,7 +118,7 @@ def test_a_trained_model(tmp_path):
 
 
 CASES = {
-    # format, quantizer, dtype of the scales in the file
+    # format, spec, dtype of the scales in the file
     "gptq_v2": ("gptq_v2", {"scale_dtype": jnp.float16}, np.float16),
     "gptq_p": ("gptq_p", {"bits": 5, "scale_dtype": jnp.float16}, np.float16),
     "awq": ("awq", {"scale_dtype": jnp.float16}, np.float16),
@@ -134,9 +133,9 @@ CASES = {
 @pytest.mark.parametrize("case", CASES)
 def test_formats(tmp_path, source, case):
     format_, arguments, dtype = CASES[case]
-    quantizer = functools.partial(qjax.quantize, **{"group_size": 32} | arguments)
-    checkpoints.quantize(source, tmp_path / "x", format=format_, quantizer=quantizer)
-    assert_quantized(source, tmp_path / "x", LINEAR, quantizer)
+    spec = qjax.Spec(**{"group_size": 32} | arguments)
+    checkpoints.quantize(source, tmp_path / "x", format=format_, rules=spec)
+    assert_quantized(source, tmp_path / "x", LINEAR, spec)
     assert checkpoints.load(tmp_path / "x", prepare=False)[Q].scale.dtype == dtype
     assert (tmp_path / "x/tokenizer.json").read_text() == "{}"
 
@@ -145,26 +144,77 @@ def test_formats(tmp_path, source, case):
     ("format_", "quantize"), [("hqq", hqq.quantize), ("gptq_v2", clip.quantize)]
 )
 def test_quantizers(tmp_path, source, format_, quantize):
-    quantizer = functools.partial(quantize, bits=4, group_size=32)
+    spec = qjax.Spec(bits=4, group_size=32, quantizer=quantize)
     seen = {}
 
     def watch(name, w, packed):
         seen[name] = float(qjax.quantizers.output_error(w, packed))
 
-    options = {"format": format_, "quantizer": quantizer, "watch": watch}
+    options = {"format": format_, "rules": spec, "watch": watch}
     checkpoints.quantize(source, tmp_path / "x", **options)
-    assert_quantized(source, tmp_path / "x", LINEAR, quantizer)
+    assert_quantized(source, tmp_path / "x", LINEAR, spec)
     assert seen.keys() == set(LINEAR)
     assert all(0.01 < error < 0.2 for error in seen.values())
 
 
 def test_scales_of_the_weights_dtype(tmp_path):
     source = dense(np.float32).write(tmp_path / "source")
-    quantizer = functools.partial(qjax.quantize, group_size=32, symmetric=True)
-    options = {"format": "compressed-tensors", "quantizer": quantizer}
+    spec = qjax.Spec(group_size=32, symmetric=True)
+    options = {"format": "compressed-tensors", "rules": spec}
     checkpoints.quantize(source, tmp_path / "x", **options)
-    assert_quantized(source, tmp_path / "x", LINEAR, quantizer)
+    assert_quantized(source, tmp_path / "x", LINEAR, spec)
     assert checkpoints.load(tmp_path / "x", prepare=False)[Q].scale.dtype == np.float32
+
+
+EIGHT = dataclasses.replace(ROUNDED, bits=8)
+RULES = {
+    "the first decides": (
+        [(DOWN, None), (r".*\.mlp\..*", EIGHT), (".*", ROUNDED)],
+        {LINEAR[0]: ROUNDED, LINEAR[2]: ROUNDED, LINEAR[3]: EIGHT},
+    ),
+    "what none matches stays dense": (
+        {".*q_proj": EIGHT, ".*down_proj.bias|lm_head": None},
+        {LINEAR[0]: EIGHT, LINEAR[2]: EIGHT},
+    ),
+    "names of tensors": (
+        [(r".*\.0\..*\.weight", EIGHT), (r".*\.1\.mlp\..*", ROUNDED)],
+        {LINEAR[0]: EIGHT, LINEAR[1]: EIGHT, LINEAR[3]: ROUNDED},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RULES)
+def test_rules(tmp_path, source, case):
+    rules, specs = RULES[case]
+    checkpoints.quantize(source, tmp_path / "x", format="gptq", rules=rules)
+    assert_quantized(source, tmp_path / "x", specs, specs)
+
+
+def test_skip_goes_before_rules(tmp_path, source):
+    options = {"rules": [(".*q_proj", EIGHT), (".*", ROUNDED)], "skip": [Q]}
+    checkpoints.quantize(source, tmp_path / "x", format="gptq", **options)
+    specs = dict(zip(LINEAR[1:], (ROUNDED, EIGHT, ROUNDED), strict=True))
+    assert_quantized(source, tmp_path / "x", specs, specs)
+
+
+def grams_of(modules, seed):
+    inputs = jax.random.normal(jax.random.key(seed), (len(modules), 96, 64))
+    return {name: gram(x) for name, x in zip(modules, inputs, strict=True)}
+
+
+def test_grams(tmp_path, source, monkeypatch, refuses):
+    """Each weight meets its own; another gram is another request."""
+    first, other = (calibrated(ROUNDED, grams_of(LINEAR[:3], s)) for s in (0, 1))
+    stopped(monkeypatch, 8, source, tmp_path / "x", format="gptq", rules=first)
+    for rules in (other, first):
+        options = {"format": "gptq", "rules": rules, "overwrite": True}
+        checkpoints.quantize(source, tmp_path / "x", **options)
+        specs = dict(zip(LINEAR, [spec for _, spec in rules], strict=True))
+        assert_quantized(source, tmp_path / "x", LINEAR, specs)
+    bad = calibrated(ROUNDED, {Q: jnp.full((64, 64), jnp.nan)})
+    with refuses(f"{Q}.weight: gram with damp=0.01 of its mean diagonal is not"):
+        checkpoints.quantize(source, tmp_path / "y", format="gptq", rules=bad)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "x"]
 
 
 @pytest.mark.parametrize(
@@ -206,11 +256,11 @@ def test_routers_and_embeddings_stay_dense(tmp_path, format_, entry):
     for name in (*routers, *others, f"{layer}.mlp.gate_proj"):
         made.tensors[f"{name}.weight"] = np.ones((32, 64), np.float16)
     source = made.write(tmp_path / "source")
-    quantizer = ROUNDED if format_ != "awq" else ROUNDED_AWQ
-    options = {"format": format_, "quantizer": quantizer, "skip": [r".*block.*\.gate"]}
+    spec = ROUNDED if format_ != "awq" else ROUNDED_AWQ
+    options = {"format": format_, "rules": spec, "skip": [r".*block.*\.gate"]}
     checkpoints.quantize(source, tmp_path / "x", **options)
     modules = [*LINEAR, f"{layer}.mlp.gate_proj"]
-    assert_quantized(source, tmp_path / "x", modules, quantizer)
+    assert_quantized(source, tmp_path / "x", modules, spec)
     # Loaders have to know of linear layers alone.
     said = [name.replace("\\", "") for name in entry_of(tmp_path / "x")[entry]]
     assert [name for name in routers if not any(name in one for one in said)] == []
@@ -239,10 +289,10 @@ def test_zeros_that_happen_to_be_the_middle_code(tmp_path):
     # From -8 to 7 in each group of each row: scales of 1 and zeros of 8.
     made.tensors[f"{Q}.weight"][:] = np.tile(np.arange(-8, 8), 4)
     source = made.write(tmp_path / "source")
-    quantizer = functools.partial(qjax.quantize, group_size=32)
-    options = {"format": "compressed-tensors", "quantizer": quantizer}
+    spec = qjax.Spec(group_size=32)
+    options = {"format": "compressed-tensors", "rules": spec}
     checkpoints.quantize(source, tmp_path / "x", **options)
-    assert_quantized(source, tmp_path / "x", LINEAR, quantizer)
+    assert_quantized(source, tmp_path / "x", LINEAR, spec)
     loaded = checkpoints.load(tmp_path / "x", prepare=False)[Q]
     assert (loaded.zero == 8).all()
 
@@ -259,11 +309,15 @@ def test_in_its_own_place(tmp_path, source):
 CALLS = []
 
 
-def noted(w, scale=1):
+def noted(w, *codes, scale=1, **options):
     """Notes each call with values, not those with nothing but a shape."""
     if not isinstance(w, jax.core.Tracer):
         CALLS.append(w)
-    return ROUNDED(w * scale)
+    return qjax.quantize(w * scale, *codes, **options)
+
+
+def by(quantizer):
+    return dataclasses.replace(ROUNDED, quantizer=quantizer)
 
 
 @pytest.fixture
@@ -281,7 +335,7 @@ def stopped(monkeypatch, at, *arguments, **options):
 
 
 def test_resumes(tmp_path, source, monkeypatch, calls):
-    options = {"format": "gptq", "quantizer": noted, "shard_bytes": 3000}
+    options = {"format": "gptq", "rules": by(noted), "shard_bytes": 3000}
     checkpoints.quantize(source, tmp_path / "whole", **options)
     assert len(calls) == 4
     stopped(monkeypatch, 6, source, tmp_path / "x", **options)
@@ -296,42 +350,41 @@ def test_resumes(tmp_path, source, monkeypatch, calls):
 
 OTHERS = {
     # The same shapes, other values.
-    "argument": functools.partial(noted, scale=0.5),
-    "array": functools.partial(noted, scale=np.array(0.5, "bfloat16")),
-    "function": functools.partial(
-        clip.quantize, group_size=32, symmetric=True, scale_dtype=jnp.float16
-    ),
+    "argument": by(functools.partial(noted, scale=0.5)),
+    "array": by(functools.partial(noted, scale=np.array(0.5, "bfloat16"))),
+    "function": by(clip.quantize),
 }
 
 
 @pytest.mark.parametrize("other", OTHERS)
 def test_another_quantizer_is_not_gone_on_with(tmp_path, source, monkeypatch, other):
-    options = {"format": "gptq", "quantizer": noted}
+    options = {"format": "gptq", "rules": by(noted)}
     stopped(monkeypatch, 7, source, tmp_path / "x", **options)
-    options["quantizer"] = OTHERS[other]
+    options["rules"] = OTHERS[other]
     checkpoints.quantize(source, tmp_path / "x", **options)
     assert_quantized(source, tmp_path / "x", LINEAR, OTHERS[other])
 
 
 def test_arrays_are_told_apart(tmp_path, source, monkeypatch):
     of = functools.partial(functools.partial, noted)
-    first, second = (of(scale=np.array(x, "bfloat16")) for x in (0.5, 0.25))
-    stopped(monkeypatch, 7, source, tmp_path / "x", format="gptq", quantizer=first)
-    checkpoints.quantize(source, tmp_path / "x", format="gptq", quantizer=second)
+    first, second = (by(of(scale=np.array(x, "bfloat16"))) for x in (0.5, 0.25))
+    stopped(monkeypatch, 7, source, tmp_path / "x", format="gptq", rules=first)
+    checkpoints.quantize(source, tmp_path / "x", format="gptq", rules=second)
     assert_quantized(source, tmp_path / "x", LINEAR, second)
 
 
 def test_a_quantizer_may_have_no_file(tmp_path, source, monkeypatch):
-    made = {"__name__": "typed", "ROUNDED": ROUNDED}
-    exec("def quantize(w): return ROUNDED(w)", made)
-    options = {"format": "gptq", "quantizer": made["quantize"]}
+    made = {"__name__": "typed", "rounded": qjax.quantize}
+    exec("def quantize(w, *a, **b): return rounded(w, *a, **b)", made)
+    options = {"format": "gptq", "rules": by(made["quantize"])}
     stopped(monkeypatch, 7, source, tmp_path / "x", **options)
     checkpoints.quantize(source, tmp_path / "x", **options)
     assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
 
 
 def test_compiled_quantizers_have_the_names_of_their_functions(tmp_path, source):
-    options = {"format": "gptq", "quantizer": jax.jit(ROUNDED)}
+    compiled = jax.jit(qjax.quantize, static_argnums=(1, 2, 3), static_argnames=DTYPE)
+    options = {"format": "gptq", "rules": by(compiled)}
     checkpoints.quantize(source, tmp_path / "x", **options)
     assert_quantized(source, tmp_path / "x", LINEAR, ROUNDED)
 
@@ -344,7 +397,7 @@ def test_all_that_cannot_be_quantized_is_listed(tmp_path, source, calls):
     made = dense()
     ragged(made.tensors)
     made.write(source)
-    options = {"format": "gptq", "quantizer": noted}
+    options = {"format": "gptq", "rules": by(noted)}
     with pytest.raises(ValueError, match="2 of 6 matrices cannot be writ") as caught:
         checkpoints.quantize(source, tmp_path / "x", **options)
     _, *reasons, advice = str(caught.value).splitlines()
@@ -379,24 +432,52 @@ def test_modules_with_one_reason_share_a_line(tmp_path):
     assert "\n  a.0.up, a.3.up: w.shape" in str(caught.value)
 
 
-def halved(w):
-    return ROUNDED(w[:, :16])
+def halved(w, *codes, **options):
+    return qjax.quantize(w[:, :16], *codes, **options)
 
 
-def left(w):
+def left(w, *codes, **options):
     return w
 
 
 REFUSALS = {
     "v1 with zeros": (
-        {"quantizer": functools.partial(qjax.quantize, group_size=32)},
+        {"rules": qjax.Spec(group_size=32)},
         "GPTQ v1 cannot store those of 0; 'gptq_v2' holds all of them, and symmetric",
     ),
     "exl2": ({"format": "exl2"}, "its scales are plain numbers"),
     "width": (
-        {"format": "awq", "quantizer": functools.partial(ROUNDED, bits=3)},
+        {"format": "awq", "rules": dataclasses.replace(ROUNDED_AWQ, bits=3)},
         "(4,)",
     ),
+    "shape": (
+        {"rules": by(halved)},
+        "quantizer returned QTensor(64x16",
+    ),
+    "gram": (
+        {"rules": calibrated(ROUNDED, {Q: jnp.eye(32)})},
+        f"{Q}: gram is float32(32, 32) and must be float(64, 64)",
+    ),
+    "groups": (
+        {
+            "format": "awq",
+            "rules": [(Q, qjax.Spec(group_size=64)), (".*", ROUNDED_AWQ)],
+        },
+        f"{Q}: AWQ has one group size for all, here 32, and it has 64",
+    ),
+    "tags of widths": (
+        {"format": "hqq", "rules": [(Q, EIGHT), (".*", ROUNDED)]},
+        "HQQ tells modules apart by tags, and most of 'self_attn.q_proj' have",
+    ),
+    "rule": (
+        {"rules": [("q_proj", None), (".*", ROUNDED)]},
+        "rules has the pattern 'q_proj', which matches the whole path of no linear",
+    ),
+    "rule for the head": (
+        {"rules": [("lm_head", EIGHT), (".*", ROUNDED)]},
+        "and lm_head does without head=True",
+    ),
+    "no rule": ({"rules": []}, "no linear layer is left to quantize, of 5"),
     "tags": (
         {"format": "hqq", "skip": [r".*\.1\.mlp.*"]},
         "HQQ leaves modules dense by tags, and 'mlp.down_proj', the tag of model",
@@ -418,26 +499,33 @@ def test_refusals(tmp_path, source, case, refuses):
 
 QUANTIZERS = {
     "lambda": (
-        lambda w: ROUNDED(w, bits=3),
+        lambda w, *codes, **_: qjax.quantize(w, *codes),
         "must be a function with a name in a module",
     ),
     "method": ("".format, "must be a function with a name in a module"),
-    "name": ("rtn", "must be a function with a name in a module"),
     "argument": (
-        functools.partial(qjax.quantize, bits=[4]),
+        functools.partial(noted, scale=[4]),
         "quantizer has the argument [4], which must be None, a number",
     ),
-    "class": (functools.partial(qjax.quantize, bits=Path), "has the argument <class"),
-    "shape": (halved, "quantizer(w).shape=(64, 16) must be w.shape=(64, 32)"),
-    "dense": (left, "quantizer(w) is ShapeDtypeStruct of shape (64, 32), and must be"),
+    "class": (functools.partial(noted, scale=Path), "has the argument <class"),
+    "dense": (left, "must be a QTensor"),
+    "gram": (gptq.quantize, "argument: 'gram'"),
 }
+
+
+def test_what_a_quantizer_lacks_is_said_with_the_weight(tmp_path, source):
+    options = {"format": "gptq", "rules": [(DOWN, by(gptq.quantize))]}
+    with pytest.raises(TypeError) as caught:
+        checkpoints.quantize(source, tmp_path / "x", **options)
+    assert caught.value.__notes__[-1] == f"It was raised for the shape of {DOWN}."
 
 
 @pytest.mark.parametrize("case", QUANTIZERS)
 def test_no_quantizers(tmp_path, source, case, refuses):
     quantizer, message = QUANTIZERS[case]
     with refuses(message, TypeError):
-        checkpoints.quantize(source, tmp_path / "x", format="gptq", quantizer=quantizer)
+        options = {"format": "gptq", "rules": by(quantizer)}
+        checkpoints.quantize(source, tmp_path / "x", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
@@ -537,9 +625,9 @@ def test_weights_that_no_scale_can_hold(tmp_path, value, dtype, message, refuses
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
-def blind(w):
+def blind(w, *codes, **options):
     """Makes finite scales of whatever it is given."""
-    return ROUNDED(jnp.nan_to_num(w))
+    return qjax.quantize(jnp.nan_to_num(w), *codes, **options)
 
 
 def test_weights_that_are_not_finite_though_their_scales_are(tmp_path, refuses):
@@ -547,7 +635,8 @@ def test_weights_that_are_not_finite_though_their_scales_are(tmp_path, refuses):
     made.tensors[f"{DOWN}.weight"][3, 5] = np.nan
     source = made.write(tmp_path / "source")
     with refuses(f"{DOWN}.weight{UNFIT}"):
-        checkpoints.quantize(source, tmp_path / "x", format="gptq", quantizer=blind)
+        options = {"format": "gptq", "rules": by(blind)}
+        checkpoints.quantize(source, tmp_path / "x", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 

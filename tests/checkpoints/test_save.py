@@ -195,7 +195,7 @@ class TestSmallFloats:
         w = jnp.asarray(
             np.random.default_rng(0).standard_normal((96, 64)), jnp.bfloat16
         )
-        return fp8.quantize(w, block_size=(32, 32)), fp8.quantize(w, block_size=None)
+        return fp8.quantize(w, group_size=32), fp8.quantize(w, group_size=None)
 
     def test_blocks_and_columns_of_compressed_tensors(self, tmp_path):
         blocks, columns = self.tensors()
@@ -238,7 +238,8 @@ class TestSmallFloats:
             checkpoints.save(tmp_path / "y", pair, {}, format="fp8")
 
     def test_a_model_into_fp8(self, tmp_path):
-        options = {"format": "fp8", "quantizer": fp8.quantize}
+        spec = qjax.Spec(bits=8, symmetric=True, quantizer=fp8.quantize)
+        options = {"format": "fp8", "rules": spec}
         checkpoints.quantize(TESTS / "data/llama_bf16", tmp_path / "x", **options)
         weights = checkpoints.load(tmp_path / "x", prepare=False)
         w = weights["model.layers.0.mlp.up_proj"]
@@ -501,14 +502,17 @@ def test_convert_into_itself_is_refused(tmp_path, refuses):
         checkpoints.convert(source, source / "gptq", format="gptq")
 
 
-def test_stream_is_load(tmp_path):
+def test_lazy_is_load(tmp_path):
     source = awq_directory(tmp_path)
     for prepare in (True, False):
-        streamed = dict(checkpoints.stream(source, prepare=prepare))
-        chex.assert_trees_all_equal(streamed, checkpoints.load(source, prepare=prepare))
+        weights = checkpoints.lazy(source, prepare=prepare)
+        loaded = checkpoints.load(source, prepare=prepare)
+        assert len(weights) == len(loaded)
+        chex.assert_trees_all_equal(dict(weights), loaded)
+    assert "no.such.weight" not in weights
     (source / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError):  # before anything is asked for
-        checkpoints.stream(source)
+        checkpoints.lazy(source)
 
 
 def test_verify_finds_everything(tmp_path):

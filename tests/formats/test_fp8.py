@@ -104,7 +104,7 @@ class TestQuantize:
         ]
         all_of_them = np.concatenate([numbers, midway, *beside])
         w = np.concatenate([all_of_them, -all_of_them])[:, None]
-        quantized = fp8.quantize(jnp.asarray(w), block_size=None)
+        quantized = fp8.quantize(jnp.asarray(w), group_size=None)
         assert float(quantized.scale[0, 0]) == 1
         expected = w.astype(E4M3).view(np.uint8)
         np.testing.assert_array_equal(quantized.numpy(), expected)
@@ -112,7 +112,7 @@ class TestQuantize:
     def test_scales_of_blocks(self):
         w = np.random.default_rng(0).standard_normal((72, 40)).astype(np.float32)
         w[:32, :32] = 0
-        quantized = fp8.quantize(jnp.asarray(w), block_size=(32, 32))
+        quantized = fp8.quantize(jnp.asarray(w), group_size=32)
         scale = fp8.to_tensors(quantized, SMALL)["weight_scale_inv"]
         largest = [np.abs(w[i : i + 32, 32:]).max() for i in (0, 32, 64)]
         expected = np.float32(largest) / np.float32(448)
@@ -124,23 +124,31 @@ class TestQuantize:
         assert (error <= step * 1.0001).all()
 
     def test_is_a_quantizer(self):
-        spec = qjax.Spec(bits=8, group_size=None)
-        made = dataclasses.replace(spec, quantizer=quantizer).quantize(jnp.eye(32))
-        same_bits(qjax.dequantize(made), jnp.eye(32))
+        spec = qjax.Spec(bits=8, group_size=32, symmetric=True, quantizer=fp8.quantize)
+        w = jnp.stack([jnp.eye(64), 2 * jnp.eye(64)])
+        made = spec.quantize(w)
+        assert made.scale.shape == (2, 2, 2)
+        np.testing.assert_allclose(qjax.dequantize(made), w, rtol=1e-6)
+        columns = fp8.quantize(w, group_size=None, columns=16, scale_dtype="bfloat16")
+        assert columns.scale.shape == (2, 1, 4)
+        assert columns.scale.dtype == jnp.bfloat16
+        assert jnp.isfinite(qjax.dequantize(columns)).all()
 
     def test_not_finite(self):
         w = jnp.ones((64, 64)).at[3, 40].set(jnp.nan).at[40, 3].set(jnp.inf)
-        scale = fp8.to_tensors(fp8.quantize(w, block_size=(32, 32)), SMALL)
+        scale = fp8.to_tensors(fp8.quantize(w, group_size=32), SMALL)
         bad = np.isnan(scale["weight_scale_inv"])
         np.testing.assert_array_equal(bad, [[False, True], [True, False]])
 
     def test_refuses(self, refuses):
-        with refuses("w must be bfloat16, float16 or float32 [k, n]; got int32(3, 2)."):
+        with refuses("w must be bfloat16, float16 or float32 [..., k, n]; got int32("):
             fp8.quantize(jnp.ones((3, 2), jnp.int32))
-
-
-def quantizer(w, *_, **__):
-    return fp8.quantize(w)
+        with refuses("bits=4 and symmetric=True must be 8 and True"):
+            fp8.quantize(jnp.ones((3, 2)), 4)
+        with refuses("group_size=0 and columns=None must be positive"):
+            fp8.quantize(jnp.ones((3, 2)), group_size=0)
+        with refuses("scale_dtype=dtype('int8') must be one of"):
+            fp8.quantize(jnp.ones((3, 2)), scale_dtype=jnp.int8)
 
 
 @pytest.mark.parametrize(

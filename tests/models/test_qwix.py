@@ -10,7 +10,7 @@ import pytest
 import qwix
 
 import qjax
-from qjax.layers import rules
+from qjax import rules
 from tests.layers.foreign import same, x
 
 

@@ -1,6 +1,7 @@
 """PyTorch's packages run and read what qjax quantized."""
 
-import functools
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -13,12 +14,14 @@ from safetensors.torch import load_file
 
 import qjax
 from qjax import checkpoints
+from qjax.formats import fp8
 from qjax.formats import gptq as format_
 from qjax.quantizers import gptq, gram, hqq
 from tests.peers import arrays
 from tests.peers.test_gptqmodel import dequantized
 
 DENSE = Path(__file__).parents[1] / "data" / "llama_bf16"
+EXAMPLE = Path(__file__).parents[2] / "examples" / "llm" / "quantize.py"
 
 
 def logits_of(directory: Path) -> np.ndarray:
@@ -26,15 +29,17 @@ def logits_of(directory: Path) -> np.ndarray:
     model = transformers.AutoModelForCausalLM.from_pretrained(
         directory, dtype=torch.float32
     )
+    entry = checkpoints.read_config(directory).get("quantization_config") or {}
+    if entry.get("quant_method") == "fp8":
+        # On a CPU it is dequantized, each weight to the dtype of its scale.
+        model = model.float()
     with torch.no_grad():
         return model(torch.from_numpy(ids)).logits.numpy()
 
 
-def test_transformers_runs_a_directory(tmp_path):
-    rounding = functools.partial(qjax.quantize, symmetric=True)
-    options = {"format": "compressed-tensors", "quantizer": rounding}
-    checkpoints.quantize(DENSE, tmp_path / "packed", **options)
-    weights = checkpoints.load(tmp_path / "packed", prepare=False)
+def expected_of(directory: Path) -> np.ndarray:
+    """Logits of the dense model with the weights that qjax reads."""
+    weights = checkpoints.load(directory, prepare=False)
     dense = {
         f"{name}.weight" if isinstance(w, qjax.QTensor) else name: w
         for name, w in weights.items()
@@ -49,17 +54,50 @@ def test_transformers_runs_a_directory(tmp_path):
                 w = qjax.dequantize(w).astype(jnp.float32).T
             parameter.copy_(arrays.to_torch(w).float())
         ids = np.load(DENSE / "reference.npz")["prompt_ids"].astype(np.int64)
-        expected = model(torch.from_numpy(ids)).logits.numpy()
+        return model(torch.from_numpy(ids)).logits.numpy()
+
+
+def awq_by_the_example(target: Path) -> None:
+    """A directory with AWQ's factors in its norms."""
+    np.save(target.with_suffix(".npy"), np.load(DENSE / "reference.npz")["eval_ids"])
+    command = [sys.executable, EXAMPLE, DENSE, target, "--method", "awq"]
+    command += ["--text", target.with_suffix(".npy"), "--context", "64"]
+    subprocess.run(list(map(str, command)), check=True)
+
+
+def compressed(target: Path) -> None:
+    spec = qjax.Spec(symmetric=True)
+    checkpoints.quantize(DENSE, target, format="compressed-tensors", rules=spec)
+
+
+def floats(target: Path) -> None:
+    spec = qjax.Spec(bits=8, symmetric=True, quantizer=fp8.quantize)
+    checkpoints.quantize(DENSE, target, format="fp8", rules=spec)
+
+
+def compressed_floats(target: Path) -> None:
+    spec = qjax.Spec(bits=8, group_size=None, symmetric=True, quantizer=fp8.quantize)
+    checkpoints.quantize(DENSE, target, format="compressed-tensors", rules=spec)
+
+
+WRITERS = [compressed, awq_by_the_example, floats, compressed_floats]
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_transformers_runs_a_directory(tmp_path, write):
+    write(tmp_path / "packed")
+    expected = expected_of(tmp_path / "packed")
     found = logits_of(tmp_path / "packed")
     assert np.abs(found - expected).max() <= 5e-3 * np.abs(expected).max()
     # A model that was loaded dense after all would be off by as much as codes are.
-    assert np.abs(found - logits_of(DENSE)).max() > 2e-2 * np.abs(expected).max()
+    off = 1e-2 if "floats" in write.__name__ else 2e-2
+    assert np.abs(found - logits_of(DENSE)).max() > off * np.abs(expected).max()
 
 
 def test_hqq_reads_a_directory(tmp_path):
     """transformers 5 reads no HQQ directory, not even those of transformers 4."""
-    quantizer = functools.partial(hqq.quantize, scale_dtype=jnp.float16)
-    checkpoints.quantize(DENSE, tmp_path / "new", format="hqq", quantizer=quantizer)
+    spec = qjax.Spec(group_size=64, scale_dtype=jnp.float16, quantizer=hqq.quantize)
+    checkpoints.quantize(DENSE, tmp_path / "new", format="hqq", rules=spec)
     stored = load_file(tmp_path / "new" / "model.safetensors")
     weights = checkpoints.load(tmp_path / "new", prepare=False)
     matrices = {n: w for n, w in weights.items() if isinstance(w, qjax.QTensor)}

@@ -8,7 +8,7 @@ import pytest
 
 import qjax
 from qjax.formats import gptq
-from qjax.quantizers import awq, gram, output_error
+from qjax.quantizers import awq, clip, gram, output_error
 
 RNG = np.random.default_rng(0)
 W = RNG.standard_normal((64, 24)).astype(np.float32)
@@ -79,3 +79,104 @@ def test_files_have_no_place_for_the_factors():
 def test_refusals(refuses, seen, message):
     with refuses(message):
         awq.quantize(W, 4, 32, gram=seen)
+
+
+def norm(x, weight):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
+
+
+def attention(x, weight, matrices):
+    """One head a row of 8; in float64, if its operands are."""
+    q, k, v, out = matrices
+    y = norm(x, weight)
+    heads = [(y @ w).reshape(len(x), -1, 8).transpose(1, 0, 2) for w in (q, k, v)]
+    score = np.exp(heads[0] @ heads[1].transpose(0, 2, 1) / 8)
+    mixed = (score / score.sum(-1, keepdims=True)) @ heads[2]
+    return x + mixed.transpose(1, 0, 2).reshape(len(x), -1) @ out
+
+
+def feed_forward(x, weight, matrices, bias):
+    gate, up, down = matrices
+    y = norm(x, weight)
+    gated = (y @ gate) / (1 + np.exp(-y @ gate)) * (y @ up + bias)
+    return x + gated @ down
+
+
+def wide(arrays):
+    return [np.asarray(array, np.float64) for array in arrays]
+
+
+def test_folding_leaves_the_function_as_it_is():
+    """All that a Llama's block allows, in float64 but for the folded arrays."""
+    x = np.random.default_rng(1).standard_normal((16, 64))
+    made = np.random.default_rng(2).standard_normal((7, 64, 64)).astype(np.float32)
+    q, k, v, out, gate, up, down = made / 8
+    weight, bias = (np.exp(made[i, 0]) for i in (0, 1))
+    factors = np.exp(made[:4, 1])
+    before = attention(x, *wide([weight]), wide([q, k, v, out]))
+    before = feed_forward(before, *wide([weight]), wide([gate, up, down]), bias)
+
+    (first,), qkv = awq.fold(factors[0], [weight], [q, k, v])
+    (v,), (out,) = awq.fold(factors[1], [qkv[2]], [out])
+    (second,), (gate, up) = awq.fold(factors[2], [weight], [gate, up])
+    (up, bias), (down,) = awq.fold(factors[3], [up, bias], [down])
+    after = attention(x, *wide([first]), wide([*qkv[:2], v, out]))
+    after = feed_forward(after, *wide([second]), wide([gate, up, down]), *wide([bias]))
+    # Seven arrays were rounded to float32, twice at most.
+    np.testing.assert_allclose(after, before, atol=1e-6 * np.abs(before).max())
+
+
+def test_folded_codes_are_those_of_quantize():
+    for clipped in (False, True):
+        factor = awq.factors([W], 3, 32, gram=GRAM, clip=clipped)
+        _, (larger,) = awq.fold(factor, [], [W])
+        wanted = awq.quantize(W, 3, 32, gram=GRAM, clip=clipped)
+        np.testing.assert_array_equal(1 / factor, wanted.input_scale)
+        seen = jnp.where(GRAM.diagonal() > 0, GRAM.diagonal(), 1)
+        importance = seen / factor**2
+        if clipped:
+            packed = clip.quantize(larger, 3, 32, importance=importance)
+        else:
+            packed = qjax.quantize(larger, 3, 32)
+        differ = np.asarray(qjax.codes(packed)) != np.asarray(qjax.codes(wanted))
+        # Squares of roots are off by a bit, and so may be which of two ranges is best.
+        assert differ.mean() <= 0.01 * clipped
+
+
+def test_matrices_of_the_same_inputs_are_one_side_by_side():
+    half = W[:, 8:].astype("bfloat16")
+    factor = awq.factors([W[:, :8], half], 3, 32, gram=GRAM)
+    joined = np.concatenate([W[:, :8], half.astype(np.float32)], 1)
+    wanted = awq.quantize(joined, 3, 32, gram=GRAM).input_scale
+    np.testing.assert_array_equal(1 / factor, wanted)
+    _, pair = awq.fold(factor, [], [W, half])
+    assert [one.dtype for one in pair] == [jnp.float32, jnp.bfloat16]
+
+
+@pytest.mark.parametrize(
+    ("weights", "seen", "message"),
+    [
+        ([], GRAM, "weights must be [k, n], all of one k; got shapes []"),
+        ([W, W[:32]], GRAM, "got shapes [(64, 24), (32, 24)]"),
+        ([W[None]], GRAM, "got shapes [(1, 64, 24)]"),
+        ([W], jnp.eye(32), "gram is float32(32, 32) and must be float(64, 64)"),
+        ([W], jnp.full((64, 64), jnp.nan), "gram must be finite, and so must w"),
+        ([np.full_like(W, np.inf)], GRAM, "gram must be finite, and so must w"),
+    ],
+)
+def test_no_factors(refuses, weights, seen, message):
+    with refuses(message):
+        awq.factors(weights, 3, 32, gram=seen)
+
+
+@pytest.mark.parametrize(
+    ("factor", "before", "after"),
+    [
+        (np.ones(64), [np.ones(32)], []),
+        (np.ones(64), [], [np.ones((32, 64))]),
+        (np.ones((2, 64)), [], []),
+    ],
+)
+def test_no_folding(refuses, factor, before, after):
+    with refuses(f"factor.shape={factor.shape} must be [k], with before [..., k]"):
+        awq.fold(factor, before, after)

@@ -89,6 +89,9 @@ def test_paths_and_keywords(two):
     expected = {"up/kernel": 4 * gram(batch)}
     same(grams(two, [(batch,)], paths="up", scale=2.0), expected)
     same(grams(two, [batch], paths="u.*/kernel", scale=2.0), expected)
+    named = [{"x": batch, "scale": jnp.float32(scale)} for scale in (2.0, 1.0)]
+    expected["up/kernel"] *= 5 / 4
+    same(grams(two, named, paths="up", scale=3.0), expected)
 
 
 def test_inputs_of_16_bits_are_summed_in_float32():

@@ -19,9 +19,9 @@ from jaxtyping import Array
 from qjax.layers import packing, qarrays, subclasses
 from qjax.layers.linen.variables import QUANTIZED, to_params, to_variables
 from qjax.layers.report import Entry
-from qjax.layers.rules import Rule
 from qjax.layers.tracing import interpreter, uses
 from qjax.layers.tracing.views import Form
+from qjax.rules import Rule
 from qjax.tensor import QTensor
 
 # The form of a weight and the dtype of its array, by path.

@@ -14,9 +14,9 @@ from qjax.layers.nnx import wrapped
 from qjax.layers.nnx.linear import Linear
 from qjax.layers.nnx.packed import Scale, variables
 from qjax.layers.report import Entry, path_name
-from qjax.layers.rules import Rule
 from qjax.layers.tracing import uses
 from qjax.layers.tracing.views import Form
+from qjax.rules import Rule
 from qjax.tensor import QTensor
 
 

@@ -148,9 +148,14 @@ class Rule:
         is_one = "/" in plain and re.escape(plain) == self.pattern.pattern
         return plain if is_one else None
 
-    def matches(self, path: str) -> bool:
-        """Whether the rule is for the weight with a path such as "layers/0/up/w"."""
-        module = path.rpartition("/")[0]
+    def matches(self, path: str, joint: str = "/") -> bool:
+        """Whether the rule is for the weight with a path such as "layers/0/up/w".
+
+        Args:
+          path: The path.
+          joint: What stands between its names: "." in checkpoints.
+        """
+        module = path.rpartition(joint)[0]
         return any(map(self.pattern.fullmatch, (path, module)))
 
 

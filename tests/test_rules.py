@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 
 import qjax
-from qjax.layers import rules
+from qjax import rules
 
 SPEC = qjax.Spec(bits=3, group_size=64)
 
@@ -36,6 +36,9 @@ def test_a_pattern_matches_all_of_a_path_or_of_its_module():
     assert not rule.matches("model/layers/0/q_proj/w")
     assert not rule.matches("layers/0/q_proj/inner/w")
     assert rule.spec is SPEC
+    (rule,) = rules.read([(r"layers\.0\..*_proj", SPEC)])
+    assert rule.matches("layers.0.q_proj.weight", ".")
+    assert not rule.matches("layers.0.q_proj.weight")
 
 
 def test_a_spec_alone_and_a_mapping_are_rules():
