@@ -219,6 +219,42 @@ def mixed_weights(k: int, n: int) -> Weights:
     return {"qjax, EXL2 mix of 4.0 bits": make}
 
 
+# Groups of small floats by their width: those of FP8 along k, and of MXFP4.
+FLOATS = {8: ("FP8", 128), 4: ("MXFP4", 32)}
+
+
+def float_weights(k: int, n: int, *, bits: int) -> Weights:
+    """Ours of small floats."""
+    import jax.numpy as jnp
+
+    import qjax
+
+    name, group = FLOATS[bits]
+
+    def make() -> Weight:
+        rng = np.random.default_rng(bits)
+        q = rng.integers(0, 2**bits, (k, n), dtype=np.uint8)
+        numbers = qjax.tensor.numbers(bits)
+        q[np.isnan(numbers[q])] = 0
+        largest = qjax.tensor.SMALL_FLOATS[bits].largest
+        scale = rng.uniform(0.5, 1, (k // group, n)) / largest / 4
+        # Powers of two, as those of MXFP4 are; for FP8 they are as good as others.
+        scale = (2.0 ** np.round(np.log2(scale))).astype(np.float32)
+        w = qjax.tensor.build(
+            (qjax.bits.pack_fields(jnp.asarray(q), bits),),
+            jnp.asarray(scale),
+            layout=qjax.formats.gptq.Stream(),
+            segments=(qjax.tensor.Segment(bits, group),),
+            affine=qjax.tensor.Affine.FLOAT,
+        )
+        chosen = sampled(n)
+        columns = numbers[q[:, chosen]].astype(np.float64)
+        columns *= np.repeat(scale[:, chosen], group, axis=0)
+        return _bind(qjax.matmul, qjax.prepare(w), bits, columns)
+
+    return {f"qjax, {name}": make}
+
+
 def _qarray(codes: Codes) -> Any:
     import jax.numpy as jnp
     import qwix
@@ -274,6 +310,7 @@ def tokamax_weights(k: int, n: int) -> Weights:
 OURS: dict[str, Callable[[int, int], Weights]] = {
     **{f"qjax-{b}": functools.partial(our_weights, bits=b) for b in (4, 2, 3, 8)},
     "qjax-mixed": mixed_weights,
+    **{f"qjax-float{b}": functools.partial(float_weights, bits=b) for b in FLOATS},
 }
 LIBRARIES: dict[str, Callable[[int, int], Weights]] = {
     "dense": dense_weights,
