@@ -246,8 +246,18 @@ def test_metadata_that_are_left_out():
     config = model.Config.from_json(gguf_file.config_of(METADATA))
     assert (config.num_kv_heads, config.head_dim) == (4, 16)
     assert config.frequencies[1] == pytest.approx(10000 ** (-2 / 16))
-    linear = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
-    config = model.Config.from_json(gguf_file.config_of(METADATA | linear))
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scaling.factor": 4.0},
+        {"llama.rope.scale_linear": 4.0},
+    ],
+)
+def test_linear_scaling(scaled):
+    config = model.Config.from_json(gguf_file.config_of(METADATA | scaled))
     assert config.frequencies[0] == 0.25
 
 
@@ -259,6 +269,9 @@ def test_metadata_that_are_left_out():
         ("llama.rope.dimension_count", 8, "dimension_count=8 is not supported, but 16"),
         ("llama.attention.value_length", 8, "value_length=8 is not supported, but 16"),
         ("llama.attention.sliding_window", 8, "window=8 is not supported, but 0"),
+        ("llama.attention.scale", 0.5, "attention.scale=0.5 is not supported, but 0"),
+        ("llama.logit_scale", 2.0, "logit_scale=2.0 is not supported, but 1"),
+        ("llama.embedding_length", "64", "embedding_length='64' must be one number"),
         ("llama.attention.head_count_kv", [2, 4], "[2, 4] must be one number, for all"),
         ("llama.rope.scaling.type", "yarn", "scaling.type='yarn' is not supported"),
     ],
@@ -278,7 +291,7 @@ def test_a_file_without_a_model(tmp_path):
     done = invoke(evaluate.main, "x.npy", "--model", tmp_path / "m.gguf")
     assert done.exit_code == 1
     assert "tokenizer.ggml.model=None and pre=None, but only 'gpt2'" in done.stderr
-    with pytest.raises(ValueError, match="the metadata lack 'embedding_length'"):
+    with pytest.raises(ValueError, match=r"lack llama.block_count, llama.context_len"):
         model.load(tmp_path / "m.gguf")
 
 

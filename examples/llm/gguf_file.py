@@ -22,6 +22,14 @@ import qjax
 
 # Architectures, which Mistral shares with Llama, and whether rows were moved.
 ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+# Keys that a model cannot do without; all but the last are numbers of something.
+NEEDED = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -73,30 +81,44 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in metadata.items()
         if key.startswith(f"{kind}.")
     }
+    missing = [f"{kind}.{key}" for key in NEEDED if key not in own]
+    if missing:
+        raise ValueError(f"the metadata lack {', '.join(missing)}.")
     hidden, heads = own["embedding_length"], own["attention.head_count"]
     kv_heads = own.get("attention.head_count_kv", heads)
-    for name, count in (("head_count", heads), ("head_count_kv", kv_heads)):
+    counts = {key: own[key] for key in NEEDED[:-1]}
+    for name, count in (counts | {"attention.head_count_kv": kv_heads}).items():
         if type(count) is not int or count < 1:
             raise ValueError(
-                f"{kind}.attention.{name}={count!r} must be one number, for all layers."
+                f"{kind}.{name}={count!r} must be one number, for all layers."
             )
     head_dim = own.get("attention.key_length", hidden // heads)
-    scaling = own.get("rope.scaling.type", "none")
-    # What the decoder does not do, and the one value at which that makes no difference.
+    # As llama.cpp has it, where older files name no type.
+    scaling = own.get("rope.scaling.type", "linear")
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 0.0))
+    # What the decoder does not do, and the values at which that makes no difference.
     wanted = {
-        "attention.value_length": head_dim,
-        "rope.dimension_count": head_dim,
-        "attention.sliding_window": 0,
-        "expert_count": 0,
+        "attention.value_length": [head_dim],
+        "rope.dimension_count": [head_dim],
+        "attention.sliding_window": [0],
+        "expert_count": [0],
+        "attention.causal": [True],
+        "attention.clamp_kqv": [0],
+        "attention.scale": [0, float(np.float32(head_dim**-0.5))],
+        "embedding_scale": [1, 0],
+        "residual_scale": [1, 0],
+        "logit_scale": [1, 0],
     }
-    for key, value in wanted.items():
-        if own.get(key, value) != value:
-            raise ValueError(f"{kind}.{key}={own[key]} is not supported, but {value}.")
+    for key, values in wanted.items():
+        if own.get(key, values[0]) not in values:
+            raise ValueError(
+                f"{kind}.{key}={own[key]} is not supported, but {values[0]}."
+            )
     if scaling not in ("none", "linear"):
         raise ValueError(f"{kind}.rope.scaling.type={scaling!r} is not supported.")
     rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
-    if scaling == "linear":
-        rope |= {"rope_type": "linear", "factor": own["rope.scaling.factor"]}
+    if scaling == "linear" and factor:
+        rope |= {"rope_type": "linear", "factor": factor}
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     stops = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
     return {

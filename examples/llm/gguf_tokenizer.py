@@ -22,6 +22,7 @@ PATTERNS = {
     "gpt-2": None,
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
 }
@@ -78,6 +79,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
                 f"{path}: tokenizer.ggml.bos_token_id={number} is no token."
             )
         begin = tokens[number]
+        # In a template, these have a meaning of their own.
+        if begin.startswith("$") or ":" in begin:
+            raise ValueError(
+                f"{path}: tokenizer.ggml.bos_token_id={number} is {begin!r}, which "
+                "cannot be put before a text here; pass --tokenizer."
+            )
         tokenizer.post_processor = TemplateProcessing(
             single=[begin, "$A"], special_tokens=[(begin, number)]
         )

@@ -42,7 +42,7 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
     """
     if gguf.is_file(path):
         parts, errors = modules.survey_file(Path(path))
-        faults = [str(error) for error in errors]
+        faults = [str(error) for error in errors] + _orphan_tensors(parts)
     else:
         config, directory = read_config(path), Path(path)
         tensors = scan(directory)
@@ -73,10 +73,11 @@ def _look_at(
     if isinstance(weight, QTensor):
         faults += [f"{name}: {fault}" for fault in _matrix_faults(weight)]
         bias = parts.get(f"{name}.bias")
-        if isinstance(bias, Stored) and bias.shape != (weight.n,):
+        wanted = (*weight.batch, weight.n)
+        if isinstance(bias, Stored) and bias.shape != wanted:
             faults.append(
-                f"{bias.file}: {bias.name}.shape={bias.shape} must be {(weight.n,)}, "
-                f"as {name} has {weight.n} outputs."
+                f"{bias.file}: {bias.name}.shape={bias.shape} must be {wanted}, as "
+                f"{name} has {weight.n} outputs."
             )
     elif isinstance(part, Stored) and _not_finite(weight):
         faults.append(

@@ -93,7 +93,8 @@ def _matrix(
     def prepared(w: QTensor, layout: Layout | None = None) -> QTensor:
         return ops.prepare(w, layout=layout) if prepare else w
 
-    outline = _outline(matrix, [_counts(one) for one in shardings], prepared)
+    batch = matrix.stacked
+    outline = _outline(matrix, [_counts(one, batch) for one in shardings], prepared)
     whole = prepared(matrix.read()) if outline is None else outline
 
     def fits(where: NamedSharding) -> tuple[NamedSharding, QTensor, QTensor]:
@@ -101,9 +102,10 @@ def _matrix(
         return where, w, sharding.partition_specs(w, where.mesh, where.spec)
 
     where, w, specs = _first(name, fits, shardings)
-    counts = _WHOLE if outline is None else _readable(matrix, w, _counts(where))
+    cut = _counts(where, batch)
+    counts = _WHOLE if outline is None else _readable(matrix, w, cut)
     pieces: list[tuple[Counts, QTensor]] = []
-    for at in _owned(where, counts):
+    for at in _owned(where, batch, counts):
         part = None if outline is None else matrix.piece(at, counts)
         piece = w if part is None else prepared(part.read(), w.layout)
         pieces.append((at, jax.tree.map(np.asarray, piece)))
@@ -141,9 +143,9 @@ def _outline(
     return jax.tree.map(wide, sharding.names(w), w)
 
 
-def _counts(where: NamedSharding) -> Counts:
-    """Into how many pieces a sharding cuts a matrix."""
-    entries = itertools.zip_longest("kn", where.spec[:2])
+def _counts(where: NamedSharding, batch: int) -> Counts:
+    """Into how many pieces a sharding cuts a matrix, or each of a stack."""
+    entries = itertools.zip_longest("kn", where.spec[batch : batch + 2])
     return {
         str(axis): math.prod(where.mesh.shape[name] for name in entry_axes(entry))
         for axis, entry in entries
@@ -159,10 +161,10 @@ def _readable(matrix: Matrix, w: QTensor, counts: Counts) -> Counts:
     return next(one for one in grids if matrix.piece(_FIRST, one) is not None)
 
 
-def _owned(where: NamedSharding, counts: Counts) -> list[Counts]:
+def _owned(where: NamedSharding, batch: int, counts: Counts) -> list[Counts]:
     """The pieces that devices of this process have a part of."""
-    cut = _counts(where)
-    entries = NamedSharding(where.mesh, P(*where.spec[:2]))
+    cut = _counts(where, batch)
+    entries = NamedSharding(where.mesh, P(*where.spec[batch : batch + 2]))
     shape = (cut["k"], cut["n"])
     owned = {
         tuple(

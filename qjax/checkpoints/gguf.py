@@ -43,6 +43,11 @@ _NUMBERS = {
     **{0: "u1", 1: "i1", 2: "u2", 3: "i2", 4: "u4", 5: "i4", 6: "f4"},
     **{7: "?", 10: "u8", 11: "i8", 12: "f8"},
 }
+# The same to `struct`, which is faster for one number than NumPy.
+_CODES = {
+    **{"u1": "<B", "i1": "<b", "u2": "<H", "i2": "<h", "u4": "<I", "i4": "<i"},
+    **{"f4": "<f", "?": "<?", "u8": "<Q", "i8": "<q", "f8": "<d"},
+}
 _STRING, _ARRAY = 8, 9
 # Types of tensors that are no blocks.
 _DENSE = {
@@ -137,6 +142,8 @@ def _headers(path: Path) -> list[tuple[Path, _Header]]:
     """The headers of a file and of the others that it belongs with."""
     header = _header(path)
     count = header.metadata.get("split.count", 1)
+    if type(count) is not int or count < 0:
+        raise ValueError(f"{path}: split.count={count!r} must be a number of files.")
     if count in (0, 1):  # 0 after llama.cpp has merged it.
         return [(path, header)]
     match = _SHARD.fullmatch(path.name)
@@ -232,7 +239,9 @@ class _Cursor:
         return count
 
     def number(self, kind: str) -> Any:
-        return self.numbers(kind, 1)[0]
+        code = _CODES[kind]
+        at = self.skip(struct.calcsize(code))
+        return struct.unpack_from(code, self.data, at)[0]
 
     def numbers(self, kind: str, count: int) -> list[Any]:
         dtype = np.dtype(f"<{kind}")
@@ -258,7 +267,9 @@ class _Cursor:
             return self.numbers(
                 _NUMBERS[kind], self.count(count, 1, f"items of {key!r}")
             )
-        items = range(self.count(count, 8, f"items of {key!r}"))
+        # The least of a string is its length, of an array also the kind of its items.
+        least = 8 if kind == _STRING else 12
+        items = range(self.count(count, least, f"items of {key!r}"))
         if kind == _STRING:
             return [self.string() for _ in items]
         return [self.value(kind, key, depth + 1) for _ in items]

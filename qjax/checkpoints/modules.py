@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import types
 from collections.abc import Mapping
@@ -61,6 +62,16 @@ class Matrix:
         """Bytes in the files."""
         return sum(stored.nbytes for stored in self.tensors.values())
 
+    @property
+    def stacked(self) -> int:
+        """How many axes of a stack lead those of the tensors, where `piece` cuts it."""
+        axes = next(iter(self._axes.values()), ())
+        return len(list(itertools.takewhile(lambda axis: not axis, axes)))
+
+    @property
+    def _axes(self) -> Mapping[str, tuple[str, ...]]:
+        return getattr(self.format, "axes", lambda *_: {})(self.tensors, self.config)
+
     def check(self) -> None:
         """Checks names, dtypes and shapes against the format."""
         try:
@@ -84,7 +95,7 @@ class Matrix:
         Returns:
           The piece, or None where the files do not hold it by itself.
         """
-        axes = getattr(self.format, "axes", lambda *_: {})(self.tensors, self.config)
+        axes = self._axes
         present = {axis for names in axes.values() for axis in names}
         wanted = {axis for axis, count in of.items() if count > 1}
         if axes.keys() != self.tensors.keys() or wanted - present:

@@ -261,8 +261,10 @@ def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, 
       "k" or "n" for each axis, "" for one that is not cut, by upstream name.
     """
     del config
-    batch = len(tensors["weight"].shape) - 3
-    return {"weight": ("",) * batch + ("n", "k", "")}
+    *batch, _, blocks, _ = tensors["weight"].shape
+    # A block is not cut, and what has a size of 1 is taken for what all share.
+    k = "k" if blocks > 1 else ""
+    return {"weight": ("",) * len(batch) + ("n", k, "")}
 
 
 def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:

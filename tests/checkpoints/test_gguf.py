@@ -91,6 +91,41 @@ class TestFileOfLlamaCpp:
         assert read == [parts[name].nbytes // 2] * 2
         same_bits(qjax.dequantize(w), qjax.dequantize(weights[name]))
 
+    def test_a_block_is_not_cut(self, weights):
+        """K-quants of 256 inputs have one along k, and are read whole."""
+        mesh = jax.make_mesh((2,), ("model",))
+        name, wanted = "blk.0.attn_output", jax.P("model")
+
+        def place(found):
+            cut = wanted if found == name else jax.P()
+            return jax.sharding.NamedSharding(mesh, cut)
+
+        w = checkpoints.lazy(MODEL, sharding=place)[name]
+        assert w.words[0].sharding.spec[0] == "model"
+        same_bits(qjax.dequantize(w), qjax.dequantize(weights[name]))
+
+
+@pytest.mark.parametrize(
+    "spec", [jax.P("a"), jax.P(None, "a"), jax.P("a", None, "b"), jax.P("a", "b")]
+)
+def test_stacks_are_cut(spec, tmp_path):
+    mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
+    blocks = np.random.default_rng(0).integers(0, 256, (4, 64, 4, 18), dtype=np.uint8)
+    blocks[..., :2] = np.float16([0.5]).view(np.uint8)
+    file = write(
+        tmp_path / "m.gguf",
+        {"e.weight": blocks.reshape(4, 64, -1)},
+        {"e.weight": "Q4_0"},
+    )
+    where = jax.sharding.NamedSharding(mesh, spec)
+    found = checkpoints.load(file, sharding=lambda _: where)["e"]
+    whole = checkpoints.load(file)["e"]
+    expected = qjax.shard(whole, mesh, spec)
+    assert found.words[0].sharding.is_equivalent_to(
+        expected.words[0].sharding, found.words[0].ndim
+    )
+    same_bits(qjax.dequantize(found), qjax.dequantize(whole))
+
 
 def write(path: Path, tensors: dict, kinds: dict | None = None, **more) -> Path:
     """A file of llama.cpp's own writer; what ``kinds`` names are bytes of blocks."""
@@ -338,7 +373,7 @@ DAMAGED = {
     ),
     "split": (
         made(entries=[entry("split.count", 8, text("x"))]),
-        "split.count='x', and so its name must end in",
+        "split.count='x' must be a number of files",
     ),
     "axes": (made(infos=[info("a", (1,) * 5)]), "'a' has 5 axes; 1 to 4 can be"),
     "no axes": (made(infos=[info("a", ()) + bytes(8)]), "'a' has 0 axes"),
