@@ -320,10 +320,10 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
 
     The codes move to the layout that is native there: `formats.tiles.Tiles` on an
     NVIDIA GPU from sm_80 on, if the kernels read the tensor, and else
-    `formats.gptq.Stream`. Encoded scales and zeros are decoded, those that several
-    columns share are repeated for each, and an act-order ``row_group`` whose groups are
-    all full becomes an ``order``: the rows are stored group by group, and ``x`` is
-    gathered instead of the scales. Nothing is requantized; other leaves pass through.
+    `formats.gptq.Stream`. Encoded scales and zeros are decoded, and an act-order
+    ``row_group`` whose groups are all full becomes an ``order``: the rows are stored
+    group by group, and ``x`` is gathered instead of the scales. Nothing is requantized;
+    other leaves pass through.
 
     Args:
       tree: A `QTensor` or any pytree that holds some. Call it once, at load: it looks
@@ -368,7 +368,7 @@ def _native_layout(w: QTensor) -> Layout:
 
 def _group_rows(qt: QTensor) -> QTensor:
     """Decodes scale and zero, and stores rows of full act-order groups together."""
-    qt = _own_columns(decoded(qt))
+    qt = decoded(qt)
     row_group = qt.row_group
     if row_group is None or qt.batch or len(qt.segments) != 1:
         return qt
@@ -386,23 +386,6 @@ def _group_rows(qt: QTensor) -> QTensor:
         row_group=None,
         order=rows if qt.order is None else qt.order[rows],
     )
-
-
-def _own_columns(qt: QTensor) -> QTensor:
-    """Gives each column its scale and zero, where runs of columns share some.
-
-    That is what products read, and there are few: blocks of 128 x 128 have 3 % of the
-    bytes of their codes in the end.
-    """
-
-    def spread(parameter: Array | None) -> Array | None:
-        if parameter is None or not 1 < parameter.shape[-1] < qt.n:
-            return parameter
-        return tensor.columns(parameter, qt.n)
-
-    if qt.grouping is not Grouping.ROWS:
-        return qt
-    return dataclasses.replace(qt, scale=spread(qt.scale), zero=spread(qt.zero))
 
 
 @functools.partial(jax.jit, static_argnums=2)

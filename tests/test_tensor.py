@@ -512,7 +512,7 @@ def test_build_accepts(changes):
         ({"codebook": zeros(16)}, "codebook and affine=Affine.ZERO must come"),
         (
             {"affine": tensor.Affine.CODEBOOK, "codebook": zeros(16)},
-            "zero must be None with a codebook",
+            "zero must be None with codebook",
         ),
         ({**CODEBOOK, "codebook": zeros(8)}, "codebook.shape=(8,) must be (16,)"),
         (

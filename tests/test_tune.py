@@ -62,7 +62,7 @@ def at(m, op="matmul", **shape):
 
 class TestFiles:
     def test_what_is_written_is_read(self, own_tables):
-        mixed = tables.Key("matmul", 640, 40, (5, 4), False, 32, 8)
+        mixed = tables.Key("matmul", 640, 40, (5, 4), "counts", 32, 8)
         one = (at(8), entry(dense_us=12.5))
         written = table(one, (mixed, entry(Config(8))), (at(1, "dequantize"), entry()))
         tables.write(own_tables / "nvidia-h200.json", written)
@@ -116,7 +116,7 @@ WRONG = {
     "no bits": ({"bits": []}, "bits=[] must be a list"),
     "bits alone": ({"bits": 4}, "bits=4 must be a list"),
     "a group of none": ({"group": 0}, "group=0 must be a positive integer or null"),
-    "a codebook": ({"codebook": 0}, "codebook=0 must be true or false"),
+    "codes": ({"codes": True}, "codes=True must be one of ('counts', 'codebook', 'fl"),
     "ragged rows": ({"m": 9}, "m=9 must be a power of two from 8 to 4096"),
     "rows without use": ({"op": "dequantize"}, "m=16 must be null for dequantize"),
     "another dtype": ({"dtype": "float8"}, "dtype='float8' must be 'float16'"),
@@ -311,7 +311,7 @@ class TestJobs:
 
     def test_of_a_checkpoint_with_codebooks(self):
         weights = tune.of_checkpoint(DATA / "llama_nf4_dq")
-        assert all(job.key.codebook for job in tune.jobs(weights, rows=(1,)))
+        assert all(job.key.codes == "codebook" for job in tune.jobs(weights, rows=(1,)))
 
     def test_of_a_dense_checkpoint(self):
         with pytest.raises(ValueError, match="no matrix that the GPU kernels read"):
@@ -319,7 +319,7 @@ class TestJobs:
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
-        [((576, 256, 4, 128), "group_size=128"), ((512, 256, 4, 16), "group_size=16")],
+        [((576, 256, 4, 128), "group_size=128"), ((512, 256, 4, 8), "group_size=8")],
     )
     def test_what_cannot_be_measured(self, arguments, message):
         with pytest.raises(ValueError, match=message):

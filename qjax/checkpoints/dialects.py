@@ -15,7 +15,9 @@ from jaxtyping import DTypeLike
 from qjax import tensor
 from qjax.formats import awq, compressed_tensors, exl2, fp8, gptq, hqq
 from qjax.formats import compressed_tensors_floats as floats
+from qjax.formats.block_scale import BlockScale
 from qjax.formats.hqq_config import FIELDS
+from qjax.formats.patterns import ends_path
 from qjax.tensor import QTensor
 
 # Matrices by the paths of their modules; the leaves may be abstract.
@@ -147,15 +149,26 @@ def _describe_fp8(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
 
 
 def _against_fp8(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
-    del dense
     configs = {name: fp8.config_of(qt) for name, qt in matrices.items()}
     usual = _usual(configs)
-    return {
+    reasons = {
         name: f"FP8 has scales of one kind for all, here {_of_fp8(usual)}, and it has "
-        f"{_of_fp8(config)}."
+        f"{_of_fp8(config)}; load with prepare=False, which keeps blocks."
         for name, config in configs.items()
         if config != usual
     }
+    for name, qt in matrices.items():
+        if configs[name].block_size is None and qt.scale.shape[-1] > 1:
+            reasons[name] = (
+                "it has a scale for each output, which loaders of FP8 do not read; "
+                "compressed-tensors holds it."
+            )
+        for part in (part for part in dense if ends_path(re.escape(part), name)):
+            reasons[name] = (
+                f"FP8 leaves modules dense by the ends of their paths, and {part}, "
+                "which is dense, is that of its."
+            )
+    return reasons
 
 
 def _of_fp8(config: fp8.Config) -> str:
@@ -241,8 +254,10 @@ def _scheme(qt: QTensor) -> _Scheme:
 def _float_scheme(qt: QTensor, strategy: str) -> _Scheme:
     (bits, size), format_ = _width(qt), floats.format_of(qt)
     block_size = None
-    if 1 < qt.scale.shape[-1] < qt.n:
-        strategy, block_size = "block", (qt.n // qt.scale.shape[-1], size or qt.k)
+    if isinstance(qt.scale, BlockScale):
+        strategy, block_size = "block", (qt.scale.rows, qt.scale.columns)
+    elif size is not None and qt.scale.shape[-1] < qt.n:
+        strategy, block_size = "block", (qt.n, size)
     elif format_ == floats.NVFP4:
         strategy = "tensor_group"
     return _Scheme(

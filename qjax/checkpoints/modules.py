@@ -111,8 +111,6 @@ class Matrix:
                 if size % count:
                     return None
                 share, first = size // count, at[axis] if count > 1 else 0
-                if axis == "n" and 1 == share < size:
-                    return None  # It would be taken for what all columns share.
                 ranges.append(slice(first * share, (first + 1) * share))
             pieces[name] = stored.piece(ranges)
         matrix = dataclasses.replace(self, tensors=pieces)

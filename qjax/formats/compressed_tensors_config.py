@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from qjax.formats.block_scale import block_size
 from qjax.formats.checks import check_choice, check_strings
 from qjax.formats.patterns import check_pattern, matches
 
@@ -226,12 +227,6 @@ def _scheme(weights: Mapping[str, Any], format_: str, aligned: bool) -> Config:
 def _block(weights: Mapping[str, Any]) -> tuple[int, int]:
     """Reads the size of a block, [128, 128] or "128x128"."""
     size = weights.get("block_structure")
-    if isinstance(size, str) and re.fullmatch(r"[0-9]{1,6}x[0-9]{1,6}", size):
+    if isinstance(size, str) and re.fullmatch(r"[0-9]{1,10}x[0-9]{1,10}", size):
         size = [int(length) for length in size.split("x")]
-    if (
-        not isinstance(size, list)
-        or len(size) != 2
-        or not all(type(length) is int and length > 0 for length in size)
-    ):
-        raise ValueError(f"block_structure={size!r} must be two positive integers.")
-    return size[0], size[1]
+    return block_size("block_structure", size)

@@ -36,6 +36,7 @@ from jaxtyping import Array, Float, Integer, UInt8
 from qjax import decode, tensor
 from qjax.bits import transpose_codes
 from qjax.formats import fp8, torchao
+from qjax.formats.block_scale import BlockScale
 from qjax.formats.checks import (
     FLOATS,
     Expected,
@@ -61,6 +62,8 @@ TENSORS = (
     "weight_global_scale",
     *_OF_ACTIVATIONS,
 )
+# What those may be.
+_ANY = (*FLOATS, jnp.int8, jnp.uint8, fp8.E4M3)
 NVFP4, MXFP4, MXFP8 = (
     "nvfp4-pack-quantized",
     "mxfp4-pack-quantized",
@@ -190,10 +193,6 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
         raise ValueError(f"weight_global_scale.shape={whole.shape} must be (1,).")
 
 
-# Of tensors that are read over.
-_ANY = (*FLOATS, jnp.int8, jnp.uint8, fp8.E4M3)
-
-
 def _shapes_of_scales(n: int, k: int, config: Config) -> list[tuple[int, ...]]:
     match config.strategy:
         case "tensor":
@@ -223,7 +222,6 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
       ValueError: As `check`; or if a weight is not a number, or a scale not finite.
     """
     check(tensors, config)
-    scale = np.asarray(tensors["weight_scale"])
     if config.format in (NVFP4, MXFP4):
         words, layout = np.asarray(tensors["weight_packed"]), Nibbles()
     elif config.is_float:
@@ -231,39 +229,58 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         layout = fp8.Bytes()
     else:
         words, layout = np.asarray(tensors["weight"]), torchao.Bytes()
-    n = words.shape[0]
-    zero, size = None, config.group_size
+    points, zero = tensors.get("weight_zero_point"), None
+    if points is not None:
+        points = np.asarray(points).astype(np.int16) + 128
+        zero = _along_k(points.astype(np.uint8), words, config)
+    size = config.group_size
     if config.block_size is not None:
-        rows, size = config.block_size
-        if n % rows:
-            scale = np.repeat(scale, rows, axis=0)[:n]
-    scale = scale.reshape(-1, scale.shape[-1] if size else 1)
-    if not config.symmetric:
-        points = np.asarray(tensors["weight_zero_point"]).reshape(scale.shape)
-        zero = jnp.asarray((points.T.astype(np.int16) + 128).astype(np.uint8))
-    symmetric = Affine.FLOAT if config.is_float else Affine.CENTERED
+        # No group is larger than the matrix: its rows are repeated as often.
+        size = min(config.block_size[1], words.shape[1])
+    if zero is not None:
+        affine = Affine.ZERO
+    else:
+        affine = Affine.FLOAT if config.is_float else Affine.CENTERED
     return tensor.build(
         (jnp.asarray(words),),
-        _scale(scale, tensors, config),
+        _scale(tensors, words, config),
         zero,
         layout=layout,
         segments=(Segment(config.bits, size),),
-        affine=symmetric if zero is None else Affine.ZERO,
+        affine=affine,
         weight_dtype="bfloat16" if config.format == NVFP4 else None,
     )
 
 
-def _scale(scale: np.ndarray, tensors: Mapping[str, Any], config: Config) -> Any:
-    """The scales ``[groups, n]``, as the file has them."""
+def _along_k(values: np.ndarray, words: np.ndarray, config: Config) -> Array | Encoded:
+    """What a file has of each output and group, as ``[groups, n]``."""
+    if config.strategy in ("tensor", "channel"):
+        values = values.reshape(-1, 1)
+    turned = jnp.asarray(values.T)
+    if config.block_size is None:
+        return turned
+    return BlockScale.of(turned, n=words.shape[0], size=config.block_size)
+
+
+def _scale(
+    tensors: Mapping[str, Any], words: np.ndarray, config: Config
+) -> Array | Encoded:
+    """The scales, as the file has them."""
+    scale = np.asarray(tensors["weight_scale"])
     if config.format in (MXFP4, MXFP8):
         return E8M0(exponent=jnp.asarray(fp8.exponents_of("weight_scale", scale).T))
     if config.format != NVFP4:
         check_finite(tensors, ["weight_scale"])
-        return jnp.asarray(scale.T)
+        return _along_k(scale, words, config)
     whole = np.asarray(tensors["weight_global_scale"]).reshape(())
-    if not np.isfinite(whole) or whole == 0:
-        raise ValueError(f"weight_global_scale={whole} must be finite and not 0.")
     local = fp8.patterns_of("weight_scale", scale).T
+    largest = np.abs(scale.astype(np.float32)).max()
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        if not np.isfinite(whole) or not np.isfinite(largest / whole):
+            raise ValueError(
+                f"weight_global_scale={whole} must be finite, and so must scales up to "
+                f"{largest} over it."
+            )
     return OverGlobal(local=jnp.asarray(local), whole=jnp.asarray(whole))
 
 
@@ -276,6 +293,8 @@ def format_of(qt: QTensor) -> str:
     size, reason = qt.segments[0].group_size, None
     if qt.affine is not Affine.FLOAT:
         reason = f"{qt.affine.value} is not float(q) * s"
+    elif qt.scale.shape[-1] not in (1, qt.n):
+        reason = "columns share scales"
     reason = reason or lacks_plain_groups(qt, (4, 8)) or lacks_input_order(qt)
     if reason is None and qt.segments[0].bits == 8:
         return MXFP8 if isinstance(qt.scale, E8M0) and size == 32 else "naive-quantized"
@@ -304,22 +323,33 @@ def to_tensors(qt: QTensor) -> dict[str, Array]:
       ValueError: As `format_of`.
     """
     format_ = format_of(qt)
-    scale: Any = qt.scale
-    if format_ == NVFP4:
-        local = lax.bitcast_convert_type(scale.local.T, fp8.E4M3)
-        return _nibbles(qt) | {
-            "weight_scale": local,
-            "weight_global_scale": scale.whole.reshape(1),
-        }
-    if format_ == MXFP4:
-        return _nibbles(qt) | {"weight_scale": scale.exponent.T}
+    if isinstance(qt.scale, OverGlobal):
+        local = lax.bitcast_convert_type(qt.scale.local.T, fp8.E4M3)
+        whole = {"weight_global_scale": qt.scale.whole.reshape(1)}
+        return _nibbles(qt) | {"weight_scale": local} | whole
+    if format_ == MXFP4 and isinstance(qt.scale, E8M0):
+        return _nibbles(qt) | {"weight_scale": qt.scale.exponent.T}
     weight = fp8.Bytes().pack(tensor.codes(qt), 8)
-    plain: Any = scale.exponent if format_ == MXFP8 else tensor.plain(scale)
-    whole = plain.shape == (1, 1) and qt.n > 1
+    stored = _stored(qt.scale, format_)
     return {
         "weight": lax.bitcast_convert_type(weight, fp8.E4M3),
-        "weight_scale": plain[0] if whole else plain.T,
+        "weight_scale": stored[0] if is_whole(qt) else stored.T,
     }
+
+
+def _stored(scale: Any, format_: str) -> Array:
+    """The scales of bytes as a file has them, ``[groups, n]`` or of blocks."""
+    if isinstance(scale, BlockScale):
+        return scale.plain
+    if isinstance(scale, E8M0) and format_ == MXFP8:
+        return scale.exponent
+    return tensor.plain(scale)
+
+
+def is_whole(qt: QTensor) -> bool:
+    """Whether one scale is for all of a matrix, which its strategy then says."""
+    plain = not isinstance(qt.scale, BlockScale)
+    return plain and qt.segments[0].group_size is None and qt.scale.shape[-1] < qt.n
 
 
 def _nibbles(qt: QTensor) -> dict[str, Array]:

@@ -25,7 +25,15 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from qjax import formats, tensor
-from qjax.formats import bnb, compressed_tensors_floats, exl2, gguf, mpq, tiles
+from qjax.formats import (
+    block_scale,
+    bnb,
+    compressed_tensors_floats,
+    exl2,
+    gguf,
+    mpq,
+    tiles,
+)
 from qjax.formats.checks import FLOATS
 from qjax.sharding import joined
 from qjax.tensor import (
@@ -47,7 +55,7 @@ _LARGEST = 2**31 - 1
 _VECTORS = ("order", "row_group", "codebook", "input_scale")
 
 _MODULES = [getattr(formats, name) for name in formats.__all__ if name.islower()]
-_MODULES.append(compressed_tensors_floats)
+_MODULES += [block_scale, compressed_tensors_floats]
 _MODULES.append(tiles)  # no file holds it, but a prepared tensor does
 
 
@@ -398,6 +406,28 @@ def _over_global(name: str, arrays: Mapping[str, Array], entries: _Entries) -> E
     return compressed_tensors_floats.OverGlobal(**arrays)
 
 
+def _block_scale(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
+    rows, of_k = (entries.integer(f"{name}.{key}", 1) for key in ("rows", "columns"))
+    flag = f"{name}.exponents"
+    exponents = entries.has(flag) and entries.integer(flag, 1, 1) == 1
+    shape = arrays["values"].shape if "values" in arrays else ()
+    columns = arrays["block"].shape[-1:] if "block" in arrays else ()
+    dtypes = (jnp.uint8,) if exponents else (*FLOATS, jnp.uint8)
+    expected = {
+        "values": (dtypes, shape),
+        "block": ((jnp.int32,), (*shape[:-2], *columns)),
+    }
+    _leaves(name, arrays, expected)
+    _at_most(f"{name}.block", arrays["block"], arrays["values"].shape[-1] - 1)
+    return block_scale.BlockScale(
+        values=arrays["values"],
+        block=arrays["block"],
+        rows=rows,
+        columns=of_k,
+        exponents=exponents,
+    )
+
+
 def _bnb_absmax(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
     fields = {
         "nested_blocksize": entries.integer(f"{name}.nested_blocksize", 1),
@@ -450,6 +480,7 @@ _BUILDERS: Mapping[type, Callable[[str, Mapping[str, Array], _Entries], Encoded]
             exl2.Scale: _exl2_scale,
             mpq.DoubleQuantized: _mpq_numbers,
             bnb.Absmax: _bnb_absmax,
+            block_scale.BlockScale: _block_scale,
             compressed_tensors_floats.OverGlobal: _over_global,
             gguf.Scale: _gguf_scale,
         }

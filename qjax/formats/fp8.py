@@ -31,6 +31,7 @@ from jaxtyping import Array, DTypeLike, Float, Integer, UInt8
 
 from qjax import tensor
 from qjax.bits import transpose_codes
+from qjax.formats.block_scale import MOST, BlockScale
 from qjax.formats.checks import (
     FLOATS,
     Expected,
@@ -45,7 +46,7 @@ from qjax.formats.checks import (
 )
 from qjax.formats.fp8_config import Config
 from qjax.formats.mxfp4 import E8M0
-from qjax.tensor import Affine, Cut, Digits, Layout, QTensor, Segment
+from qjax.tensor import Affine, Cut, Digits, Encoded, Layout, QTensor, Segment
 
 __all__ = [
     "TENSORS",
@@ -120,8 +121,8 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     """
     name = scale_name(tensors)
     others = {key: Expected(FLOATS, None, optional=True) for key in _OF_ACTIVATIONS}
-    scales = _EXPONENTS if config.scale_fmt == "ue8m0" else FLOATS
-    expected = {"weight": Expected((E4M3,), 2), name: Expected(scales, None)} | others
+    scales = Expected((*FLOATS, *_EXPONENTS), None)
+    expected = {"weight": Expected((E4M3,), 2), name: scales} | others
     check_tensors(tensors, expected, "FP8")
     n, k = shape = tuple(tensors["weight"].shape)
     if not n or not k:
@@ -130,19 +131,22 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     if config.block_size is not None:
         rows, columns = config.block_size
         allowed = [(-(-n // rows), -(-k // columns))]
-    found = tuple(tensors[name].shape)
-    if found not in allowed:
-        wanted = " or ".join(map(str, allowed))
-        raise ValueError(
-            f"{name}.shape={found} must be {wanted}, from weight.shape={shape} and "
-            f"weight_block_size={config.block_size}."
-        )
+    shapes = {name: allowed} | {key: [(), (1,)] for key in _OF_ACTIVATIONS}
+    for key in shapes.keys() & tensors.keys():
+        found = tuple(tensors[key].shape)
+        if found not in shapes[key]:
+            wanted = " or ".join(map(str, shapes[key]))
+            raise ValueError(
+                f"{key}.shape={found} must be {wanted}, from weight.shape={shape} and "
+                f"weight_block_size={config.block_size}."
+            )
 
 
 def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, ...]]:
     """Says what runs along the axes of each tensor, so that a part can be read.
 
-    The same share of each is a matrix by itself, unless a block is cut short.
+    The same share of each is a matrix by itself, unless a block is cut short. Blocks
+    themselves are not cut.
 
     Args:
       tensors: As in `check`.
@@ -150,11 +154,13 @@ def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, 
 
     Returns:
       "n" and "k" for the axes of each tensor, by upstream name; nothing where blocks
-      are cut short.
+      are cut short, or there is only one along an axis.
     """
-    shape = tuple(tensors["weight"].shape)
-    sizes = config.block_size or (1, 1)
-    if any(length % size for length, size in zip(shape, sizes, strict=True)):
+    shape, sizes = tuple(tensors["weight"].shape), config.block_size
+    if sizes is not None and any(
+        length % size or length == size
+        for length, size in zip(shape, sizes, strict=True)
+    ):
         return {}
     return {name: ("n", "k")[: len(array.shape)] for name, array in tensors.items()}
 
@@ -179,8 +185,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QT
       config: The configuration; None has blocks of 128 x 128.
 
     Returns:
-      ``[k, n]`` tensor in the layout `Bytes`. Its scale has a column for each block of
-      columns, or for each column where the last block is cut short.
+      ``[k, n]`` tensor in the layout `Bytes`; scales of blocks are a `BlockScale`.
 
     Raises:
       ValueError: As `check`; or if a weight is not a number, or a scale not finite.
@@ -193,26 +198,20 @@ def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QT
       >>> w = from_tensors(tensors)
       >>> w
       QTensor(384x256, 8 bits, group 128, Bytes(), float(q) * s, float32 scale, ...)
-      >>> w.scale.shape, qjax.dequantize(w)[0, 0]
+      >>> w.scale.values.shape, qjax.dequantize(w)[0, 0]
       ((3, 2), Array(0.5, dtype=bfloat16))
     """
     config = config or Config()
     check(tensors, config)
     name = scale_name(tensors)
-    codes = patterns_of("weight", tensors["weight"])
-    n = codes.shape[0]
-    scale = np.asarray(tensors[name])
-    if config.scale_fmt == "ue8m0":
+    codes, scale = patterns_of("weight", tensors["weight"]), np.asarray(tensors[name])
+    exponents = scale.dtype in _EXPONENTS
+    if exponents:
         scale = exponents_of(name, scale)
     else:
         check_finite(tensors, [name])
-    if config.block_size is None:
-        scale, size = scale.reshape(-1, 1), None
-    else:
-        rows, size = config.block_size
-        if n % rows:
-            scale = np.repeat(scale, rows, axis=0)[:n]
-    return _build(jnp.asarray(codes), jnp.asarray(scale.T), size, config.scale_fmt)
+    values = jnp.asarray(scale.reshape(-1, scale.shape[-1] if scale.ndim == 2 else 1).T)
+    return _build(jnp.asarray(codes), values, config.block_size, exponents=exponents)
 
 
 def patterns_of(name: str, weight: Any) -> UInt8[np.ndarray, "n k"]:
@@ -249,94 +248,86 @@ def exponents_of(name: str, scale: Any) -> UInt8[np.ndarray, "..."]:
 
 
 def _build(
-    words: Array, scale: Array, size: int | None, scale_fmt: str = "float"
+    words: Array,
+    values: Array,
+    size: tuple[int, int] | None,
+    *,
+    exponents: bool = False,
 ) -> QTensor:
-    is_float32 = scale.dtype == jnp.float32
+    n, k = words.shape
+    is_float32 = values.dtype == jnp.float32
+    scale: Array | Encoded = values
+    if size is not None:
+        scale = BlockScale.of(values, n=n, size=size, exponents=exponents)
+    elif exponents:
+        scale = E8M0(exponent=values)
     return tensor.build(
         (words,),
-        E8M0(exponent=scale) if scale_fmt == "ue8m0" else scale,
+        scale,
         layout=Bytes(),
-        segments=(Segment(8, size),),
+        # No group is larger than the matrix: its rows are repeated as often.
+        segments=(Segment(8, size and min(size[1], k)),),
         affine=Affine.FLOAT,
         weight_dtype="bfloat16" if is_float32 else None,
     )
 
 
-def to_tensors(qt: QTensor, config: Config | None = None) -> dict[str, Array]:
+def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one quantized matrix under the upstream's names.
 
     Args:
-      qt: A matrix of E4M3 codes, prepared or not.
-      config: What the file will have; None keeps the blocks that the scales are of,
-        which are rows of one column where `qjax.prepare` gave each column its own.
-        Where blocks are joined to larger ones, leaves must be concrete.
+      qt: A matrix of E4M3 codes. `qjax.prepare` gives each column its scales: of such a
+        matrix, blocks are of one output.
 
     Returns:
-      ``weight``, and ``weight_scale_inv``, or ``weight_scale`` without blocks;
-      exponents as float8_e8m0fnu.
+      ``weight``, and ``weight_scale_inv``, or, of a scale for each output, which only
+      fbgemm's files have, ``weight_scale``; exponents as float8_e8m0fnu.
 
     Raises:
       ValueError: If such a file cannot hold ``qt``, with the reason.
     """
-    reason = lacks_patterns(qt)
-    if reason is None:
-        config = config or config_of(qt)
-        reason = _lacks_scales(qt, config)
-    if reason or config is None:
+    if reason := lacks_patterns(qt):
         raise ValueError(f"FP8 cannot hold {qt!r}: {reason}.")
-    scale = qt.scale
-    if isinstance(scale, E8M0) and config.scale_fmt == "ue8m0":
-        scale = lax.bitcast_convert_type(scale.exponent, jnp.float8_e8m0fnu)
-    else:
-        scale = tensor.plain(scale)
-    name = _SCALES[0] if config.block_size else _SCALES[1]
     weight = Bytes().pack(tensor.codes(qt), 8)
-    return {
-        "weight": lax.bitcast_convert_type(weight, E4M3),
-        name: _of_blocks(scale, qt.n, config.block_size).T,
-    }
+    scale = _stored(qt.scale).T
+    name, size = _SCALES[0], qt.segments[0].group_size
+    if size is None and scale.size > 1:
+        name = _SCALES[1]
+    elif size is None:
+        scale = scale.reshape(())
+    return {"weight": lax.bitcast_convert_type(weight, E4M3), name: scale}
+
+
+def _stored(scale: Array | Encoded) -> Array:
+    """The values that a file has."""
+    if isinstance(scale, BlockScale) and not scale.exponents:
+        return scale.values
+    if not isinstance(scale, BlockScale | E8M0):
+        return tensor.plain(scale)
+    values = scale.values if isinstance(scale, BlockScale) else scale.exponent
+    return lax.bitcast_convert_type(values, jnp.float8_e8m0fnu)
 
 
 def config_of(qt: QTensor) -> Config:
     """The configuration of a matrix, whose leaves may be abstract."""
-    size = qt.segments[0].group_size
-    return Config(
-        block_size=None if size is None else (qt.n // qt.scale.shape[-1], size),
-        scale_fmt="ue8m0" if isinstance(qt.scale, E8M0) else "float",
-    )
+    size: Any = qt.segments[0].group_size
+    exponents = isinstance(qt.scale, E8M0)
+    if isinstance(qt.scale, BlockScale):
+        size, exponents = (qt.scale.rows, qt.scale.columns), qt.scale.exponents
+    elif size is not None:
+        size = (1 if qt.scale.shape[-1] == qt.n else qt.n, size)
+    return Config(block_size=size, scale_fmt="ue8m0" if exponents else "float")
 
 
 def lacks_patterns(qt: QTensor) -> str | None:
     """Why a tensor is no matrix of E4M3 floats in the order of its inputs, if so."""
     if qt.affine is not Affine.FLOAT:
         return f"{qt.affine.value} is not float(q) * s; requantize it"
-    return lacks_plain_groups(qt, (8,)) or lacks_input_order(qt)
-
-
-def _of_blocks(scale: Array, n: int, block_size: tuple[int, int] | None) -> Array:
-    """One column of scales for each block, where each column has its own."""
-    if block_size is None or scale.shape[1] != n:
-        return scale
-    return scale[:, :: block_size[0]]
-
-
-def _lacks_scales(qt: QTensor, config: Config) -> str | None:
-    if config.scale_fmt == "ue8m0" and not isinstance(qt.scale, E8M0):
-        return "its scales are no exponents"
-    (groups, count), size = qt.scale.shape, config.block_size
-    if size is None:
-        whole = groups == 1 and count in (1, qt.n)
-        return None if whole else "it has more than one scale a column"
-    rows, columns = size
-    fits = groups == 1 >= qt.k / columns or qt.segments[0].group_size == columns
-    if fits and count == -(-qt.n // rows):
-        return None
-    if fits and count == qt.n:
-        scale = np.asarray(tensor.plain(qt.scale)).astype(np.float32)
-        whole = np.repeat(scale[:, ::rows], rows, axis=1)[:, : qt.n]
-        if (whole == scale).all():
-            return None
-    return f"its scales are not for blocks of {rows} x {columns}"
+    return (
+        lacks_plain_groups(qt, (8,))
+        or lacks_input_order(qt)
+        or (None if qt.scale.shape[-1] in (1, qt.n) else "columns share scales")
+    )
 
 
 def quantize(
@@ -350,10 +341,10 @@ def quantize(
 ) -> QTensor:
     """Rounds a dense weight to FP8, called as `qjax.quantize` is.
 
-    The scale of a block is its largest magnitude over 448, the largest E4M3 number, so
-    that nothing lies beyond it. A weight over its scale is rounded to the nearest
-    number, to the one with an even mantissa if midway. A block of zeros has the scale
-    1.
+    The scale of a block is its largest magnitude over 448, the largest E4M3 number,
+    within what ``scale_dtype`` holds. A weight over its scale is rounded to the nearest
+    number, to the one with an even mantissa if midway, and is 448 at most. A block of
+    zeros has the scale 1.
 
     Args:
       w: ``[*batch, k, n]`` bfloat16, float16 or float32 weight (``y = x @ w``).
@@ -365,8 +356,8 @@ def quantize(
         is None.
 
     Returns:
-      The tensor that a file would hold. NaN or infinity makes the scale of its block
-      NaN.
+      The tensor that a file would hold, but for its dtype, which is that of ``w``. NaN
+      or infinity makes the scale of its block NaN.
 
     Raises:
       ValueError: If an argument is not as described.
@@ -379,9 +370,11 @@ def quantize(
     """
     if w.ndim < 2 or w.dtype not in FLOATS:
         raise ValueError(
-            f"w must be bfloat16, float16 or float32 [..., k, n]; got "
+            "w must be bfloat16, float16 or float32 [..., k, n]; got "
             f"{w.dtype}{w.shape}."
         )
+    if 0 in w.shape:
+        raise ValueError(f"w.shape={w.shape} must be without an extent of 0.")
     size = None if group_size is None else operator.index(group_size)
     together = size or 1 if columns is None else operator.index(columns)
     if operator.index(bits) != 8 or not symmetric:
@@ -389,7 +382,7 @@ def quantize(
             f"bits={bits} and symmetric={symmetric} must be 8 and True: codes are "
             "floats of 8 bits with a sign."
         )
-    if together < 1 or (size is not None and size < 1):
+    if not 0 < together < MOST or not 0 < (size or 1) < MOST or size == 0:
         raise ValueError(
             f"group_size={group_size} and columns={columns} must be positive, or None."
         )
@@ -399,9 +392,9 @@ def quantize(
     def one(w: Array) -> QTensor:
         k, n = w.shape
         codes, scale = _quantize(w, min(together, n), min(size or k, k), dtype)
-        if n % together:
-            scale = jnp.repeat(scale, together, axis=1)[:, :n]
-        made = _build(Bytes().pack(codes, 8), scale, size)
+        # Of single outputs, or all inputs, there are no blocks.
+        blocks = None if size is None and together == 1 else (together, size or k)
+        made = _build(Bytes().pack(codes, 8), scale, blocks)
         return dataclasses.replace(made, weight_dtype=jnp.dtype(w.dtype).name)
 
     return tensor.over_batch(one, w)
@@ -417,7 +410,9 @@ def _quantize(
     scale = jnp.abs(blocks).max((1, 3)) / jnp.float32(LARGEST)
     # A maximum may leave out NaN.
     finite = jnp.isfinite(blocks).all((1, 3))
-    scale = jnp.where(finite, jnp.where(scale == 0, 1, scale), jnp.nan).astype(dtype)
+    bounds = jnp.finfo(dtype)
+    held = jnp.clip(scale, float(bounds.smallest_normal), float(bounds.max))
+    scale = jnp.where(finite, jnp.where(scale == 0, 1, held), jnp.nan).astype(dtype)
     step = jnp.where(finite, scale, 1).astype(jnp.float32)
     level = blocks / step[:, None, :, None]
     return _nearest(level.reshape(padded.shape)[:k, :n]), scale

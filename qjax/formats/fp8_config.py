@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from qjax.formats.block_scale import block_size
 from qjax.formats.checks import check_choice, check_method, check_strings
 from qjax.formats.patterns import check_pattern, ends_path
 
@@ -19,7 +20,8 @@ class Config:
     Attributes:
       block_size: Outputs and inputs that share a scale; None for one in all, or one an
         output.
-      scale_fmt: "float", or "ue8m0" for exponents of powers of two.
+      scale_fmt: "float", or "ue8m0" for exponents of powers of two; of the files that
+        say so, some have float32 scales, and what counts is what a tensor holds.
       ignored: Patterns of paths that stay dense.
     """
 
@@ -46,21 +48,15 @@ class Config:
         scale_fmt = entry.get("scale_fmt") or "float"
         check_choice("scale_fmt", scale_fmt, ("float", "ue8m0"))
         size = entry.get("weight_block_size")
-        if size is not None and not (
-            isinstance(size, list)
-            and len(size) == 2
-            and all(type(length) is int and length > 0 for length in size)
-        ):
-            raise ValueError(
-                f"weight_block_size={size!r} must be two positive integers, or null."
-            )
+        if size is not None:
+            size = block_size("weight_block_size", size)
         aliases = ("modules_to_not_convert", "ignored_layers")
         field = next((name for name in aliases if entry.get(name)), aliases[0])
         ignored = check_strings(field, entry.get(field) or [])
         for pattern in ignored:
             check_pattern(field, pattern)
         return cls(
-            block_size=None if size is None else (size[0], size[1]),
+            block_size=size,
             scale_fmt=scale_fmt,
             ignored=ignored,
         )

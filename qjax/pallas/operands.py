@@ -255,7 +255,8 @@ def read_book(
         float16, where float32 has 24.
     """
     if affine is Affine.FLOAT:
-        return Book(undo=unpack.unit(bits, dtype))
+        unit = unpack.unit(bits, dtype)
+        return Book(undo=None if unit == 1 else unit)
     if ref is None:
         return Book()
     # Each lane reads another entry, and a maximum of floats leaves it in a register. Of

@@ -128,13 +128,12 @@ def test_gemv_of_awq(tmp_path, mesh, spec):
 @pytest.mark.parametrize(("n", "k"), [(256, 64), (128, 64), (112, 96)])
 def test_blocks_of_fp8(tmp_path, mesh, counted, n, k, spec):
     spec = P(None, "data") if k == 96 else spec
-    config = fp8.Config(block_size=(32, 32))
     dense = np.random.default_rng(0).normal(size=(k, n)).astype(np.float32)
     w = fp8.quantize(jnp.asarray(dense), group_size=32)
     built = tiny.checkpoint()
     built.tensors = {
         f"{tiny.MODULE}.{name}": np.asarray(array)
-        for name, array in fp8.to_tensors(w, config).items()
+        for name, array in fp8.to_tensors(w).items()
     }
     built.config["quantization_config"] = {
         "quant_method": "fp8",

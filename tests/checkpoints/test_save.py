@@ -234,8 +234,32 @@ class TestSmallFloats:
             dequantized(tmp_path / "x")[A], np.asarray(qjax.dequantize(blocks))
         )
         pair = {A: blocks, "b": blocks, B: columns}
-        with refuses("here float for blocks of 32 x 32, and it has float for columns"):
+        with refuses(
+            "it has a scale for each output, which loaders of FP8 do not read"
+        ):
             checkpoints.save(tmp_path / "y", pair, {}, format="fp8")
+        pair = {A: blocks, "b": blocks, B: qjax.prepare(blocks)}
+        with refuses("blocks of 32 x 32, and it has float for blocks of 1 x 32; load"):
+            checkpoints.save(tmp_path / "y", pair, {}, format="fp8")
+        pair = {A: blocks, "q_proj.weight": jnp.ones((4, 4))}
+        with refuses("FP8 leaves modules dense by the ends of their paths, and q_proj"):
+            checkpoints.save(tmp_path / "y", pair, {}, format="fp8")
+
+    def test_outputs_that_are_no_whole_blocks(self, tmp_path):
+        # As those of DeepSeek-V3 beside others: n = 576 there.
+        made = [fp8.quantize(jnp.ones((64, n)), group_size=32) for n in (48, 64, 16)]
+        tensors = {f"{i}.q": w for i, w in enumerate(made)}
+        for format_ in ("fp8", "compressed-tensors"):
+            checkpoints.save(tmp_path / format_, tensors, {}, format=format_)
+            checkpoints.convert(
+                tmp_path / format_, tmp_path / f"{format_} again", format=format_
+            )
+            loaded = checkpoints.load(tmp_path / f"{format_} again")
+            for name, w in tensors.items():
+                same_bits(
+                    qjax.dequantize(loaded[name], jnp.float32),
+                    qjax.dequantize(w, jnp.float32),
+                )
 
     def test_a_model_into_fp8(self, tmp_path):
         spec = qjax.Spec(bits=8, symmetric=True, quantizer=fp8.quantize)
@@ -244,7 +268,7 @@ class TestSmallFloats:
         weights = checkpoints.load(tmp_path / "x", prepare=False)
         w = weights["model.layers.0.mlp.up_proj"]
         assert w.layout == fp8.Bytes()
-        assert w.scale.shape == (2, 5)
+        assert w.scale.values.shape == (2, 5)
         assert checkpoints.verify(tmp_path / "x") == []
 
 

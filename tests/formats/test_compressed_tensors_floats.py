@@ -78,7 +78,11 @@ def test_integers_are_packed_to_be_written():
         (CHANNEL, {"weight": np.ones((16, 48), np.int8)}, "weight.dtype=int8 must be"),
         (CHANNEL, {"weight_scale": np.ones((16, 2), np.float32)}, "must be (16, 1) or"),
         (BLOCK, {"weight_scale": np.ones((2, 4), np.float32)}, "must be (2, 3), from"),
-        (NVFP4, {"weight_global_scale": np.zeros(1, np.float32)}, "finite and not 0"),
+        (
+            NVFP4,
+            {"weight_global_scale": np.zeros(1, np.float32)},
+            "must be finite, and",
+        ),
         (NVFP4, {"weight_global_scale": np.ones(2, np.float32)}, "must be (1,)"),
         (NVFP4, {"weight_packed": np.ones((16, 44), np.uint8)}, "k=88 must be a mult"),
         (MXFP4, {"weight_scale": np.full((16, 3), 255, np.uint8)}, "holds 255"),

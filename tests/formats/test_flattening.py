@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 import qjax
 from qjax import formats, tensor
 from qjax.formats import (
+    block_scale,
     bnb,
     compressed_tensors_floats,
     exl2,
@@ -120,6 +121,10 @@ def float_matrix(scale: object, bits: int = 4) -> qjax.QTensor:
     )
 
 
+def blocks(values: jnp.ndarray, **options) -> block_scale.BlockScale:
+    return block_scale.BlockScale.of(values, n=32, size=(12, 32), **options)
+
+
 def nvfp4_scale() -> compressed_tensors_floats.OverGlobal:
     local = jnp.arange(64, dtype=jnp.uint8).reshape(2, 32)
     return compressed_tensors_floats.OverGlobal(local=local, whole=jnp.float32(3))
@@ -135,6 +140,10 @@ def gguf_matrix() -> qjax.QTensor:
 CASES = {
     "float": lambda: float_matrix(jnp.ones((2, 1)), 8),
     "nvfp4": lambda: float_matrix(nvfp4_scale()),
+    "blocks": lambda: float_matrix(blocks(jnp.ones((2, 3))), 8),
+    "blocks of exponents": lambda: float_matrix(
+        blocks(jnp.full((2, 3), 120, jnp.uint8), exponents=True), 8
+    ),
     "symmetric columns": lambda: qjax.quantize(jnp.eye(64), 8, None, symmetric=True),
     "three bits": lambda: qjax.quantize(jnp.eye(64), 3, 32),
     "stack": lambda: qjax.quantize(jnp.ones((2, 3, 64, 32)), 4, 32),
@@ -206,7 +215,7 @@ def test_all_layouts_and_encodings_have_a_name():
     encodings = inside(tensor.Encoded, flattening.ENCODINGS)
     # Encodings of one array need no check of their own.
     several = {"exl2.Scale", "mpq.DoubleQuantized", "bnb.Absmax", "gguf.Scale"}
-    several |= {"compressed_tensors_floats.OverGlobal"}
+    several |= {"compressed_tensors_floats.OverGlobal", "block_scale.BlockScale"}
     assert encodings - several == {"mxfp4.E8M0"}
 
 

@@ -6,7 +6,7 @@ The files lie beside this one, named after the device ("NVIDIA H200" in
 file reads
 
     {"format": 2, "device": "NVIDIA H200", "versions": {"jax": "0.12.0.1"}, "entries": [
-      {"op": "matmul", "k": 4096, "n": 4096, "bits": [4], "codebook": false,
+      {"op": "matmul", "k": 4096, "n": 4096, "bits": [4], "codes": "counts",
        "group": 128, "m": 8, "dtype": "float16",
        "block_m": 8, "block_n": 128, "block_k": 256, "splits": 4, "warps": 4,
        "stages": 3, "slices": 1, "us": 1.0, "dense_us": 2.0}, ...]}
@@ -49,6 +49,10 @@ _FORMAT = 2
 _EXTENT = 2**31 - 1
 
 
+# Whole numbers, entries of a table, small floats: each is made a number another way.
+CODES = ("counts", "codebook", "float")
+
+
 class Key(NamedTuple):
     """What a configuration depends on.
 
@@ -57,7 +61,7 @@ class Key(NamedTuple):
       k: Rows of the weight.
       n: Columns of the weight.
       bits: Widths of its segments, in their order.
-      codebook: Whether codes are looked up in a table.
+      codes: What they are, one of `CODES`.
       group: Rows of its smallest group; None for one group a column.
       m: Rows of the activations, as `bucket` rounds them; None for `dequantize`.
       dtype: Of the arithmetic, whatever 16-bit dtype the activations have. That of
@@ -68,7 +72,7 @@ class Key(NamedTuple):
     k: int
     n: int
     bits: tuple[int, ...]
-    codebook: bool
+    codes: str
     group: int | None
     m: int | None
     dtype: str = DTYPE.name
@@ -79,8 +83,8 @@ class Key(NamedTuple):
         groups = [s.group_size for s in w.segments if s.group_size is not None]
         rows = None if op == "dequantize" else bucket(op, m)
         bits = tuple(segment.bits for segment in w.segments)
-        codebook = w.codebook is not None
-        return cls(op, w.k, w.n, bits, codebook, min(groups, default=None), rows)
+        codes = "counts" if w.affine.counts else w.affine.name.lower()
+        return cls(op, w.k, w.n, bits, codes, min(groups, default=None), rows)
 
 
 class Entry(NamedTuple):
@@ -249,7 +253,7 @@ def write(file: Path, table: Table) -> None:
 
 
 def _rank(key: Key) -> tuple:
-    return (key.op, key.bits, key.codebook, key.group or 0, key.k, key.n, key.m or 0)
+    return (key.op, key.bits, key.codes, key.group or 0, key.k, key.n, key.m or 0)
 
 
 def _as_json(key: Key, entry: Entry) -> dict[str, Any]:
@@ -304,7 +308,7 @@ def _parse(item: Any) -> tuple[Key, Entry]:
     bits = item["bits"]
     sound = isinstance(bits, list) and bits and all(_whole(b, 1, 8) for b in bits)
     _require(item, "bits", sound, "a list of integers from 1 to 8")
-    _require(item, "codebook", type(item["codebook"]) is bool, "true or false")
+    _require(item, "codes", item["codes"] in CODES, f"one of {CODES}")
     group = item["group"]
     sound = group is None or _whole(group, 1, _EXTENT)
     _require(item, "group", sound, "a positive integer or null")
