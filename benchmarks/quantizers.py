@@ -34,11 +34,11 @@ sys.path.insert(0, str(LLM))
 from evaluate import evaluate, read_ids  # noqa: E402  (found on the path just added)
 from generate import read_tokenizer  # noqa: E402
 from model import Config, Decoder  # noqa: E402
-from quantize import Recipe, calibration, clipped, quantize, rounded  # noqa: E402
+from quantize import Recipe, calibration, clipped, nearest, quantize  # noqa: E402
 from weights import Weights  # noqa: E402
 
 KINDS = ((2, 64), (3, 64), (4, 128))
-NEEDS_GRAM = (awq.quantize, gptq.quantize, rounded, clipped)
+NEEDS_GRAM = (awq.quantize, gptq.quantize, nearest, clipped)
 
 
 class Method(NamedTuple):
@@ -67,7 +67,7 @@ METHODS = {
     "clip": Method(clip.quantize),
     "awq": Method(awq.quantize),
     "awq, clip": Method(awq.quantize, options={"clip": True}),
-    "awq, folded": Method(rounded, factors=awq.factors),
+    "awq, folded": Method(nearest, factors=awq.factors),
     "awq, folded, clip": Method(
         clipped, factors=functools.partial(awq.factors, clip=True)
     ),

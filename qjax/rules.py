@@ -144,9 +144,17 @@ class Rule:
     @property
     def literal(self) -> str | None:
         """The one path of a weight that the pattern stands for, or None."""
-        plain = re.sub(r"\\(.)", r"\1", self.pattern.pattern)
-        is_one = "/" in plain and re.escape(plain) == self.pattern.pattern
-        return plain if is_one else None
+        plain = self._plain
+        return plain if self.is_exact and "/" in plain else None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the pattern matches a single path, as `re.escape` writes it."""
+        return re.escape(self._plain) == self.pattern.pattern
+
+    @property
+    def _plain(self) -> str:
+        return re.sub(r"\\(.)", r"\1", self.pattern.pattern)
 
     def matches(self, path: str, joint: str = "/") -> bool:
         """Whether the rule is for the weight with a path such as "layers/0/up/w".
@@ -174,7 +182,7 @@ def read(rules: Any) -> tuple[Rule, ...]:
 
     Raises:
       TypeError: If there is anything else.
-      ValueError: If a pattern is no regular expression.
+      ValueError: If a pattern is no regular expression for text.
       NotImplementedError: If a rule of qwix asks for what weights alone cannot have.
 
     Example:
@@ -193,6 +201,28 @@ def read(rules: Any) -> tuple[Rule, ...]:
     return tuple(map(_rule, rules))
 
 
+def compiled(pattern: Any) -> re.Pattern[str]:
+    """Compiles a pattern of text.
+
+    Args:
+      pattern: A string, or what `re.compile` made of one.
+
+    Returns:
+      It, compiled.
+
+    Raises:
+      re.error: If it is no regular expression.
+      TypeError: If it is no text.
+
+    Example:
+      >>> compiled("up|down").fullmatch("up").group()
+      'up'
+    """
+    found = re.compile(pattern)
+    found.match("")  # One of bytes would show only at the first path.
+    return found
+
+
 def _rule(rule: Any) -> Rule:
     if hasattr(rule, "module_path") and hasattr(rule, "weight_qtype"):
         return Rule(_pattern(rule.module_path), _of_qwix(rule))
@@ -209,7 +239,7 @@ def _rule(rule: Any) -> Rule:
 
 def _pattern(pattern: Any) -> re.Pattern[str]:
     try:
-        return re.compile(pattern)
+        return compiled(pattern)
     except (re.error, TypeError) as error:
         raise ValueError(
             f"rules has the pattern {pattern!r}, which is no regular expression: "

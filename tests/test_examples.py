@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 
 import chex
@@ -19,6 +20,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec as P
+from safetensors.flax import load_file, save_file
 from typer.testing import CliRunner
 
 import qjax
@@ -443,16 +445,45 @@ def test_quantize_command(dense, tmp_path):
         (["--method", "awq", "--bits", 3], "3 bits are not among (4,)"),
         (["--method", "awq", "--act-order"], "--act-order is of --method gptq"),
         (["--to", "awq", "--symmetric"], "--to awq is asymmetric; leave out --symm"),
-        ([], "is there; pass --overwrite"),
     ],
 )
 def test_quantize_refuses(dense, tmp_path, arguments, message):
     source, text = dense
-    target = tmp_path / "new" if arguments else source
-    done = invoke(quantize.main, source, target, "--text", text, *arguments)
+    done = invoke(quantize.main, source, tmp_path / "new", "--text", text, *arguments)
     assert done.exit_code == 1
     assert message in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "options", "message"),
+    [
+        ("none", "new", [], "none must be the directory of a model"),
+        ("file", "new", [], "file must be the directory of a model"),
+        ("dense", "no/new", [], "no is no directory; make it first"),
+        ("dense", "kept", [], "kept is there; pass --overwrite"),
+        ("dense", "kept", ["--overwrite"], "kept is no checkpoint"),
+        ("dense", "file", ["--overwrite"], "file is no checkpoint"),
+        ("dense", "dense", ["--overwrite"], "must not be the same"),
+        ("link", "dense", ["--overwrite"], "must not be the same"),
+        ("dense", "dense/new", [], "nor lie in one another"),
+    ],
+)
+def test_places_are_looked_at_first(tmp_path, source, target, options, message):
+    for name in ("dense", "kept"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("dense")
+    places = [tmp_path / source, tmp_path / target]
+    text = ["--text", tmp_path / "there is none"]
+    done = invoke(quantize.main, *places, *text, *options)
+    assert done.exit_code == 1
+    assert message in done.stderr
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("dense", "file", "kept", "link")
+    }
+    assert [file.name for file in (tmp_path / "dense").iterdir()] == ["mine"]
 
 
 def with_all_heads(tensors, config):
@@ -474,11 +505,11 @@ def test_folding_leaves_a_block_as_it_is():
     tensors = jax.tree.map(jnp.float32, qjax.checkpoints.load(path))
     tensors, config = with_all_heads(tensors, config)
     x = jax.random.normal(jax.random.key(0), (2, 8, config.hidden_size))
-    places = quantize.empty(config, x)
+    places = quantize.empty(config, [x])
     spread, outputs = jax.random.normal(jax.random.key(1), (256,)), []
     for _ in range(2):
         states = [x]
-        quantize.run(quantize.block(tensors, config, name, None), states, places)
+        quantize.run(quantize.block_of(tensors, config, name, None), states, places)
         outputs += states
         recipe = quantize.Recipe(
             spec=qjax.Spec(group_size=32),
@@ -568,16 +599,50 @@ def test_an_interrupted_call_goes_on(awq, tmp_path, monkeypatch):
 def test_blocks_of_another_job_are_not_gone_on_with(tmp_path):
     tensors = {"a": qjax.quantize(jnp.ones((32, 32)), group_size=32)}
     folder = tmp_path / "blocks"
-    quantize.Written(folder, "first", {}, "gptq_v2")[0] = tensors
-    assert 0 in quantize.Written(folder, "first", {}, "gptq_v2")
-    blocks = quantize.Written(folder, "second", {}, "gptq_v2")
-    assert 0 not in blocks
+    first, second = (
+        quantize.Written(folder, job, {}, "gptq_v2") for job in ("first", "second")
+    )
+    with first as blocks:
+        blocks[0] = tensors
+        with pytest.raises(FileExistsError, match="is in use by another call"), second:
+            pass
+    with first as blocks:
+        assert 0 in blocks
+    with second as blocks:
+        assert 0 not in blocks
     assert not folder.exists()
-    blocks[0] = tensors
-    assert 0 in quantize.Written(folder, "second", {}, "gptq_v2")
+    with second as blocks:
+        blocks[0] = tensors
     (folder / "job.json").unlink()
-    with pytest.raises(FileExistsError, match="holds no blocks of a model"):
-        quantize.Written(folder, "second", {}, "gptq_v2")
+    with pytest.raises(FileExistsError, match="holds no blocks of a model"), second:
+        pass
+
+
+@pytest.mark.parametrize("is_other", [False, True])
+def test_what_an_interrupted_deletion_leaves_is_of_no_job(
+    tmp_path, monkeypatch, is_other
+):
+    folder, keep = tmp_path / "blocks", shutil.rmtree
+    with quantize.Written(folder, "job", {}, "gptq_v2") as blocks:
+        for i in (0, 1):
+            blocks[i] = {"a": qjax.quantize(jnp.ones((32, 32)), group_size=32)}
+
+    def killed(entry):
+        (entry / "model.safetensors").unlink()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", killed)
+    job = "other" if is_other else "job"
+    with (
+        pytest.raises(KeyboardInterrupt),
+        quantize.Written(folder, job, {}, "gptq_v2") as blocks,
+    ):
+        blocks.clear()
+    monkeypatch.setattr(shutil, "rmtree", keep)
+    with quantize.Written(folder, "job", {}, "gptq_v2") as blocks:
+        assert 0 not in blocks
+        assert 1 not in blocks
+    assert not folder.exists()
 
 
 def test_a_job_is_its_files_ids_and_options():
@@ -595,6 +660,92 @@ def test_a_job_is_its_files_ids_and_options():
     ]
     assert jobs[0] == jobs[1]
     assert len(set(jobs)) == 5
+    assert json.loads(jobs[0])["versions"] == {
+        "jax": jax.__version__,
+        "qjax": metadata.version("qjax"),
+    }
+
+
+@pytest.fixture
+def source(tmp_path):
+    """A small model of two blocks, with a tokenizer."""
+    shutil.copytree(QWEN2, tmp_path / "source")
+    (tmp_path / "source/tokenizer.json").write_text("{}")
+    return tmp_path / "source"
+
+
+def test_a_target_appears_with_all_of_its_files(awq, source, tmp_path, monkeypatch):
+    _, options = awq
+    keep = shutil.copy
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "copy", killed)
+    target = tmp_path / "new"
+    assert invoke(quantize.main, source, target, *options).exit_code == 130
+    assert not target.exists()
+    monkeypatch.setattr(shutil, "copy", keep)
+    done = invoke(quantize.main, source, target, *options)
+    assert done.exit_code == 0, done.stderr
+    assert "going on after 2 of 2 blocks" in done.stderr
+    assert (target / "tokenizer.json").read_text() == "{}"
+    (target / "mine").touch()
+    again = [*options, "--overwrite", "--rows", 4]
+    assert invoke(quantize.main, source, target, *again).exit_code == 0
+    assert (target / "mine").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "new"}
+
+
+def test_a_source_that_changes_while_it_is_read(awq, source, tmp_path, monkeypatch):
+    _, options = awq
+    keep = quantize.Written.__setitem__
+
+    def changing(blocks, i, tensors):
+        (source / "model.safetensors").touch()
+        keep(blocks, i, tensors)
+
+    monkeypatch.setattr(quantize.Written, "__setitem__", changing)
+    done = invoke(quantize.main, source, tmp_path / "new", *options)
+    assert done.exit_code == 1
+    assert "source was changed while it was read; start again" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_no_row_is_left_out(monkeypatch):
+    config = model.Config.from_json(qjax.checkpoints.read_config(QWEN2))
+    ids = np.random.default_rng(0).integers(0, 96, (7, 24))
+    seen = []
+
+    class Recipe:
+        spec = None
+
+        def quantized(self, tensors, *_):
+            return tensors
+
+    monkeypatch.setattr(quantize, "grams_of", lambda *given: seen.append(given[-1]))
+    blocks = {}
+    dense = qjax.checkpoints.lazy(QWEN2)
+    quantize.quantize(dense, config, ids, Recipe(), blocks, 4)
+    assert blocks.keys() == {0, 1}
+    for inputs in seen:
+        rows = [(len(x), len(keys)) for x, keys, *_ in inputs]
+        assert rows == [(4, 4), (3, 3)]
+
+
+def test_matrices_whose_inputs_are_all_0_stay_dense(awq, source, tmp_path):
+    _, options = awq
+    name, file = "model.layers.1.mlp", source / "model.safetensors"
+    weights = load_file(file)
+    weights[f"{name}.up_proj.weight"] *= 0
+    save_file(weights, file)
+    done = invoke(quantize.main, source, tmp_path / "new", *options)
+    assert done.exit_code == 0, done.stderr
+    assert f"left dense, as their inputs are all 0: ['{name}.down_proj']" in done.stderr
+    assert "13 matrices" in done.stdout
+    written = qjax.checkpoints.load(tmp_path / "new")
+    expected = weights[f"{name}.down_proj.weight"]
+    np.testing.assert_array_equal(written[f"{name}.down_proj.weight"], expected)
 
 
 class Deep(Mapping):
@@ -637,7 +788,7 @@ def test_memory_holds_one_block_grams_and_the_hidden_states(tmp_path):
 
     def noted(w, *codes, gram, **options):
         at_matrices.append(live())
-        return quantize.rounded(w, *codes, gram=gram, **options)
+        return quantize.nearest(w, *codes, gram=gram, **options)
 
     class Noted(quantize.Written):
         def __setitem__(self, i, tensors):
@@ -645,9 +796,9 @@ def test_memory_holds_one_block_grams_and_the_hidden_states(tmp_path):
             super().__setitem__(i, tensors)
 
     recipe = quantize.Recipe(spec=qjax.Spec(group_size=32, quantizer=noted))
-    blocks = Noted(tmp_path / "blocks", "", known, "gptq_v2")
     deep = dataclasses.replace(config, num_layers=6, windows=config.windows * 3)
-    quantize.quantize(Deep(dense), deep, ids, recipe, blocks, 4)
+    with Noted(tmp_path / "blocks", "", known, "gptq_v2") as blocks:
+        quantize.quantize(Deep(dense), deep, ids, recipe, blocks, 4)
     # Beside them, the matrix that is quantized as JAX turns it, and an empty cache.
     room = block + 4 * sum(k * k for k in ks) + states
     assert max(at_matrices) - before < 1.25 * room

@@ -52,6 +52,8 @@ def test_a_spec_alone_and_a_mapping_are_rules():
     [
         ([("(", SPEC)], ValueError, "has the pattern '(', which is no regular"),
         ([(3, SPEC)], ValueError, "has the pattern 3"),
+        ([(b"a", SPEC)], ValueError, "rules has the pattern b'a', which is no regular"),
+        ([(re.compile(b"a"), SPEC)], ValueError, "rules has the pattern re.compile(b"),
         ([("a", 4)], TypeError, "rules has 4 for 'a'; pass qjax.Spec"),
         ([("a",)], TypeError, "rules has ('a',), which is no (pattern, Spec or None)"),
         ("a", TypeError, "rules='a' must be a Spec, or a sequence"),

@@ -12,9 +12,7 @@ more time and less of the model.
 import dataclasses
 import enum
 import functools
-import hashlib
 import itertools
-import json
 import math
 import os
 import shutil
@@ -28,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
+from blocks import Assembled, Tensors, Written, check_unchanged, job_of
 from evaluate import encode_text, read_ids
 from flax import nnx
 from generate import read_tokenizer
@@ -38,12 +37,11 @@ from rich.progress import track
 from weights import Weights
 
 import qjax
-from qjax.quantizers import awq, clip, gptq
+from qjax.quantizers import awq, gptq
 
 # What a directory holds beside the model, and a quantized one as well.
 BESIDE = ("*token*", "*.jinja", "vocab.*", "merges.txt", "generation_config.json")
 
-Tensors = dict[str, Any]
 Format = enum.StrEnum(
     "Format", ["gptq", "gptq_v2", "gptq_p", "awq", "compressed-tensors"]
 )
@@ -79,13 +77,13 @@ def quantize(
     Raises:
       ValueError: If the model is quantized already, or cannot be so.
     """
-    # Those that are left over when there are fewer than a batch would compile anew.
-    batch = min(batch, len(ids))
-    ids = ids[: len(ids) // batch * batch].reshape(-1, batch, ids.shape[1])
     embedding = dense["model.embed_tokens.weight"]
-    states = [jnp.take(embedding, some, axis=0).astype(jnp.float32) for some in ids]
+    states = [
+        jnp.take(embedding, ids[i : i + batch], axis=0).astype(jnp.float32)
+        for i in range(0, len(ids), batch)
+    ]
     del embedding
-    places = empty(config, states[0])
+    places = empty(config, states)
     ready = sum(i in blocks for i in range(config.num_layers))
     if ready:
         print(f"going on after {ready} of {config.num_layers} blocks", file=sys.stderr)
@@ -103,27 +101,32 @@ def quantize(
                 raise ValueError(
                     "the model is quantized already; pass the model it came from."
                 )
-            whole = block(tensors, config, name, window)
-            grams = grams_of(whole, name, recipe.spec, [(x, *places) for x in states])
-            del whole
+            inputs = [(x, *places[len(x)]) for x in states]
+            whole = block_of(tensors, config, name, window)
+            grams = grams_of(whole, name, recipe.spec, inputs)
+            del whole, inputs
             blocks[i] = recipe.quantized(tensors, config, name, grams)
             del tensors, grams
         if any(later not in blocks for later in range(i + 1, config.num_layers)):
-            run(block(blocks[i], config, name, window), states, places)
+            run(block_of(blocks[i], config, name, window), states, places)
 
 
-def block(
+def block_of(
     tensors: Mapping[str, Any], config: Config, name: str, window: int | None
 ) -> Block:
     """A block over tensors of which it leaves all where they are."""
     return Block(Weights(dict(tensors), config, jnp.float32), name, window)
 
 
-def empty(config: Config, x: Array) -> tuple[Array, ...]:
-    """An empty cache for one layer, and where sequences begin."""
+def empty(config: Config, states: list[Array]) -> dict[int, tuple[Array, ...]]:
+    """An empty cache for one layer, and where sequences begin, by their number."""
     config = dataclasses.replace(config, num_layers=1)
-    one = Cache.empty(config, len(x), x.shape[1], x.dtype)
-    return one.keys[0], one.values[0], one.length, one.first
+    places = {}
+    # The last batch alone may be smaller.
+    for x in (states[0], states[-1]):
+        one = Cache.empty(config, len(x), x.shape[1], x.dtype)
+        places[len(x)] = one.keys[0], one.values[0], one.length, one.first
+    return places
 
 
 def grams_of(
@@ -135,18 +138,20 @@ def grams_of(
       The gram of each layer, by its path in the checkpoint.
     """
     rounding = dataclasses.replace(spec, quantizer=None)
-    rounded = qjax.quantize_model(block, rounding, *inputs[0], strict=True)
+    model = qjax.quantize_model(block, rounding, *inputs[0], strict=True)
     return {
         f"{name}.{path.removesuffix('/weight').replace('/', '.')}": gram
-        for path, gram in qjax.quantizers.grams(rounded, inputs).items()
+        for path, gram in qjax.quantizers.grams(model, inputs).items()
     }
 
 
-def run(block: Block, states: list[Array], places: tuple[Array, ...]) -> None:
+def run(
+    block: Block, states: list[Array], places: Mapping[int, tuple[Array, ...]]
+) -> None:
     """Puts the hidden states that a block makes in the place of its inputs."""
     graph, state = nnx.split(block)
     for i, x in enumerate(states):
-        states[i] = forward(graph, state, x, *places)
+        states[i] = forward(graph, state, x, *places[len(x)])
 
 
 # Blocks differ in their arrays alone, and compile once.
@@ -175,9 +180,14 @@ class Recipe:
 
         Both dictionaries are used up: memory holds each matrix once.
         """
+        linear = {n.removesuffix(".weight") for n, w in tensors.items() if w.ndim == 2}
+        # Those whose inputs are all 0 have none.
+        if dense := sorted(linear - grams.keys()):
+            print(f"left dense, as their inputs are all 0: {dense}", file=sys.stderr)
         if self.factors is not None:
             for maker, matrices in junctions(config, name):
-                self.fold(tensors, maker, matrices, grams)
+                if grams.keys() >= set(matrices):
+                    self.fold(tensors, maker, matrices, grams)
         for module in list(grams):
             w = tensors.pop(f"{module}.weight").T
             tensors[module] = self.spec.quantize(w, gram=grams.pop(module))
@@ -214,66 +224,38 @@ def junctions(config: Config, name: str) -> Iterator[tuple[str, list[str]]]:
     yield f"{mlp}.up_proj", [f"{mlp}.down_proj"]
 
 
-def rounded(w: Array, *codes: Any, gram: Array, **options: Any) -> qjax.QTensor:
+def nearest(w: Array, *codes: Any, gram: Array, **options: Any) -> qjax.QTensor:
     """Rounds to nearest, whatever the inputs are."""
     return qjax.quantize(w, *codes, **options)
 
 
 def clipped(w: Array, *codes: Any, gram: Array, **options: Any) -> qjax.QTensor:
     """Searches the range of each group, with large inputs counting for more."""
-    return clip.quantize(w, *codes, importance=gram.diagonal(), **options)
+    importance = gram.diagonal()
+    return qjax.quantizers.clip.quantize(w, *codes, importance=importance, **options)
 
 
-class Written:
-    """Blocks as checkpoints of their own in a folder, each there as a whole or not.
-
-    The folder also says of what job they are; those of another are deleted.
-    """
-
-    def __init__(self, folder: Path, job: str, config: Mapping[str, Any], to: str):
-        self.folder, self.job, self.config, self.to = folder, job, config, to
-        note = folder / "job.json"
-        if not folder.exists() or (note.is_file() and note.read_text() == job):
-            return
-        # What a typing error names should survive.
-        if not note.is_file() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} holds no blocks of a model; move it away.")
-        shutil.rmtree(folder)
-
-    def path(self, i: int) -> Path:
-        return self.folder / str(i)
-
-    def __contains__(self, i: int) -> bool:
-        return self.path(i).is_dir()
-
-    def __getitem__(self, i: int) -> Mapping[str, Any]:
-        return qjax.checkpoints.load(self.path(i))
-
-    def __setitem__(self, i: int, tensors: Tensors) -> None:
-        if not self.folder.is_dir():
-            self.folder.mkdir()
-            (self.folder / "job.json").write_text(self.job)
-        qjax.checkpoints.save(self.path(i), tensors, self.config, format=self.to)
-
-
-class Assembled(Mapping[str, Any]):
-    """A whole model: the blocks that are written, and the rest of the dense one."""
-
-    def __init__(self, dense: Mapping[str, Any], blocks: Written, count: int):
-        lazy = functools.partial(qjax.checkpoints.lazy, prepare=False)
-        parts = [lazy(blocks.path(i)) for i in range(count)]
-        self.places = {name: part for part in parts for name in part}
-        layers = tuple(f"model.layers.{i}." for i in range(count))
-        self.places |= {n: dense for n in dense if not n.startswith(layers)}
-
-    def __getitem__(self, name: str) -> Any:
-        return self.places[name][name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.places)
-
-    def __len__(self) -> int:
-        return len(self.places)
+def check_places(source: Path, target: Path, *, overwrite: bool) -> None:
+    """Raises an OSError or a ValueError now where `save` would in an hour."""
+    if not source.is_dir():
+        raise NotADirectoryError(f"{source} must be the directory of a model.")
+    one, other = (Path(os.path.realpath(path)) for path in (source, target))
+    if one == other or one in other.parents or other in one.parents:
+        raise ValueError(
+            f"{source} and {target} must not be the same, nor lie in one another."
+        )
+    if not other.parent.is_dir():
+        raise FileNotFoundError(f"{other.parent} is no directory; make it first.")
+    if not other.exists():
+        return
+    if not overwrite:
+        raise FileExistsError(f"{target} is there; pass --overwrite to replace it.")
+    if not other.is_dir() or (
+        any(other.iterdir()) and not (other / "config.json").is_file()
+    ):
+        raise FileExistsError(
+            f"{target} is no checkpoint, as it holds no config.json; move it away."
+        )
 
 
 def check_format(to: Format, spec: qjax.Spec) -> None:
@@ -312,28 +294,21 @@ def recipe_of(method: Method, *, act_order: bool, clip: bool, **codes: Any) -> R
     if act_order:
         raise ValueError("--act-order is of --method gptq; leave it out.")
     return Recipe(
-        spec=qjax.Spec(**codes, quantizer=clipped if clip else rounded),
+        spec=qjax.Spec(**codes, quantizer=clipped if clip else nearest),
         factors=functools.partial(awq.factors, clip=clip),
     )
 
 
-def job_of(source: Path, ids: np.ndarray, options: Mapping[str, Any]) -> str:
-    """Says all that blocks depend on."""
-    files = sorted(file for file in source.iterdir() if file.is_file())
-    stats = {file.name: file.stat() for file in files}
-    return json.dumps(
-        {
-            "source": os.path.realpath(source),
-            "files": {
-                name: (one.st_size, one.st_mtime_ns) for name, one in stats.items()
-            },
-            "ids": [
-                ids.shape,
-                hashlib.sha256(ids.astype(np.int64).tobytes()).hexdigest(),
-            ],
-            "options": options,
-        }
-    )
+def finish(target: Path, whole: Assembled, blocks: Written, source: Path) -> None:
+    """Writes a whole model, and copies what its source holds beside the weights."""
+    # In one that is replaced, other files stay.
+    made = target if target.exists() else blocks.folder / "whole"
+    qjax.checkpoints.save(made, whole, blocks.config, format=blocks.to, overwrite=True)
+    for pattern in BESIDE:
+        for file in source.glob(pattern):
+            shutil.copy(file, made)
+    if made != target:
+        made.rename(target)
 
 
 def main(
@@ -380,12 +355,14 @@ def main(
 ) -> None:
     """Writes TARGET: SOURCE with the matrices of its blocks quantized.
 
-    Memory holds a block at a time. TARGET appears when it is complete; until then,
-    finished blocks are in .TARGET.blocks, and the same command goes on after them.
+    Memory holds a block at a time. TARGET appears when it is complete, or has its
+    weights replaced when they are; until then, finished blocks are in .TARGET.blocks,
+    and the same command goes on after them.
 
     Example: python quantize.py llama llama-2bit --text book.txt --bits 2 --clip
     """
     try:
+        check_places(source, target, overwrite=overwrite)
         to = to or (Format.awq if method is Method.awq else Format.gptq_v2)
         options = {
             "bits": bits,
@@ -398,40 +375,25 @@ def main(
         }
         recipe = recipe_of(method, **options)
         check_format(to, recipe.spec)
-        if target.exists() and not overwrite:
-            raise FileExistsError(f"{target} is there; pass --overwrite to replace it.")
         dense = qjax.checkpoints.lazy(source)
-        ids = calibration(text, source, context, rows)
-        print(f"{ids.size} tokens to see", file=sys.stderr)
         known = qjax.checkpoints.read_config(source)
         config = Config.from_json(known)
+        ids = calibration(text, source, context, rows)
+        print(f"{ids.size} tokens to see", file=sys.stderr)
         options |= {"method": method.value, "to": to.value, "batch": batch}
-        folder = target.with_name(f".{target.name}.blocks")
-        blocks = Written(folder, job_of(source, ids, options), known, to.value)
-        quantize(dense, config, ids, recipe, blocks, batch)
-        whole = Assembled(dense, blocks, config.num_layers)
-        qjax.checkpoints.save(
-            target, whole, known, format=to.value, overwrite=overwrite
-        )
-        for pattern in BESIDE:
-            for file in source.glob(pattern):
-                shutil.copy(file, target)
-        print(f"{target}: {summary(blocks, config.num_layers)}")
-        shutil.rmtree(folder)
+        job = job_of(source, ids, options)
+        goal = Path(os.path.realpath(target))
+        folder = goal.with_name(f".{goal.name}.blocks")
+        with Written(folder, job, known, to.value) as blocks:
+            quantize(dense, config, ids, recipe, blocks, batch)
+            check_unchanged(job, source, ids, options)
+            whole = Assembled(dense, blocks, config.num_layers)
+            finish(goal, whole, blocks, source)
+            blocks.clear()
+        print(f"{target}: {whole.summary()}")
     except (ValueError, KeyError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-
-
-def summary(blocks: Written, count: int) -> str:
-    """How many matrices there are in some blocks, and of how many bits."""
-    matrices = size = weights = 0
-    for i in range(count):
-        for one in blocks[i].values():
-            if isinstance(one, qjax.QTensor):
-                matrices, size = matrices + 1, size + one.nbytes
-                weights += one.k * one.n
-    return f"{matrices} matrices, {8 * size / weights:.2f} bits a weight"
 
 
 if __name__ == "__main__":

@@ -92,11 +92,12 @@ def quantize(
     Raises:
       ValueError: As `save`: all modules that cannot be quantized, with their reasons;
         if ``source`` is quantized already; if a pattern is not sound or matches no
-        linear layer that it may decide on; if a module stores ``[k, n]``, as those of
-        GPT-2 do; if ``head`` is asked for and tied to the embeddings; or if a weight,
-        or what it became, is not finite.
-      TypeError: If ``rules`` are none, a quantizer is no such function, wants more than
-        a weight, or makes something else.
+        linear layer that it may decide on, or only layers that patterns before it
+        match, unless these name one path each, or it is the last, ".*"; if a module
+        stores ``[k, n]``, as those of GPT-2 do; if ``head`` is asked for and tied to
+        the embeddings; or if a weight, or what it became, is not finite.
+      TypeError: If ``rules`` are none, ``skip`` is one string, a quantizer is no such
+        function, wants more than a weight, or makes something else.
       NotImplementedError: As `qjax.quantize_model`.
       OSError: As `load` and `save`.
 
@@ -112,6 +113,10 @@ def quantize(
       [4, 8]
     """
     given = rules_.read(rules)
+    if isinstance(skip, str):
+        raise TypeError(
+            f"skip={skip!r} must be a sequence of patterns; pass [{skip!r}]."
+        )
     chosen = functools.partial(
         _chosen, rules=given, skip=[_skipping(text) for text in skip], head=head
     )
@@ -178,8 +183,8 @@ def _path(name: str) -> str:
 
 def _skipping(text: str) -> Rule:
     try:
-        return Rule(re.compile(text), None)
-    except re.error as error:
+        return Rule(rules_.compiled(text), None)
+    except (re.error, TypeError) as error:
         raise ValueError(
             f"skip={text!r} is not a regular expression: {error}."
         ) from None
@@ -221,6 +226,10 @@ def _chosen(
                 f"such as {_path(left[0])}; routers stay dense, and lm_head does "
                 "without head=True."
             )
+    for i, rule in enumerate(rules):
+        is_rest = i == len(rules) - 1 and rule.pattern.pattern == ".*"
+        if left and not is_rest:
+            _check_decides(rule, rules[:i], known if rule.spec is None else left)
     decided = {name: _first((*skip, *rules), name) for name in left}
     specs = {name: spec for name, spec in decided.items() if spec is not None}
     if not specs:
@@ -233,6 +242,21 @@ def _chosen(
 
 def _is_used(rule: Rule, names: Iterable[str]) -> bool:
     return any(rule.matches(name, ".") for name in names)
+
+
+def _check_decides(rule: Rule, before: Sequence[Rule], names: Iterable[str]) -> None:
+    """Refuses a rule to which those before it leave nothing.
+
+    Those that name one path are exceptions from it: grams may be all that there are.
+    """
+    matched = [name for name in names if rule.matches(name, ".")]
+    patterns = [one for one in before if not one.is_exact]
+    if all(any(one.matches(name, ".") for one in patterns) for name in matched):
+        raise ValueError(
+            f"rules has the pattern {rule.pattern.pattern!r}, which decides nothing: "
+            f"others before it match all that it does, such as {_path(matched[0])}; "
+            "put it before them, or leave it out."
+        )
 
 
 def _first(rules: Iterable[Rule], name: str) -> Spec | None:

@@ -64,8 +64,9 @@ def quantize(
       As `qjax.quantize`, with a float32 ``input_scale``.
 
     Raises:
-      ValueError: As `qjax.quantize`; if ``gram`` is not float ``[*batch, k, k]``, or
-        not finite (of traced arrays, this is not seen).
+      ValueError: As `qjax.quantize`; if ``gram`` is not float ``[*batch, k, k]``; or,
+        which of traced arrays is not seen, if ``gram`` or ``w`` is not finite, or
+        ``scale_dtype`` cannot hold the scales.
 
     Example:
       >>> w, x, sizes = jax.random.normal(jax.random.key(0), (3, 64, 64))
@@ -80,7 +81,7 @@ def quantize(
     check_gram(w, gram)
     one = functools.partial(_quantize, scheme, bool(clip))
     packed, error = over_batch(one, jnp.asarray(w), jnp.asarray(gram))
-    _check_finite(error)
+    _check_finite(error, scheme, gram=[gram], w=[w])
     return packed
 
 
@@ -114,6 +115,7 @@ def factors(
       float32 ``[k]``, positive; the largest times the smallest is 1.
 
     Raises:
+      TypeError: If ``weights`` is one array.
       ValueError: As `quantize`; if there are no weights, or their k differ.
 
     Example:
@@ -123,6 +125,7 @@ def factors(
       >>> found.shape, bool(found[0] == found.max())
       ((64,), True)
     """
+    _check_several(weights=weights)
     shapes = [w.shape for w in weights]
     if not shapes or any(len(one) != 2 or one[0] != shapes[0][0] for one in shapes):
         raise ValueError(f"weights must be [k, n], all of one k; got shapes {shapes}.")
@@ -132,7 +135,7 @@ def factors(
     check_gram(weights[0], gram)
     joined = jnp.concatenate([jnp.asarray(w, jnp.float32) for w in weights], -1)
     factor, error = _search(scheme, bool(clip), joined, jnp.asarray(gram))
-    _check_finite(error)
+    _check_finite(error, scheme, gram=[gram], weights=weights)
     return factor
 
 
@@ -161,6 +164,7 @@ def fold(
       float32.
 
     Raises:
+      TypeError: If ``before`` or ``after`` is one array.
       ValueError: If shapes do not fit the factor.
 
     Example:
@@ -170,6 +174,7 @@ def fold(
       >>> bool(jnp.allclose(x @ less @ more, x @ up @ down, atol=1e-4))
       True
     """
+    _check_several(before=before, after=after)
     factor = jnp.asarray(factor, jnp.float32)
     wrong = [one.shape for one in before if one.shape[-1:] != factor.shape]
     wrong += [one.shape for one in after if one.shape[:-1] != factor.shape]
@@ -189,9 +194,30 @@ def _times(array: Array | np.ndarray, factor: Array) -> Array:
     return (wide * jnp.broadcast_to(factor, array.shape)).astype(array.dtype)
 
 
-def _check_finite(error: Array) -> None:
-    if not isinstance(error, Tracer) and not jnp.isfinite(error).all():
-        raise ValueError("gram must be finite, and so must w.")
+def _check_several(**given: object) -> None:
+    """Refuses an array, whose rows would be taken for arrays."""
+    for name, some in given.items():
+        if isinstance(some, Array | np.ndarray):
+            raise TypeError(
+                f"{name} is an array of shape {some.shape}, and must be a list of "
+                "arrays, such as [w]."
+            )
+
+
+def _check_finite(
+    error: Array, scheme: Scheme, **given: Sequence[Array | np.ndarray]
+) -> None:
+    """Says what has made an error that is not finite."""
+    if isinstance(error, Tracer) or jnp.isfinite(error).all():
+        return
+    for name, some in given.items():
+        if not all(jnp.isfinite(one).all() for one in some):
+            raise ValueError(f"{name} must be finite; it holds NaN or infinity.")
+    raise ValueError(
+        f"{' or '.join(given)} is too large: scale_dtype={scheme.dtype} cannot hold "
+        "the scales, or float32 the errors; pass a wider scale_dtype, or smaller "
+        "numbers."
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -220,14 +246,16 @@ def _searched(scheme: Scheme, clip: bool, w: Array, gram: Array) -> tuple[Array,
     trials /= jnp.sqrt(trials.max(1) * trials.min(1))[:, None]
     one = functools.partial(_attempt, scheme, clip, some, gram)
     errors = jax.lax.map(lambda factor: one(factor)[0], trials)
-    best = errors.argmin()
+    # Scales of the largest factors may not be finite, where those of others are.
+    best = jnp.nanargmin(errors)
     return trials[best], errors[best]
 
 
 def _size(gram: Array) -> Array:
-    """The size of each input; 1 of those that were always 0."""
+    """The size of each input; the least of all for those that were always 0."""
     size = jnp.sqrt(jnp.maximum(gram.diagonal(), 0))
-    return jnp.where(size > 0, size, 1)
+    least = jnp.where(size > 0, size, jnp.inf).min()
+    return jnp.where(size > 0, size, jnp.where(jnp.isfinite(least), least, 1))
 
 
 def _attempt(

@@ -90,7 +90,7 @@ def grams(
       `qjax.quantize_model`; rows in the order of the matrix that is packed.
 
     Raises:
-      TypeError: If the model is no Flax module, or ``batches`` one array.
+      TypeError: If the model is no Flax module, or ``batches`` a single one.
       ValueError: If no packed weight matches, there are no batches, a linen module
         comes without variables, inputs of weights are not finite, or the result would
         be empty.
@@ -144,7 +144,8 @@ def calibrated(
 
     Args:
       rules: As in `qjax.quantize_model`.
-      grams: The gram of each weight, by path, as `grams` returns them. Weights without
+      grams: The gram of each weight, by path, as `grams` returns them, or by the path
+        of a checkpoint's module, whose tensor ``rules`` may name, too. Weights without
         one, and those that ``rules`` leave as they are, are treated as ``rules`` say.
       quantizer: Takes a gram: `gptq.quantize` or `awq.quantize`.
       **options: More of what it takes: ``act_order``, say.
@@ -175,11 +176,18 @@ def calibrated(
         ) from None
     exact = []
     for path, gram in grams.items():
-        spec = next((rule.spec for rule in given if rule.matches(path)), None)
+        spec = next((rule.spec for rule in given if _is_for(rule, path)), None)
         if spec is not None:
             seeing = functools.partial(quantizer, gram=gram, **options)
             exact.append((re.escape(path), dataclasses.replace(spec, quantizer=seeing)))
     return exact + [(rule.pattern, rule.spec) for rule in given]
+
+
+def _is_for(rule: rules_.Rule, path: str) -> bool:
+    """Whether a rule is for a weight of a model, or for a module of a checkpoint."""
+    # A tensor of a checkpoint has no "/" in its name.
+    tensor = f"{path.removesuffix('.weight')}.weight"
+    return rule.matches(path) or ("/" not in path and rule.matches(tensor, "."))
 
 
 def _matcher(paths: str) -> Callable[[str], bool]:
@@ -219,6 +227,10 @@ def _sums(
         raise TypeError(
             f"batches is an array of shape {batches.shape}, and must be an iterable of "
             "inputs, such as [x]."
+        )
+    if isinstance(batches, Mapping):
+        raise TypeError(
+            f"batches is one batch, a mapping of {list(batches)[:3]}; pass [batch]."
         )
     call, count = _hashable(model.call), 0
     totals = {path: jnp.zeros(shape) for path, shape in model.grams.items()}

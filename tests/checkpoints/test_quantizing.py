@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -175,6 +176,14 @@ RULES = {
     "what none matches stays dense": (
         {".*q_proj": EIGHT, ".*down_proj.bias|lm_head": None},
         {LINEAR[0]: EIGHT, LINEAR[2]: EIGHT},
+    ),
+    "a rest that others leave empty": (
+        [(".*_proj", EIGHT), (".*", ROUNDED)],
+        dict.fromkeys(LINEAR, EIGHT),
+    ),
+    "exceptions that leave nothing": (
+        [*((re.escape(name), EIGHT) for name in LINEAR), (".*_proj", ROUNDED)],
+        dict.fromkeys(LINEAR, EIGHT),
     ),
     "names of tensors": (
         [(r".*\.0\..*\.weight", EIGHT), (r".*\.1\.mlp\..*", ROUNDED)],
@@ -477,6 +486,20 @@ REFUSALS = {
         {"rules": [("lm_head", EIGHT), (".*", ROUNDED)]},
         "and lm_head does without head=True",
     ),
+    "rule behind others": (
+        {"rules": [(".*q_proj", EIGHT), (r".*\.0\..*q_proj", ROUNDED), (".*", EIGHT)]},
+        r"has the pattern '.*\\.0\\..*q_proj', which decides nothing: others before it "
+        f"match all that it does, such as {Q}; put it before them",
+    ),
+    "rule that leaves behind others": (
+        {"rules": [(".*", ROUNDED), (".*q_proj", None)]},
+        "has the pattern '.*q_proj', which decides nothing",
+    ),
+    "all but the last": (
+        {"rules": [(".*_proj", ROUNDED), (".*", EIGHT), (".*", None)]},
+        "has the pattern '.*', which decides nothing",
+    ),
+    "bytes": ({"rules": [(b".*", ROUNDED)]}, "rules has the pattern b'.*'"),
     "no rule": ({"rules": []}, "no linear layer is left to quantize, of 5"),
     "tags": (
         {"format": "hqq", "skip": [r".*\.1\.mlp.*"]},
@@ -484,6 +507,7 @@ REFUSALS = {
     ),
     "no format": ({"format": "gguf"}, "format='gguf' must be one of ['gptq'"),
     "no pattern": ({"skip": ["*.up"]}, "skip='*.up' is not a regular expression"),
+    "skip of bytes": ({"skip": [b".*"]}, "skip=b'.*' is not a regular expression"),
     "all": ({"skip": [".*"]}, "no linear layer is left to quantize, of 5"),
     "shards": ({"shard_bytes": 0}, "shard_bytes=0 must be positive"),
 }
@@ -518,6 +542,11 @@ def test_what_a_quantizer_lacks_is_said_with_the_weight(tmp_path, source):
     with pytest.raises(TypeError) as caught:
         checkpoints.quantize(source, tmp_path / "x", **options)
     assert caught.value.__notes__[-1] == f"It was raised for the shape of {DOWN}."
+
+
+def test_one_pattern_is_no_sequence(tmp_path, source, refuses):
+    with refuses("skip='.*' must be a sequence of patterns; pass ['.*']", TypeError):
+        checkpoints.quantize(source, tmp_path / "x", skip=".*", **OPTIONS)
 
 
 @pytest.mark.parametrize("case", QUANTIZERS)

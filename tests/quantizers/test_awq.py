@@ -20,9 +20,10 @@ GRAM = gram(X.astype(np.float32))
 def searched(w, x, symmetric):
     """The least error of x @ w, over all exponents, and the factors that give it."""
     size = np.sqrt((x**2).sum(0))
+    size = np.where(size > 0, size, size[size > 0].min())
     found = []
     for i in range(20):
-        factor = np.where(size > 0, np.where(size > 0, size, 1) ** (i / 20), 1)
+        factor = size ** (i / 20)
         factor /= np.sqrt(factor.max() * factor.min())
         scaled = (w * factor[:, None]).astype(np.float32)
         packed = qjax.quantize(scaled, 3, 32, symmetric)
@@ -73,12 +74,14 @@ def test_files_have_no_place_for_the_factors():
     ("seen", "message"),
     [
         (jnp.eye(32), "gram is float32(32, 32) and must be float(64, 64)"),
-        (jnp.full((64, 64), jnp.inf), "gram must be finite"),
+        (jnp.full((64, 64), jnp.inf), "gram must be finite; it holds NaN or infinity"),
+        (1e-6 * GRAM, "w is too large: scale_dtype=float16 cannot hold the scales"),
     ],
 )
 def test_refusals(refuses, seen, message):
+    w, dtype = (1e7 * W, jnp.float16) if "float16" in message else (W, None)
     with refuses(message):
-        awq.quantize(W, 4, 32, gram=seen)
+        awq.quantize(w, 4, 32, gram=seen, scale_dtype=dtype)
 
 
 def norm(x, weight):
@@ -132,7 +135,8 @@ def test_folded_codes_are_those_of_quantize():
         _, (larger,) = awq.fold(factor, [], [W])
         wanted = awq.quantize(W, 3, 32, gram=GRAM, clip=clipped)
         np.testing.assert_array_equal(1 / factor, wanted.input_scale)
-        seen = jnp.where(GRAM.diagonal() > 0, GRAM.diagonal(), 1)
+        seen = GRAM.diagonal()
+        seen = jnp.where(seen > 0, seen, seen[seen > 0].min())
         importance = seen / factor**2
         if clipped:
             packed = clip.quantize(larger, 3, 32, importance=importance)
@@ -160,13 +164,25 @@ def test_matrices_of_the_same_inputs_are_one_side_by_side():
         ([W, W[:32]], GRAM, "got shapes [(64, 24), (32, 24)]"),
         ([W[None]], GRAM, "got shapes [(1, 64, 24)]"),
         ([W], jnp.eye(32), "gram is float32(32, 32) and must be float(64, 64)"),
-        ([W], jnp.full((64, 64), jnp.nan), "gram must be finite, and so must w"),
-        ([np.full_like(W, np.inf)], GRAM, "gram must be finite, and so must w"),
+        ([W], jnp.full((64, 64), jnp.nan), "gram must be finite"),
+        ([np.full_like(W, np.inf)], GRAM, "weights must be finite"),
+        ([W], 3e38 * jnp.eye(64), "gram or weights is too large"),
+        (W, GRAM, "weights is an array of shape (64, 24), and must be a list"),
     ],
 )
 def test_no_factors(refuses, weights, seen, message):
-    with refuses(message):
+    with refuses(message, TypeError if weights is W else ValueError):
         awq.factors(weights, 3, 32, gram=seen)
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e-4, 1e8])
+def test_the_size_of_inputs_says_nothing(scale):
+    """Though some are always 0; if all are, nothing is known."""
+    wanted = awq.factors([W], 3, 32, gram=GRAM)
+    # A power of other numbers is rounded otherwise.
+    found = awq.factors([W], 3, 32, gram=jnp.float32(scale) * GRAM)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    np.testing.assert_array_equal(awq.factors([W], 3, 32, gram=0 * GRAM), 1)
 
 
 @pytest.mark.parametrize(
@@ -180,3 +196,10 @@ def test_no_factors(refuses, weights, seen, message):
 def test_no_folding(refuses, factor, before, after):
     with refuses(f"factor.shape={factor.shape} must be [k], with before [..., k]"):
         awq.fold(factor, before, after)
+
+
+def test_one_array_is_no_list(refuses):
+    for name in ("before", "after"):
+        given = {"before": [], "after": [], name: np.ones((64, 64))}
+        with refuses(f"{name} is an array of shape (64, 64), and must be", TypeError):
+            awq.fold(np.ones(64), **given)

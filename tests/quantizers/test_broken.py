@@ -42,7 +42,7 @@ def test_a_nan_stays_where_it_is(name):
 def test_an_error_that_is_not_finite_is_no_0(refuses):
     packed = qjax.quantize(W, 4, 32)
     assert np.isnan(output_error(np.full_like(W, np.nan), packed))
-    with refuses("gram must be finite, and so must w"):
+    with refuses("w must be finite; it holds NaN or infinity"):
         awq.quantize(np.full_like(W, np.nan), 4, 32, gram=GRAM)
 
 

@@ -308,11 +308,37 @@ def test_rules_go_to_weights_that_have_grams():
         calibrated(given, {"a.b/w": eye}, hqq.quantize)
 
 
+def test_rules_may_name_the_tensors_of_a_checkpoint():
+    """For paths of models, these patterns mean what `quantize_model` makes of them."""
+    eye, tensors = jnp.eye(K), r".*up_proj\.weight"
+    three, eight = (qjax.Spec(bits=bits, group_size=16) for bits in (3, 8))
+    module = "model.layers.0.mlp.up_proj"
+    for rule, path, bits in (
+        (tensors, module, 8),
+        (tensors, f"{module}.weight", 8),
+        (r".*\.up_proj", module, 8),
+        (r".*\.up_proj", f"{module}.weight", 8),
+        (r".*\.mlp", module, 3),
+        (tensors, "layers/up_proj", 3),
+        (tensors, "up_proj.weight/kernel", 8),
+        (r".*\.weight", "a.b/kernel", 3),
+    ):
+        (pattern, spec), *_ = calibrated([(rule, eight), (".*", three)], {path: eye})
+        assert re.fullmatch(pattern, path)
+        assert spec.bits == bits, (rule, path)
+
+
 @pytest.mark.parametrize(
     ("batches", "options", "error", "message"),
     [
         ([], {}, ValueError, "batches is empty"),
         (x(3, K), {}, TypeError, "batches is an array of shape (3, 32)"),
+        (
+            {"x": x(3, K)},
+            {},
+            TypeError,
+            "batches is one batch, a mapping of ['x']; pass",
+        ),
         ([x(3, K)], {"paths": "left"}, ValueError, "whose path paths='left' matches"),
         ([x(3, K)], {"paths": "("}, ValueError, "is no regular expression"),
         ([x(3, K)], {"variables": {}}, TypeError, "variables are for linen"),
