@@ -219,8 +219,8 @@ def mixed_weights(k: int, n: int) -> Weights:
     return {"qjax, EXL2 mix of 4.0 bits": make}
 
 
-# Groups of small floats by their width: those of FP8 along k, and of MXFP4.
-FLOATS = {8: ("FP8", 128), 4: ("MXFP4", 32)}
+# By their width, groups of small floats, those of FP8 along k, and dtypes of scales.
+FLOATS = {8: ("FP8", 128, "float32"), 4: ("MXFP4", 32, "bfloat16")}
 
 
 def float_weights(k: int, n: int, *, bits: int) -> Weights:
@@ -229,7 +229,7 @@ def float_weights(k: int, n: int, *, bits: int) -> Weights:
 
     import qjax
 
-    name, group = FLOATS[bits]
+    name, group, dtype = FLOATS[bits]
 
     def make() -> Weight:
         rng = np.random.default_rng(bits)
@@ -242,7 +242,7 @@ def float_weights(k: int, n: int, *, bits: int) -> Weights:
         scale = (2.0 ** np.round(np.log2(scale))).astype(np.float32)
         w = qjax.tensor.build(
             (qjax.bits.pack_fields(jnp.asarray(q), bits),),
-            jnp.asarray(scale),
+            jnp.asarray(scale, dtype),
             layout=qjax.formats.gptq.Stream(),
             segments=(qjax.tensor.Segment(bits, group),),
             affine=qjax.tensor.Affine.FLOAT,

@@ -149,10 +149,12 @@ def test_engines_multiply_by_what_they_say(name, weights):
     assert gpu_serving.checked(bound.result(), x, weight.columns) < 1e-2
     assert len(bound.time(2).seconds) == 2
     wide = {"dense bf16, XLA": 16, "qjax, EXL2 mix of 4.0 bits": 4}
+    wide |= {"qjax, FP8": 8, "qjax, MXFP4": 4}
     bits = wide.get(name) or int(name.split()[1])
     assert weight.bits == bits
     # Codes, and at most 24 bits of scale and zero for 128 of them.
-    assert 0 <= 8 * weight.nbytes / (2048 * 64) - bits <= 24 / 128
+    parameters = {"qjax, FP8": 32 / 128, "qjax, MXFP4": 16 / 32}.get(name, 24 / 128)
+    assert 0 <= 8 * weight.nbytes / (2048 * 64) - bits <= parameters
 
 
 @pytest.mark.parametrize("factor", [0.9, np.nan])
