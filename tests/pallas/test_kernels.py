@@ -71,7 +71,7 @@ AXES = {
     "scale": list(SCALES),
 }
 # The unpacking is that of matmul: fewer widths.
-OTHER = AXES | {"bits": (3, 4, 8), "group": (16, 32, 128, None)}
+OTHER = AXES | {"bits": (3, 4, 8), "group": (16, 128, None)}
 # What the ``case`` of a test is made of.
 COVERED = {
     "test_matmul": AXES | {"m": ROWS},
