@@ -180,7 +180,7 @@ def _with_scale(
 
 def _is_group(part: QTensor) -> Array:
     """Which scales belong to elements; those of padded columns do not."""
-    return group_sum(part, jnp.ones((part.k, part.n))) > 0
+    return group_sum(part, jnp.ones((part.k, part.n), jnp.float32)) > 0
 
 
 def stored(qt: QTensor, rows: Float[Array, "k n"]) -> Float[Array, "k n"]:
@@ -244,7 +244,7 @@ def group_sum(part: QTensor, terms: Array) -> Array:
 
 def group_mean(part: QTensor, terms: Array, empty: Array) -> Array:
     """Means over groups; columns of padding, which are in none, take ``empty``."""
-    count = group_sum(part, jnp.ones(terms.shape))
+    count = group_sum(part, jnp.ones(terms.shape, jnp.float32))
     return jnp.where(count > 0, group_sum(part, terms) / jnp.maximum(count, 1), empty)
 
 

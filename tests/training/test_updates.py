@@ -90,6 +90,16 @@ def test_every_rule_takes_the_nearest_code(name, as_qtensor):
     chex.assert_trees_all_close(total, bare(w) + step, atol=4e-7 * largest)
 
 
+@pytest.mark.parametrize("name", ["zero", "offset"])
+def test_requantize_with_64_bits(name, as_qtensor):
+    w = as_qtensor(matrix(name))
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        again = training.requantize(w, qjax.dequantize(w))
+    # What it holds already is not changed.
+    chex.assert_trees_all_equal(again, w)
+    chex.assert_trees_all_equal_dtypes(again, w)
+
+
 @pytest.mark.parametrize("bits", [4, 8])
 def test_small_floats_take_the_nearest_number(bits, as_qtensor):
     m = oracle.random(3, K, N, bits=bits, affine="FLOAT")
