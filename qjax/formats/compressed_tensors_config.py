@@ -46,7 +46,7 @@ class Config:
       group_size: Inputs of a group; None unless the strategy is "group".
       block_size: Outputs and inputs of a block; None unless that is the strategy.
       symmetric: Whether there are no zero points.
-      format: "pack-quantized", or one of `compressed_tensors_floats.FORMATS`.
+      format: "pack-quantized", or one of those of `compressed_tensors_floats`.
       is_float: Whether codes are small floats.
       act_order: Whether groups are of inputs sorted by activation (``actorder`` of
         "group" or "dynamic"), so that ``weight_g_idx`` must be there.

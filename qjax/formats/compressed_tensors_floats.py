@@ -34,7 +34,6 @@ from jax import lax
 from jaxtyping import Array, Float, Integer, UInt8
 
 from qjax import decode, tensor
-from qjax.bits import transpose_codes
 from qjax.formats import fp8, torchao
 from qjax.formats.block_scale import BlockScale
 from qjax.formats.checks import (
@@ -49,7 +48,7 @@ from qjax.formats.checks import (
     lacks_plain_groups,
 )
 from qjax.formats.compressed_tensors_config import Config
-from qjax.formats.mxfp4 import E8M0
+from qjax.formats.mxfp4 import E8M0, pack_pairs, unpack_pairs
 from qjax.tensor import Affine, Cut, Digits, Encoded, Layout, QTensor, Segment
 
 # What may stand beside a weight for the activations.
@@ -69,8 +68,6 @@ NVFP4, MXFP4, MXFP8 = (
     "mxfp4-pack-quantized",
     "mxfp8-quantized",
 )
-BYTES = ("float-quantized", "naive-quantized", "int-quantized", MXFP8)
-FORMATS = (*BYTES, NVFP4, MXFP4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,13 +82,13 @@ class Nibbles(Layout):
             raise ValueError(
                 f"codes.shape[0]={codes.shape[0]} must be even; pad codes."
             )
-        return _pack(codes)
+        return pack_pairs(codes)
 
     def unpack(self, words: UInt8[Array, "n bytes"], bits: int) -> UInt8[Array, "k n"]:
         """Unpacks the bytes."""
         check_width(bits, (4,), "compressed_tensors_floats.Nibbles")
         check_words(words, 2, jnp.uint8)
-        return _unpack(words)
+        return unpack_pairs(words)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(2 * bytes, n)``."""
@@ -107,18 +104,6 @@ class Nibbles(Layout):
         """Permutes them."""
         del bits
         return Digits("n", fields="k0", width=8)
-
-
-@jax.jit
-def _pack(codes: Array) -> Array:
-    fields = transpose_codes(codes).reshape(codes.shape[1], -1, 2) & jnp.uint8(15)
-    return fields[..., 0] | (fields[..., 1] << 4)
-
-
-@jax.jit
-def _unpack(words: Array) -> Array:
-    fields = jnp.stack([words & jnp.uint8(15), words >> 4], axis=-1)
-    return transpose_codes(fields.reshape(words.shape[0], -1))
 
 
 @jax.tree_util.register_dataclass

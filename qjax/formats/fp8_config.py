@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qjax.formats.block_scale import block_size
-from qjax.formats.checks import check_choice, check_method, check_strings
-from qjax.formats.patterns import check_pattern, ends_path
+from qjax.formats.checks import check_choice, check_method
+from qjax.formats.patterns import check_patterns, ends_path
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,13 +52,10 @@ class Config:
             size = block_size("weight_block_size", size)
         aliases = ("modules_to_not_convert", "ignored_layers")
         field = next((name for name in aliases if entry.get(name)), aliases[0])
-        ignored = check_strings(field, entry.get(field) or [])
-        for pattern in ignored:
-            check_pattern(field, pattern)
         return cls(
             block_size=size,
             scale_fmt=scale_fmt,
-            ignored=ignored,
+            ignored=check_patterns(field, entry.get(field) or []),
         )
 
     def of(self, module: str) -> "Config | None":

@@ -38,12 +38,11 @@ from qjax.formats.checks import (
     check_codes,
     check_method,
     check_shapes,
-    check_strings,
     check_tensors,
     check_width,
     check_words,
 )
-from qjax.formats.patterns import check_pattern, ends_path
+from qjax.formats.patterns import check_patterns, ends_path
 from qjax.tensor import Affine, Cut, Digits, Encoded, Grouping, Layout, QTensor, Segment
 
 BLOCK = 32
@@ -73,7 +72,7 @@ class Blocks(Layout):
         """Unpacks ``[n, k / 32, 16]`` words."""
         check_words(words, self.rank, jnp.uint8)
         self.extents(words.shape, bits)
-        return _unpack(words)
+        return unpack_pairs(words)
 
     def extents(self, shape: tuple[int, ...], bits: int) -> tuple[int, int]:
         """Returns ``(32 * groups, n)``."""
@@ -94,16 +93,21 @@ class Blocks(Layout):
 
 
 @jax.jit
-def _pack(codes: Array) -> Array:
-    fields = transpose_codes(codes).reshape(codes.shape[1], -1, BLOCK // 2, 2)
-    fields = fields & jnp.uint8(15)
+def pack_pairs(codes: Integer[Array, "k n"]) -> UInt8[Array, "n bytes"]:
+    """Packs codes of 4 bits along k, two a byte, the first in the low nibble."""
+    fields = transpose_codes(codes).reshape(codes.shape[1], -1, 2) & jnp.uint8(15)
     return fields[..., 0] | (fields[..., 1] << 4)
 
 
 @jax.jit
-def _unpack(words: Array) -> Array:
+def unpack_pairs(words: UInt8[Array, "n ..."]) -> UInt8[Array, "k n"]:
+    """Inverse of `pack_pairs`, of bytes on any number of axes."""
     fields = jnp.stack([words & jnp.uint8(15), words >> 4], axis=-1)
     return transpose_codes(fields.reshape(words.shape[0], -1))
+
+
+def _pack(codes: Array) -> Array:
+    return pack_pairs(codes).reshape(codes.shape[1], -1, BLOCK // 2)
 
 
 @jax.tree_util.register_dataclass
@@ -172,10 +176,7 @@ class Config:
         """
         check_method(entry, "mxfp4")
         field = "modules_to_not_convert"
-        ignored = check_strings(field, entry.get(field) or [])
-        for pattern in ignored:
-            check_pattern(field, pattern)
-        return cls(ignored=ignored)
+        return cls(ignored=check_patterns(field, entry.get(field) or []))
 
     def of(self, module: str) -> "Config | None":
         """Returns the configuration of one matrix, or None where it is left dense.

@@ -10,7 +10,9 @@ import functools
 import itertools
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from qjax.formats.checks import check_strings
 
 # Tried in a tenth of a second. Patterns in use stay far below: four ".*" on a name of
 # 60 letters are 635,376 ways.
@@ -69,6 +71,25 @@ def check_pattern(name: str, pattern: str) -> None:
         _choices(pattern)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
+
+
+def check_patterns(name: str, value: Any) -> tuple[str, ...]:
+    """Reads a list of patterns from a configuration.
+
+    Args:
+      name: Name of the field, for messages.
+      value: What was found there.
+
+    Returns:
+      The patterns.
+
+    Raises:
+      ValueError: If it is no list of strings, or as `check_pattern`.
+    """
+    patterns = check_strings(name, value)
+    for pattern in patterns:
+        check_pattern(name, pattern)
+    return patterns
 
 
 def matches(pattern: str, name: str, *, whole: bool = False) -> bool:
