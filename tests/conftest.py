@@ -2,6 +2,7 @@
 
 import contextlib
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import jaxtyping
@@ -16,6 +17,10 @@ collect_ignore_glob = ["data/*/make.py", "golden/*/make_vectors.py"]
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+# The same examples in every run: what one change breaks must not show in another's.
+# New ones are drawn with --hypothesis-profile=default.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
+hypothesis.settings.load_profile("same")
 # Before any device is asked for: what pmap and shard_map are tested on.
 jax.config.update("jax_num_cpu_devices", 8)
 

@@ -64,8 +64,8 @@ E4M3 = jnp.dtype(jnp.float8_e4m3fn)
 LARGEST = tensor.SMALL_FLOATS[8].largest
 # Of the pattern, without its sign: all ones is not a number.
 _NAN = 127
-# How E8M0 numbers may be stored.
-_EXPONENTS = (jnp.uint8, jnp.float8_e8m0fnu)
+# How E8M0 numbers may be stored; as uint8 only where the configuration says so.
+_EXPONENTS = (jnp.float8_e8m0fnu, jnp.uint8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +112,8 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
       tensors: Arrays or anything with ``shape`` and ``dtype``, by upstream name:
         ``weight`` float8_e4m3fn ``[n, k]``; ``weight_scale_inv`` or ``weight_scale``, a
         float or E8M0 ``[ceil(n / rows), ceil(k / columns)]``, or without blocks ``[]``,
-        ``[1]``, ``[1, 1]``, ``[n]`` or ``[n, 1]``; and optionally ``input_scale`` or
+        ``[1]``, ``[1, 1]``, ``[n]`` or ``[n, 1]``, where E8M0 may be uint8 if
+        ``scale_fmt`` says "ue8m0"; and optionally ``input_scale`` or
         ``activation_scale``.
       config: The configuration.
 
@@ -121,7 +122,8 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     """
     name = scale_name(tensors)
     others = {key: Expected(FLOATS, None, optional=True) for key in _OF_ACTIVATIONS}
-    scales = Expected((*FLOATS, *_EXPONENTS), None)
+    exponents = _EXPONENTS if config.scale_fmt == "ue8m0" else _EXPONENTS[:1]
+    scales = Expected((*FLOATS, *exponents), None)
     expected = {"weight": Expected((E4M3,), 2), name: scales} | others
     check_tensors(tensors, expected, "FP8")
     n, k = shape = tuple(tensors["weight"].shape)

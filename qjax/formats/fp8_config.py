@@ -21,7 +21,8 @@ class Config:
       block_size: Outputs and inputs that share a scale; None for one in all, or one an
         output.
       scale_fmt: "float", or "ue8m0" for exponents of powers of two; of the files that
-        say so, some have float32 scales, and what counts is what a tensor holds.
+        say so, some have float32 scales, and what counts is what a tensor holds. Bytes
+        are taken for exponents only if it says "ue8m0".
       ignored: Patterns of paths that stay dense.
     """
 

@@ -80,8 +80,8 @@ def test_exponents_are_told_by_their_dtype():
     w = fp8.from_tensors(tensors(), said)
     same_bits(qjax.dequantize(w), qjax.dequantize(fp8.from_tensors(tensors(), SMALL)))
     exponents = np.full((2, 3), 120, np.uint8)
-    for scale in (exponents, exponents.view(E8M0)):
-        found = fp8.from_tensors(tensors() | {"weight_scale_inv": scale}, SMALL)
+    for scale, config in ((exponents, said), (exponents.view(E8M0), SMALL)):
+        found = fp8.from_tensors(tensors() | {"weight_scale_inv": scale}, config)
         expected = tensors()["weight"].astype(np.float32).T * 2.0**-7
         np.testing.assert_array_equal(qjax.dequantize(found, jnp.float32), expected)
         assert fp8.config_of(found).scale_fmt == "ue8m0"
@@ -202,6 +202,11 @@ class TestQuantize:
             {"weight_scale_inv": np.full((2, 3), 255, np.uint8)},
             dataclasses.replace(SMALL, scale_fmt="ue8m0"),
             "weight_scale_inv holds 255",
+        ),
+        (
+            {"weight_scale_inv": np.full((2, 3), 120, np.uint8)},
+            SMALL,
+            "weight_scale_inv.dtype=uint8 must be",
         ),
         ({}, fp8.Config(block_size=None), "weight_scale_inv.shape=(2, 3) must be ()"),
         ({"input_scale": np.ones((1, 1), np.float32)}, SMALL, "input_scale.shape=(1,"),
