@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from qjax import tensor
-from qjax.formats import awq, compressed_tensors, exl2, fp8, gptq, hqq
+from qjax.formats import awq, compressed_tensors, exl2, fp8, gptq, hqq, modelopt
 from qjax.formats import compressed_tensors_floats as floats
 from qjax.formats.block_scale import BlockScale
 from qjax.formats.hqq_config import FIELDS
@@ -176,6 +176,32 @@ def _of_fp8(config: fp8.Config) -> str:
         return f"{config.scale_fmt} for columns"
     rows, columns = config.block_size
     return f"{config.scale_fmt} for blocks of {rows} x {columns}"
+
+
+def _describe_modelopt(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    algorithms = {name: modelopt.algorithm_of(qt) for name, qt in matrices.items()}
+    size = next(iter(matrices.values())).segments[0].group_size
+    return {
+        "quant_method": "modelopt",
+        "quant_algo": _usual(algorithms),
+        "group_size": size,
+        "ignore": list(dense),
+        "producer": {"name": "qjax"},
+    }
+
+
+def _against_modelopt(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
+    del dense  # Paths, which fit no others.
+    algorithms = {name: modelopt.algorithm_of(qt) for name, qt in matrices.items()}
+    usual = _usual(algorithms)
+    return {
+        name: "it has one scale for all, with which loaders of ModelOpt's files want "
+        "one of the activations; compressed-tensors holds it."
+        if algorithm == "FP8"
+        else f"one algorithm is for all, here {usual}, and it has {algorithm}."
+        for name, algorithm in algorithms.items()
+        if algorithm == "FP8" or algorithm != usual
+    }
 
 
 def _describe_compressed(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
@@ -390,6 +416,11 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             widths=(8,),
             quantizer=fp8.quantize,
             against=_against_fp8,
+        ),
+        "modelopt": Dialect(
+            tensors=modelopt.to_tensors,
+            describe=_describe_modelopt,
+            against=_against_modelopt,
         ),
     }
 )

@@ -20,11 +20,12 @@ from qjax.formats import FORMATS
 from qjax.tensor import QTensor
 
 # Files that describe a quantization where config.json does not, and the method of those
-# that do not name it: green-bit-llm's, AutoGPTQ's and AutoAWQ's.
+# that do not name it: green-bit-llm's, AutoGPTQ's, AutoAWQ's and ModelOpt's.
 BESIDE = {
     "quant_strategy.json": "mbwq",
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
+    "hf_quant_config.json": "modelopt",
 }
 # Where no file does: methods by tensors that only they have in one module.
 _MARKS = (
@@ -170,6 +171,8 @@ class Quantization:
             config = self.config.of(module)
             if hasattr(config, "with_header"):
                 config = config.with_header(_header_entry(f"{module}.weight", tensors))
+            if hasattr(config, "with_tensors"):
+                config = config.with_tensors(tensors)
         except ValueError as error:
             raise ValueError(f"{self.source}: {module}: {error}") from None
         if config is None:
@@ -371,7 +374,8 @@ def _entry(
         for format_ in FORMATS.values()
         for group in _group(tensors, format_).values()
         for stored in group.values()
-        if stored.dtype.kind in "iu"  # a norm may have a "scale", too
+        # A norm may have a "scale", too.
+        if stored.dtype.kind in "iu" or stored.dtype == jnp.float8_e4m3fn
     ]
     if not packed:
         return directory / "config.json", None

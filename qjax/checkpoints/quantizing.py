@@ -71,7 +71,8 @@ def quantize(
     Args:
       source: The directory to read, float16, bfloat16 or float32.
       target: The directory to make, as in `save`.
-      format: As in `save`, but not "exl2", whose scales no quantizer makes.
+      format: As in `save`, but not "exl2" or "modelopt", whose scales no quantizer
+        makes.
       rules: As in `qjax.quantize_model`: a `Spec` for all linear layers, or a sequence
         of ``(pattern, Spec or None)``, of which the first decides whose pattern matches
         all of the name of the tensor ("model.layers.0.mlp.up_proj.weight"), or of the

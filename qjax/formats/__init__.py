@@ -5,7 +5,8 @@ A format module has a `Layout` or two. Those of `FORMATS`, which checkpoints nam
 * ``TENSORS``: the upstream's tensor names below a module's path, and ``JOINTS`` if
   other characters than a dot may join them to it,
 * ``Config.from_json(entry)``, and ``config.of(module)``: None where it stays dense,
-* if the header of the file says more about a weight, ``config.with_header(entry)``,
+* if the header of the file says more about a weight, ``config.with_header(entry)``, and
+  if the shapes of its tensors do, ``config.with_tensors(tensors)``,
 * ``check(tensors, config)``: names, dtypes and shapes, without reading any value,
 * if a range of each tensor is a matrix by itself, ``axes(tensors, config)``,
 * ``from_tensors(tensors, config)``, where `exl2`, `fp8`, `mbwq` and `mxfp4` can do
@@ -36,6 +37,7 @@ from qjax.formats import (
     gptq,
     hqq,
     mbwq,
+    modelopt,
     mpq,
     mxfp4,
     quanto,
@@ -56,6 +58,7 @@ __all__ = [
     "gptq",
     "hqq",
     "mbwq",
+    "modelopt",
     "mpq",
     "mxfp4",
     "quanto",
@@ -77,6 +80,9 @@ FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
         "mpq": mpq,
         "mxfp4": mxfp4,
         "fp8": fp8,
+        "fbgemm_fp8": fp8,
+        "modelopt": modelopt,
+        "modelopt_fp4": modelopt,
         "gguf": gguf,
     }
 )

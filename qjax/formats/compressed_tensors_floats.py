@@ -289,7 +289,7 @@ def format_of(qt: QTensor) -> str:
         return MXFP4
     reason = reason or (
         f"floats of 4 bits in groups of {size} with {qt.scale.dtype} scales are "
-        "neither NVFP4 nor MXFP4 as files have them; load with prepare=False"
+        "neither NVFP4 nor MXFP4 as its own files have them, with prepare=False"
     )
     raise ValueError(f"compressed-tensors cannot hold {qt!r}: {reason}.")
 

@@ -13,6 +13,7 @@ optimum/quanto/tensor/weights/awq/packed.py, commit
 """
 
 import dataclasses
+import functools
 import math
 import types
 from collections.abc import Callable, Mapping
@@ -31,6 +32,7 @@ from qjax.formats import (
     compressed_tensors_floats,
     exl2,
     gguf,
+    modelopt,
     mpq,
     tiles,
 )
@@ -398,12 +400,14 @@ def _mpq_numbers(name: str, arrays: Mapping[str, Array], entries: _Entries) -> E
     return mpq.DoubleQuantized(**arrays)
 
 
-def _over_global(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
+def _with_global(
+    kind: type[Encoded], name: str, arrays: Mapping[str, Array], entries: _Entries
+) -> Encoded:
     del entries
     shape = arrays["local"].shape if "local" in arrays else ()
     whole = ((jnp.float32,), shape[:-2])
     _leaves(name, arrays, {"local": ((jnp.uint8,), shape), "whole": whole})
-    return compressed_tensors_floats.OverGlobal(**arrays)
+    return kind(**arrays)
 
 
 def _block_scale(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
@@ -481,7 +485,10 @@ _BUILDERS: Mapping[type, Callable[[str, Mapping[str, Array], _Entries], Encoded]
             mpq.DoubleQuantized: _mpq_numbers,
             bnb.Absmax: _bnb_absmax,
             block_scale.BlockScale: _block_scale,
-            compressed_tensors_floats.OverGlobal: _over_global,
+            **{
+                kind: functools.partial(_with_global, kind)
+                for kind in (compressed_tensors_floats.OverGlobal, modelopt.TimesGlobal)
+            },
             gguf.Scale: _gguf_scale,
         }
     )

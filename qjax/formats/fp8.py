@@ -4,15 +4,16 @@
 `qjax.tensor.floats` draws it. ``weight_scale_inv[i, j]``, which multiplies in spite of
 its name, belongs to the block of 128 outputs and 128 inputs at ``(128 i, 128 j)``; the
 last blocks may be cut short. It is float32, bfloat16 or an E8M0 exponent. Where the
-configuration has no blocks, ``weight_scale`` is one number, or one an output. So
-DeepSeek-V3, Qwen3-FP8 and many others are published. A static ``input_scale`` is for
-activations in eight bits: here they are not quantized, and it is read over.
+configuration has no blocks, ``weight_scale`` is one number, or one an output, as
+fbgemm has it. So DeepSeek-V3, Qwen3-FP8, Llama-3.1-405B-FP8 and many others are
+published. A static ``input_scale``, or its bound, is for activations in eight bits:
+here they are not quantized, and it is read over.
 
 The weight is ``float(q) * scale`` in float32, rounded once: to the dtype of the scale,
 where that has 16 bits, and else to bfloat16.
 
-Source: huggingface/transformers, src/transformers/integrations/finegrained_fp8.py and
-utils/quantization_config.py, release 5.23.0; deepseek-ai/DeepSeek-V3,
+Source: huggingface/transformers, src/transformers/integrations/finegrained_fp8.py,
+fbgemm_fp8.py and utils/quantization_config.py, release 5.23.0; deepseek-ai/DeepSeek-V3,
 inference/kernel.py and README_WEIGHTS.md, commit
 f6e34dd26772dd4a216be94a8899276c5dca9e43.
 """
@@ -44,7 +45,7 @@ from qjax.formats.checks import (
     lacks_input_order,
     lacks_plain_groups,
 )
-from qjax.formats.fp8_config import Config
+from qjax.formats.fp8_config import SCALES, Config
 from qjax.formats.mxfp4 import E8M0
 from qjax.tensor import Affine, Cut, Digits, Encoded, Layout, QTensor, Segment
 
@@ -100,9 +101,8 @@ class Bytes(Layout):
         return Digits("n", fields="", width=8)
 
 
-_SCALES = ("weight_scale_inv", "weight_scale")
-_OF_ACTIVATIONS = ("input_scale", "activation_scale")
-TENSORS = ("weight", *_SCALES, *_OF_ACTIVATIONS)
+_OF_ACTIVATIONS = ("input_scale", "activation_scale", "input_scale_ub")
+TENSORS = ("weight", *SCALES, *_OF_ACTIVATIONS)
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:
@@ -111,10 +111,10 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     Args:
       tensors: Arrays or anything with ``shape`` and ``dtype``, by upstream name:
         ``weight`` float8_e4m3fn ``[n, k]``; ``weight_scale_inv`` or ``weight_scale``, a
-        float or E8M0 ``[ceil(n / rows), ceil(k / columns)]``, or without blocks ``[]``,
-        ``[1]``, ``[1, 1]``, ``[n]`` or ``[n, 1]``, where E8M0 may be uint8 if
-        ``scale_fmt`` says "ue8m0"; and optionally ``input_scale`` or
-        ``activation_scale``.
+        float or E8M0 ``[ceil(n / rows), ceil(k / columns)]``, or without blocks
+        ``[n]``, ``[n, 1]``, ``[]``, ``[1]`` or ``[1, 1]``, where E8M0 may be uint8 if
+        ``scale_fmt`` says "ue8m0"; and optionally ``input_scale``,
+        ``activation_scale`` or ``input_scale_ub``.
       config: The configuration.
 
     Raises:
@@ -129,7 +129,9 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     n, k = shape = tuple(tensors["weight"].shape)
     if not n or not k:
         raise ValueError(f"weight.shape={shape} must be [n, k], not empty.")
-    allowed = [(), (1,), (1, 1), (n,), (n, 1)]
+    allowed = [(n,), (n, 1)]
+    if not config.columns:
+        allowed = [(), (1,), (1, 1), *allowed]
     if config.block_size is not None:
         rows, columns = config.block_size
         allowed = [(-(-n // rows), -(-k // columns))]
@@ -173,9 +175,9 @@ def scale_name(tensors: Mapping[str, Any]) -> str:
     Raises:
       ValueError: If it has both, or none.
     """
-    found = [name for name in _SCALES if name in tensors]
+    found = [name for name in SCALES if name in tensors]
     if len(found) != 1:
-        raise ValueError(f"there must be one of {_SCALES}; found {sorted(tensors)}.")
+        raise ValueError(f"there must be one of {SCALES}; found {sorted(tensors)}.")
     return found[0]
 
 
@@ -292,9 +294,9 @@ def to_tensors(qt: QTensor) -> dict[str, Array]:
         raise ValueError(f"FP8 cannot hold {qt!r}: {reason}.")
     weight = Bytes().pack(tensor.codes(qt), 8)
     scale = _stored(qt.scale).T
-    name, size = _SCALES[0], qt.segments[0].group_size
+    name, size = SCALES[0], qt.segments[0].group_size
     if size is None and scale.size > 1:
-        name = _SCALES[1]
+        name = SCALES[1]
     elif size is None:
         scale = scale.reshape(())
     return {"weight": lax.bitcast_convert_type(weight, E4M3), name: scale}

@@ -1,7 +1,9 @@
-"""The ``quantization_config`` of FP8 checkpoints.
+"""The ``quantization_config`` of FP8 checkpoints, fbgemm's among them.
 
 Source: huggingface/transformers, src/transformers/utils/quantization_config.py
-(``FineGrainedFP8Config``) and quantizers/quantizers_utils.py, release 5.23.0.
+(``FineGrainedFP8Config``, ``FbgemmFp8Config``) and quantizers/quantizers_utils.py,
+release 5.23.0; vllm-project/vllm, vllm/model_executor/layers/quantization/fp8.py,
+commit 0071b24bf8fe8c3d1bc3516d0ff8477f07964aaf.
 """
 
 import dataclasses
@@ -9,8 +11,14 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from qjax.formats.block_scale import block_size
-from qjax.formats.checks import check_choice, check_method
+from qjax.formats.checks import check_choice
 from qjax.formats.patterns import check_patterns, ends_path
+
+_FBGEMM = "fbgemm_fp8"
+METHODS = ("fp8", _FBGEMM)
+SCALES = ("weight_scale_inv", "weight_scale")
+# What transformers takes where a configuration says nothing.
+_BLOCK = (128, 128)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,13 +28,15 @@ class Config:
     Attributes:
       block_size: Outputs and inputs that share a scale; None for one in all, or one an
         output.
+      columns: Whether, without blocks, there must be one an output: fbgemm's files.
       scale_fmt: "float", or "ue8m0" for exponents of powers of two; of the files that
         say so, some have float32 scales, and what counts is what a tensor holds. Bytes
         are taken for exponents only if it says "ue8m0".
       ignored: Patterns of paths that stay dense.
     """
 
-    block_size: tuple[int, int] | None = (128, 128)
+    block_size: tuple[int, int] | None = _BLOCK
+    columns: bool = False
     scale_fmt: Literal["float", "ue8m0"] = "float"
     ignored: tuple[str, ...] = ()
 
@@ -43,7 +53,8 @@ class Config:
         Raises:
           ValueError: If a field has a wrong type or value.
         """
-        check_method(entry, "fp8")
+        method = entry.get("quant_method", METHODS[0])
+        check_choice("quant_method", method, METHODS)
         check_choice("fmt", entry.get("fmt", "e4m3"), ("e4m3",))
         check_choice("expert_dtype", entry.get("expert_dtype", "fp8"), ("fp8",))
         scale_fmt = entry.get("scale_fmt") or "float"
@@ -55,6 +66,7 @@ class Config:
         field = next((name for name in aliases if entry.get(name)), aliases[0])
         return cls(
             block_size=size,
+            columns=method == _FBGEMM,
             scale_fmt=scale_fmt,
             ignored=check_patterns(field, entry.get(field) or []),
         )
@@ -70,3 +82,26 @@ class Config:
         """
         left = any(ends_path(pattern, module) for pattern in self.ignored)
         return None if left else dataclasses.replace(self, ignored=())
+
+    def with_tensors(self, tensors: Mapping[str, Any]) -> "Config":
+        """Returns the configuration of a matrix whose scales may be of blocks.
+
+        One without ``weight_block_size`` means blocks of 128 x 128 to transformers, and
+        one scale to vLLM, and there are files of both. Scales tell which: where both
+        have one, they are the same.
+
+        Args:
+          tensors: As in `fp8.check`.
+
+        Returns:
+          One with blocks of 128 x 128 if this has none, and there is more than one
+          scale, in the shape of theirs.
+        """
+        shape = tuple(tensors["weight"].shape) if "weight" in tensors else ()
+        if self.block_size is not None or self.columns or len(shape) != 2:
+            return self
+        blocks = tuple(-(-a // b) for a, b in zip(shape, _BLOCK, strict=True))
+        found = [tuple(tensors[name].shape) for name in SCALES if name in tensors]
+        if blocks == (1, 1) or blocks not in found:
+            return self
+        return dataclasses.replace(self, block_size=_BLOCK)

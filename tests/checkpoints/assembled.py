@@ -10,6 +10,7 @@ green_bit_llm/common/model.py and utils.py, commit
 ``quant_strategy.json`` for layers and channels of several widths, nothing otherwise.
 """
 
+import copy
 import dataclasses
 import functools
 import json
@@ -158,6 +159,34 @@ def fp8() -> Assembled:
     return assemble(tensors, data["out_dequant"].T, data["meta"]["config"])
 
 
+def scales_alone(name: str, key: str) -> Assembled:
+    """FP8 whose configuration says nothing of its scales."""
+    data = golden(f"fp8/fp8_{name}")
+    tensors = {"weight": data["weight"], key: data["scale"]}
+    if key == "weight_scale":
+        tensors["input_scale_ub"] = np.full(1, 1200, np.float32)
+    return assemble(tensors, data["out_dequant"].T, data["meta"]["config"])
+
+
+def modelopt(name: str, **changes) -> Assembled:
+    """With the scale of a KV cache, as ModelOpt writes it beside the weight."""
+    data = golden(f"modelopt/modelopt_{name}")
+    config = data["meta"]["config"] | changes
+    made = assemble(state(data), data["out_dequant"].T, config)
+    scale = np.asarray(0.25, np.float32)
+    made.checkpoint.tensors[f"{BLOCK}.k_proj.k_scale"] = scale
+    return made
+
+
+def old_modelopt(name: str) -> Assembled:
+    """Directories of older releases, and what of others stands beside config.json."""
+    made = modelopt(name)
+    del made.checkpoint.config["quantization_config"]
+    entry = golden(f"modelopt/modelopt_{name}")["meta"]["hf_quant_config"]
+    made.checkpoint.files["hf_quant_config.json"] = copy.deepcopy(entry)
+    return made
+
+
 def torchao_entry(kind: str, **data) -> dict:
     default = {"_type": kind, "_version": 2, "_data": data}
     return {"quant_method": "torchao", "quant_type": {"default": default}}
@@ -292,6 +321,25 @@ DIALECTS: dict[str, Callable[[], Assembled]] = {
         "nvfp4_pack_quantized__g16__16x96__s907"
     ),
     "fp8": fp8,
+    "fp8 without a block size": lambda: scales_alone(
+        "default__float32__256x384__s914", "weight_scale_inv"
+    ),
+    "fbgemm_fp8": lambda: scales_alone("fbgemm__float32__32x96__s913", "weight_scale"),
+    "modelopt fp8": lambda: modelopt("fp8__32x96__s1100"),
+    "modelopt fp8_pb_wo": lambda: modelopt("fp8_pb_wo__128x384__s1102"),
+    "modelopt mxfp8": lambda: modelopt("mxfp8__32x96__s1103"),
+    "modelopt nvfp4": lambda: modelopt(
+        "nvfp4__32x96__s1104", quant_method="modelopt_fp4"
+    ),
+    "modelopt mixed": lambda: modelopt(
+        "w4a16_nvfp4__32x96__s1105",
+        quant_algo="MIXED_PRECISION",
+        quantized_layers={MODULE: {"quant_algo": "W4A16_NVFP4", "group_size": 16}},
+    ),
+    "modelopt with hf_quant_config.json": lambda: old_modelopt("nvfp4__32x96__s1104"),
+    "modelopt fp8 with hf_quant_config.json": lambda: old_modelopt(
+        "fp8_per_channel__32x96__s1101"
+    ),
     "torchao": torchao,
     "torchao tiled": torchao_tiled,
     "torchao tiled and padded": lambda: torchao_tiled((35, 200)),

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 import qjax
 from qjax import checkpoints
 from qjax.checkpoints.shards import Stored
-from qjax.formats import awq, fp8
-from tests.checkpoints import tiny
+from qjax.formats import awq, fp8, modelopt
+from tests.checkpoints import assembled, tiny
 
 TESTS = pathlib.Path(__file__).parents[1]
 PATHS = {
@@ -147,6 +147,48 @@ def test_blocks_of_fp8(tmp_path, mesh, counted, n, k, spec):
     if n == 256:
         # What the devices of this process hold, which is all of it, once.
         assert sum(counted.values()) == n * k + 4 * (n * k // 32**2)
+
+
+@pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")], ids=str)
+@pytest.mark.parametrize("method", ["fp8", "modelopt"])
+def test_blocks_of_fp8_that_shapes_tell(tmp_path, mesh, counted, method, spec):
+    # A piece of one block is one of a matrix of blocks, whatever its shape would say.
+    n, k = 512, 256
+    dense = np.random.default_rng(0).normal(size=(k, n)).astype(np.float32)
+    w = fp8.quantize(jnp.asarray(dense))
+    format_ = {"fp8": fp8, "modelopt": modelopt}[method]
+    built = tiny.checkpoint()
+    built.tensors = {
+        f"{tiny.MODULE}.{name}": np.asarray(array)
+        for name, array in format_.to_tensors(w).items()
+    }
+    entry = {"quant_method": method, "quant_algo": "FP8_PB_WO"}
+    built.config["quantization_config"] = entry
+    path, where = built.write(tmp_path), NamedSharding(mesh, spec)
+    whole = qjax.shard(checkpoints.load(path)[tiny.MODULE], mesh, spec)
+    counted.clear()
+    found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
+    assert_same(found, whole)
+    assert sum(counted.values()) == n * k + 4 * (n * k // 128**2)
+
+
+@pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")], ids=str)
+@pytest.mark.parametrize("name", ["nvfp4__32x96__s1104", "mxfp8__32x96__s1103"])
+def test_modelopt(tmp_path, mesh, counted, name, spec):
+    made = assembled.modelopt(name)
+    path, where = made.checkpoint.write(tmp_path), NamedSharding(mesh, spec)
+    if "mxfp8" in name and spec[0]:  # three groups, which two devices do not share
+        spec = P(None, "model")
+        where = NamedSharding(mesh, spec)
+    load = lambda **options: checkpoints.lazy(path, **options)[tiny.MODULE]  # noqa: E731
+    whole = qjax.shard(load(), mesh, spec)
+    counted.clear()
+    assert_same(load(sharding=lambda _: where), whole)
+    held = assembled.state(assembled.golden(f"modelopt/modelopt_{name}"))
+    # Scales of all, and of activations, are read with each piece.
+    pieces = 8 if spec[0] else 4
+    size = sum(held[key].nbytes * (1 if held[key].ndim else pieces) for key in held)
+    assert sum(counted.values()) == size
 
 
 @pytest.mark.parametrize("prepare", [True, False])

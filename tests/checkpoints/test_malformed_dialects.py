@@ -182,7 +182,57 @@ AWQ_ERRORS = {
         make=checkpoint_of("awq with quant_config.json"),
     ),
 }
-TABLES = (MBWQ_ERRORS, MPQ_ERRORS, TILED_ERRORS, AWQ_ERRORS)
+OLD_MODELOPT = "hf_quant_config.json"
+
+
+def modelopt(bend, *pieces, name="with hf_quant_config.json", reads=False):
+    make = checkpoint_of(f"modelopt {name}")
+    return Case(bend, pieces, reads=reads, make=make)
+
+
+def quantized_by(**fields):
+    return lambda c: c.files[OLD_MODELOPT]["quantization"].update(fields)
+
+
+MODELOPT_ERRORS = {
+    "an algorithm that is not read": modelopt(
+        quantized_by(quant_algo="W4A8_AWQ"),
+        f"{OLD_MODELOPT}: quant_algo='W4A8_AWQ' must be one of",
+    ),
+    "only the cache is quantized": modelopt(
+        quantized_by(quant_algo=None), f"{OLD_MODELOPT}: quant_algo=None must be one of"
+    ),
+    "a wildcard leaves it dense": modelopt(
+        quantized_by(exclude_modules=["model.layers.0*"]),
+        f"{OLD_MODELOPT} leaves {MODULE} dense",
+    ),
+    "no layer of a mixture": modelopt(
+        lambda c: c.config["quantization_config"].update(
+            quantized_layers={f"{MODULE}2": {"quant_algo": "NVFP4"}}
+        ),
+        f"config.json leaves {MODULE} dense",
+        name="mixed",
+    ),
+    "nothing says how FP8 is quantized": modelopt(
+        lambda c: c.files.clear(),
+        f"{MODULE}.weight is quantized, but config.json has no quantization_config",
+        OLD_MODELOPT,
+        name="fp8 with hf_quant_config.json",
+    ),
+    "factors of AWQ": modelopt(
+        put(pre_quant_scale=np.ones(96, np.float16)),
+        IN_FILE + "pre_quant_scale is no tensor of NVFP4",
+    ),
+    "the scale of all is infinite": modelopt(
+        put(weight_scale_2=np.float32([np.inf])),
+        IN_FILE + "weight_scale_2=[inf] must be finite",
+        reads=True,
+    ),
+    "FP8 instead of NVFP4": modelopt(
+        quantized_by(quant_algo="FP8"), IN_FILE + "weight_scale_2 is no tensor of FP8"
+    ),
+}
+TABLES = (MBWQ_ERRORS, MPQ_ERRORS, TILED_ERRORS, AWQ_ERRORS, MODELOPT_ERRORS)
 CASES = {name: case for table in TABLES for name, case in table.items()}
 
 

@@ -57,6 +57,13 @@ def awq_directory(path):
     return tiny.Checkpoint(tensors=tensors, config=config).write(path)
 
 
+def load_one(path):
+    """The one quantized matrix, as its file has it."""
+    weights = checkpoints.load(path, prepare=False)
+    (found,) = (w for w in weights.values() if isinstance(w, qjax.QTensor))
+    return found
+
+
 def dequantized(path):
     return {
         name: np.asarray(qjax.dequantize(w) if isinstance(w, qjax.QTensor) else w)
@@ -225,6 +232,45 @@ class TestSmallFloats:
         # safetensors has no float8 of NumPy's.
         found = {k: v.read() for k, v in shards.scan(tmp_path / "again").items()}
         same_bits(found, dict(made.tensors))
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "modelopt fp8_pb_wo",
+            "modelopt mxfp8",
+            "modelopt mixed",
+            "modelopt fp8 with hf_quant_config.json",
+            "modelopt with hf_quant_config.json",
+        ],
+    )
+    def test_the_same_bytes_of_modelopt(self, name, tmp_path):
+        made = DIALECTS[name]().checkpoint
+        source = made.write(tmp_path / "source")
+        checkpoints.convert(source, tmp_path / "again", format="modelopt")
+        found = {k: v.read() for k, v in shards.scan(tmp_path / "again").items()}
+        scales = [key for key in made.tensors if key.endswith("input_scale")]
+        same_bits(found, {k: v for k, v in made.tensors.items() if k not in scales})
+        assert not (tmp_path / "again/hf_quant_config.json").exists()
+        entry = entry_of(tmp_path / "again")
+        # vLLM asks for no scale of activations where this says that there is none.
+        weights = "W4A16_NVFP4" if "weight_scale_2" in str([*found]) else ""
+        assert entry["quant_algo"].startswith(weights)
+        assert entry["ignore"] == ["lm_head"]
+
+    def test_algorithms_of_modelopt(self, tmp_path, refuses):
+        one = load_one(DIALECTS["modelopt fp8"]().checkpoint.write(tmp_path / "1"))
+        four = load_one(DIALECTS["modelopt nvfp4"]().checkpoint.write(tmp_path / "4"))
+        columns = self.tensors()[1]
+        with refuses("a: it has one scale for all, with which loaders of ModelOpt's"):
+            checkpoints.save(tmp_path / "x", {"a": one}, {}, format="modelopt")
+        pair = {"a": four, "b": four, "c": columns}
+        with refuses("c: one algorithm is for all, here W4A16_NVFP4, and it has FP8_P"):
+            checkpoints.save(tmp_path / "x", pair, {}, format="modelopt")
+        checkpoints.save(tmp_path / "x", {"c": columns}, {}, format="modelopt")
+        same_bits(
+            qjax.dequantize(checkpoints.load(tmp_path / "x")["c"], jnp.float32),
+            qjax.dequantize(columns, jnp.float32),
+        )
 
     def test_blocks_of_one_size(self, tmp_path, refuses):
         blocks, columns = self.tensors()

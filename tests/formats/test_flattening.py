@@ -23,6 +23,7 @@ from qjax.formats import (
     flattening,
     gguf,
     gptq,
+    modelopt,
     mpq,
 )
 from tests import oracle
@@ -137,9 +138,15 @@ def gguf_matrix() -> qjax.QTensor:
     return gguf.from_tensors({"weight": blocks}, gguf.Config(type="Q2_K"))
 
 
+def modelopt_scale() -> modelopt.TimesGlobal:
+    scale = nvfp4_scale()
+    return modelopt.TimesGlobal(local=scale.local, whole=scale.whole)
+
+
 CASES = {
     "float": lambda: float_matrix(jnp.ones((2, 1)), 8),
     "nvfp4": lambda: float_matrix(nvfp4_scale()),
+    "nvfp4 of modelopt": lambda: float_matrix(modelopt_scale()),
     "blocks": lambda: float_matrix(blocks(jnp.ones((2, 3))), 8),
     "blocks of exponents": lambda: float_matrix(
         blocks(jnp.full((2, 3), 120, jnp.uint8), exponents=True), 8
@@ -216,6 +223,7 @@ def test_all_layouts_and_encodings_have_a_name():
     # Encodings of one array need no check of their own.
     several = {"exl2.Scale", "mpq.DoubleQuantized", "bnb.Absmax", "gguf.Scale"}
     several |= {"compressed_tensors_floats.OverGlobal", "block_scale.BlockScale"}
+    several |= {"modelopt.TimesGlobal"}
     assert encodings - several == {"mxfp4.E8M0"}
 
 

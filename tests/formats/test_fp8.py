@@ -13,7 +13,9 @@ from qjax.formats.tiles import Tiles
 from tests import goldens, oracle
 from tests.goldens import load, same_bits
 
-FILES = goldens.names("fp8")
+FILES = [name for name in goldens.names("fp8") if "finegrained" in name]
+DEFAULT = "fp8_default__float32__256x384__s914"
+FBGEMM = "fp8_fbgemm__float32__32x96__s913"
 E4M3, E8M0 = ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e8m0fnu
 
 
@@ -103,6 +105,53 @@ def test_without_blocks(shape):
     again = arrays(w)[name]
     assert again.shape == ((40, 1) if 40 in shape else ())
     same_bits(again.reshape(shape), held["weight_scale"])
+
+
+@pytest.mark.parametrize("prepare", [False, True])
+@pytest.mark.parametrize(
+    ("name", "key"), [(DEFAULT, "weight_scale_inv"), (FBGEMM, "weight_scale")]
+)
+def test_scales_say_what_they_are_of(name, key, prepare):
+    data = load(name)
+    held = {"weight": data["weight"], key: data["scale"]}
+    config = fp8.Config.from_json(data["config"])
+    assert config.block_size is None
+    w = fp8.from_tensors(held, config.with_tensors(held))
+    found = qjax.dequantize(qjax.prepare(w) if prepare else w)
+    same_bits(np.asarray(found), data["out_dequant"].T)
+    same_bits(arrays(w), held)
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "scale", "blocks"),
+    [
+        (256, 128, (2, 1), True),
+        (129, 40, (2, 1), True),
+        (40, 300, (1, 3), True),
+        (256, 128, (256, 1), False),
+        (256, 128, (256,), False),
+        (256, 128, (2,), False),
+        (256, 256, (1, 1), False),
+        (256, 128, (), False),
+    ],
+)
+def test_shapes_of_blocks(n, k, scale, blocks):
+    config = fp8.Config(block_size=None)
+    settled = config.with_tensors(tensors(n, k, scale))
+    assert settled == (fp8.Config() if blocks else config)
+    # What a configuration says, shapes do not change.
+    small = fp8.Config(block_size=(64, 64))
+    assert small.with_tensors(tensors(n, k, scale)) == small
+
+
+@pytest.mark.parametrize(("n", "k"), [(128, 128), (40, 72), (1, 128), (1, 1)])
+def test_one_scale_of_a_block_or_of_all_is_the_same(n, k):
+    held = tensors(n, k, scale=(1, 1))
+    plain = fp8.Config(block_size=None)
+    assert plain.with_tensors(held) == plain
+    one, block = (fp8.from_tensors(held, c) for c in (plain, fp8.Config()))
+    same_bits(qjax.dequantize(one), qjax.dequantize(block))
+    same_bits(*(qjax.dequantize(w, jnp.float32) for w in (one, block)))
 
 
 @pytest.mark.parametrize("layout", [Tiles(), qjax.formats.gptq.Stream()])
@@ -209,6 +258,11 @@ class TestQuantize:
             "weight_scale_inv.dtype=uint8 must be",
         ),
         ({}, fp8.Config(block_size=None), "weight_scale_inv.shape=(2, 3) must be ()"),
+        (
+            {"weight_scale_inv": np.ones((1, 1), np.float32)},
+            fp8.Config(block_size=None, columns=True),
+            "weight_scale_inv.shape=(1, 1) must be (40,) or (40, 1), from",
+        ),
         ({"input_scale": np.ones((1, 1), np.float32)}, SMALL, "input_scale.shape=(1,"),
     ],
 )
@@ -237,12 +291,15 @@ def test_config():
     assert config.block_size is None
     assert config.of("model.layers.1.mlp.up_proj") is None
     assert config.of("model.layers.10.mlp.up_proj") is not None
+    fbgemm = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
+    of_columns = fp8.Config(block_size=None, columns=True)
+    assert fp8.Config.from_json(fbgemm) == of_columns
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"quant_method": "gptq"}, "quant_method='gptq' must be 'fp8'"),
+        ({"quant_method": "gptq"}, "quant_method='gptq' must be one of ('fp8', 'fbg"),
         ({"fmt": "e5m2"}, "fmt='e5m2' must be one of ('e4m3',)"),
         ({"expert_dtype": "fp4"}, "expert_dtype='fp4' must be one of ('fp8',)"),
         ({"scale_fmt": "int"}, "scale_fmt='int' must be one of ('float', 'ue8m0')"),
