@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import runpy
 import shutil
 import signal
@@ -92,12 +93,13 @@ class TestHelp:
         # Without arguments it is an error, and says the same.
         assert done.exit_code == (0 if arguments else 2)
         text = words(done.output)
-        assert "Quantized checkpoints: make them, see what is in them, check" in text
+        assert "Quantized checkpoints: make, inspect, check, compare and" in text
         assert "qjax quantize llama llama-gptq --to gptq" in text
         assert "the exit code is 1 if something is wrong" in text
         for command in ("inspect", "convert", "verify", "tune"):
             assert f"qjax {command} llama-gptq" in text
-        for command in ("quantize", "inspect", "convert", "verify", "tune"):
+        assert "qjax compare llama llama-gptq" in text
+        for command in ("quantize", "inspect", "convert", "verify", "compare", "tune"):
             assert f" {command} " in text
 
     @pytest.mark.parametrize(
@@ -130,6 +132,16 @@ class TestHelp:
                 ],
             ),
             ("verify", ["NaN and infinity", "exit code 1", "download it again"]),
+            (
+                "compare",
+                [
+                    *("--at-most", "ERROR", "--json", "the worst first"),
+                    "norm(A - B) / norm(A)",
+                    "The exit code is 1 if a name or a shape is different",
+                    "qjax compare llama-gptq llama-ct --at-most 0",
+                    "qjax compare llama-F16.gguf llama-Q4_K_M.gguf",
+                ],
+            ),
             (
                 "tune",
                 [
@@ -638,6 +650,8 @@ def test_convert_of_a_dense_model(tmp_path):
         (["quantize", AWQ, "x", "--to=gptq", "--method=awq"], "'awq' is not one of"),
         (["inspect"], "Missing argument 'DIR'"),
         (["verify", AWQ, "more"], "unexpected extra argument"),
+        (["compare", AWQ], "Missing argument 'B'"),
+        (["compare", AWQ, AWQ, "--at-most", "-1"], "Invalid value for '--at-most'"),
         (["quantise", AWQ], "No such command 'quantise'"),
     ],
 )
@@ -735,11 +749,14 @@ class TestGguf:
         assert "n.gguf is not there" in fails(command, tmp_path / "n.gguf")
 
 
-@pytest.mark.parametrize("command", ["inspect", "verify", "convert", "quantize"])
+@pytest.mark.parametrize(
+    "command", ["inspect", "verify", "compare", "convert", "quantize"]
+)
 class TestBadDirectories:
     def outcome(self, command, directory, tmp_path):
         writes = command in ("convert", "quantize")
         rest = [tmp_path / "x", "--to", "gptq"] if writes else []
+        rest = [SHIPPED] if command == "compare" else rest
         text = fails(command, directory, *rest)
         assert not (tmp_path / "x").exists()
         assert text.startswith("qjax: ")
@@ -810,6 +827,191 @@ class TestVerify:
         assert done.stdout.startswith("OK: 1 matrices of gptq")
 
 
+class TestCompare:
+    DENSE = DATA / "llama_bf16"
+
+    def rows(self, *arguments, code=0):
+        """The lines of the table between the head and the totals, by name."""
+        done = run("compare", *arguments)
+        assert done.exit_code == code, done.output
+        lines = [line.split() for line in done.stdout.splitlines() if line.strip()]
+        (end,) = (i for i, line in enumerate(lines) if line[1:] and "matrices" in line)
+        return done, {line[0]: line[1:] for line in lines[2:end]}
+
+    def test_table(self):
+        done, rows = self.rows(self.DENSE, SHIPPED)
+        lines = done.stdout.splitlines()
+        (head,) = (line for line in lines if line.startswith(" name"))
+        sides = ["A,", "bits", "B,", "bits"]
+        assert head.split() == ["name", *sides, "error", "dB", "largest", "same"]
+        reference = np.load(DATA / "llama_gptq4_g128_actorder" / "reference.npz")
+        errors = {name: float(reference[f"relerr/{name}.weight"]) for name in rows}
+        # Only matrices differ, and the worst are first.
+        assert list(rows) == sorted(rows, key=lambda name: -errors[name])
+        assert len(rows) == 21
+        held, (error, snr, _) = rows[UP][:4], rows[UP][4:]
+        assert held == ["bfloat16", "16.000", "gptq", "4.206"]
+        assert float(error) == pytest.approx(errors[UP], rel=1e-3)  # as rounded
+        assert float(snr) == pytest.approx(-20 * np.log10(errors[UP]), abs=0.06)
+        totals = [line.split() for line in lines if line.strip()][-3:]
+        assert totals[0][:4] == ["21", "matrices", "16.000", "4.257"]
+        assert totals[0][-3:] == ["0", "of", "21"]
+        assert totals[1][:5] == ["9", "dense", "tensors", "16.000", "16.000"]
+        assert totals[1][-5:] == ["0", "inf", "9", "of", "9"]
+        assert totals[2][:3] == ["total", "16.000", "5.589"]
+        assert totals[2][-3:] == ["9", "of", "30"]
+        assert done.stderr == ""
+
+    def test_dense_tensors_that_differ_have_rows(self):
+        source = DATA / "llama1L_torchao_int8"
+        _, rows = self.rows(source, DATA / "llama1L_hqq4_g64")
+        other = {name for name in rows if name.endswith(".weight")}
+        assert other == {"model.embed_tokens.weight", "lm_head.weight"}
+        assert rows["lm_head.weight"][:3:2] == ["bfloat16", "float16"]
+
+    def test_a_conversion(self, tmp_path):
+        succeeds("convert", SHIPPED, tmp_path / "ct", "--to", "compressed-tensors")
+        done, rows = self.rows(SHIPPED, tmp_path / "ct", "--at-most", "0")
+        assert {tuple(row[-4:]) for row in rows.values()} == {("0", "inf", "0", "all")}
+        assert done.stderr == ""
+
+    def test_json(self):
+        found = json.loads(succeeds("compare", self.DENSE, SHIPPED, "--json").stdout)
+        assert (found["a"], found["b"]) == (str(self.DENSE), str(SHIPPED))
+        assert (len(found["matrices"]), len(found["dense"])) == (21, 9)
+        assert (found["only_in_a"], found["only_in_b"]) == ([], [])
+        assert found["other_shapes"] == []
+        names = [name for name in checkpoints.lazy(self.DENSE) if "_proj" in name]
+        matrices = {row["name"]: row for row in found["matrices"]}
+        assert [f"{name}.weight" for name in matrices] == names
+        library = checkpoints.compare(self.DENSE, SHIPPED)
+        (up,) = (one for one in library.tensors if one.name == UP)
+        nbytes = 2 * 256 * 640
+        assert matrices[UP] == {
+            "name": UP,
+            "shape": [256, 640],
+            "a": {"format": "bfloat16", "bits": 16, "bytes": nbytes, "not_finite": 0},
+            "b": {"format": "gptq", "bits": 4, "bytes": 86144, "not_finite": 0},
+            "bits_per_weight": [16, 8 * 86144 / (256 * 640)],
+            "relative_error": up.relative_error,
+            "snr_db": up.snr_db,
+            "largest": up.largest,
+            "same_values": False,
+            "same_codes": None,
+        }
+        (norm,) = (row for row in found["dense"] if row["name"] == "model.norm.weight")
+        assert (norm["relative_error"], norm["snr_db"]) == (0, None)
+        assert norm["same_values"]
+        total = found["total"]
+        assert (total["tensors"], total["same_values"]) == (30, 9)
+        assert total["weights"] == library.total.weights
+        assert total["bytes"] == list(library.total.nbytes)
+        assert total["relative_error"] == library.total.relative_error
+        assert total["matrices"]["tensors"] == 21
+        assert total["matrices"]["relative_error"] > total["relative_error"]
+
+    def test_at_most(self):
+        reference = np.load(DATA / "llama_gptq4_g128_actorder" / "reference.npz")
+        errors = {
+            name.removeprefix("relerr/").removesuffix(".weight"): float(reference[name])
+            for name in reference.files
+            if name.startswith("relerr/")
+        }
+        above = {name for name, error in errors.items() if error > 0.155}
+        assert 0 < len(above) < 21
+        done, rows = self.rows(self.DENSE, SHIPPED, "--at-most", "0.155", code=1)
+        assert len(rows) == 21
+        lines = done.stderr.splitlines()
+        assert {line.split(": ")[1] for line in lines} == above
+        for line in lines:
+            _, name, said = line.split(": ")
+            error = float(said.split()[3])
+            assert error == pytest.approx(errors[name], rel=2e-5)  # as rounded
+        assert all(line.endswith("is above --at-most=0.155.") for line in lines)
+        done, _ = self.rows(self.DENSE, SHIPPED, "--at-most", "0.2")
+        assert done.stderr == ""
+
+    @pytest.mark.parametrize("bound", ["nan", "inf"])
+    def test_at_most_of_no_number(self, bound):
+        done = run("compare", SHIPPED, SHIPPED, "--at-most", bound)
+        # Newer releases of typer refuse nan by themselves, as a wrong usage.
+        assert done.exit_code in (1, 2)
+        assert "--at-most" in done.stderr
+        assert done.stdout == ""
+
+    def test_another_model(self, tmp_path):
+        checkpoint = tiny.checkpoint()
+        a = checkpoint.write(tmp_path / "a")
+        del checkpoint.tensors["model.norm.weight"]
+        checkpoint.tensors["model.[red]:smile:"] = np.ones(3, np.float16)
+        head = checkpoint.tensors["lm_head.weight"]
+        checkpoint.tensors["lm_head.weight"] = head[:7]
+        b = checkpoint.write(tmp_path / "b")
+        done, rows = self.rows(a, b, code=1)
+        assert list(rows) == [tiny.MODULE]
+        assert done.stdout.splitlines()[-3:] == [
+            "only in A: model.norm.weight",
+            "only in B: model.[red]:smile:",
+            "other shape: lm_head.weight, 8x64 in A and 7x64 in B",
+        ]
+        assert done.stderr == (
+            f"qjax: {a} and {b} are not the same model: tensors only in the one: 1, "
+            "only in the other: 1, of other shapes: 1.\n"
+        )
+        found = json.loads(run("compare", a, b, "--json").stdout)
+        assert found["only_in_a"] == ["model.norm.weight"]
+        assert found["only_in_b"] == ["model.[red]:smile:"]
+        assert found["other_shapes"] == [
+            {"name": "lm_head.weight", "a": [8, 64], "b": [7, 64]}
+        ]
+
+    def test_not_finite(self, tmp_path):
+        checkpoint = tiny.checkpoint()
+        a = checkpoint.write(tmp_path / "a")
+        checkpoint.tensors["model.norm.weight"][2] = np.nan
+        b = checkpoint.write(tmp_path / "b")
+        done, rows = self.rows(a, b, code=1)
+        assert rows["model.norm.weight"][-3:] == ["inf", "-inf", "inf"]
+        note = "NaN or infinite: model.norm.weight, 0 numbers in A and 1 in B"
+        assert done.stdout.splitlines()[-1] == note
+        assert done.stderr == (
+            "qjax: model.norm.weight: the relative error inf is due to numbers that "
+            "are NaN or infinite.\n"
+        )
+        found = json.loads(run("compare", a, b, "--json").stdout)
+        (row,) = (r for r in found["dense"] if r["name"] == "model.norm.weight")
+        assert (row["relative_error"], row["b"]["not_finite"]) == (None, 1)
+        assert found["total"]["relative_error"] is None
+        # Where both have it, nothing differs.
+        done, _ = self.rows(b, b, "--at-most", "0")
+        assert note.replace("0 numbers", "1 numbers") in done.stdout
+
+    def test_gguf(self):
+        file = DATA / "llama_gguf_q4_k_m" / "model.gguf"
+        _, rows = self.rows(file, file, "--at-most", "0")
+        held = ["gguf", "Q4_K", "4.500"]
+        assert rows["blk.0.ffn_up"] == [*held, *held, "0", "inf", "0", "all"]
+        text = fails("compare", self.DENSE, file)
+        assert text.startswith(f"qjax: no matrix is in both {self.DENSE} and {file}: ")
+        assert "Compare it with a GGUF file of the dense model" in text
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("command", ["inspect", "compare"])
+def test_tables_on_a_terminal_are_not_cut_off(monkeypatch, capsys, command, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    directories = {"inspect": [SHIPPED], "compare": [DATA / "llama_bf16", SHIPPED]}
+    arguments = [command, *map(str, directories[command])]
+    app(arguments, standalone_mode=False)
+    text = re.sub(r"\x1b\[[0-9]*m", "", capsys.readouterr().out)
+    assert "…" not in text
+    assert " 4.206" in text
+    # Where 60 are too few for the numbers alone, the terminal wraps lines.
+    assert max(map(len, text.splitlines())) <= max(columns, 80)
+    assert (UP in text) == (columns == 200)
+
+
 class TestProgress:
     """Every command goes through all bytes of the checkpoint, and says so."""
 
@@ -842,6 +1044,17 @@ class TestProgress:
         for _, total, steps in bars:
             assert total == sum(steps) == size
             assert len(steps) == 30
+
+    def test_compare_goes_through_both(self, bars):
+        succeeds("compare", AWQ, DATA / "llama_bf16")
+        sizes = [
+            sum(part.nbytes for part in modules.open_parts(path).values())
+            for path in (AWQ, DATA / "llama_bf16")
+        ]
+        ((label, total, steps),) = bars
+        assert label == "Comparing weights"
+        assert total == sum(steps) == sum(sizes)
+        assert len(steps) == 30
 
     def test_what_is_there_already_counts(self, tmp_path, bars, monkeypatch):
         fill = placing.fill

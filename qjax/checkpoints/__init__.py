@@ -3,9 +3,10 @@
 `load` reads one, dense or quantized in a format of `qjax.formats.FORMATS`, without
 PyTorch and without pickles; `lazy` reads a weight when it is asked for. `save` writes a
 directory as Hugging Face hosts them, `quantize` makes a quantized one of a dense one,
-and `convert` moves one to another format without requantizing. A checkpoint is data
-from elsewhere: all of its headers are checked against each other and against the format
-before any weight is read, and `verify` looks at every value, too.
+and `convert` moves one to another format without requantizing; `compare` says how far
+two of one model are apart. A checkpoint is data from elsewhere: all of its headers are
+checked against each other and against the format before any weight is read, and
+`verify` looks at every value, too.
 """
 
 import os
@@ -18,14 +19,19 @@ from jaxtyping import Array
 from qjax import ops, progress
 from qjax.checkpoints import cutting, modules, shards
 from qjax.checkpoints.checking import verify
+from qjax.checkpoints.comparing import compare
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.converting import convert
+from qjax.checkpoints.differences import Comparison, Difference
 from qjax.checkpoints.gguf import read_metadata
 from qjax.checkpoints.quantizing import quantize
 from qjax.checkpoints.writing import save
 from qjax.tensor import QTensor
 
 __all__ = [
+    "Comparison",
+    "Difference",
+    "compare",
     "convert",
     "lazy",
     "load",

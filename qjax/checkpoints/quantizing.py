@@ -267,14 +267,11 @@ def _first(rules: Iterable[Rule], name: str) -> Spec | None:
 def _check_model(directory: Path, paths: Sequence[str]) -> None:
     """Refuses modules that are no linear layers of their own, which the config says."""
     config = read_config(directory)
-    # A model may be made of others, such as an encoder and a decoder.
-    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
-    for kind in (part.get("model_type") for part in parts):
-        names = _CONV1D.get(kind, ()) if isinstance(kind, str) else ()
-        turned = [path for path in paths if path.rpartition(".")[2] in names]
-        if turned:
+    kinds = conv1d(config)
+    for path in paths:
+        if kind := kinds.get(path.rpartition(".")[2]):
             raise ValueError(
-                f"{directory}: model_type={kind!r} stores the weights of {turned[0]} "
+                f"{directory}: model_type={kind!r} stores the weights of {path} "
                 "and others [k, n] (Conv1D), where linear layers have [n, k]; they "
                 "would be quantized transposed. Leave them dense (skip), or quantize "
                 "them in Python (qjax.quantize) and write them (checkpoints.save)."
@@ -287,6 +284,26 @@ def _check_model(directory: Path, paths: Sequence[str]) -> None:
             "a quantized one. Leave it dense, or set tie_word_embeddings to false if "
             "the two differ."
         )
+
+
+def conv1d(config: Mapping[str, Any]) -> dict[str, str]:
+    """Finds the modules of a model whose dense weights are ``[k, n]`` in the files.
+
+    Args:
+      config: Its ``config.json``.
+
+    Returns:
+      Last names of their paths, each with the model_type that says so.
+    """
+    # A model may be made of others, such as an encoder and a decoder.
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    kinds = [part.get("model_type") for part in parts]
+    return {
+        name: kind
+        for kind in kinds
+        if isinstance(kind, str)
+        for name in _CONV1D.get(kind, ())
+    }
 
 
 def _matrix(spec: Spec, watch: Watch | None, path: str, stored: Stored) -> Weight:

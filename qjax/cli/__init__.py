@@ -6,7 +6,7 @@ import sys
 import jax
 import typer
 
-from qjax.cli import convert, inspect, quantize, tune, verify
+from qjax.cli import compare, convert, inspect, quantize, tune, verify
 from qjax.cli.convert import Format
 from qjax.cli.quantize import Method
 from qjax.cli.tune import Operation
@@ -24,17 +24,18 @@ app = typer.Typer(
 
 @app.callback()
 def _qjax() -> None:
-    """Quantized checkpoints: make them, see what is in them, check and convert them.
+    """Quantized checkpoints: make, inspect, check, compare and convert them.
 
-    A checkpoint is a directory as Hugging Face hosts it; `inspect` and `verify` take a
-    GGUF file, too. Results go to stdout, everything else to stderr; the exit code is 1
-    if something is wrong.
+    A checkpoint is a directory as Hugging Face hosts it; `inspect`, `verify` and
+    `compare` take a GGUF file, too. Results go to stdout, everything else to stderr;
+    the exit code is 1 if something is wrong.
 
     **Examples**
 
     * A dense model in four bits: `qjax quantize llama llama-gptq --to gptq`
     * What takes how many bits: `qjax inspect llama-gptq`
     * Is the download sound: `qjax verify llama-gptq`
+    * What the few bits cost: `qjax compare llama llama-gptq`
     * GPTQ files for vLLM's compressed-tensors:
       `qjax convert llama-gptq llama-ct --to compressed-tensors`
     * Kernels as fast as this GPU allows: `qjax tune llama-gptq`
@@ -45,6 +46,7 @@ app.command("quantize")(quantize.run)
 app.command("inspect")(inspect.run)
 app.command("convert")(convert.run)
 app.command("verify")(verify.run)
+app.command("compare")(compare.run)
 app.command("tune")(tune.run)
 
 

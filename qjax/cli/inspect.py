@@ -3,21 +3,19 @@
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
-from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from qjax import progress
 from qjax.checkpoints import modules
 from qjax.cli import faults
 from qjax.cli.arguments import Directory
+from qjax.cli.table import begin, show
 from qjax.tensor import QTensor
 
 _PICTURES = (".png", ".svg", ".pdf")
@@ -155,12 +153,7 @@ def _mean_bits(rows: Sequence[Row]) -> float | None:
 
 
 def _print_table(matrices: Sequence[Row], dense: Sequence[Row]) -> None:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("name", overflow="fold")
-    table.add_column("shape")
-    table.add_column("format")
-    for column in ("bits", "group", "bits/weight", "bytes"):
-        table.add_column(column, justify="right")
+    table = begin(("shape", "format"), ("bits", "group", "bits/weight", "bytes"))
     for row in matrices:
         sizes = row.group_size
         sizes = sizes if isinstance(sizes, list) else [sizes]
@@ -180,11 +173,7 @@ def _print_table(matrices: Sequence[Row], dense: Sequence[Row]) -> None:
         table.add_row(
             name, f"{_weights(rows):,}", "", "", "", bits, f"{_bytes(rows):,}"
         )
-    # Nothing is cut off in a file or a pipe.
-    width = None if sys.stdout.isatty() else 240
-    # Names are from the file: brackets and colons in them mean nothing to rich.
-    console = Console(width=width, highlight=False, markup=False, emoji=False)
-    console.print(table)
+    show(table)
 
 
 def _add(table: Table, row: Row, bits: str, group: str) -> None:
