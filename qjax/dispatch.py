@@ -142,7 +142,7 @@ def multiply_t(
       float32 cotangent.
     """
     choice = choice._replace(implementation=None)  # Named for the forward product.
-    parts = [_run("matmul_t", choice, dy, part, index) for part in tensor.split(w)]
+    parts = [_run("matmul_t", choice, dy, part, index) for part in _segments(w)]
     return jnp.concatenate(parts, axis=1)
 
 
@@ -178,10 +178,15 @@ def leaf_gradients(
     }
 
 
+def _segments(w: QTensor) -> list[QTensor]:
+    # One that is alone is not cut, and not decoded: a kernel may read it as it is.
+    return tensor.split(w) if len(w.segments) > 1 else [w]
+
+
 def _parts(x: Array, w: QTensor) -> Iterator[tuple[Array, QTensor]]:
     """Pairs every segment with its columns of x."""
     ends = itertools.accumulate(w.rows)
-    for end, rows, part in zip(ends, w.rows, tensor.split(w), strict=True):
+    for end, rows, part in zip(ends, w.rows, _segments(w), strict=True):
         yield x[:, end - rows : end], part
 
 
@@ -202,7 +207,7 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
         return IMPLEMENTATIONS[op][name](*operands, **rounded)
     if name is not None:
         wide = [row.astype(jnp.float32) for row in rows]
-        found = IMPLEMENTATIONS[op][name](*wide, pallas.one_of(w, index))
+        found = IMPLEMENTATIONS[op][name](*wide, _plain(w, index))
         return as_chosen(found)
 
     def on_gpu(*operands: Any) -> Any:
@@ -210,7 +215,7 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
 
     def elsewhere(*operands: Any) -> Any:
         *rows, w, index = operands
-        native = moving.in_layout(pallas.one_of(w, index), xla.NATIVE)
+        native = moving.in_layout(_plain(w, index), xla.NATIVE)
         wide = [row.astype(jnp.float32) for row in rows]
         return as_chosen(_first(op, _xla_order(op, m, native), (*wide, native)))
 
@@ -221,6 +226,11 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
         return elsewhere(*operands)
     # The platform is known when the program is lowered, not here.
     return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=elsewhere)
+
+
+def _plain(w: QTensor, index: Array | None) -> QTensor:
+    """The one matrix, as XLA's forms take it."""
+    return tensor.decoded(pallas.one_of(w, index))
 
 
 def _first(

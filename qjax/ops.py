@@ -19,7 +19,7 @@ from qjax.meshes import gathered, is_explicit, on_mesh_of, vary_together
 from qjax.partitioning import over_devices
 from qjax.product import product
 from qjax.sharding import P, Segmented
-from qjax.tensor import Encoded, Grouping, Layout, QTensor, Segment
+from qjax.tensor import Encoded, Grouping, Layout, Nested, QTensor, Segment
 from qjax.watched import Watched
 
 
@@ -99,7 +99,7 @@ def _apply(
         if (factors := gathered(pallas.one_of(w.input_scale, index))) is not None:
             wide = factors.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
             scaled = x.astype(jnp.float32) * wide
-        stored = dataclasses.replace(decoded(w), input_scale=None)
+        stored = dataclasses.replace(readable(w), input_scale=None)
         kernels = x.dtype != jnp.float32
         choice = dispatch.Choice(implementation, kernels, dtype=x.dtype)
         return product(*vary_together(scaled, stored, index), choice)
@@ -114,11 +114,22 @@ def decoded(w: QTensor) -> QTensor:
     Returns:
       The same weight; its parameters are arrays or `sharding.Segmented`.
     """
-    if isinstance(w.scale, Segmented):
-        return w
-    return dataclasses.replace(
-        w, scale=tensor.plain(w.scale), zero=tensor.plain(w.zero)
-    )
+    return w if isinstance(w.scale, Segmented) else tensor.decoded(w)
+
+
+def readable(w: QTensor) -> QTensor:
+    """Decodes scale and zero but for those in two levels that a kernel reads.
+
+    Args:
+      w: Any weight.
+
+    Returns:
+      The same weight; its parameters are arrays, `sharding.Segmented`, or in `Tiles`
+      `tensor.Nested`.
+    """
+    nested = all(isinstance(p, Nested | None) for p in (w.scale, w.zero))
+    by_kernel = isinstance(w.layout, Tiles) and dispatch.kernels_read(w)
+    return w if nested and by_kernel and len(w.segments) == 1 else decoded(w)
 
 
 def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b k n"]:
@@ -207,6 +218,8 @@ def _dequantize_shards(qt: QTensor, dtype: jnp.dtype | None) -> Array:
 
 
 def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
+    if isinstance(w.scale, Nested):
+        w = tensor.decoded(w)
     if isinstance(w.scale, Encoded) or isinstance(w.zero, Encoded):
         return decode.stored_weight(w, dtype)
     by_kernel = _moves_to_kernel(w) and dispatch.kernels_read(w)
@@ -320,10 +333,11 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
 
     The codes move to the layout that is native there: `formats.tiles.Tiles` on an
     NVIDIA GPU from sm_80 on, if the kernels read the tensor, and else
-    `formats.gptq.Stream`. Encoded scales and zeros are decoded, and an act-order
-    ``row_group`` whose groups are all full becomes an ``order``: the rows are stored
-    group by group, and ``x`` is gathered instead of the scales. Nothing is requantized;
-    other leaves pass through.
+    `formats.gptq.Stream`. Encoded scales and zeros are decoded, but for those in two
+    levels that the kernels read (`tensor.Nested`), and an act-order ``row_group`` whose
+    groups are all full becomes an ``order``: the rows are stored group by group, and
+    ``x`` is gathered instead of the scales. Nothing is requantized; other leaves pass
+    through.
 
     Args:
       tree: A `QTensor` or any pytree that holds some. Call it once, at load: it looks
@@ -347,7 +361,7 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
         if not is_qtensor(leaf):
             return leaf
         grouped = _group_rows(leaf)
-        return moving.in_layout(grouped, layout or _native_layout(grouped))
+        return readable(moving.in_layout(grouped, layout or _native_layout(grouped)))
 
     return jax.tree.map(one, tree, is_leaf=is_qtensor)
 
@@ -367,8 +381,7 @@ def _native_layout(w: QTensor) -> Layout:
 
 
 def _group_rows(qt: QTensor) -> QTensor:
-    """Decodes scale and zero, and stores rows of full act-order groups together."""
-    qt = decoded(qt)
+    """Stores rows of full act-order groups together."""
     row_group = qt.row_group
     if row_group is None or qt.batch or len(qt.segments) != 1:
         return qt

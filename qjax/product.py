@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from qjax.dispatch import Choice
 from qjax.meshes import explicitly_like
 from qjax.partitioning import over_devices
 from qjax.sharding import P, Segmented
-from qjax.tensor import QTensor
+from qjax.tensor import Nested, QTensor
 
 
 # With W[k, n] = f(q[k, n], s, z) and g the cotangent of y = x W:
@@ -59,8 +59,8 @@ def _backward(
     w, dy = jax.lax.optimization_barrier((w, dy.astype(jnp.float32)))
     (of_w, of_x, of_index), units = _names(x, w, index)
     of_dy = _of_result(x)
-    leaves = {name: getattr(w, name) for name in float_leaves(w)}
-    of_leaves = {name: getattr(of_w, name) for name in leaves}
+    names = float_leaves(w)
+    leaves, of_leaves = float_arrays(w, names), float_arrays(of_w, names)
     if index is not None:  # The gradients are those of one matrix.
         of_leaves = jax.tree.map(lambda spec: P(*spec[1:]), of_leaves)
     dx = over_devices(
@@ -172,12 +172,15 @@ def _leaf_gradients(
     whole, order = stored(w)
     x, dy = _in_order(x, order, index), dy.reshape(-1, dy.shape[-1])
     gradients = dispatch.leaf_gradients(choice, whole, x, dy, index)
-    return {name: as_in(w, name, array) for name, array in gradients.items()}
+    one = pallas.one_of(w, index)
+    return {name: as_in(one, name, array) for name, array in gradients.items()}
 
 
 def as_in(w: QTensor, name: str, array: Array) -> Any:
-    """Cuts a gradient into segments, where the leaf is."""
+    """Takes a gradient of a plain leaf to that of the float arrays of the leaf."""
     leaf = getattr(w, name)
+    if isinstance(leaf, Nested):
+        return leaf.step_gradient(array)
     if not isinstance(leaf, Segmented):
         return array
     ends = list(itertools.accumulate(p.shape[leaf.axis] for p in leaf.parts))[:-1]
@@ -187,7 +190,13 @@ def as_in(w: QTensor, name: str, array: Array) -> Any:
 def cotangent(w: QTensor, gradients: Mapping[str, Any]) -> QTensor:
     """Returns a cotangent of a weight: float0 for all leaves that are not given."""
     dw = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), w)
-    return dataclasses.replace(dw, **gradients)
+    whole = {
+        name: dataclasses.replace(leaf, step=gradient)
+        if isinstance(leaf := getattr(dw, name), Nested)
+        else gradient
+        for name, gradient in gradients.items()
+    }
+    return dataclasses.replace(dw, **whole)
 
 
 def float_leaves(w: QTensor) -> list[str]:
@@ -198,3 +207,12 @@ def float_leaves(w: QTensor) -> list[str]:
         if (leaf := getattr(w, name)) is not None
         and jnp.issubdtype(leaf.dtype, jnp.floating)
     ]
+
+
+def float_arrays(w: Any, names: Iterable[str]) -> dict[str, Any]:
+    """What gradients of these leaves are of: the leaf, or its float array."""
+    leaves = {name: getattr(w, name) for name in names}
+    return {
+        name: leaf.step if isinstance(leaf, Nested) else leaf
+        for name, leaf in leaves.items()
+    }

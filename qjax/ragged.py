@@ -190,7 +190,7 @@ def _apply(
             scale = gathered(w.input_scale).astype(jnp.float32)[blocks.expert]
             rows = rows.astype(jnp.float32) * scale[:, None]
         choice = Choice(implementation, kernels=x.dtype != jnp.float32, dtype=x.dtype)
-        bare = dataclasses.replace(ops.decoded(w), input_scale=None)
+        bare = dataclasses.replace(ops.readable(w), input_scale=None)
         operands = vary_together(rows, bare, blocks.expert, blocks.used)
         y = _products(*operands, choice).reshape(-1, w.n)
         return jnp.where(blocks.has_expert[:, None], y[blocks.place], 0)
@@ -356,15 +356,16 @@ def _products_backward(choice: Choice, residuals: tuple, dy: Array) -> tuple:
         of_operands[1],
         product.units_of(w),
     )
+    names = product.float_leaves(w)
     # In a loop of its own, which is left out where nobody asks for these.
     gradients = over_devices(
         functools.partial(_leaf_gradients, choice),
         operands,
         of_operands,
-        {name: getattr(of_operands[0], name) for name in product.float_leaves(w)},
+        product.float_arrays(of_operands[0], names),
         product.units_of(w),
     )
-    leaves = {name: getattr(w, name) for name in gradients}
+    leaves = product.float_arrays(w, names)
     dx, gradients = explicitly_like((dx, gradients), (rows, leaves))
     cast = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, leaves)
     integers = (np.zeros(a.shape, jax.dtypes.float0) for a in (expert, used))

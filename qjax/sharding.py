@@ -26,6 +26,7 @@ from qjax.tensor import (
     Encoded,
     Grouping,
     Layout,
+    Nested,
     QTensor,
     check_packed,
     group_counts,
@@ -164,10 +165,14 @@ def names(w: QTensor) -> QTensor:
             counts = group_counts(w)
             rows = [f"k{i}" if counts[i] > 1 else None for i in range(len(counts))]
             return Segmented(tuple(P(*batch, row, columns) for row in rows), leaf.axis)
-        if isinstance(leaf, Encoded):
+        if isinstance(leaf, Encoded) and not isinstance(leaf, Nested):
             return jax.tree.map(lambda array: P(*[None] * array.ndim), leaf)
         grouped = single and w.row_group is None and group_counts(w)[0] > 1
-        return P(*batch, "k0" if grouped else None, columns)
+        of_groups = P(*batch, "k0" if grouped else None, columns)
+        if not isinstance(leaf, Nested):
+            return of_groups
+        step = of_groups if leaf.step.shape[-2] > 1 else P(*batch, None, columns)
+        return dataclasses.replace(leaf, factor=of_groups, step=step)
 
     def vector(leaf: Any, name: str | None) -> Any:
         if isinstance(leaf, Segmented):
@@ -235,17 +240,21 @@ def units(w: QTensor) -> dict[str, int]:
     cuts = [w.layout.cut(segment.bits) for segment in w.segments]
     parameters = [leaf for leaf in (w.scale, w.zero) if leaf is not None]
     encoded = [
-        isinstance(p, Encoded) and not isinstance(p, Segmented) for p in parameters
+        isinstance(p, Encoded) and not isinstance(p, Segmented | Nested)
+        for p in parameters
     ]
+    nested = [p for p in parameters if isinstance(p, Nested)]
+    # Groups that share a step; one for all of a column is not cut.
+    together = math.lcm(*[p.ratio for p in nested if p.step.shape[-2] > 1])
     whole = w.grouping is not Grouping.ROWS or any(encoded) or None in cuts
     segmented = len(w.segments) == 1 or isinstance(w.scale, Segmented)
     for i, (cut, segment) in enumerate(zip(cuts, w.segments, strict=True)):
         several = group_counts(w)[i] > 1 and w.row_group is None
-        group = segment.group_size if several else 1
+        group = (segment.group_size or 1) * together if several else 1
         if whole or cut is None or not segmented or segment.padding:
             counts[f"k{i}"] = 1
         else:
-            counts[f"k{i}"] = _pieces(w.rows[i], cut.rows, group or 1)
+            counts[f"k{i}"] = _pieces(w.rows[i], cut.rows, group)
     columns = [p.shape[-1] for p in parameters]
     if whole or w.padding or max(columns) > w.n:
         counts["n"] = 1

@@ -1,5 +1,8 @@
 """What tests run on: codes, matrices of the oracle in `Tiles`, and rows."""
 
+import dataclasses
+from collections.abc import Mapping
+
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -20,11 +23,49 @@ MAPS = {
 CODEBOOK = {"codebook": {"affine": "CODEBOOK"}}
 FLOAT = {"float": {"affine": "FLOAT"}}
 SCALES = {"float16": F16, "bfloat16": BF16, "float32": F32}
+# Of two levels, `tensor.Nested`.
+NESTED = {"nested": F32}
 
 
 def random_codes(seed: int, bits: int, *shape: int) -> np.ndarray:
     codes = np.random.default_rng(seed).integers(0, 2**bits, shape)
     return codes.astype(np.uint8)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InTwoLevels(oracle.Matrix):
+    """A matrix whose float scales and zeros are those of `nested`, by name."""
+
+    nested: Mapping[str, tensor.Nested]
+
+
+def random_matrix(seed: int, k: int, n: int, *, scale: str, **options) -> oracle.Matrix:
+    """`oracle.random` with scales of `SCALES`, or `NESTED` ones."""
+    dtype = (SCALES | NESTED)[scale]
+    matrix = oracle.random(seed, k, n, dtype=dtype, **options)
+    if scale not in NESTED:
+        return matrix
+    nested = {"scale": _nested(seed, matrix.scale, -8)}
+    if matrix.zero is not None and matrix.zero.dtype.kind == "f":
+        # Minima are taken off; zeros that belong to codes are not.
+        minima = matrix.affine != "ZERO"
+        nested["zero"] = _nested(seed, matrix.zero, 0, negative=minima)
+    plain = {name: np.asarray(one.decode()) for name, one in nested.items()}
+    fields = {f.name: getattr(matrix, f.name) for f in dataclasses.fields(matrix)}
+    return InTwoLevels(**fields | plain, nested=nested)
+
+
+def _nested(seed: int, like: np.ndarray, least: int, *, negative: bool = False):
+    """Integers from ``least`` on, and steps with which they are as large as others."""
+    groups, n = like.shape
+    rng = np.random.default_rng(seed)
+    ratio = next(r for r in (4, 2, groups) if groups % r == 0)
+    step = np.abs(like).max() * rng.uniform(0.2, 1, (groups // ratio, n)) / 64
+    return tensor.Nested(
+        factor=jnp.asarray(rng.integers(least, 64, like.shape), jnp.int8),
+        step=jnp.asarray(step, jnp.float16),
+        negative=negative,
+    )
 
 
 def in_tiles(matrix: oracle.Matrix):
@@ -41,6 +82,8 @@ def in_tiles(matrix: oracle.Matrix):
         name: None if (leaf := getattr(matrix, name)) is None else jnp.asarray(leaf)
         for name in ("scale", "zero", "order", "input_scale", "codebook")
     }
+    if isinstance(matrix, InTwoLevels):
+        leaves |= matrix.nested
     return tensor.build(
         words=tuple(words),
         layout=layout,

@@ -31,7 +31,6 @@ from qjax.formats import (
     bnb,
     compressed_tensors_floats,
     exl2,
-    gguf,
     modelopt,
     mpq,
     tiles,
@@ -43,9 +42,11 @@ from qjax.tensor import (
     Encoded,
     Grouping,
     Layout,
+    Nested,
     QTensor,
     Segment,
     check_packed,
+    nested,
 )
 
 FORMAT, VERSION = "qjax.QTensor", 1
@@ -57,7 +58,7 @@ _LARGEST = 2**31 - 1
 _VECTORS = ("order", "row_group", "codebook", "input_scale")
 
 _MODULES = [getattr(formats, name) for name in formats.__all__ if name.islower()]
-_MODULES += [block_scale, compressed_tensors_floats]
+_MODULES += [block_scale, compressed_tensors_floats, nested]
 _MODULES.append(tiles)  # no file holds it, but a prepared tensor does
 
 
@@ -457,7 +458,7 @@ def _bnb_absmax(name: str, arrays: Mapping[str, Array], entries: _Entries) -> En
     return bnb.Absmax(absmax=arrays["absmax"], nested=bnb.Nested(**leaves), **fields)
 
 
-def _gguf_scale(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
+def _nested(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
     flag = f"{name}.negative"
     negative = entries.has(flag) and entries.integer(flag, 1, 1) == 1
     factor, step = (
@@ -474,7 +475,7 @@ def _gguf_scale(name: str, arrays: Mapping[str, Array], entries: _Entries) -> En
             f"arrays['{name}.step'] of {blocks} blocks must have a divisor of the "
             f"groups of arrays['{name}.factor'], whose shape is {factor}."
         )
-    return gguf.Scale(negative=negative, **arrays)
+    return Nested(negative=negative, **arrays)
 
 
 # Of encodings with several arrays, which must fit together.
@@ -489,7 +490,7 @@ _BUILDERS: Mapping[type, Callable[[str, Mapping[str, Array], _Entries], Encoded]
                 kind: functools.partial(_with_global, kind)
                 for kind in (compressed_tensors_floats.OverGlobal, modelopt.TimesGlobal)
             },
-            gguf.Scale: _gguf_scale,
+            Nested: _nested,
         }
     )
 )

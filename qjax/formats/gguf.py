@@ -28,15 +28,13 @@ gguf-py/gguf/quants.py, as in release 0.19.0 of the package gguf.
 """
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float32, Integer, UInt8
+from jaxtyping import Array, Integer, UInt8
 
 from qjax import decode, tensor
 from qjax.formats import mxfp4
@@ -61,7 +59,17 @@ from qjax.formats.gguf_blocks import (
     split_blocks,
     unpack_planes,
 )
-from qjax.tensor import Affine, Cut, Digits, Encoded, Grouping, Layout, QTensor, Segment
+from qjax.tensor import (
+    Affine,
+    Cut,
+    Digits,
+    Encoded,
+    Grouping,
+    Layout,
+    Nested,
+    QTensor,
+    Segment,
+)
 
 __all__ = [
     "OTHERS",
@@ -69,7 +77,6 @@ __all__ = [
     "TYPES",
     "Config",
     "Planes",
-    "Scale",
     "axes",
     "check",
     "from_tensors",
@@ -163,41 +170,6 @@ class Planes(Layout):
                 )
 
 
-@jax.tree_util.register_dataclass
-@typing.no_type_check  # JAX rebuilds pytrees with leaves that are not arrays.
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Scale(Encoded):
-    """Scales or minima of blocks of 256: an integer a group, a float16 a block.
-
-    Attributes:
-      factor: int8 ``[*batch, groups, n]``.
-      step: float16 ``[*batch, blocks, n]``.
-      negative: Whether these are minima, which are taken off.
-
-    Example:
-      >>> factor = jnp.array([[3], [-2], [1], [0]], jnp.int8)
-      >>> scale = Scale(factor=factor, step=jnp.array([[0.5], [2]], jnp.float16))
-      >>> scale.decode()[:, 0].tolist(), scale.dtype
-      ([1.5, -1.0, 2.0, 0.0], dtype('float32'))
-    """
-
-    factor: Array
-    step: Array
-    negative: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    def decode(self) -> Float32[Array, "*batch groups n"]:
-        """Returns the products in float32, which holds them exactly."""
-        step = -self.step if self.negative else self.step
-        repeats = self.factor.shape[-2] // self.step.shape[-2]
-        return _product(self.factor, step, repeats)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _product(factor: Array, step: Array, repeats: int) -> Array:
-    wide = jnp.repeat(step.astype(jnp.float32), repeats, axis=-2)
-    return factor.astype(jnp.float32) * wide
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """What a GGUF file says of one of its tensors.
@@ -276,7 +248,8 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
 
     Returns:
       ``[*batch, k, n]`` tensor in a layout `Planes`; its dtype is float32. Blocks of
-      256 have `Scale` scales and minima, MXFP4 has `mxfp4.E8M0`, others plain float16.
+      256 have `tensor.Nested` scales and minima, MXFP4 has `mxfp4.E8M0`, others plain
+      float16.
 
     Raises:
       ValueError: As `check`; or if a scale or a minimum is not finite.
@@ -317,7 +290,7 @@ def _scale(parts: Mapping[str, np.ndarray], kind: Type) -> Array | Encoded:
             raise ValueError("weight's e must be finite; found 255, which is none.")
         return mxfp4.E8M0(exponent=_along_k(parts["e"]))
     if kind.is_nested:
-        return Scale(factor=_along_k(parts[FACTORS]), step=_along_k(parts["d"]))
+        return Nested(factor=_along_k(parts[FACTORS]), step=_along_k(parts["d"]))
     return _along_k(parts["d"])
 
 
@@ -326,7 +299,7 @@ def _zero(parts: Mapping[str, np.ndarray], kind: Type) -> Array | Encoded | None
         return None
     step = _along_k(parts["m"])
     if kind.is_nested:
-        return Scale(factor=_along_k(parts[MINIMA]), step=step, negative=True)
+        return Nested(factor=_along_k(parts[MINIMA]), step=step, negative=True)
     return step
 
 
@@ -376,12 +349,12 @@ def to_tensors(qt: QTensor) -> dict[str, Array]:
     scale, zero, blocks = qt.scale, qt.zero, words.shape[-2]
     if isinstance(scale, mxfp4.E8M0):
         parts["e"] = _by_block(scale.exponent, blocks)
-    elif isinstance(scale, Scale):
+    elif isinstance(scale, Nested):
         parts[FACTORS] = _by_block(scale.factor, blocks)
         parts["d"] = _by_block(scale.step, blocks)
     else:
         parts["d"] = _by_block(scale, blocks)
-    if isinstance(zero, Scale):
+    if isinstance(zero, Nested):
         parts[MINIMA] = _by_block(zero.factor, blocks)
         parts["m"] = _by_block(zero.step, blocks)
     elif zero is not None:
@@ -423,7 +396,7 @@ def _is_of(qt: QTensor, kind: Type) -> bool:
         return False
     if (qt.zero is None) == ("m" in kind.parts):
         return False
-    encoding = Scale if kind.is_nested else None
+    encoding = Nested if kind.is_nested else None
     if "e" in kind.parts:
         encoding = mxfp4.E8M0
     parameters = [qt.scale] if qt.zero is None else [qt.scale, qt.zero]
@@ -436,11 +409,11 @@ def _is_like(
     """Whether a scale or zero is of an encoding, or of none and float16."""
     if encoding is None:
         return not isinstance(parameter, Encoded) and parameter.dtype == jnp.float16
-    if not isinstance(parameter, Scale):
+    if not isinstance(parameter, Nested):
         return isinstance(parameter, encoding)
     groups, blocks = (leaf.shape[-2] for leaf in (parameter.factor, parameter.step))
     whole = groups * kind.group_size == blocks * kind.block
-    return encoding is Scale and whole and parameter.negative == negative
+    return encoding is Nested and whole and parameter.negative == negative
 
 
 def _has_own_columns(qt: QTensor) -> bool:

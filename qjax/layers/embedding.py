@@ -9,6 +9,7 @@ along the first axis, in columns of `formats.gptq.Stream` as in the units of
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, DTypeLike, Float, Integer
@@ -17,7 +18,7 @@ from qjax import decode, tensor
 from qjax.formats.gptq import Planar, Stream
 from qjax.formats.tiles import SIDE, Tiles
 from qjax.layers import dense
-from qjax.tensor import Grouping, QTensor
+from qjax.tensor import Encoded, Grouping, Nested, QTensor
 
 AXES = "[features, num_embeddings]"
 
@@ -159,12 +160,12 @@ def columns(w: QTensor, index: Integer[Array, " m"]) -> QTensor:
     words = tuple(_words(words, w, index) for words in w.words)
     picked = dataclasses.replace(w, words=words, padding=0)
     if w.grouping is Grouping.ROWS:
-        scale, zero = tensor.plain(w.scale), tensor.plain(w.zero)
-        return dataclasses.replace(
-            picked,
-            scale=_parameters(scale, w.n, index),
-            zero=None if zero is None else _parameters(zero, w.n, index),
-        )
+        parameters = {
+            name: _parameters(parameter, w.n, index)
+            for name in ("scale", "zero")
+            if (parameter := getattr(w, name)) is not None
+        }
+        return dataclasses.replace(picked, **parameters)
     return _one_group_a_row(picked, w, index)
 
 
@@ -180,8 +181,12 @@ def _words(words: Array, w: QTensor, index: Array) -> Array:
     return axes.transpose(3, 4, 0, 2, 5, 6, 1, 7).reshape(blocks, units, -1, SIDE**2)
 
 
-def _parameters(parameter: Array, n: int, index: Array) -> Array:
+def _parameters(parameter: Array | Encoded, n: int, index: Array) -> Array:
     """Scales or zeros of some columns."""
+    if isinstance(parameter, Nested):
+        picked = jax.tree.map(lambda leaf: _parameters(leaf, n, index), parameter)
+        return picked.decode()
+    parameter = tensor.plain(parameter)
     count = parameter.shape[-1]
     if count == 1:
         return parameter

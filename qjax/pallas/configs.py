@@ -145,8 +145,12 @@ def _heuristic_matvec(m: int, w: QTensor) -> Config:
     twice = 1 < rows < 8 and programs < _BUSY
     block_m = 16 if twice or rows > 8 else 8
     # Scales of eight groups, loaded ahead, leave no registers to two warps, nor to four
-    # for a third stage.
-    warps, stages = (4, 2) if block_m == 16 and _has_eight_groups(w) else (2, 3)
+    # for a third stage; those of sixteen leave none to eight rows for that stage.
+    groups, warps, stages = _groups_of_iteration(w), 2, 3
+    if groups >= 8 and block_m == 16:
+        warps, stages = 4, 2
+    elif groups >= 16:
+        stages = 2
     slices = block_m // rows
     return Config(block_m, _BLOCK_N, 128, warps=warps, stages=stages, slices=slices)
 
@@ -211,11 +215,12 @@ def _has_long_blocks(w: QTensor) -> bool:
     return any(tiles.rows_of_block(s.bits) > 128 for s in w.segments)
 
 
-def _has_eight_groups(w: QTensor) -> bool:
-    """Whether an iteration can have eight groups or more: 256 rows, at most 32 each."""
-    return any(
-        tiles.rows_of_block(s.bits) == 256 and (s.group_size or 256) <= 32
-        for s in w.segments
+def _groups_of_iteration(w: QTensor) -> int:
+    """How many groups an iteration of 128 rows or a block can have."""
+    return max(
+        max(128, rows) // (segment.group_size or rows)
+        for segment in w.segments
+        for rows in [tiles.rows_of_block(segment.bits)]
     )
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from qjax import decode
 from qjax.formats import tiles
-from qjax.pallas import lang
+from qjax.pallas import lang, scales
 from qjax.pallas.operands import (
     TOP,
     Config,
@@ -157,14 +157,14 @@ def _body(
         [tiles_of(p) for p in places(task.bits, first_block + block, row, task.steps)]
         for row in step_rows
     ]
+    of_iteration = scales.Iteration(
+        refs.parameters, columns.slice, columns.inside, task.group, config.block_k
+    )
     for row, operands in zip(step_rows, loaded, strict=True):
         g = (iteration * config.block_k + row) // task.group
         g = first_group + jnp.minimum(g, task.groups - 1)
         scale, *zero = (
-            lang.load_row(ref, g, columns=columns.slice, mask=columns.inside).astype(
-                jnp.float32
-            )[:, None]
-            for ref in refs.parameters
+            values.astype(jnp.float32)[:, None] for values in of_iteration.read(row, g)
         )
         if refs.unit is not None:
             (unit,) = lang.scalars(refs.unit, 0, 1)

@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang, rows, scaling, segments
+from qjax.pallas import lang, rows, scales, scaling, segments
 from qjax.pallas.operands import (
     DTYPE,
     EXACT_ROWS,
@@ -251,14 +251,21 @@ class _Program(NamedTuple):
             return [self._load_sums(first + row // run.steps.rows) for row in rows]
 
         def load_parameters(iteration: Array, rows: range) -> list[list[Array]]:
+            of_iteration = scales.Iteration(
+                self.refs.parameters,
+                columns.slice,
+                columns.inside,
+                run.group,
+                run.block_k,
+            )
             groups = [
                 bounds.group + (iteration * run.block_k + row) // run.group
                 for row in rows
             ]
             # Past the last group there is only padding, where x is zero.
             return [
-                self._load_parameters(jnp.minimum(group, bounds.last_group), columns)
-                for group in groups
+                of_iteration.read(row, jnp.minimum(group, bounds.last_group))
+                for row, group in zip(rows, groups, strict=True)
             ]
 
         def add(
@@ -308,10 +315,4 @@ class _Program(NamedTuple):
         return [
             lang.load_row(self.refs.start, step, i, columns=self.rows)[None]
             for i in range(count)
-        ]
-
-    def _load_parameters(self, group: Array, columns: Columns) -> list[Array]:
-        return [
-            lang.load_row(ref, group, columns=columns.slice, mask=columns.inside)
-            for ref in self.refs.parameters
         ]

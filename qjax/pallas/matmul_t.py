@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang
+from qjax.pallas import lang, scales
 from qjax.pallas.operands import (
     DTYPE,
     Config,
@@ -33,7 +33,7 @@ from qjax.pallas.operands import (
     unit_of,
 )
 from qjax.pallas.weight import Columns, places
-from qjax.tensor import Affine, QTensor
+from qjax.tensor import Affine, QTensor, decoded, plain
 
 
 class Operands(NamedTuple):
@@ -88,7 +88,7 @@ def matmul_t(
     rows, unscale = fit(jnp.pad(dy, ((0, -m % config.block_m), (0, width - w.n))))
     scale, *zero = parameters(w)
     added = bool(zero) and w.affine is not Affine.ZERO
-    unit, undo = unit_of(one_of(w.scale, index))
+    unit, undo = unit_of(plain(one_of(w.scale, index)))
     k = w.k + segment.padding
     partial = lang.launch(
         functools.partial(
@@ -120,10 +120,8 @@ def matmul_t(
     )
     dx = (partial.sum(0).reshape(-1, k) * unscale)[:m, : w.k] * undo
     if added:
-        zeros = zero[0][:, : w.n].astype(jnp.float32)
-        if index is not None:
-            groups = w.scale.shape[-2]
-            zeros = lax.dynamic_slice_in_dim(zeros, index * groups, groups)
+        _, zeros = parameters(decoded(one_of(w, index)))
+        zeros = zeros[:, : w.n].astype(jnp.float32)
         by_group = jnp.dot(dy, zeros.T, precision=lax.Precision.HIGHEST)
         dx += jnp.repeat(by_group, group, axis=1)[:, : w.k]
     return dx
@@ -161,13 +159,13 @@ def _body(
         )
         dy = refs.dy[rows, columns.slice].astype(jnp.float32)
         old, new = iter(accs), []
+        of_iteration = scales.Iteration(
+            refs.parameters, columns.slice, columns.inside, group, config.block_k
+        )
         for row in step_rows:
             g = (iteration * config.block_k + row) // group
             g = first_group + jnp.minimum(g, groups - 1)
-            scale, *zero = (
-                lang.load_row(ref, g, columns=columns.slice, mask=columns.inside)
-                for ref in refs.parameters
-            )
+            scale, *zero = of_iteration.read(row, g)
             scaled = (dy * (scale.astype(jnp.float32) * unit)[None]).astype(DTYPE)
             for place in places(bits, first_block + block, row, steps):
                 codes = columns.scaled(place, zero)

@@ -28,7 +28,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang, scaling, segments
+from qjax.pallas import lang, scales, scaling, segments
 from qjax.pallas.operands import (
     Config,
     books,
@@ -252,7 +252,7 @@ class _Segment(NamedTuple):
             # Past the last group there is only padding, where x is zero.
             group = jnp.minimum(self.bounds.group + group, self.bounds.last_group)
             each = [
-                lang.gather(ref, group[:, None], column[None], mask=inside).reshape(-1)
+                scales.elements(ref, group[:, None], column[None], inside).reshape(-1)
                 for ref in self.program.refs.parameters
             ]
             loaded.append(each)

@@ -192,11 +192,12 @@ def split_padded(x: Float[Array, "m k"], w: QTensor) -> list[Float[Array, "m _"]
     return [jnp.pad(part, ((0, 0), (0, segment.padding))) for part, segment in parts]
 
 
-def parameters(w: QTensor) -> list[Array]:
+def parameters(w: QTensor) -> list[Any]:
     """Returns the scale and zero with a value for each padded column.
 
-    Those of a stack come one after another. The values of padded columns are never
-    stored; they only have to be readable.
+    They are arrays, or `Nested` ones, for `qjax.pallas.scales` to read. Those of a
+    stack come one after another. The values of padded columns are never stored; they
+    only have to be readable.
     """
     columns = w.n + w.padding
 
@@ -209,7 +210,7 @@ def parameters(w: QTensor) -> list[Array]:
             parameter[:, :columns], ((0, 0), (0, max(0, columns - parameter.shape[1])))
         )
 
-    return [whole(p) for p in (w.scale, w.zero) if p is not None]
+    return [jax.tree.map(whole, p) for p in (w.scale, w.zero) if p is not None]
 
 
 class Book(NamedTuple):

@@ -129,7 +129,8 @@ def weight(w: QTensor, dtype: DTypeLike | None) -> Float[Array, "k n"]:
 
 def _through_dense(rows: Array, w: QTensor, index: Array | None, axes: tuple) -> Array:
     added = None if w.affine is Affine.ZERO else w.zero
-    unit, undo = unit_of(*one_of((w.scale, added), index))
+    scale, added = one_of((w.scale, added), index)
+    unit, undo = unit_of(tensor.plain(scale), tensor.plain(added))
     config = configs.for_dequantize(w)
     weight = dequantize(w, DTYPE, config, index=index, unit=unit)
     x, unscale = fit(rows)

@@ -35,7 +35,7 @@ from qjax.pallas.operands import (
     start,
 )
 from qjax.pallas.weight import Columns, places
-from qjax.tensor import Affine, QTensor
+from qjax.tensor import Affine, QTensor, decoded
 
 
 class Operands(NamedTuple):
@@ -91,7 +91,7 @@ def scale_grad(
     sums = by_group.reshape(len(x), groups, group).sum(-1)
     added = jnp.dot(sums.T, dy, precision=lax.Precision.HIGHEST)
     scale, *zero = (
-        p[:, : w.n].astype(jnp.float32) for p in parameters(one_of(w, index))
+        p[:, : w.n].astype(jnp.float32) for p in parameters(decoded(one_of(w, index)))
     )
     if not zero:
         gradients = {"scale": products}

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from qjax.pallas import lang
 from qjax.pallas.operands import DTYPE, EXACT_ROWS, TOP, bring_to
 from qjax.pallas.weight import Columns, Place
-from qjax.tensor import Affine
+from qjax.tensor import Affine, Nested
 
 # Groups of which the largest scale is sought at once.
 _GROUPS = 32
@@ -111,14 +111,23 @@ def unit_of(
     integers &= affine.counts
     if integers and all(ref.dtype == DTYPE for ref in floats):
         return None
-    largest = jnp.float32(0)
+    largest, most = jnp.float32(0), 1.0
+    if isinstance(floats[0], Nested):
+        # Of two levels, steps alone bound the products with integers of eight bits.
+        most, spans = 128.0, [_of_runs(span, floats[0].ratio) for span in spans]
+        floats = [ref.step for ref in floats]
     for span in spans:
         # Entries of a codebook, and small floats as float16 has them, lie below 2.
         bound = 2.0**span.bits if affine.counts else 2.0
         larger = functools.partial(_larger, floats, columns, span, bound)
         chunks = (span.end - span.first + _GROUPS - 1) // _GROUPS
         largest = lax.fori_loop(0, chunks, larger, largest)
-    return Unit(*bring_to(largest, TOP))
+    return Unit(*bring_to(largest * most, TOP))
+
+
+def _of_runs(span: Span, ratio: int) -> Span:
+    """The steps of two levels that groups have."""
+    return span._replace(first=span.first // ratio, end=(span.end - 1) // ratio + 1)
 
 
 def _larger(

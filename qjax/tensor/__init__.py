@@ -4,6 +4,7 @@ from qjax.tensor.building import build
 from qjax.tensor.digits import Digits
 from qjax.tensor.floats import SMALL_FLOATS, numbers, widen
 from qjax.tensor.joining import concatenate
+from qjax.tensor.nested import Nested
 from qjax.tensor.parts import (
     Affine,
     Cut,
@@ -23,7 +24,7 @@ from qjax.tensor.qtensor import (
     readable,
     segment_codes,
 )
-from qjax.tensor.segments import group_counts, split
+from qjax.tensor.segments import decoded, group_counts, split
 
 __all__ = [
     "SMALL_FLOATS",
@@ -33,6 +34,7 @@ __all__ = [
     "Encoded",
     "Grouping",
     "Layout",
+    "Nested",
     "QTensor",
     "Segment",
     "build",
@@ -40,6 +42,7 @@ __all__ = [
     "codes",
     "columns",
     "concatenate",
+    "decoded",
     "group_counts",
     "matrix_shape",
     "numbers",

@@ -20,6 +20,11 @@ def _ceil_div(count: int, size: int | None) -> int:
     return 1 if size is None else -(-count // size)
 
 
+def decoded(qt: QTensor) -> QTensor:
+    """Replaces encoded scales and zeros by what they decode to."""
+    return dataclasses.replace(qt, scale=plain(qt.scale), zero=plain(qt.zero))
+
+
 def split(qt: QTensor) -> list[QTensor]:
     """Cuts a matrix into its segments, each a matrix of one width.
 
@@ -32,7 +37,7 @@ def split(qt: QTensor) -> list[QTensor]:
     Returns:
       One single-segment `QTensor` a segment, from the first stored row to the last.
     """
-    scale, zero = plain(qt.scale), plain(qt.zero)
+    qt = decoded(qt)
     parts, row, group = [], 0, 0
     segments = zip(qt.words, qt.segments, qt.rows, group_counts(qt), strict=True)
     for words, segment, rows, groups in segments:
@@ -45,8 +50,8 @@ def split(qt: QTensor) -> list[QTensor]:
                 qt,
                 words=(words,),
                 segments=(segment,),
-                scale=scale[..., held, :],
-                zero=None if zero is None else zero[..., held, :],
+                scale=qt.scale[..., held, :],
+                zero=None if qt.zero is None else qt.zero[..., held, :],
                 row_group=row_group,
                 order=None,
                 input_scale=None,

@@ -13,7 +13,7 @@ from qjax.checkpoints import modules
 from qjax.formats.tiles import Tiles
 from qjax.pallas import check, products, tables
 from qjax.pallas.operands import group_rows, layout_of
-from qjax.tensor import QTensor, plain
+from qjax.tensor import QTensor
 
 # Rows of the activations that are measured unless others are named.
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
@@ -92,9 +92,7 @@ def _as_kernels_take_it(w: QTensor) -> QTensor | None:
         group_rows(w)
     except NotImplementedError:
         return None
-    w = dataclasses.replace(
-        w, scale=plain(w.scale), zero=plain(w.zero), order=None, input_scale=None
-    )
+    w = dataclasses.replace(w, order=None, input_scale=None)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), w)
 
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 import qjax
-from qjax import tensor
+from qjax import pallas, tensor
 from qjax.formats import flattening, gguf, gptq
+from qjax.formats.tiles import Tiles
 from tests import goldens
 from tests.goldens import load, same_bits
 
@@ -60,6 +61,14 @@ def test_reads_dequantizes_and_writes(name):
     same_bits(qjax.dequantize(prepared), data["out_dequant"].T)
     moved = qjax.relayout(qt, gptq.Stream())
     same_bits(np.asarray(gguf.to_tensors(moved)["weight"]), data["raw"])
+
+    # For a GPU, scales of blocks of 256 stay in two levels, and can be written again.
+    for_gpu = qjax.prepare(qt, layout=pallas.layout_of(qt))
+    assert isinstance(for_gpu.layout, Tiles)
+    same_bits(qjax.dequantize(for_gpu), data["out_dequant"].T)
+    if kind.is_nested:
+        assert isinstance(for_gpu.scale, tensor.Nested)
+        same_bits(np.asarray(gguf.to_tensors(for_gpu)["weight"]), data["raw"])
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -140,16 +149,16 @@ def test_pieces_are_matrices():
 
 
 def test_shards():
-    """By whole blocks and columns once it is prepared; and plain scales as they are."""
+    """By whole blocks and columns, prepared or not."""
     mesh = jax.make_mesh((2,), ("model",))
     spec = jax.P("model", None)
-    for name, prepare in ((Q4_K, True), (Q8_0, False)):
+    for name, prepare in ((Q4_K, True), (Q4_K, False), (Q8_0, False)):
         qt = qjax.prepare(read(name)) if prepare else read(name)
         cut = qjax.shard(qt, mesh, spec)
         assert len({str(s.index) for s in cut.words[0].addressable_shards}) == 2
         same_bits(qjax.dequantize(cut), load(name)["out_dequant"].T)
     with pytest.raises(ValueError, match=r"qjax\.prepare decodes its scales"):
-        qjax.shard(read(Q4_K), mesh, spec)
+        qjax.shard(read(MXFP4), mesh, spec)
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,13 @@ from qjax.pallas.matmul_t import matmul_t
 from qjax.pallas.matvec import matvec
 from qjax.pallas.operands import Config
 from qjax.pallas.scale_grad import scale_grad
-from qjax.tensor import Affine, QTensor, Segment
+from qjax.tensor import Affine, Nested, QTensor, Segment
 
 # Shape of the weight of the kernels' cases: an iteration is what is counted, so any
 # will do whose extents are whole blocks.
 K, N = 8192, 4096
+# Scales in two levels, and the rows that share a step: those of GGUF's blocks.
+NESTED, RUN = "nested", 256
 
 
 def weight(
@@ -42,10 +44,17 @@ def weight(
         n // tiles.SIDE,
         tiles.SLOTS,
     )
+
+    def parameter(dtype: Any, *, negative: bool = False) -> Any:
+        if dtype != NESTED:
+            return None if dtype is None else struct(groups, dtype)
+        factor, step = struct(groups, jnp.int8), struct((k // RUN, n), jnp.float16)
+        return Nested(factor=factor, step=step, negative=negative)
+
     return QTensor(
         words=(struct(words, jnp.uint16),),
-        scale=struct(groups, scale),
-        zero=None if zero is None else struct(groups, zero),
+        scale=parameter(scale),
+        zero=parameter(zero, negative=True),
         codebook=struct((16,), jnp.float32) if affine is Affine.CODEBOOK else None,
         layout=tiles.Tiles(nibbles=affine is Affine.CODEBOOK),
         segments=(Segment(bits, group_size),),
@@ -105,6 +114,11 @@ class Matmul:
     def products(self) -> float:
         """Tensor-core instructions of a warp in one pass, of eight rows of x each."""
         return self.weights * 32 / 256 * self.block_m / 8
+
+    @property
+    def constants(self) -> float:
+        """Those by rows of constants, which serve all columns of a warp."""
+        return 0
 
     @property
     def words(self) -> int:
@@ -168,13 +182,12 @@ class Matvec(Matmul):
         return self.splits * self.slices
 
     @property
-    def products(self) -> float:
-        # Those by rows of constants serve all columns of a warp.
+    def constants(self) -> float:
         columns = self.block_n / 16 / self.warps
         constants = 1 if self.weight.zero is None else 2
         if not self.weight.affine.counts:
             constants = 0
-        return super().products * (1 + constants / columns)
+        return self.products * constants / columns
 
     def __call__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         """Returns the function to compile and its arguments."""

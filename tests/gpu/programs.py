@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 import qjax
 from qjax.tensor import Affine, Layout, QTensor, Segment
-from tests.gpu.cases import weight
+from tests.gpu.cases import NESTED, weight
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "llm"))
 import model
@@ -34,15 +34,19 @@ class Product:
     m: int
     gradient: bool = False
     codebook: bool = False
+    nested: bool = False
 
     def __str__(self) -> str:
-        kind = "codebook " * self.codebook
+        kind = "codebook " * self.codebook + "nested " * self.nested
         return f"{kind}{'gradient' if self.gradient else 'matmul'} m{self.m}"
 
     def __call__(self) -> Source:
         x = _struct((self.m, SIDE), jnp.bfloat16)
         codes = {"affine": Affine.CODEBOOK, "zero": None} if self.codebook else {}
         w = weight(4, 128, k=SIDE, n=SIDE, **codes)
+        if self.nested:  # Q4_K
+            levels = {"scale": NESTED, "zero": NESTED}
+            w = weight(4, 32, k=SIDE, n=SIDE, affine=Affine.OFFSET, **levels)
         return (gradient, (x, x, w)) if self.gradient else (qjax.matmul, (x, w))
 
 

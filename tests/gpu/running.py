@@ -24,7 +24,7 @@ from qjax.pallas.scale_grad import scale_grad
 from qjax.tensor import Layout
 from tests import oracle
 from tests.gpu.emulator import launches
-from tests.samples import CODEBOOK, FLOAT, MAPS, SCALES, in_tiles, rows
+from tests.samples import CODEBOOK, FLOAT, MAPS, in_tiles, random_matrix, rows
 
 # Relative to the largest output, as in the tests of the interpreted kernels: float32
 # sums of terms larger than what is left of them, or an operand rounded to float16.
@@ -50,14 +50,14 @@ class Weight:
 
     def matrix(self, seed: int = 0) -> oracle.Matrix:
         """Returns one with random codes."""
-        return oracle.random(
+        return random_matrix(
             seed,
             self.k,
             self.n,
             bits=self.bits,
             group_size=self.group_size,
             parts=self.parts,
-            dtype=SCALES[self.scale],
+            scale=self.scale,
             **(MAPS | CODEBOOK | FLOAT)[self.convention],
         )
 

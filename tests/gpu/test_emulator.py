@@ -104,6 +104,11 @@ class TestThreads:
         np.testing.assert_array_equal(found, s * t >> 32)
         found = of_each_thread("shr.s32 $0, $1, 5;", a, dtype=np.int32)
         np.testing.assert_array_equal(found, s >> 5)
+        # Bytes have a sign, whatever lies above them.
+        found = of_each_thread(
+            "{ .reg .b16 t; cvt.s8.s32 t, $1; cvt.s32.s8 $0, t; }", a, dtype=np.int32
+        )
+        np.testing.assert_array_equal(found, a.view(np.int8)[::4])
         # A count beyond the width leaves zeros.
         assert not of_each_thread("shl.b32 $0, $1, 32;", a).any()
 

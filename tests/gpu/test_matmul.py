@@ -3,12 +3,14 @@
 import dataclasses
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from qjax.formats import tiles
 from qjax.pallas import configs
 from tests.gpu import ptx
-from tests.gpu.cases import Matmul, Matvec
+from tests.gpu.cases import NESTED, Matmul, Matvec
 
 ARCHS = ("sm_80", "sm_90")
 
@@ -52,6 +54,10 @@ CASES = [
     Matmul(6, 8, 128, 16, "centered", "float32", warps=2),
     Matmul(3, 16, 256, 16, "centered", "float32"),
     Matmul(4, 32, 128, 16, "float", "float32"),
+    # Scales in two levels: Q4_K and Q6_K of GGUF.
+    Matmul(4, 8, 128, 32, "offset", NESTED, warps=2),
+    Matmul(6, 16, 128, 16, "centered", NESTED, warps=2),
+    Matmul(4, 32, 128, 32, "offset", NESTED),
     # Scales of eight steps in an iteration.
     *(Matmul(bits, 32, 256, 32, "centered") for bits in (3, 5)),
     # These scale weights.
@@ -64,6 +70,7 @@ CASES = [
     Matmul(2, 128, 128, warps=8),
     Matmul(8, 128, 64, None, warps=8),
     Matmul(7, 128, 256, warps=8, stages=2),
+    Matmul(4, 128, 64, 32, "offset", NESTED, warps=8),
     *(few(bits, 1) for bits in range(1, 9)),
     *(few(bits, 1, "float16") for bits in (2, 3, 4, 6, 8)),
     *(few(4, m) for m in (4, 8, 16)),
@@ -76,6 +83,15 @@ CASES = [
     Matvec(4, 8, 128, 16, "float", "float32"),
     Matvec(4, 8, 128, 32, "float", "bfloat16"),
     Matvec(4, 16, 128, 128, "codebook", "float32", m=16, slices=1, splits=4),
+    # Q2_K to Q6_K, and IQ4_XS.
+    Matvec(2, 8, 128, 16, "offset", NESTED),
+    Matvec(3, 8, 256, 16, "centered", NESTED, stages=2),
+    Matvec(4, 8, 128, 32, "offset", NESTED),
+    Matvec(5, 8, 256, 32, "offset", NESTED),
+    Matvec(6, 8, 128, 16, "centered", NESTED),
+    Matvec(4, 8, 128, 32, "codebook", NESTED),
+    Matvec(4, 16, 128, 32, "offset", NESTED, m=16, slices=1, splits=4),
+    Matvec(5, 16, 256, 32, "offset", NESTED, 128, 4, 4, 2, m=16, slices=1),
 ]
 CODEBOOKS = [c for c in CASES if c.convention == "codebook" and c.block_m <= 16]
 SLICED = [c for c in CASES if isinstance(c, Matvec)]
@@ -110,9 +126,10 @@ def test_tensor_cores(case, arch, kernel):
     # Hopper's own where there are the rows of x and the warps for them, and exactly as
     # many as the tile has: an unrolled loop would falsify the counts.
     wide = arch == "sm_90" and case.block_m >= 16 and case.warps >= 4
-    expected = case.products / (case.block_m / 8 if wide else 1)
-    assert kernel.hot.number("HGMMA") == (expected if wide else 0)
-    assert kernel.hot.number("HMMA") == (0 if wide else expected)
+    hopper = case.products / (case.block_m / 8) if wide else 0
+    assert kernel.hot.number("HGMMA") == hopper
+    of_sixteen_columns = case.constants if wide else case.products + case.constants
+    assert kernel.hot.number("HMMA") == of_sixteen_columns
 
 
 @every
@@ -204,7 +221,9 @@ def test_the_usual_is_what_the_heuristic_says(bits, block_m):
 @pytest.mark.parametrize("case", CODEBOOKS, ids=str)
 @both
 def test_goal_of_codebooks(case, kernel):
-    assert len(kernel.hot) / case.weights <= 4.0
+    # The products of scales are no lookup.
+    of_scales = 0.1 if case.scale == NESTED else 0
+    assert len(kernel.hot) / case.weights <= 4.0 + of_scales
 
 
 @every
@@ -214,24 +233,29 @@ def test_bytes(case, arch, compiled):
     launch, w = program.kernel_launch, case.weight
     loads = ptx.loads(program.kernel.ptx)
     passes = w.k / case.rows / case.pieces
-    # The parameters of a group that takes several passes come from the L1 after the
-    # first; those of the first group are loaded ahead of the loop, of the last twice.
-    groups = max(1, passes * min(1, case.rows / (case.group_size or w.k)))
     # Where the largest scale is sought first, 32 groups at a time, they are in the L2
     # when they are read again.
-    steps = max(1, case.rows / (case.group_size or case.rows))
     sought = 0 if case.fits_float16 else 32 * case.block_n / launch.threads
     thread = loads.loop[case.words] * passes
     floor = w.words[0].size * 2
-    for parameter, array in enumerate((w.scale, w.zero), case.words + 1):
-        if array is not None:
-            of_thread = loads.loop[parameter] * (groups - 1) + loads.before[parameter]
-            if parameter == case.words + 1 or case.convention == "offset":
-                of_thread -= sought * array.dtype.itemsize
-            # Threads that share a column take its parameters from the L1.
-            columns = steps * case.block_n * array.dtype.itemsize / launch.threads
-            thread += of_thread * min(1, columns / loads.loop[parameter])
-            floor += array.size * array.dtype.itemsize
+    of_scale = len(jax.tree.leaves(w.scale))
+    for i, array in enumerate(jax.tree.leaves((w.scale, w.zero))):
+        parameter, rows = case.words + 1 + i, w.k / array.shape[0]
+        # The parameters of a group that takes several passes come from the L1 after the
+        # first; those of the first group are loaded ahead of the loop, of the last
+        # twice.
+        groups = max(1, passes * min(1, case.rows / rows))
+        of_thread = loads.loop[parameter] * (groups - 1) + loads.before[parameter]
+        # Of two levels, by the steps alone.
+        bounds = array.dtype != jnp.int8
+        if bounds and (i < of_scale or case.convention == "offset"):
+            of_thread -= sought * array.dtype.itemsize
+        # Threads that share a column take its parameters from the L1, and so do steps
+        # that share them.
+        steps = max(1, case.rows / rows)
+        columns = steps * case.block_n * array.dtype.itemsize / launch.threads
+        thread += of_thread * min(1, columns / loads.loop[parameter])
+        floor += array.size * array.dtype.itemsize
     loaded = thread * launch.threads * math.prod(launch.grid)
     assert 0.99 * floor <= loaded <= 1.03 * floor
 

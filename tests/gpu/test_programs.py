@@ -81,6 +81,25 @@ def test_launches_of_a_product(case, program):
     assert {launch.kind for launch in program.launches} == {"kCustomKernel"}
 
 
+@pytest.mark.parametrize(
+    "case", [Product(m, nested=True) for m in (1, 16, 256)], ids=str
+)
+@both
+def test_scales_in_two_levels_stay_so(case, program):
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo)
+    assert f"f32[{SIDE // 32},{SIDE}]" not in program.hlo
+    few = {1: 1, 16: 2}
+    assert len(program.launches) == few.get(case.m, 3)
+
+
+@pytest.mark.parametrize("case", [Product(16, gradient=True, nested=True)], ids=str)
+@both
+def test_gradient_of_two_levels(program):
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo)
+
+
 @pytest.mark.parametrize("case", [Dense(), Dense(codebook=True)], ids=str)
 @both
 def test_dequantize(program):

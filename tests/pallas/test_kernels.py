@@ -25,7 +25,19 @@ from qjax.pallas.scale_grad import scale_grad
 from tests import oracle
 from tests.oracle import relative_error
 from tests.pairs import pairwise
-from tests.samples import BF16, CODEBOOK, F16, F32, FLOAT, MAPS, SCALES, in_tiles, rows
+from tests.samples import (
+    BF16,
+    CODEBOOK,
+    F16,
+    F32,
+    FLOAT,
+    MAPS,
+    NESTED,
+    SCALES,
+    in_tiles,
+    random_matrix,
+    rows,
+)
 
 # Whole tiles of the kernels, and ragged ones: of the storage and of the tiles.
 SHAPES = {"whole": (512, 128), "ragged": (360, 136), "one unit": (96, 16)}
@@ -48,13 +60,13 @@ def tolerance(config: Config, w: qjax.QTensor) -> float:
 
 def sample(case: dict, seed: int = 0) -> oracle.Matrix:
     k, n = SHAPES[case["shape"]]
-    return oracle.random(
+    return random_matrix(
         seed,
         k,
         n,
         bits=case["bits"],
         group_size=case["group"],
-        dtype=SCALES[case["scale"]],
+        scale=case["scale"],
         **(MAPS | CODEBOOK | FLOAT)[case["affine"]],
     )
 
@@ -68,7 +80,7 @@ AXES = {
     "affine": list(MAPS | CODEBOOK | FLOAT),
     "group": GROUPS,
     "shape": list(SHAPES),
-    "scale": list(SCALES),
+    "scale": list(SCALES | NESTED),
 }
 # The unpacking is that of matmul: fewer widths.
 OTHER = AXES | {"bits": (3, 4, 8), "group": (16, 128, None)}
@@ -163,7 +175,7 @@ def test_dequantize_is_bit_exact(case):
     dtype = case["dtype"] and jnp.dtype(case["dtype"])
     found = dequantize(w, dtype, configs.for_dequantize(w), interpret=True)
     expected = decode.stored_weight(w, dtype)
-    if case["scale"] == "float32" and case["affine"] in ("offset", "centered_zero"):
+    if w.scale.dtype == F32 and case["affine"] in ("offset", "centered_zero"):
         # The product is inexact, and a compiler may or may not round it before it adds
         # the zero.
         chex.assert_trees_all_close(found, expected, rtol=0, atol=_last_place(w))
@@ -173,7 +185,7 @@ def test_dequantize_is_bit_exact(case):
 
 def _last_place(w) -> float:
     """A unit in the last place of the largest product of a code and a scale."""
-    return float(jnp.abs(w.scale).max()) * 2**w.bits * 2.0**-23
+    return float(jnp.abs(tensor.plain(w.scale)).max()) * 2**w.bits * 2.0**-23
 
 
 def test_gradients(case):

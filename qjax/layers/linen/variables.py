@@ -13,7 +13,7 @@ from jaxtyping import Array
 from qjax import ops
 from qjax.layers import dense
 from qjax.sharding import Segmented
-from qjax.tensor import QTensor, check_packed
+from qjax.tensor import Nested, QTensor, check_packed
 
 QUANTIZED = "quantized"  # the collection of integers, never trained
 
@@ -58,7 +58,7 @@ def weight(
         module.param(name, make)
     _check_both(module, name)
     rest = module.get_variable(QUANTIZED, name)
-    whole = dataclasses.replace(rest, **module.get_variable("params", name))
+    whole = _join(module.get_variable("params", name), rest)
     dense.check_shapes(whole, None, shape, name=name, axes=axes)
     return whole
 
@@ -179,7 +179,7 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
 
     def join(floats: Any, rest: Any) -> Any:
         if isinstance(rest, QTensor):
-            return dataclasses.replace(rest, **floats)
+            return _join(floats, rest)
         if not isinstance(floats, Mapping):
             return floats
         return {name: join(value, rest.get(name, {})) for name, value in floats.items()}
@@ -188,14 +188,27 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split(kernel: QTensor) -> tuple[dict[str, Any], QTensor]:
-    """Takes the float leaves out of a prepared kernel, by name."""
-    floats = {
-        name: leaf
-        for name in ("scale", "zero", "codebook", "input_scale")
-        if (leaf := getattr(kernel, name)) is not None
-        and jnp.issubdtype(leaf.dtype, jnp.floating)
+    """Takes the floats out of a prepared kernel, by name; of two levels, the steps."""
+    floats: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for name in ("scale", "zero", "codebook", "input_scale"):
+        leaf = getattr(kernel, name)
+        if isinstance(leaf, Nested):
+            floats[name], rest[name] = leaf.step, dataclasses.replace(leaf, step=None)
+        elif leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+            floats[name], rest[name] = leaf, None
+    return floats, dataclasses.replace(kernel, **rest)
+
+
+def _join(floats: Mapping[str, Any], rest: QTensor) -> QTensor:
+    """Inverse of `_split`."""
+    leaves = {
+        name: dataclasses.replace(held, step=leaf)
+        if isinstance(held := getattr(rest, name), Nested)
+        else leaf
+        for name, leaf in floats.items()
     }
-    return floats, dataclasses.replace(kernel, **dict.fromkeys(floats))
+    return dataclasses.replace(rest, **leaves)
 
 
 _LEAVES = [
@@ -217,6 +230,15 @@ def _from_state_dict(qt: QTensor, state: dict[str, Any]) -> QTensor:
     return dataclasses.replace(qt, **leaves)
 
 
+def _levels_to_state_dict(leaf: Nested) -> dict[str, Any]:
+    return serialization.to_state_dict({"factor": leaf.factor, "step": leaf.step})
+
+
+def _levels_from_state_dict(leaf: Nested, state: dict[str, Any]) -> Nested:
+    levels = {"factor": leaf.factor, "step": leaf.step}
+    return dataclasses.replace(leaf, **serialization.from_state_dict(levels, state))
+
+
 def _parts_to_state_dict(leaf: Segmented) -> dict[str, Any]:
     return serialization.to_state_dict(leaf.parts)
 
@@ -229,6 +251,9 @@ def _parts_from_state_dict(leaf: Segmented, state: dict[str, Any]) -> Segmented:
 # For `flax.serialization.to_bytes(variables)`; the metadata is that of the target.
 serialization.register_serialization_state(
     QTensor, _to_state_dict, _from_state_dict, override=True
+)
+serialization.register_serialization_state(
+    Nested, _levels_to_state_dict, _levels_from_state_dict, override=True
 )
 serialization.register_serialization_state(
     Segmented, _parts_to_state_dict, _parts_from_state_dict, override=True

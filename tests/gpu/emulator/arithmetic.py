@@ -10,7 +10,7 @@ from tests.gpu.emulator.machine import Group, Operation
 from tests.gpu.emulator.parser import Statement
 
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
-S16, S32, S64 = np.int16, np.int32, np.int64
+S8, S16, S32, S64 = np.int8, np.int16, np.int32, np.int64
 F16, BF16, F32, F64 = np.float16, ml_dtypes.bfloat16, np.float32, np.float64
 P = np.bool_
 
@@ -273,6 +273,15 @@ OPERATIONS: dict[str, Operation] = {
         for to, d in _INTEGERS.items()
         if to in ("s32", "u32", "s16", "u16")
         for of, e in (("f32", F32), ("f16", F16))
+    },
+    # Bytes are the low half of registers of 16 bits, which get their sign.
+    **{
+        f"cvt.{to}.s8": elementwise(lambda v: v.astype(S8), d, S16)
+        for to, d in (("s16", S16), ("s32", S32))
+    },
+    **{
+        f"cvt.s8.{of}": elementwise(lambda v: v.astype(S8), S16, e)
+        for of, e in (("s16", S16), ("s32", S32))
     },
     "cvt.f32.f16": elementwise(lambda v: v, F32, F16),
     "cvt.f32.bf16": elementwise(lambda v: v, F32, BF16),

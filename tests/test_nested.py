@@ -1,0 +1,256 @@
+"""Scales in two levels, which `prepare` keeps where kernels multiply them."""
+
+import dataclasses
+
+import chex
+import flax.nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import serialization
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import qjax
+from qjax import decode, ops, pallas, sharding, tensor
+from qjax.formats.gptq import Stream
+from qjax.formats.tiles import Tiles
+from qjax.layers import embedding, linen, nnx
+from tests.oracle import relative_error
+from tests.samples import BF16, in_tiles, random_matrix, rows
+
+OFFSET = {"bits": 4, "group_size": 32, "affine": "OFFSET"}
+CENTERED = {"bits": 6, "group_size": 16, "affine": "CENTERED"}
+both = pytest.mark.parametrize("form", [OFFSET, CENTERED], ids=["Q4_K", "Q6_K"])
+
+
+def sample(form: dict, k: int = 512, n: int = 96, seed: int = 0):
+    """A matrix of the oracle, and the same in `Tiles` with `Nested` scales."""
+    matrix = random_matrix(seed, k, n, scale="nested", **form)
+    return matrix, in_tiles(matrix)
+
+
+def float_gradients(w: qjax.QTensor, x: jax.Array) -> dict[str, jax.Array]:
+    """Gradients by the steps of two levels, of some function of the product."""
+
+    def loss(steps):
+        leaves = {
+            name: dataclasses.replace(getattr(w, name), step=step)
+            for name, step in steps.items()
+        }
+        y = qjax.matmul(x, dataclasses.replace(w, **leaves))
+        return (y.astype(jnp.float32) ** 2).sum() / 1024
+
+    names = [name for name in ("scale", "zero") if getattr(w, name) is not None]
+    return jax.grad(loss)({name: getattr(w, name).step for name in names})
+
+
+@both
+def test_prepare_keeps_what_kernels_read(form):
+    _, w = sample(form)
+    stored = qjax.relayout(w, Stream())
+    again = qjax.prepare(stored, layout=Tiles())
+    chex.assert_trees_all_equal(again, w)
+    # Codes, an integer a group, a float16 a run: no float32.
+    assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(again)} <= {1, 2}
+    plain = qjax.prepare(stored, layout=Stream())
+    assert not isinstance(plain.scale, tensor.Encoded)
+    chex.assert_trees_all_equal(qjax.dequantize(again), qjax.dequantize(plain))
+
+
+def test_what_no_kernel_reads_is_decoded():
+    _, w = sample(OFFSET)
+    # Scales of two levels beside zeros of one.
+    mixed = dataclasses.replace(w, zero=w.zero.decode())
+    assert not isinstance(ops.prepare(mixed, layout=Tiles()).scale, tensor.Encoded)
+
+
+@both
+@pytest.mark.parametrize("m", [1, 5, 40])
+def test_products(form, m):
+    matrix, w = sample(form)
+    x = rows(m, 512)
+    y = qjax.matmul(jnp.asarray(x), w)
+    assert relative_error(y, matrix.matmul(x)) < 1e-5
+    y = qjax.matmul(jnp.asarray(x, BF16), w)
+    assert relative_error(y, matrix.matmul(x)) < 2**-8
+
+
+@both
+def test_gradients_of_steps_are_those_through_decoding(form):
+    _, w = sample(form)
+    x = jnp.asarray(rows(3, 512), BF16)
+    # Another layout has its scales decoded before the product, and JAX's own gradient.
+    expected = float_gradients(qjax.relayout(w, Stream()), x)
+    found = float_gradients(w, x)
+    chex.assert_trees_all_close(found, expected, rtol=2e-3)
+    dx = jax.grad(lambda x: qjax.matmul(x, w).astype(jnp.float32).sum())(x)
+    assert relative_error(dx, np.ones((3, 96)) @ np.asarray(decode.dequantize(w)).T) < (
+        2**-8
+    )
+
+
+@both
+def test_stacks(form):
+    pairs = [sample(form, seed=seed) for seed in range(3)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[w for _, w in pairs])
+    x = jnp.asarray(rows(4, 512), BF16)
+    for i, (_, w) in enumerate(pairs):
+        expected = qjax.matmul(x, w)
+        found = qjax.matmul(x, stacked, index=i)
+        chex.assert_trees_all_close(found, expected, rtol=1e-2)
+    y = jax.vmap(qjax.matmul, (None, 0))(x, stacked)
+    chex.assert_trees_all_close(y[2], expected, rtol=1e-2)
+
+    def loss(step):
+        scale = dataclasses.replace(stacked.scale, step=step)
+        w = dataclasses.replace(stacked, scale=scale)
+        return (qjax.matmul(x, w, index=2).astype(jnp.float32) ** 2).sum() / 1024
+
+    gradient = jax.grad(loss)(stacked.scale.step)
+    assert not gradient[:2].any()
+    of_one = float_gradients(pairs[2][1], x)["scale"]
+    chex.assert_trees_all_close(gradient[2], of_one, rtol=2e-3)
+
+
+def test_experts():
+    pairs = [sample(OFFSET, seed=seed) for seed in range(2)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[w for _, w in pairs])
+    x, sizes = jnp.asarray(rows(6, 512), BF16), jnp.array([2, 4])
+
+    def loss(x, step):
+        scale = dataclasses.replace(stacked.scale, step=step)
+        w = dataclasses.replace(stacked, scale=scale)
+        y = qjax.ragged_matmul(x, w, sizes).astype(jnp.float32)
+        return (y**2).sum() / 1024, y
+
+    of_step, y = jax.grad(loss, argnums=1, has_aux=True)(x, stacked.scale.step)
+    for i, part in enumerate((slice(0, 2), slice(2, 6))):
+        matrix, w = pairs[i]
+        expected = matrix.matmul(np.asarray(x[part], np.float32))
+        assert relative_error(y[part], expected) < 2**-8
+        of_one = float_gradients(w, x[part])["scale"]
+        chex.assert_trees_all_close(of_step[i], of_one, rtol=2e-3)
+
+
+@both
+def test_joined(form):
+    parts = [sample(form, n=n, seed=n) for n in (32, 64)]
+    w = tensor.concatenate([w for _, w in parts])
+    assert isinstance(w.scale, tensor.Nested)
+    x = rows(2, 512)
+    expected = np.concatenate([matrix.matmul(x) for matrix, _ in parts], 1)
+    assert relative_error(qjax.matmul(jnp.asarray(x), w), expected) < 1e-5
+    # Of other runs, they are decoded.
+    first, last = (w for _, w in parts)
+    step = jnp.repeat(last.scale.step, 2, axis=0)
+    other = dataclasses.replace(last, scale=dataclasses.replace(last.scale, step=step))
+    assert not isinstance(tensor.concatenate([first, other]).scale, tensor.Encoded)
+
+
+@both
+@pytest.mark.parametrize("spec", [P("model"), P(None, "model"), P("data", "model")])
+def test_devices_multiply_their_own(form, spec):
+    matrix, w = sample(form, k=1024)
+    axis = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((2, 2), ("data", "model"), (axis, axis))
+    placed = sharding.shard(w, mesh, spec)
+    step = placed.scale.step
+    pieces = step.sharding.shard_shape(step.shape)
+    shares = [1 if s is None else 2 for s in (*spec, None)[:2]]
+    assert pieces == (step.shape[0] // shares[0], step.shape[1] // shares[1])
+    x = rows(4, 1024)
+    y = jax.jit(qjax.matmul)(jnp.asarray(x), placed)
+    assert relative_error(y, matrix.matmul(x)) < 1e-5
+    of_steps = jax.jit(float_gradients)(placed, jnp.asarray(x))
+    chex.assert_trees_all_close(
+        of_steps, float_gradients(w, jnp.asarray(x)), rtol=1e-3, atol=1e-2
+    )
+
+
+def test_runs_are_not_cut():
+    _, w = sample(OFFSET, k=512)  # 4 runs of 128 rows
+    mesh = jax.make_mesh((8,), ("model",))
+    with pytest.raises(ValueError, match="has 4 pieces of whole groups and words"):
+        sharding.shard(w, mesh, P("model"))
+
+
+def test_one_run_serves_pieces_of_it():
+    matrix, w = sample(OFFSET | {"group_size": 64}, k=256)
+    assert w.scale.step.shape[0] == 1
+    mesh = jax.make_mesh((2,), ("model",), (jax.sharding.AxisType.Auto,))
+    placed = sharding.shard(w, mesh, P("model"))
+    assert placed.scale.step.sharding.is_fully_replicated
+    x = rows(2, 256)
+    y = jax.jit(qjax.matmul)(jnp.asarray(x), placed)
+    assert relative_error(y, matrix.matmul(x)) < 1e-5
+    of_steps = jax.jit(float_gradients)(placed, jnp.asarray(x))
+    expected = float_gradients(w, jnp.asarray(x))
+    chex.assert_trees_all_close(of_steps, expected, rtol=1e-3, atol=1e-2)
+
+
+def test_on_explicit_axes():
+    matrix, w = sample(OFFSET, k=1024)
+    mesh = jax.make_mesh((2,), ("model",))
+    x = rows(4, 1024)
+    with jax.set_mesh(mesh):
+        placed = sharding.shard(w, mesh, P("model"))
+        here = jax.device_put(jnp.asarray(x), NamedSharding(mesh, P(None, "model")))
+        y = jax.jit(qjax.matmul)(here, placed)
+        of_steps = jax.jit(float_gradients)(placed, here)
+    assert relative_error(y, matrix.matmul(x)) < 1e-5
+    expected = float_gradients(w, jnp.asarray(x))
+    chex.assert_trees_all_close(
+        jax.tree.map(np.asarray, of_steps), expected, rtol=1e-3, atol=1e-2
+    )
+
+
+def test_rows_of_a_table():
+    _, w = sample(CENTERED)
+    index = jnp.array([3, 90, 0])
+    found = embedding.lookup(w, index, None)
+    chex.assert_trees_all_equal(found, decode.dequantize(w).T[index])
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Layers prepare their kernels for the kernels."""
+    monkeypatch.setattr(ops, "_native_layout", pallas.layout_of)
+
+
+@both
+@pytest.mark.usefixtures("as_on_a_gpu")
+class TestLayers:
+    """Integers of the scales are no parameters, and steps are."""
+
+    def test_nnx(self, form):
+        _, w = sample(form)
+        layer = nnx.Linear.from_qtensor(w, dtype=jnp.bfloat16)
+        x = jnp.asarray(rows(3, 512), BF16)
+        chex.assert_trees_all_equal(layer(x), qjax.matmul(x, w))
+
+        def loss(layer):
+            return (layer(x).astype(jnp.float32) ** 2).sum() / 1024
+
+        (found, *_) = jax.tree.leaves(flax.nnx.grad(loss)(layer))
+        chex.assert_trees_all_close(found, float_gradients(w, x)["scale"], rtol=2e-3)
+
+    def test_linen(self, form):
+        _, w = sample(form)
+        variables = linen.to_variables({"kernel": w})
+        chex.assert_trees_all_equal(linen.to_params(variables)["kernel"], w)
+        layer = linen.Dense(96, use_bias=False, dtype=jnp.bfloat16)
+        x = jnp.asarray(rows(3, 512), BF16)
+        chex.assert_trees_all_equal(layer.apply(variables, x), qjax.matmul(x, w))
+
+        def loss(params):
+            y = layer.apply({**variables, "params": params}, x)
+            return (y.astype(jnp.float32) ** 2).sum() / 1024
+
+        found = jax.grad(loss)(variables["params"])["kernel"]["scale"]
+        chex.assert_trees_all_close(found, float_gradients(w, x)["scale"], rtol=2e-3)
+        stored = serialization.to_bytes(variables)
+        empty = jax.tree.map(jnp.zeros_like, variables)
+        again = serialization.from_bytes(empty, stored)
+        chex.assert_trees_all_equal(again, variables)
