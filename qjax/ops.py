@@ -19,7 +19,7 @@ from qjax.meshes import gathered, is_explicit, on_mesh_of, vary_together
 from qjax.partitioning import over_devices
 from qjax.product import product
 from qjax.sharding import P, Segmented
-from qjax.tensor import Encoded, Grouping, Layout, Nested, QTensor, Segment
+from qjax.tensor import Encoded, Grouping, Layout, Levels, QTensor, Segment
 from qjax.watched import Watched
 
 
@@ -125,11 +125,16 @@ def readable(w: QTensor) -> QTensor:
 
     Returns:
       The same weight; its parameters are arrays, `sharding.Segmented`, or in `Tiles`
-      `tensor.Nested`.
+      `tensor.Levels`.
     """
-    nested = all(isinstance(p, Nested | None) for p in (w.scale, w.zero))
-    by_kernel = isinstance(w.layout, Tiles) and dispatch.kernels_read(w)
-    return w if nested and by_kernel and len(w.segments) == 1 else decoded(w)
+    if isinstance(w.scale, Segmented):
+        return w
+    scale, zero = (
+        p.for_kernels() if isinstance(p, Encoded) else p for p in (w.scale, w.zero)
+    )
+    kept = dataclasses.replace(w, scale=scale, zero=zero)
+    by_kernel = isinstance(w.layout, Tiles) and dispatch.kernels_read(kept)
+    return kept if by_kernel else tensor.decoded(w)
 
 
 def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b k n"]:
@@ -218,7 +223,7 @@ def _dequantize_shards(qt: QTensor, dtype: jnp.dtype | None) -> Array:
 
 
 def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
-    if isinstance(w.scale, Nested):
+    if isinstance(w.scale, Levels):
         w = tensor.decoded(w)
     if isinstance(w.scale, Encoded) or isinstance(w.zero, Encoded):
         return decode.stored_weight(w, dtype)
@@ -334,7 +339,7 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
     The codes move to the layout that is native there: `formats.tiles.Tiles` on an
     NVIDIA GPU from sm_80 on, if the kernels read the tensor, and else
     `formats.gptq.Stream`. Encoded scales and zeros are decoded, but for those in two
-    levels that the kernels read (`tensor.Nested`), and an act-order ``row_group`` whose
+    levels that the kernels read (`tensor.Levels`), and an act-order ``row_group`` whose
     groups are all full becomes an ``order``: the rows are stored group by group, and
     ``x`` is gathered instead of the scales. Nothing is requantized; other leaves pass
     through.

@@ -17,7 +17,7 @@ from qjax.dispatch import Choice
 from qjax.meshes import explicitly_like
 from qjax.partitioning import over_devices
 from qjax.sharding import P, Segmented
-from qjax.tensor import Nested, QTensor
+from qjax.tensor import Levels, QTensor
 
 
 # With W[k, n] = f(q[k, n], s, z) and g the cotangent of y = x W:
@@ -179,8 +179,8 @@ def _leaf_gradients(
 def as_in(w: QTensor, name: str, array: Array) -> Any:
     """Takes a gradient of a plain leaf to that of the float arrays of the leaf."""
     leaf = getattr(w, name)
-    if isinstance(leaf, Nested):
-        return leaf.step_gradient(array)
+    if isinstance(leaf, Levels):
+        return leaf.gradient(array)
     if not isinstance(leaf, Segmented):
         return array
     ends = list(itertools.accumulate(p.shape[leaf.axis] for p in leaf.parts))[:-1]
@@ -191,8 +191,8 @@ def cotangent(w: QTensor, gradients: Mapping[str, Any]) -> QTensor:
     """Returns a cotangent of a weight: float0 for all leaves that are not given."""
     dw = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), w)
     whole = {
-        name: dataclasses.replace(leaf, step=gradient)
-        if isinstance(leaf := getattr(dw, name), Nested)
+        name: leaf.with_floats(gradient)
+        if isinstance(leaf := getattr(dw, name), Levels)
         else gradient
         for name, gradient in gradients.items()
     }
@@ -213,6 +213,6 @@ def float_arrays(w: Any, names: Iterable[str]) -> dict[str, Any]:
     """What gradients of these leaves are of: the leaf, or its float array."""
     leaves = {name: getattr(w, name) for name in names}
     return {
-        name: leaf.step if isinstance(leaf, Nested) else leaf
+        name: leaf.floats if isinstance(leaf, Levels) else leaf
         for name, leaf in leaves.items()
     }

@@ -26,6 +26,7 @@ from qjax.tensor import (
     Encoded,
     Grouping,
     Layout,
+    Levels,
     Nested,
     QTensor,
     check_packed,
@@ -165,14 +166,17 @@ def names(w: QTensor) -> QTensor:
             counts = group_counts(w)
             rows = [f"k{i}" if counts[i] > 1 else None for i in range(len(counts))]
             return Segmented(tuple(P(*batch, row, columns) for row in rows), leaf.axis)
-        if isinstance(leaf, Encoded) and not isinstance(leaf, Nested):
+        if isinstance(leaf, Encoded) and not isinstance(leaf, Levels):
             return jax.tree.map(lambda array: P(*[None] * array.ndim), leaf)
         grouped = single and w.row_group is None and group_counts(w)[0] > 1
-        of_groups = P(*batch, "k0" if grouped else None, columns)
-        if not isinstance(leaf, Nested):
-            return of_groups
-        step = of_groups if leaf.step.shape[-2] > 1 else P(*batch, None, columns)
-        return dataclasses.replace(leaf, factor=of_groups, step=step)
+
+        def of_array(array: Any) -> PartitionSpec:
+            if array.ndim == len(batch):  # one number for a matrix
+                return P(*batch)
+            several = grouped and (leaf is array or array.shape[-2] > 1)
+            return P(*batch, "k0" if several else None, columns)
+
+        return jax.tree.map(of_array, leaf)
 
     def vector(leaf: Any, name: str | None) -> Any:
         if isinstance(leaf, Segmented):
@@ -240,7 +244,7 @@ def units(w: QTensor) -> dict[str, int]:
     cuts = [w.layout.cut(segment.bits) for segment in w.segments]
     parameters = [leaf for leaf in (w.scale, w.zero) if leaf is not None]
     encoded = [
-        isinstance(p, Encoded) and not isinstance(p, Segmented | Nested)
+        isinstance(p, Encoded) and not isinstance(p, Segmented | Levels)
         for p in parameters
     ]
     nested = [p for p in parameters if isinstance(p, Nested)]
@@ -330,7 +334,7 @@ def _uneven(
     advice = "choose another axis, or leave it whole"
     if name.startswith("k") and mixed and not isinstance(w.scale, Segmented):
         advice = "qjax.shard, or qjax.sharding.by_segment, lets mixed widths be cut"
-    elif isinstance(w.scale, Encoded) and not isinstance(w.scale, Segmented):
+    elif isinstance(w.scale, Encoded) and not isinstance(w.scale, Segmented | Levels):
         advice = "qjax.prepare decodes its scales"
     elif None in [w.layout.cut(segment.bits) for segment in w.segments]:
         advice = f"{w.layout!r} is never cut, but what qjax.prepare makes of it is"

@@ -23,8 +23,8 @@ MAPS = {
 CODEBOOK = {"codebook": {"affine": "CODEBOOK"}}
 FLOAT = {"float": {"affine": "FLOAT"}}
 SCALES = {"float16": F16, "bfloat16": BF16, "float32": F32}
-# Of two levels, `tensor.Nested`.
-NESTED = {"nested": F32}
+# Of two levels, `tensor.Nested` and `tensor.WithGlobal`.
+LEVELS = {"nested": F32, "global": F32, "over global": F32}
 
 
 def random_codes(seed: int, bits: int, *shape: int) -> np.ndarray:
@@ -34,25 +34,34 @@ def random_codes(seed: int, bits: int, *shape: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InTwoLevels(oracle.Matrix):
-    """A matrix whose float scales and zeros are those of `nested`, by name."""
+    """A matrix whose float scales and zeros are those of `levels`, by name."""
 
-    nested: Mapping[str, tensor.Nested]
+    levels: Mapping[str, tensor.Levels]
 
 
 def random_matrix(seed: int, k: int, n: int, *, scale: str, **options) -> oracle.Matrix:
-    """`oracle.random` with scales of `SCALES`, or `NESTED` ones."""
-    dtype = (SCALES | NESTED)[scale]
+    """`oracle.random` with scales of `SCALES`, or of `LEVELS`."""
+    dtype = (SCALES | LEVELS)[scale]
     matrix = oracle.random(seed, k, n, dtype=dtype, **options)
-    if scale not in NESTED:
+    if scale not in LEVELS:
         return matrix
+    if scale != "nested":
+        local = jnp.asarray(matrix.scale, jnp.float8_e4m3fn).astype(jnp.float16)
+        whole, divides = jnp.float32(0.37), scale == "over global"
+        levels = tensor.WithGlobal(local=local, whole=whole, divides=divides)
+        return _in_levels(matrix, {"scale": levels})
     nested = {"scale": _nested(seed, matrix.scale, -8)}
     if matrix.zero is not None and matrix.zero.dtype.kind == "f":
         # Minima are taken off; zeros that belong to codes are not.
         minima = matrix.affine != "ZERO"
         nested["zero"] = _nested(seed, matrix.zero, 0, negative=minima)
-    plain = {name: np.asarray(one.decode()) for name, one in nested.items()}
+    return _in_levels(matrix, nested)
+
+
+def _in_levels(matrix: oracle.Matrix, levels: Mapping[str, tensor.Levels]):
+    plain = {name: np.asarray(one.decode()) for name, one in levels.items()}
     fields = {f.name: getattr(matrix, f.name) for f in dataclasses.fields(matrix)}
-    return InTwoLevels(**fields | plain, nested=nested)
+    return InTwoLevels(**fields | plain, levels=levels)
 
 
 def _nested(seed: int, like: np.ndarray, least: int, *, negative: bool = False):
@@ -83,7 +92,7 @@ def in_tiles(matrix: oracle.Matrix):
         for name in ("scale", "zero", "order", "input_scale", "codebook")
     }
     if isinstance(matrix, InTwoLevels):
-        leaves |= matrix.nested
+        leaves |= matrix.levels
     return tensor.build(
         words=tuple(words),
         layout=layout,

@@ -49,7 +49,16 @@ from qjax.formats.checks import (
 )
 from qjax.formats.compressed_tensors_config import Config
 from qjax.formats.mxfp4 import E8M0, pack_pairs, unpack_pairs
-from qjax.tensor import Affine, Cut, Digits, Encoded, Layout, QTensor, Segment
+from qjax.tensor import (
+    Affine,
+    Cut,
+    Digits,
+    Encoded,
+    Layout,
+    QTensor,
+    Segment,
+    WithGlobal,
+)
 
 # What may stand beside a weight for the activations.
 _OF_ACTIVATIONS = ("input_scale", "input_zero_point", "input_global_scale")
@@ -130,6 +139,11 @@ class OverGlobal(Encoded):
     def decode(self) -> Float[Array, "*batch groups n"]:
         """Returns the scales in float32."""
         return tensor.widen(self.local, 8) / self.whole[..., None, None]
+
+    def for_kernels(self) -> WithGlobal:
+        """Returns the same numbers; float16 holds the small floats."""
+        local = tensor.widen(self.local, 8).astype(jnp.float16)
+        return WithGlobal(local=local, whole=self.whole, divides=True)
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:

@@ -14,6 +14,7 @@ optimum/quanto/tensor/weights/awq/packed.py, commit
 
 import dataclasses
 import functools
+import inspect
 import math
 import types
 from collections.abc import Callable, Mapping
@@ -45,8 +46,9 @@ from qjax.tensor import (
     Nested,
     QTensor,
     Segment,
+    WithGlobal,
     check_packed,
-    nested,
+    levels,
 )
 
 FORMAT, VERSION = "qjax.QTensor", 1
@@ -58,7 +60,7 @@ _LARGEST = 2**31 - 1
 _VECTORS = ("order", "row_group", "codebook", "input_scale")
 
 _MODULES = [getattr(formats, name) for name in formats.__all__ if name.islower()]
-_MODULES += [block_scale, compressed_tensors_floats, nested]
+_MODULES += [block_scale, compressed_tensors_floats, levels]
 _MODULES.append(tiles)  # no file holds it, but a prepared tensor does
 
 
@@ -72,6 +74,7 @@ def _defined(base: type) -> Mapping[str, type]:
             if isinstance(kind, type)
             and issubclass(kind, base)
             and kind.__module__ == module.__name__
+            and not inspect.isabstract(kind)
         }
     )
 
@@ -478,6 +481,15 @@ def _nested(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encode
     return Nested(negative=negative, **arrays)
 
 
+def _kept_global(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
+    flag = f"{name}.divides"
+    divides = entries.has(flag) and entries.integer(flag, 1, 1) == 1
+    shape = arrays["local"].shape if "local" in arrays else ()
+    whole = ((jnp.float32,), shape[:-2])
+    _leaves(name, arrays, {"local": ((jnp.float16,), shape), "whole": whole})
+    return WithGlobal(divides=divides, **arrays)
+
+
 # Of encodings with several arrays, which must fit together.
 _BUILDERS: Mapping[type, Callable[[str, Mapping[str, Array], _Entries], Encoded]] = (
     types.MappingProxyType(
@@ -491,6 +503,7 @@ _BUILDERS: Mapping[type, Callable[[str, Mapping[str, Array], _Entries], Encoded]
                 for kind in (compressed_tensors_floats.OverGlobal, modelopt.TimesGlobal)
             },
             Nested: _nested,
+            WithGlobal: _kept_global,
         }
     )
 )

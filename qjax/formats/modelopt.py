@@ -51,7 +51,7 @@ from qjax.formats.checks import (
 from qjax.formats.compressed_tensors_floats import Nibbles
 from qjax.formats.modelopt_config import Algorithm, Config
 from qjax.formats.mxfp4 import E8M0
-from qjax.tensor import Affine, Encoded, QTensor, Segment
+from qjax.tensor import Affine, Encoded, QTensor, Segment, WithGlobal
 
 __all__ = [
     "TENSORS",
@@ -97,6 +97,11 @@ class TimesGlobal(Encoded):
     def decode(self) -> Float[Array, "*batch groups n"]:
         """Returns the scales in float32."""
         return tensor.widen(self.local, 8) * self.whole[..., None, None]
+
+    def for_kernels(self) -> WithGlobal:
+        """Returns the same numbers; float16 holds the small floats."""
+        local = tensor.widen(self.local, 8).astype(jnp.float16)
+        return WithGlobal(local=local, whole=self.whole)
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:

@@ -18,7 +18,7 @@ from qjax import decode, tensor
 from qjax.formats.gptq import Planar, Stream
 from qjax.formats.tiles import SIDE, Tiles
 from qjax.layers import dense
-from qjax.tensor import Encoded, Grouping, Nested, QTensor
+from qjax.tensor import Encoded, Grouping, Levels, QTensor
 
 AXES = "[features, num_embeddings]"
 
@@ -183,8 +183,10 @@ def _words(words: Array, w: QTensor, index: Array) -> Array:
 
 def _parameters(parameter: Array | Encoded, n: int, index: Array) -> Array:
     """Scales or zeros of some columns."""
-    if isinstance(parameter, Nested):
-        picked = jax.tree.map(lambda leaf: _parameters(leaf, n, index), parameter)
+    if isinstance(parameter, Levels):
+        picked = jax.tree.map(
+            lambda leaf: _parameters(leaf, n, index) if leaf.ndim else leaf, parameter
+        )
         return picked.decode()
     parameter = tensor.plain(parameter)
     count = parameter.shape[-1]

@@ -22,13 +22,14 @@ from qjax.pallas.operands import (
     books,
     group_rows,
     joined_words,
+    one_of,
     parameters,
     read_book,
     read_index,
     stack_index,
 )
 from qjax.pallas.weight import Columns, Place, places
-from qjax.tensor import Affine, QTensor
+from qjax.tensor import Affine, QTensor, decoded
 
 
 class Operands(NamedTuple):
@@ -88,6 +89,12 @@ def dequantize(
     Raises:
       NotImplementedError: If the kernel declines ``w``, with the reason.
     """
+    whole, bare = scales.whole_of(w)
+    if whole is not None and unit is not None:
+        # For a product, in which it may be rounded with the unit.
+        w, unit = bare, one_of(whole, index).apply(unit)
+    elif whole is not None:
+        w = decoded(w)
     (segment,) = w.segments
     bits, (group,) = segment.bits, group_rows(w)
     config = config.fitting(bits, w.k + segment.padding)

@@ -54,6 +54,7 @@ class Operands(NamedTuple):
       books: Codebooks, if there are any.
       words: Of every segment.
       parameters: Scale, and zero if there is one.
+      whole: What scales are multiplied by in the end, `scales.of_whole`.
     """
 
     x: Any
@@ -62,6 +63,7 @@ class Operands(NamedTuple):
     books: Any
     words: list[Any]
     parameters: list[Any]
+    whole: Any
 
 
 def matmul(
@@ -95,6 +97,7 @@ def matmul(
       NotImplementedError: If the kernel declines ``w``, with the reason, or bfloat16
         arithmetic with a ``config`` that scales weights.
     """
+    whole, w = scales.whole_of(w)
     walk = Walk.of(w, config, index)
     if config.scales_weights and dtype != DTYPE:
         raise NotImplementedError(
@@ -112,6 +115,7 @@ def matmul(
             books=books(w),
             words=joined_words(w),
             parameters=parameters(w),
+            whole=scales.of_whole(whole),
         ),
         name=f"matmul_{widths}bit_{config.block_m}",
         grid=(
@@ -204,6 +208,7 @@ def _body(
         acc *= unit.undo
     if book.undo is not None:
         acc *= book.undo
+    acc = scales.finish(acc, refs.whole, matrix)
     inside = columns[0].inside
     inside = None if inside is None else inside[None]
     if out_ref.shape[1] % config.block_m:

@@ -79,6 +79,7 @@ def matmul_t(
     Raises:
       NotImplementedError: If the kernel declines ``w``, with the reason.
     """
+    whole, w = scales.whole_of(w)
     (segment,), m = w.segments, dy.shape[0]
     bits, (group,) = segment.bits, group_rows(w)
     config = config.fitting(bits, w.k + segment.padding)
@@ -119,6 +120,8 @@ def matmul_t(
         interpret=interpret,
     )
     dx = (partial.sum(0).reshape(-1, k) * unscale)[:m, : w.k] * undo
+    if whole is not None:
+        dx = one_of(whole, index).apply(dx)
     if added:
         _, zeros = parameters(decoded(one_of(w, index)))
         zeros = zeros[:, : w.n].astype(jnp.float32)

@@ -54,6 +54,7 @@ class Operands(NamedTuple):
       books: Codebooks, if there are any.
       words: Of every segment.
       parameters: Scale, and zero if there is one.
+      whole: What scales are multiplied by in the end, `scales.of_whole`.
     """
 
     x: Any
@@ -61,6 +62,7 @@ class Operands(NamedTuple):
     books: Any
     words: list[Any]
     parameters: list[Any]
+    whole: Any
 
 
 def matvec(
@@ -94,6 +96,7 @@ def matvec(
     """
     if x.dtype not in DTYPES:
         raise NotImplementedError(f"matvec takes 16-bit rows, not x.dtype={x.dtype}.")
+    whole, w = scales.whole_of(w)
     walk = Walk.of(w, config, index)
     m, columns = len(x), config.block_n // config.slices
     widths = "_".join(str(run.bits) for run in walk.runs)
@@ -105,6 +108,7 @@ def matvec(
             books=books(w),
             words=joined_words(w),
             parameters=parameters(w),
+            whole=scales.of_whole(whole),
         ),
         name=f"matvec_{widths}bit_{config.slices}",
         grid=(
@@ -156,6 +160,7 @@ def _body(
         acc = _Segment(program, run, bound, columns).add_to(acc)
     if book.undo is not None:
         acc *= book.undo
+    acc = scales.finish(acc, refs.whole, matrix)
     inside = None
     if m % height or n % width:
         row, column = rows + jnp.arange(height), start + jnp.arange(width)

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float
 
 from qjax.formats import tiles
 from qjax.pallas import lang, lookup, unpack
-from qjax.tensor import Affine, Grouping, QTensor
+from qjax.tensor import Affine, Grouping, Levels, QTensor, WithGlobal
 
 # Arithmetic of the tensor cores, where no other is asked for.
 DTYPE = jnp.dtype(jnp.float16)
@@ -129,12 +129,29 @@ def check(w: QTensor) -> None:
             "The kernels do not gather scales by row_group (act-order); qjax.prepare "
             "turns one whose groups are full into an order of the rows."
         )
+    if not _levels_are_alike(w):
+        raise NotImplementedError(
+            "The kernels read scales in two levels of one width of codes, and beside "
+            "added zeros that are likewise, or none."
+        )
     for segment in w.segments:
         if (segment.group_size or tiles.SIDE) % tiles.SIDE:
             raise NotImplementedError(
                 f"group_size={segment.group_size} is not a multiple of {tiles.SIDE}, "
                 "the rows of a product of tensor cores."
             )
+
+
+def _levels_are_alike(w: QTensor) -> bool:
+    parameters = [p for p in (w.scale, w.zero) if p is not None]
+    levels = [isinstance(p, Levels) for p in parameters]
+    if not any(levels):
+        return True
+    # A number for the whole matrix comes last, when zeros are in the sum.
+    with_global = any(isinstance(p, WithGlobal) for p in parameters)
+    alone = len(parameters) == 1
+    alike = alone or (not with_global and (all(levels) or w.affine is Affine.ZERO))
+    return alike and len(w.segments) == 1
 
 
 def layout_of(w: QTensor) -> tiles.Tiles:

@@ -1,9 +1,10 @@
-"""Scales and zeros as kernels read them: one number a group, or `Nested` in two levels.
+"""Scales and zeros as kernels read them: one number a group, or `Levels` of them.
 
-Of two levels, a program multiplies the numbers of its own groups when it has loaded
+Of `Nested` ones, a program multiplies the numbers of its own groups when it has loaded
 them, so that no more is read than a file has: an integer of eight bits a group.
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from qjax.pallas import lang
-from qjax.tensor import Nested
+from qjax.tensor import Nested, QTensor, WithGlobal
 
 
 class Iteration:
@@ -70,6 +71,32 @@ def elements(ref: Any, group: Array, column: Array, mask: Array | None) -> Array
     step = lang.gather(ref.step, group // ref.ratio, column, mask=mask)
     factor = lang.gather(ref.factor, group, column, mask=mask)
     return factor.astype(jnp.float32) * _widened(ref, step)
+
+
+def whole_of(w: QTensor) -> tuple[WithGlobal | None, QTensor]:
+    """Takes the number for a whole matrix off its scales, which then are plain.
+
+    Returns:
+      The scales that have it, or None; and the weight without it.
+    """
+    if not isinstance(w.scale, WithGlobal):
+        return None, w
+    return w.scale, dataclasses.replace(w, scale=w.scale.local)
+
+
+def of_whole(scale: WithGlobal | None) -> WithGlobal | None:
+    """Returns the numbers alone, as a kernel takes them: ``[count, 1]``."""
+    if scale is None:
+        return None
+    return dataclasses.replace(scale, local=None, whole=scale.whole.reshape(-1, 1))
+
+
+def finish(acc: Array, ref: WithGlobal | None, matrix: Any) -> Array:
+    """Applies, in a kernel's body, the number of a matrix; of none, -1, any will do."""
+    if ref is None:
+        return acc
+    (whole,) = lang.scalars(ref.whole, jnp.maximum(matrix, 0), 1)
+    return acc * (1 / whole if ref.divides else whole)
 
 
 def _widened(ref: Nested, step: Array) -> Array:

@@ -4,7 +4,7 @@ from qjax.tensor.building import build
 from qjax.tensor.digits import Digits
 from qjax.tensor.floats import SMALL_FLOATS, numbers, widen
 from qjax.tensor.joining import concatenate
-from qjax.tensor.nested import Nested
+from qjax.tensor.levels import Levels, Nested, WithGlobal
 from qjax.tensor.parts import (
     Affine,
     Cut,
@@ -34,9 +34,11 @@ __all__ = [
     "Encoded",
     "Grouping",
     "Layout",
+    "Levels",
     "Nested",
     "QTensor",
     "Segment",
+    "WithGlobal",
     "build",
     "check_packed",
     "codes",

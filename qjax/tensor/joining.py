@@ -4,13 +4,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array
 
-from qjax.tensor.nested import Nested
+from qjax.tensor.levels import Levels
 from qjax.tensor.parts import Encoded, Grouping, columns, plain
 from qjax.tensor.qtensor import QTensor, check_packed
 
@@ -29,7 +28,8 @@ def concatenate(weights: Sequence[QTensor]) -> QTensor:
     Args:
       weights: Matrices, or stacks of as many, alike but for n and their values: packed
         in the same layout, with the same widths, groups, affine map and dtypes, and
-        rows in the same order. Encoded scales are decoded, but for `Nested` ones.
+        rows in the same order. Encoded scales are decoded, but for `Levels` that
+        are alike.
 
     Returns:
       ``[*batch, k, sum of n]``. `jax.numpy.split` cuts a product into theirs.
@@ -67,8 +67,9 @@ def concatenate(weights: Sequence[QTensor]) -> QTensor:
 
     def joined(name: str) -> Array | Encoded:
         leaves: list[Array | Encoded] = [getattr(w, name) for w in weights]
-        if _are_nested_alike(leaves):
-            return jax.tree.map(lambda *x: jnp.concatenate(x, axis=-1), *leaves)
+        scale, *others = leaves
+        if isinstance(scale, Levels) and (levels := scale.beside(others)) is not None:
+            return levels
         own = [columns(plain(x), w.n) for x, w in zip(leaves, weights, strict=True)]
         return jnp.concatenate(own, axis=-1)
 
@@ -80,12 +81,6 @@ def concatenate(weights: Sequence[QTensor]) -> QTensor:
         zero=None if first.zero is None else joined("zero"),
         padding=weights[-1].padding,
     )
-
-
-def _are_nested_alike(leaves: Sequence[Any]) -> bool:
-    if not all(isinstance(leaf, Nested) for leaf in leaves):
-        return False
-    return len({(leaf.ratio, leaf.negative) for leaf in leaves}) == 1
 
 
 def _check_alike(first: QTensor, w: QTensor, name: str) -> None:

@@ -70,6 +70,10 @@ class Encoded(abc.ABC):
     def decode(self) -> Array:
         """Returns the plain ``[*batch, groups, n]`` array."""
 
+    def for_kernels(self) -> "Array | Encoded":
+        """Returns what GPU kernels read in its place; by default what it decodes to."""
+        return self.decode()
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the decoded array."""

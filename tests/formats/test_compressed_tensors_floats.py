@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax import tensor
 from qjax.formats import compressed_tensors as ct
 from qjax.formats import compressed_tensors_floats as floats
+from qjax.formats.tiles import Tiles
 from tests import goldens
 from tests.goldens import load, same_bits
 
@@ -48,6 +50,14 @@ def test_dequantizes_as_upstream(name, prepare):
     w = qjax.prepare(w) if prepare else w
     assert w.dtype == expected.dtype
     same_bits(np.asarray(qjax.dequantize(w)), expected.T)
+
+
+def test_for_a_gpu_the_number_of_the_matrix_stays_apart():
+    w = ct.from_tensors(tensors_of(NVFP4), config_of(NVFP4))
+    for_gpu = qjax.prepare(w, layout=Tiles())
+    assert isinstance(for_gpu.scale, tensor.WithGlobal)
+    assert for_gpu.scale.local.dtype == jnp.float16
+    same_bits(np.asarray(qjax.dequantize(for_gpu)), load(NVFP4)["out_dequant"].T)
 
 
 @pytest.mark.parametrize("name", FLOATS)

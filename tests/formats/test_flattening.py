@@ -215,16 +215,22 @@ def test_all_layouts_and_encodings_have_a_name():
         # `sharding.Segmented` is of no file: flattening joins it.
         formats = "qjax.formats."
         kinds = [k for k in base.__subclasses__() if k.__module__.startswith(formats)]
-        kinds += [tensor.Nested] if base is tensor.Encoded else []
+        kinds += [tensor.Nested, tensor.WithGlobal] if base is tensor.Encoded else []
         assert set(kinds) == set(table.values())
         return {name for name, kind in table.items() if kind in kinds}
 
     assert inside(tensor.Layout, flattening.LAYOUTS) == LAYOUTS.keys()
     encodings = inside(tensor.Encoded, flattening.ENCODINGS)
     # Encodings of one array need no check of their own.
-    several = {"exl2.Scale", "mpq.DoubleQuantized", "bnb.Absmax", "nested.Nested"}
+    several = {
+        "exl2.Scale",
+        "mpq.DoubleQuantized",
+        "bnb.Absmax",
+        "levels.Nested",
+        "levels.WithGlobal",
+    }
     several |= {"compressed_tensors_floats.OverGlobal", "block_scale.BlockScale"}
-    several |= {"modelopt.TimesGlobal"}
+    several |= {"modelopt.TimesGlobal", "levels.WithGlobal"}
     assert encodings - several == {"mxfp4.E8M0"}
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 import qjax
+from qjax import tensor
 from qjax.formats import compressed_tensors, fp8, modelopt
+from qjax.formats.gptq import Stream
 from qjax.formats.tiles import Tiles
 from tests import goldens, oracle
 from tests.goldens import load, same_bits
@@ -40,11 +42,15 @@ def arrays(w: qjax.QTensor) -> dict:
     return {name: np.asarray(array) for name, array in modelopt.to_tensors(w).items()}
 
 
-@pytest.mark.parametrize("prepare", [False, True])
+@pytest.mark.parametrize("layout", [None, Stream(), Tiles()], ids=str)
 @pytest.mark.parametrize("name", FILES)
-def test_dequantizes_as_modelopt(name, prepare):
-    expected = load(name)["out_dequant"]
-    w = qjax.prepare(read(name)) if prepare else read(name)
+def test_dequantizes_as_modelopt(name, layout):
+    expected, w = load(name)["out_dequant"], read(name)
+    if layout is not None:
+        w = qjax.prepare(w, layout=layout)
+        # For a GPU, the number of the matrix stays apart.
+        is_apart = isinstance(w.scale, tensor.WithGlobal)
+        assert is_apart == ("nvfp4" in name and layout == Tiles())
     found = np.asarray(qjax.dequantize(w))
     assert found.dtype == expected.dtype == jnp.bfloat16
     if tensors_of(name)["weight"].dtype == np.uint8:

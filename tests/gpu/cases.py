@@ -16,13 +16,15 @@ from qjax.pallas.matmul_t import matmul_t
 from qjax.pallas.matvec import matvec
 from qjax.pallas.operands import Config
 from qjax.pallas.scale_grad import scale_grad
-from qjax.tensor import Affine, Nested, QTensor, Segment
+from qjax.tensor import Affine, Nested, QTensor, Segment, WithGlobal
 
 # Shape of the weight of the kernels' cases: an iteration is what is counted, so any
 # will do whose extents are whole blocks.
 K, N = 8192, 4096
 # Scales in two levels, and the rows that share a step: those of GGUF's blocks.
 NESTED, RUN = "nested", 256
+# float16, and one number for the matrix: those of NVFP4.
+GLOBAL = "global"
 
 
 def weight(
@@ -46,6 +48,9 @@ def weight(
     )
 
     def parameter(dtype: Any, *, negative: bool = False) -> Any:
+        if dtype == GLOBAL:
+            local = struct(groups, jnp.float16)
+            return WithGlobal(local=local, whole=struct((), jnp.float32))
         if dtype != NESTED:
             return None if dtype is None else struct(groups, dtype)
         factor, step = struct(groups, jnp.int8), struct((k // RUN, n), jnp.float16)

@@ -10,7 +10,7 @@ import pytest
 from qjax.formats import tiles
 from qjax.pallas import configs
 from tests.gpu import ptx
-from tests.gpu.cases import NESTED, Matmul, Matvec
+from tests.gpu.cases import GLOBAL, NESTED, Matmul, Matvec
 
 ARCHS = ("sm_80", "sm_90")
 
@@ -54,6 +54,7 @@ CASES = [
     Matmul(6, 8, 128, 16, "centered", "float32", warps=2),
     Matmul(3, 16, 256, 16, "centered", "float32"),
     Matmul(4, 32, 128, 16, "float", "float32"),
+    Matmul(4, 16, 128, 16, "float", GLOBAL, warps=2),
     # Scales in two levels: Q4_K and Q6_K of GGUF.
     Matmul(4, 8, 128, 32, "offset", NESTED, warps=2),
     Matmul(6, 16, 128, 16, "centered", NESTED, warps=2),
@@ -81,6 +82,7 @@ CASES = [
     Matvec(8, 8, 128, 128, "float", "float32"),
     Matvec(8, 8, 128, 128, "float", "float32", dtype="float16"),
     Matvec(4, 8, 128, 16, "float", "float32"),
+    Matvec(4, 8, 128, 16, "float", GLOBAL),
     Matvec(4, 8, 128, 32, "float", "bfloat16"),
     Matvec(4, 16, 128, 128, "codebook", "float32", m=16, slices=1, splits=4),
     # Q2_K to Q6_K, and IQ4_XS.
@@ -239,7 +241,8 @@ def test_bytes(case, arch, compiled):
     thread = loads.loop[case.words] * passes
     floor = w.words[0].size * 2
     of_scale = len(jax.tree.leaves(w.scale))
-    for i, array in enumerate(jax.tree.leaves((w.scale, w.zero))):
+    parameters = [a for a in jax.tree.leaves((w.scale, w.zero)) if a.ndim]
+    for i, array in enumerate(parameters):
         parameter, rows = case.words + 1 + i, w.k / array.shape[0]
         # The parameters of a group that takes several passes come from the L1 after the
         # first; those of the first group are loaded ahead of the loop, of the last

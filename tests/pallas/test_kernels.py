@@ -32,7 +32,6 @@ from tests.samples import (
     F32,
     FLOAT,
     MAPS,
-    NESTED,
     SCALES,
     in_tiles,
     random_matrix,
@@ -80,7 +79,7 @@ AXES = {
     "affine": list(MAPS | CODEBOOK | FLOAT),
     "group": GROUPS,
     "shape": list(SHAPES),
-    "scale": list(SCALES | NESTED),
+    "scale": [*SCALES, "nested"],
 }
 # The unpacking is that of matmul: fewer widths.
 OTHER = AXES | {"bits": (3, 4, 8), "group": (16, 128, None)}
@@ -203,6 +202,31 @@ def test_gradients(case):
     assert found.keys() == expected.keys()
     for name, gradient in found.items():
         assert relative_error(gradient, expected[name]) < TOLERANCE, name
+
+
+@pytest.mark.parametrize("scale", ["global", "over global"])
+def test_a_number_for_the_whole_matrix(scale):
+    case = {"bits": 4, "affine": "float", "group": 16, "shape": "ragged"}
+    matrix = sample(case | {"scale": scale})
+    w, (k, n) = in_tiles(matrix), matrix.codes.shape
+    for m in (1, 130):
+        x = rows(m, k)
+        for kernel, configure in (
+            (matvec, configs.for_matvec),
+            (matmul, configs.for_matmul),
+        ):
+            if m > configs.FEW_ROWS and kernel is matvec:
+                continue
+            y = kernel(jnp.asarray(x, jnp.bfloat16), w, configure(m, w), interpret=True)
+            assert relative_error(y, matrix.matmul(x)) < TOLERANCE
+    dy = jnp.asarray(rows(5, n, seed=2))
+    dx = matmul_t(dy, w, configs.for_matmul_t(5, w), interpret=True)
+    assert relative_error(dx, np.asarray(dy) @ matrix.weight.T) < ROUNDED
+    config = configs.for_dequantize(w)
+    exact = dequantize(w, F32, config, interpret=True)
+    chex.assert_trees_all_equal(exact, decode.stored_weight(w, F32))
+    halved = dequantize(w, F32, config, unit=jnp.float32(0.5), interpret=True)
+    assert relative_error(halved, matrix.weight / 2) < 1e-6
 
 
 # Widths whose blocks are larger and smaller than a step, k of any number of steps.

@@ -13,7 +13,7 @@ from jaxtyping import Array
 from qjax import ops
 from qjax.layers import dense
 from qjax.sharding import Segmented
-from qjax.tensor import Nested, QTensor, check_packed
+from qjax.tensor import Levels, Nested, QTensor, WithGlobal, check_packed
 
 QUANTIZED = "quantized"  # the collection of integers, never trained
 
@@ -188,13 +188,14 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split(kernel: QTensor) -> tuple[dict[str, Any], QTensor]:
-    """Takes the floats out of a prepared kernel, by name; of two levels, the steps."""
+    """Takes the floats out of a prepared kernel, by name; of `Levels`, theirs."""
     floats: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for name in ("scale", "zero", "codebook", "input_scale"):
         leaf = getattr(kernel, name)
-        if isinstance(leaf, Nested):
-            floats[name], rest[name] = leaf.step, dataclasses.replace(leaf, step=None)
+        if isinstance(leaf, Levels):
+            floats[name] = leaf.floats
+            rest[name] = leaf.with_floats(dict.fromkeys(leaf.trained))
         elif leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
             floats[name], rest[name] = leaf, None
     return floats, dataclasses.replace(kernel, **rest)
@@ -203,8 +204,8 @@ def _split(kernel: QTensor) -> tuple[dict[str, Any], QTensor]:
 def _join(floats: Mapping[str, Any], rest: QTensor) -> QTensor:
     """Inverse of `_split`."""
     leaves = {
-        name: dataclasses.replace(held, step=leaf)
-        if isinstance(held := getattr(rest, name), Nested)
+        name: held.with_floats(leaf)
+        if isinstance(held := getattr(rest, name), Levels)
         else leaf
         for name, leaf in floats.items()
     }
@@ -230,13 +231,19 @@ def _from_state_dict(qt: QTensor, state: dict[str, Any]) -> QTensor:
     return dataclasses.replace(qt, **leaves)
 
 
-def _levels_to_state_dict(leaf: Nested) -> dict[str, Any]:
-    return serialization.to_state_dict({"factor": leaf.factor, "step": leaf.step})
+def _arrays(leaf: Levels) -> dict[str, Any]:
+    fields = dataclasses.fields(leaf)
+    names = [field.name for field in fields if not field.metadata.get("static")]
+    return {name: getattr(leaf, name) for name in names}
 
 
-def _levels_from_state_dict(leaf: Nested, state: dict[str, Any]) -> Nested:
-    levels = {"factor": leaf.factor, "step": leaf.step}
-    return dataclasses.replace(leaf, **serialization.from_state_dict(levels, state))
+def _levels_to_state_dict(leaf: Levels) -> dict[str, Any]:
+    return serialization.to_state_dict(_arrays(leaf))
+
+
+def _levels_from_state_dict(leaf: Levels, state: dict[str, Any]) -> Levels:
+    arrays = serialization.from_state_dict(_arrays(leaf), state)
+    return dataclasses.replace(leaf, **arrays)
 
 
 def _parts_to_state_dict(leaf: Segmented) -> dict[str, Any]:
@@ -252,9 +259,10 @@ def _parts_from_state_dict(leaf: Segmented, state: dict[str, Any]) -> Segmented:
 serialization.register_serialization_state(
     QTensor, _to_state_dict, _from_state_dict, override=True
 )
-serialization.register_serialization_state(
-    Nested, _levels_to_state_dict, _levels_from_state_dict, override=True
-)
+for _kind in (Nested, WithGlobal):
+    serialization.register_serialization_state(
+        _kind, _levels_to_state_dict, _levels_from_state_dict, override=True
+    )
 serialization.register_serialization_state(
     Segmented, _parts_to_state_dict, _parts_from_state_dict, override=True
 )

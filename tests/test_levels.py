@@ -20,40 +20,42 @@ from qjax.layers import embedding, linen, nnx
 from tests.oracle import relative_error
 from tests.samples import BF16, in_tiles, random_matrix, rows
 
-OFFSET = {"bits": 4, "group_size": 32, "affine": "OFFSET"}
-CENTERED = {"bits": 6, "group_size": 16, "affine": "CENTERED"}
-both = pytest.mark.parametrize("form", [OFFSET, CENTERED], ids=["Q4_K", "Q6_K"])
+OFFSET = {"bits": 4, "group_size": 32, "affine": "OFFSET", "scale": "nested"}
+CENTERED = {"bits": 6, "group_size": 16, "affine": "CENTERED", "scale": "nested"}
+FLOAT = {"bits": 4, "group_size": 16, "affine": "FLOAT", "scale": "over global"}
+every = pytest.mark.parametrize(
+    "form", [OFFSET, CENTERED, FLOAT], ids=["Q4_K", "Q6_K", "NVFP4"]
+)
 
 
 def sample(form: dict, k: int = 512, n: int = 96, seed: int = 0):
-    """A matrix of the oracle, and the same in `Tiles` with `Nested` scales."""
-    matrix = random_matrix(seed, k, n, scale="nested", **form)
+    """A matrix of the oracle, and the same in `Tiles` with `Levels` of scales."""
+    matrix = random_matrix(seed, k, n, **form)
     return matrix, in_tiles(matrix)
 
 
 def float_gradients(w: qjax.QTensor, x: jax.Array) -> dict[str, jax.Array]:
-    """Gradients by the steps of two levels, of some function of the product."""
+    """Gradients by the floats of the levels, of some function of the product."""
 
-    def loss(steps):
+    def loss(floats):
         leaves = {
-            name: dataclasses.replace(getattr(w, name), step=step)
-            for name, step in steps.items()
+            name: getattr(w, name).with_floats(array) for name, array in floats.items()
         }
         y = qjax.matmul(x, dataclasses.replace(w, **leaves))
         return (y.astype(jnp.float32) ** 2).sum() / 1024
 
     names = [name for name in ("scale", "zero") if getattr(w, name) is not None]
-    return jax.grad(loss)({name: getattr(w, name).step for name in names})
+    return jax.grad(loss)({name: getattr(w, name).floats for name in names})
 
 
-@both
+@every
 def test_prepare_keeps_what_kernels_read(form):
     _, w = sample(form)
     stored = qjax.relayout(w, Stream())
     again = qjax.prepare(stored, layout=Tiles())
     chex.assert_trees_all_equal(again, w)
-    # Codes, an integer a group, a float16 a run: no float32.
-    assert {leaf.dtype.itemsize for leaf in jax.tree.leaves(again)} <= {1, 2}
+    # Codes and levels: no float32 a group.
+    assert not any(a.dtype == jnp.float32 and a.ndim for a in jax.tree.leaves(again))
     plain = qjax.prepare(stored, layout=Stream())
     assert not isinstance(plain.scale, tensor.Encoded)
     chex.assert_trees_all_equal(qjax.dequantize(again), qjax.dequantize(plain))
@@ -66,7 +68,7 @@ def test_what_no_kernel_reads_is_decoded():
     assert not isinstance(ops.prepare(mixed, layout=Tiles()).scale, tensor.Encoded)
 
 
-@both
+@every
 @pytest.mark.parametrize("m", [1, 5, 40])
 def test_products(form, m):
     matrix, w = sample(form)
@@ -77,8 +79,8 @@ def test_products(form, m):
     assert relative_error(y, matrix.matmul(x)) < 2**-8
 
 
-@both
-def test_gradients_of_steps_are_those_through_decoding(form):
+@every
+def test_gradients_are_those_through_decoding(form):
     _, w = sample(form)
     x = jnp.asarray(rows(3, 512), BF16)
     # Another layout has its scales decoded before the product, and JAX's own gradient.
@@ -91,7 +93,7 @@ def test_gradients_of_steps_are_those_through_decoding(form):
     )
 
 
-@both
+@every
 def test_stacks(form):
     pairs = [sample(form, seed=seed) for seed in range(3)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[w for _, w in pairs])
@@ -103,63 +105,70 @@ def test_stacks(form):
     y = jax.vmap(qjax.matmul, (None, 0))(x, stacked)
     chex.assert_trees_all_close(y[2], expected, rtol=1e-2)
 
-    def loss(step):
-        scale = dataclasses.replace(stacked.scale, step=step)
-        w = dataclasses.replace(stacked, scale=scale)
+    def loss(floats):
+        w = dataclasses.replace(stacked, scale=stacked.scale.with_floats(floats))
         return (qjax.matmul(x, w, index=2).astype(jnp.float32) ** 2).sum() / 1024
 
-    gradient = jax.grad(loss)(stacked.scale.step)
-    assert not gradient[:2].any()
+    gradient = jax.grad(loss)(stacked.scale.floats)
     of_one = float_gradients(pairs[2][1], x)["scale"]
-    chex.assert_trees_all_close(gradient[2], of_one, rtol=2e-3)
+    for name, array in gradient.items():
+        assert not array[:2].any()
+        chex.assert_trees_all_close(array[2], of_one[name], rtol=2e-3, atol=1e-6)
 
 
-def test_experts():
-    pairs = [sample(OFFSET, seed=seed) for seed in range(2)]
+@every
+def test_experts(form):
+    pairs = [sample(form, seed=seed) for seed in range(2)]
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[w for _, w in pairs])
     x, sizes = jnp.asarray(rows(6, 512), BF16), jnp.array([2, 4])
 
-    def loss(x, step):
-        scale = dataclasses.replace(stacked.scale, step=step)
-        w = dataclasses.replace(stacked, scale=scale)
+    def loss(x, floats):
+        w = dataclasses.replace(stacked, scale=stacked.scale.with_floats(floats))
         y = qjax.ragged_matmul(x, w, sizes).astype(jnp.float32)
         return (y**2).sum() / 1024, y
 
-    of_step, y = jax.grad(loss, argnums=1, has_aux=True)(x, stacked.scale.step)
+    found, y = jax.grad(loss, argnums=1, has_aux=True)(x, stacked.scale.floats)
     for i, part in enumerate((slice(0, 2), slice(2, 6))):
         matrix, w = pairs[i]
         expected = matrix.matmul(np.asarray(x[part], np.float32))
         assert relative_error(y[part], expected) < 2**-8
         of_one = float_gradients(w, x[part])["scale"]
-        chex.assert_trees_all_close(of_step[i], of_one, rtol=2e-3)
+        mine = jax.tree.map(lambda array, i=i: array[i], found)
+        chex.assert_trees_all_close(mine, of_one, rtol=2e-3, atol=1e-6)
 
 
-@both
+@every
 def test_joined(form):
     parts = [sample(form, n=n, seed=n) for n in (32, 64)]
     w = tensor.concatenate([w for _, w in parts])
-    assert isinstance(w.scale, tensor.Nested)
+    assert isinstance(w.scale, tensor.Levels)
     x = rows(2, 512)
     expected = np.concatenate([matrix.matmul(x) for matrix, _ in parts], 1)
     assert relative_error(qjax.matmul(jnp.asarray(x), w), expected) < 1e-5
-    # Of other runs, they are decoded.
+    # Of other runs, or another number for the whole, they are decoded.
     first, last = (w for _, w in parts)
-    step = jnp.repeat(last.scale.step, 2, axis=0)
-    other = dataclasses.replace(last, scale=dataclasses.replace(last.scale, step=step))
+    floats = last.scale.floats
+    if "step" in floats:
+        changed = {"step": jnp.repeat(floats["step"], 2, axis=0)}
+    else:
+        changed = {"whole": 2 * floats["whole"]}
+    other = dataclasses.replace(last, scale=last.scale.with_floats(changed))
     assert not isinstance(tensor.concatenate([first, other]).scale, tensor.Encoded)
 
 
-@both
+@every
 @pytest.mark.parametrize("spec", [P("model"), P(None, "model"), P("data", "model")])
 def test_devices_multiply_their_own(form, spec):
     matrix, w = sample(form, k=1024)
     axis = jax.sharding.AxisType.Auto
     mesh = jax.make_mesh((2, 2), ("data", "model"), (axis, axis))
     placed = sharding.shard(w, mesh, spec)
-    step = placed.scale.step
-    pieces = step.sharding.shard_shape(step.shape)
     shares = [1 if s is None else 2 for s in (*spec, None)[:2]]
-    assert pieces == (step.shape[0] // shares[0], step.shape[1] // shares[1])
+    for array in jax.tree.leaves(placed.scale):
+        pieces = array.sharding.shard_shape(array.shape)
+        assert pieces == tuple(
+            a // b for a, b in zip(array.shape, shares[: array.ndim], strict=True)
+        )
     x = rows(4, 1024)
     y = jax.jit(qjax.matmul)(jnp.asarray(x), placed)
     assert relative_error(y, matrix.matmul(x)) < 1e-5
@@ -190,8 +199,9 @@ def test_one_run_serves_pieces_of_it():
     chex.assert_trees_all_close(of_steps, expected, rtol=1e-3, atol=1e-2)
 
 
-def test_on_explicit_axes():
-    matrix, w = sample(OFFSET, k=1024)
+@every
+def test_on_explicit_axes(form):
+    matrix, w = sample(form, k=1024)
     mesh = jax.make_mesh((2,), ("model",))
     x = rows(4, 1024)
     with jax.set_mesh(mesh):
@@ -206,8 +216,9 @@ def test_on_explicit_axes():
     )
 
 
-def test_rows_of_a_table():
-    _, w = sample(CENTERED)
+@every
+def test_rows_of_a_table(form):
+    _, w = sample(form)
     index = jnp.array([3, 90, 0])
     found = embedding.lookup(w, index, None)
     chex.assert_trees_all_equal(found, decode.dequantize(w).T[index])
@@ -219,10 +230,10 @@ def as_on_a_gpu(monkeypatch):
     monkeypatch.setattr(ops, "_native_layout", pallas.layout_of)
 
 
-@both
+@every
 @pytest.mark.usefixtures("as_on_a_gpu")
 class TestLayers:
-    """Integers of the scales are no parameters, and steps are."""
+    """One array of the scales is a parameter, and no integers are."""
 
     def test_nnx(self, form):
         _, w = sample(form)
@@ -233,8 +244,9 @@ class TestLayers:
         def loss(layer):
             return (layer(x).astype(jnp.float32) ** 2).sum() / 1024
 
-        (found, *_) = jax.tree.leaves(flax.nnx.grad(loss)(layer))
-        chex.assert_trees_all_close(found, float_gradients(w, x)["scale"], rtol=2e-3)
+        found = flax.nnx.to_pure_dict(flax.nnx.grad(loss)(layer))["packed"]
+        expected = float_gradients(w, x)
+        chex.assert_trees_all_close(found, expected, rtol=2e-3, atol=1e-6)
 
     def test_linen(self, form):
         _, w = sample(form)
