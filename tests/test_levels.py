@@ -1,6 +1,7 @@
 """Scales in two levels, which `prepare` keeps where kernels multiply them."""
 
 import dataclasses
+from pathlib import Path
 
 import chex
 import flax.nnx
@@ -13,13 +14,14 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax import decode, ops, pallas, sharding, tensor
+from qjax import checkpoints, decode, ops, pallas, sharding, tensor
 from qjax.formats.gptq import Stream
 from qjax.formats.tiles import Tiles
 from qjax.layers import embedding, linen, nnx
 from tests.oracle import relative_error
 from tests.samples import BF16, in_tiles, random_matrix, rows
 
+GGUF = Path(__file__).parent / "data" / "llama_gguf_q4_k_m" / "model.gguf"
 OFFSET = {"bits": 4, "group_size": 32, "affine": "OFFSET", "scale": "nested"}
 CENTERED = {"bits": 6, "group_size": 16, "affine": "CENTERED", "scale": "nested"}
 FLOAT = {"bits": 4, "group_size": 16, "affine": "FLOAT", "scale": "over global"}
@@ -266,3 +268,21 @@ class TestLayers:
         empty = jax.tree.map(jnp.zeros_like, variables)
         again = serialization.from_bytes(empty, stored)
         chex.assert_trees_all_equal(again, variables)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("spec", [P(None, "model"), P("model")], ids=str)
+@pytest.mark.parametrize("name", ["output", "blk.0.ffn_gate"])
+def test_pieces_of_a_file(name, spec):
+    mesh = jax.make_mesh((2,), ("model",))
+
+    def place(found):
+        return NamedSharding(mesh, spec if found == name else P())
+
+    w = checkpoints.lazy(GGUF, sharding=place)[name]
+    assert isinstance(w.scale, tensor.Nested)
+    # Of 256 inputs, which are one run, devices share the steps.
+    assert w.scale.step.is_fully_replicated == (spec == P("model"))
+    assert not w.scale.factor.is_fully_replicated
+    whole = checkpoints.lazy(GGUF, prepare=False)[name]
+    chex.assert_trees_all_equal(qjax.dequantize(w), qjax.dequantize(whole))
