@@ -127,14 +127,13 @@ def readable(w: QTensor) -> QTensor:
       The same weight; its parameters are arrays, `sharding.Segmented`, or in `Tiles`
       `tensor.Levels`.
     """
-    if isinstance(w.scale, Segmented):
-        return w
+    if isinstance(w.scale, Segmented) or not isinstance(w.layout, Tiles):
+        return decoded(w)
     scale, zero = (
         p.for_kernels() if isinstance(p, Encoded) else p for p in (w.scale, w.zero)
     )
     kept = dataclasses.replace(w, scale=scale, zero=zero)
-    by_kernel = isinstance(w.layout, Tiles) and dispatch.kernels_read(kept)
-    return kept if by_kernel else tensor.decoded(w)
+    return kept if dispatch.kernels_read(kept) else tensor.decoded(w)
 
 
 def dequantize(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "*b k n"]:
