@@ -255,6 +255,76 @@ def float_weights(k: int, n: int, *, bits: int) -> Weights:
     return {f"qjax, {name}": make}
 
 
+# Scales in two levels, by what files call them: width of a code, and groups along k.
+LEVELS = {"Q4_K": (4, 32), "Q6_K": (6, 16), "NVFP4": (4, 16)}
+
+
+def level_weights(k: int, n: int, *, kind: str) -> Weights:
+    """Ours of scales in two levels: GGUF's in blocks of 256, and NVFP4's."""
+    import jax.numpy as jnp
+
+    import qjax
+
+    bits, group = LEVELS[kind]
+
+    def make() -> Weight:
+        rng = np.random.default_rng(group)
+        q = rng.integers(0, 2**bits, (k, n), dtype=np.uint8)
+        small = 2.0**-bits / 64
+        nested = functools.partial(_nested, rng, (k // group, n), k // 256, small)
+        scale, zero = nested(negative=False), None
+        numbers, affine = q.astype(np.float64), qjax.tensor.Affine.OFFSET
+        if kind == "Q4_K":
+            zero = nested(negative=True)
+        elif kind == "Q6_K":
+            numbers, affine = numbers - 2 ** (bits - 1), qjax.tensor.Affine.CENTERED
+        else:
+            numbers, affine = qjax.tensor.numbers(bits)[q], qjax.tensor.Affine.FLOAT
+            local = jnp.asarray(rng.uniform(1, 2, (k // group, n)), jnp.float8_e4m3fn)
+            scale = qjax.tensor.WithGlobal(
+                local=local.astype(jnp.float16), whole=jnp.float32(small)
+            )
+        w = qjax.tensor.build(
+            (qjax.bits.pack_fields(jnp.asarray(q), bits),),
+            scale,
+            zero,
+            layout=qjax.formats.gptq.Stream(),
+            segments=(qjax.tensor.Segment(bits, group),),
+            affine=affine,
+        )
+        chosen = sampled(n)
+        wide = [
+            np.repeat(np.asarray(p.decode())[:, chosen].astype(np.float64), group, 0)
+            for p in (scale, zero)
+            if p is not None
+        ]
+        columns = sum(wide[1:], numbers[:, chosen] * wide[0])
+        return _bind(qjax.matmul, qjax.prepare(w), bits, columns)
+
+    return {f"qjax, {kind}": make}
+
+
+def _nested(
+    rng: np.random.Generator,
+    shape: tuple[int, int],
+    runs: int,
+    step: float,
+    *,
+    negative: bool,
+) -> Any:
+    """Integers of six bits, and steps of runs of groups."""
+    import jax.numpy as jnp
+
+    import qjax
+
+    steps = rng.uniform(0.5, 1, (runs, shape[1])) * step
+    return qjax.tensor.Nested(
+        factor=jnp.asarray(rng.integers(1, 64, shape), jnp.int8),
+        step=jnp.asarray(steps, jnp.float16),
+        negative=negative,
+    )
+
+
 def _qarray(codes: Codes) -> Any:
     import jax.numpy as jnp
     import qwix
@@ -311,6 +381,7 @@ OURS: dict[str, Callable[[int, int], Weights]] = {
     **{f"qjax-{b}": functools.partial(our_weights, bits=b) for b in (4, 2, 3, 8)},
     "qjax-mixed": mixed_weights,
     **{f"qjax-float{b}": functools.partial(float_weights, bits=b) for b in FLOATS},
+    **{f"qjax-{k.lower()}": functools.partial(level_weights, kind=k) for k in LEVELS},
 }
 LIBRARIES: dict[str, Callable[[int, int], Weights]] = {
     "dense": dense_weights,

@@ -150,10 +150,13 @@ def test_engines_multiply_by_what_they_say(name, weights):
     assert len(bound.time(2).seconds) == 2
     wide = {"dense bf16, XLA": 16, "qjax, EXL2 mix of 4.0 bits": 4}
     wide |= {"qjax, FP8": 8, "qjax, MXFP4": 4}
+    wide |= {f"qjax, {kind}": bits for kind, (bits, _) in gpu_engines.LEVELS.items()}
     bits = wide.get(name) or int(name.split()[1])
     assert weight.bits == bits
     # Codes, and at most 24 bits of scale and zero for 128 of them.
     parameters = {"qjax, FP8": 32 / 128, "qjax, MXFP4": 16 / 32}.get(name, 24 / 128)
+    if name.split()[1] in gpu_engines.LEVELS:
+        parameters = 2  # On a CPU, as float32.
     assert 0 <= 8 * weight.nbytes / (2048 * 64) - bits <= parameters
 
 
