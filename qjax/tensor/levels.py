@@ -136,8 +136,9 @@ class WithGlobal(Levels):
 
     Example:
       >>> local = jnp.array([[0.5, 448]], jnp.float16)
-      >>> WithGlobal(local=local, whole=jnp.float32(4), divides=True).decode()
-      Array([[1.25e-01, 1.12e+02]], dtype=float32)
+      >>> scale = WithGlobal(local=local, whole=jnp.float32(4), divides=True)
+      >>> scale.decode().tolist()
+      [[0.125, 112.0]]
     """
 
     local: Array
