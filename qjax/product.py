@@ -190,13 +190,7 @@ def as_in(w: QTensor, name: str, array: Array) -> Any:
 def cotangent(w: QTensor, gradients: Mapping[str, Any]) -> QTensor:
     """Returns a cotangent of a weight: float0 for all leaves that are not given."""
     dw = jax.tree.map(lambda leaf: np.zeros(leaf.shape, jax.dtypes.float0), w)
-    whole = {
-        name: leaf.with_floats(gradient)
-        if isinstance(leaf := getattr(dw, name), Levels)
-        else gradient
-        for name, gradient in gradients.items()
-    }
-    return dataclasses.replace(dw, **whole)
+    return tensor.replace_floats(dw, gradients)
 
 
 def float_leaves(w: QTensor) -> list[str]:
@@ -210,9 +204,5 @@ def float_leaves(w: QTensor) -> list[str]:
 
 
 def float_arrays(w: Any, names: Iterable[str]) -> dict[str, Any]:
-    """What gradients of these leaves are of: the leaf, or its float array."""
-    leaves = {name: getattr(w, name) for name in names}
-    return {
-        name: leaf.floats if isinstance(leaf, Levels) else leaf
-        for name, leaf in leaves.items()
-    }
+    """What gradients of these leaves are of: the leaf, or its floats."""
+    return {name: tensor.floats_of(getattr(w, name)) for name in names}

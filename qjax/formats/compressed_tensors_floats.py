@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Integer, UInt8
+from jaxtyping import Array, Integer, UInt8
 
 from qjax import decode, tensor
 from qjax.formats import fp8, torchao
@@ -57,7 +57,7 @@ from qjax.tensor import (
     Layout,
     QTensor,
     Segment,
-    WithGlobal,
+    StoredGlobal,
 )
 
 # What may stand beside a weight for the activations.
@@ -118,12 +118,8 @@ class Nibbles(Layout):
 @jax.tree_util.register_dataclass
 @typing.no_type_check  # JAX rebuilds pytrees with leaves that are not arrays.
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class OverGlobal(Encoded):
+class OverGlobal(StoredGlobal):
     """NVFP4's scales: small floats over one number for the whole matrix.
-
-    Attributes:
-      local: uint8 ``[*batch, groups, n]``: patterns of E4M3 floats.
-      whole: float32 ``[*batch]``.
 
     Example:
       >>> scale = OverGlobal(
@@ -133,17 +129,10 @@ class OverGlobal(Encoded):
       Array([[0.125, 0.25 ]], dtype=float32)
     """
 
-    local: Array
-    whole: Array
-
-    def decode(self) -> Float[Array, "*batch groups n"]:
-        """Returns the scales in float32."""
-        return tensor.widen(self.local, 8) / self.whole[..., None, None]
-
-    def for_kernels(self) -> WithGlobal:
-        """Returns the same numbers; float16 holds the small floats."""
-        local = tensor.widen(self.local, 8).astype(jnp.float16)
-        return WithGlobal(local=local, whole=self.whole, divides=True)
+    @property
+    def divides(self) -> bool:
+        """Whether the local floats are divided by the number: True."""
+        return True
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:

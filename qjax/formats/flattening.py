@@ -230,6 +230,9 @@ class _Entries:
             )
         return value
 
+    def flag(self, key: str) -> bool:
+        return self.has(key) and self.integer(key, 1, 1) == 1
+
     def choice(self, key: str, values: Mapping[str, Any]) -> Any:
         value = self._left.pop(key, None)
         if not isinstance(value, str) or value not in values:
@@ -404,20 +407,29 @@ def _mpq_numbers(name: str, arrays: Mapping[str, Array], entries: _Entries) -> E
     return mpq.DoubleQuantized(**arrays)
 
 
-def _with_global(
+def _stored_global(
     kind: type[Encoded], name: str, arrays: Mapping[str, Array], entries: _Entries
 ) -> Encoded:
     del entries
+    _check_global(name, arrays, jnp.uint8)
+    return kind(**arrays)
+
+
+def _with_global(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
+    divides = entries.flag(f"{name}.divides")
+    _check_global(name, arrays, jnp.float16)
+    return WithGlobal(divides=divides, **arrays)
+
+
+def _check_global(name: str, arrays: Mapping[str, Array], dtype: Any) -> None:
     shape = arrays["local"].shape if "local" in arrays else ()
     whole = ((jnp.float32,), shape[:-2])
-    _leaves(name, arrays, {"local": ((jnp.uint8,), shape), "whole": whole})
-    return kind(**arrays)
+    _leaves(name, arrays, {"local": ((dtype,), shape), "whole": whole})
 
 
 def _block_scale(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
     rows, of_k = (entries.integer(f"{name}.{key}", 1) for key in ("rows", "columns"))
-    flag = f"{name}.exponents"
-    exponents = entries.has(flag) and entries.integer(flag, 1, 1) == 1
+    exponents = entries.flag(f"{name}.exponents")
     shape = arrays["values"].shape if "values" in arrays else ()
     columns = arrays["block"].shape[-1:] if "block" in arrays else ()
     dtypes = (jnp.uint8,) if exponents else (*FLOATS, jnp.uint8)
@@ -462,8 +474,7 @@ def _bnb_absmax(name: str, arrays: Mapping[str, Array], entries: _Entries) -> En
 
 
 def _nested(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
-    flag = f"{name}.negative"
-    negative = entries.has(flag) and entries.integer(flag, 1, 1) == 1
+    negative = entries.flag(f"{name}.negative")
     factor, step = (
         arrays[key].shape if key in arrays else () for key in ("factor", "step")
     )
@@ -481,15 +492,6 @@ def _nested(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encode
     return Nested(negative=negative, **arrays)
 
 
-def _kept_global(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
-    flag = f"{name}.divides"
-    divides = entries.has(flag) and entries.integer(flag, 1, 1) == 1
-    shape = arrays["local"].shape if "local" in arrays else ()
-    whole = ((jnp.float32,), shape[:-2])
-    _leaves(name, arrays, {"local": ((jnp.float16,), shape), "whole": whole})
-    return WithGlobal(divides=divides, **arrays)
-
-
 # Of encodings with several arrays, which must fit together.
 _BUILDERS: Mapping[type, Callable[[str, Mapping[str, Array], _Entries], Encoded]] = (
     types.MappingProxyType(
@@ -499,11 +501,11 @@ _BUILDERS: Mapping[type, Callable[[str, Mapping[str, Array], _Entries], Encoded]
             bnb.Absmax: _bnb_absmax,
             block_scale.BlockScale: _block_scale,
             **{
-                kind: functools.partial(_with_global, kind)
+                kind: functools.partial(_stored_global, kind)
                 for kind in (compressed_tensors_floats.OverGlobal, modelopt.TimesGlobal)
             },
             Nested: _nested,
-            WithGlobal: _kept_global,
+            WithGlobal: _with_global,
         }
     )
 )

@@ -35,7 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from qjax import decode, tensor
 from qjax.formats import fp8
@@ -51,7 +51,7 @@ from qjax.formats.checks import (
 from qjax.formats.compressed_tensors_floats import Nibbles
 from qjax.formats.modelopt_config import Algorithm, Config
 from qjax.formats.mxfp4 import E8M0
-from qjax.tensor import Affine, Encoded, QTensor, Segment, WithGlobal
+from qjax.tensor import Affine, QTensor, Segment, StoredGlobal
 
 __all__ = [
     "TENSORS",
@@ -76,12 +76,8 @@ _GROUPS: Mapping[Algorithm, int] = types.MappingProxyType(
 @jax.tree_util.register_dataclass
 @typing.no_type_check  # JAX rebuilds pytrees with leaves that are not arrays.
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class TimesGlobal(Encoded):
+class TimesGlobal(StoredGlobal):
     """NVFP4's scales: small floats times one number for the whole matrix.
-
-    Attributes:
-      local: uint8 ``[*batch, groups, n]``: patterns of E4M3 floats.
-      whole: float32 ``[*batch]``.
 
     Example:
       >>> scale = TimesGlobal(
@@ -91,17 +87,10 @@ class TimesGlobal(Encoded):
       Array([[ 8., 16.]], dtype=float32)
     """
 
-    local: Array
-    whole: Array
-
-    def decode(self) -> Float[Array, "*batch groups n"]:
-        """Returns the scales in float32."""
-        return tensor.widen(self.local, 8) * self.whole[..., None, None]
-
-    def for_kernels(self) -> WithGlobal:
-        """Returns the same numbers; float16 holds the small floats."""
-        local = tensor.widen(self.local, 8).astype(jnp.float16)
-        return WithGlobal(local=local, whole=self.whole)
+    @property
+    def divides(self) -> bool:
+        """Whether the local floats are divided by the number: False."""
+        return False
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:

@@ -4,7 +4,14 @@ from qjax.tensor.building import build
 from qjax.tensor.digits import Digits
 from qjax.tensor.floats import SMALL_FLOATS, numbers, widen
 from qjax.tensor.joining import concatenate
-from qjax.tensor.levels import Levels, Nested, WithGlobal
+from qjax.tensor.levels import (
+    Levels,
+    Nested,
+    StoredGlobal,
+    WithGlobal,
+    floats_of,
+    replace_floats,
+)
 from qjax.tensor.parts import (
     Affine,
     Cut,
@@ -38,6 +45,7 @@ __all__ = [
     "Nested",
     "QTensor",
     "Segment",
+    "StoredGlobal",
     "WithGlobal",
     "build",
     "check_packed",
@@ -45,12 +53,14 @@ __all__ = [
     "columns",
     "concatenate",
     "decoded",
+    "floats_of",
     "group_counts",
     "matrix_shape",
     "numbers",
     "over_batch",
     "plain",
     "readable",
+    "replace_floats",
     "segment_codes",
     "split",
     "widen",

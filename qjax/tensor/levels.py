@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Float32
 
+from qjax.tensor.floats import widen
 from qjax.tensor.parts import Encoded
 
 
@@ -54,6 +55,22 @@ class Levels(Encoded):
     @abc.abstractmethod
     def beside(self, others: Sequence[Any]) -> "Levels | None":
         """Joins these and others along n, or returns None where they are not alike."""
+
+
+def floats_of(leaf: Any) -> Any:
+    """Returns what may be trained of a leaf: itself, or the floats of `Levels`."""
+    return leaf.floats if isinstance(leaf, Levels) else leaf
+
+
+def replace_floats(qt: Any, floats: Mapping[str, Any]) -> Any:
+    """Replaces leaves of a `QTensor`; of those that are `Levels`, their floats."""
+    leaves = {
+        name: held.with_floats(new)
+        if isinstance(held := getattr(qt, name), Levels)
+        else new
+        for name, new in floats.items()
+    }
+    return dataclasses.replace(qt, **leaves)
 
 
 @jax.tree_util.register_dataclass
@@ -180,3 +197,31 @@ class WithGlobal(Levels):
         if any(not np.array_equal(wholes[0], whole) for whole in wholes):
             return None
         return dataclasses.replace(self, local=_along_columns(self, others, "local"))
+
+
+@typing.no_type_check
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class StoredGlobal(Encoded):
+    """`WithGlobal` as a file has it, the local floats in eight bits.
+
+    Attributes:
+      local: uint8 ``[*batch, groups, n]``: patterns of E4M3 floats.
+      whole: float32 ``[*batch]``.
+    """
+
+    local: Array
+    whole: Array
+
+    @property
+    @abc.abstractmethod
+    def divides(self) -> bool:
+        """As in `WithGlobal`."""
+
+    def for_kernels(self) -> WithGlobal:
+        """Returns the same numbers; float16 holds the small floats."""
+        local = widen(self.local, 8).astype(jnp.float16)
+        return WithGlobal(local=local, whole=self.whole, divides=self.divides)
+
+    def decode(self) -> Float32[Array, "*batch groups n"]:
+        """Returns the scales in float32."""
+        return self.for_kernels().decode()

@@ -13,7 +13,14 @@ from jaxtyping import Array
 from qjax import ops
 from qjax.layers import dense
 from qjax.sharding import Segmented
-from qjax.tensor import Levels, Nested, QTensor, WithGlobal, check_packed
+from qjax.tensor import (
+    Levels,
+    Nested,
+    QTensor,
+    WithGlobal,
+    check_packed,
+    replace_floats,
+)
 
 QUANTIZED = "quantized"  # the collection of integers, never trained
 
@@ -58,7 +65,7 @@ def weight(
         module.param(name, make)
     _check_both(module, name)
     rest = module.get_variable(QUANTIZED, name)
-    whole = _join(module.get_variable("params", name), rest)
+    whole = replace_floats(rest, module.get_variable("params", name))
     dense.check_shapes(whole, None, shape, name=name, axes=axes)
     return whole
 
@@ -179,7 +186,7 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
 
     def join(floats: Any, rest: Any) -> Any:
         if isinstance(rest, QTensor):
-            return _join(floats, rest)
+            return replace_floats(rest, floats)
         if not isinstance(floats, Mapping):
             return floats
         return {name: join(value, rest.get(name, {})) for name, value in floats.items()}
@@ -188,7 +195,7 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _split(kernel: QTensor) -> tuple[dict[str, Any], QTensor]:
-    """Takes the floats out of a prepared kernel, by name; of `Levels`, theirs."""
+    """Takes the floats out of a prepared kernel, for `replace_floats` to put back."""
     floats: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for name in ("scale", "zero", "codebook", "input_scale"):
@@ -199,17 +206,6 @@ def _split(kernel: QTensor) -> tuple[dict[str, Any], QTensor]:
         elif leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
             floats[name], rest[name] = leaf, None
     return floats, dataclasses.replace(kernel, **rest)
-
-
-def _join(floats: Mapping[str, Any], rest: QTensor) -> QTensor:
-    """Inverse of `_split`."""
-    leaves = {
-        name: held.with_floats(leaf)
-        if isinstance(held := getattr(rest, name), Levels)
-        else leaf
-        for name, leaf in floats.items()
-    }
-    return dataclasses.replace(rest, **leaves)
 
 
 _LEAVES = [
