@@ -9,7 +9,7 @@ from qjax.ragged import ragged_matmul
 from qjax.rtn import quantize
 from qjax.rules import Spec
 from qjax.sharding import partition_specs, shard
-from qjax.tensor import QTensor, codes, concatenate
+from qjax.tensor import QTensor, codes, concatenate, stack
 
 __all__ = [
     "QTensor",
@@ -32,6 +32,7 @@ __all__ = [
     "relayout",
     "shard",
     "sharding",
+    "stack",
     "tensor",
     "training",
     "unflatten",

@@ -1,6 +1,8 @@
 """Strict JAX, eight CPU devices, and the GPU tests only where there is a GPU."""
 
+import collections
 import contextlib
+import zlib
 
 import hypothesis
 import jax
@@ -23,6 +25,34 @@ hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 # Before any device is asked for: what pmap and shard_map are tested on.
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--thin",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run every Nth case of tests that have several, but for those of "
+        "pytest.mark.every_version",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
+    if (n := config.getoption("--thin", default=1)) == 1:
+        return
+    cases = collections.defaultdict(list)
+    for item in items:
+        whole = item.get_closest_marker("every_version")
+        cases[item.nodeid if whole else item.nodeid.partition("[")[0]].append(item)
+    # Of each test other ones, as the first cases of all are alike.
+    kept = {
+        item
+        for name, group in cases.items()
+        for item in group[zlib.crc32(name.encode()) % min(n, len(group)) :: n]
+    }
+    config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+    items[:] = [item for item in items if item in kept]
 
 
 def pytest_configure(config):

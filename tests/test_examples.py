@@ -34,6 +34,7 @@ import model  # noqa: E402
 import placement  # noqa: E402
 import quantize  # noqa: E402
 import typer  # noqa: E402
+import weights  # noqa: E402
 
 DATA = ROOT / "tests" / "data"
 SHIPPED = ROOT / "examples" / "llm" / "checkpoint"
@@ -134,7 +135,7 @@ def test_evaluation_loss(trained):
 
 @pytest.mark.parametrize("path", RANDOM, ids=lambda path: path.name)
 def test_architectures(path):
-    """Mistral, Qwen2, Qwen3 and scaled rotary positions against transformers."""
+    """Mistral, Mixtral, Qwen, gpt-oss, scaled rotary positions against transformers."""
     reference = np.load(path / "reference.npz")
     logits = forward(model.load(path, joined=True), reference["ids"])
     chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
@@ -233,6 +234,77 @@ def test_padding_does_not_change_a_prompt(shipped):
     short = generate.Generator(decoder, generate.Sampling(), 4, 6)([9, 8, 7, 6], key)
     padded = generate.Generator(decoder, generate.Sampling(), 9, 6)([9, 8, 7, 6], key)
     assert list(short) == list(padded)
+
+
+class TestMixtures:
+    """Experts: their matrices are one stack, of whatever the checkpoint holds."""
+
+    @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
+    def test_quantized(self, name, tmp_path):
+        """The logits of the same weights, dense."""
+        source, target = ROOT / "tests" / "reference" / name, tmp_path / "quantized"
+        spec = qjax.Spec(bits=4, group_size=32, scale_dtype="float16")
+        rules = [("lm_head|model.embed_tokens", None), (".*", spec)]
+        qjax.checkpoints.quantize(source, target, format="gptq_v2", rules=rules)
+        decoder = model.load(target, joined=True)
+        mixture = decoder.layers[0].mlp
+        assert isinstance(mixture.gate_up_proj, qjax.layers.nnx.Experts)
+        assert mixture.down_proj.kernel.batch == (4,)
+        assert "quantized matrices" in generate.describe(decoder, target)
+
+        tensors = {}
+        for path, w in qjax.checkpoints.load(target).items():
+            if isinstance(w, qjax.QTensor):
+                tensors[f"{path}.weight"] = qjax.dequantize(w, jnp.float32).T
+            else:
+                tensors[path] = w
+        weights.stack(tensors)
+        dense = model.Decoder(weights.Weights(tensors, decoder.config, jnp.float32))
+        ids = np.load(source / "reference.npz")["ids"]
+        chex.assert_trees_all_close(
+            forward(decoder, ids), forward(dense, ids), atol=1e-4, rtol=0
+        )
+
+    def test_packed_floats_of_gpt_oss(self):
+        """As the file has them: no dense expert is made."""
+        decoder = model.load(ROOT / "tests" / "reference" / "gpt_oss")
+        for layer in decoder.layers:
+            for experts in (layer.mlp.gate_up_pairs, layer.mlp.down_proj):
+                w = experts.kernel
+                assert (w.batch, w.segments[0].bits) == ((4,), 4)
+                assert w.nbytes < 4 * w.k * w.n * 8 / 8
+
+    @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
+    def test_mesh(self, name):
+        """Every expert is cut over the devices; logits are those of one device."""
+        path = ROOT / "tests" / "reference" / name
+        where = placement.place(path, "2,2")
+        decoder = model.load(path, sharding=where.weight)
+        mixture = decoder.layers[0].mlp
+        for layer in (mixture.down_proj, mixture.gate_up_pairs or mixture.up_proj):
+            matrix = max(jax.tree.leaves(nnx.state(layer)), key=lambda a: a.nbytes)
+            assert matrix.sharding.shard_shape(matrix.shape)[0] == 4
+            assert matrix.nbytes == 2 * matrix.addressable_shards[0].data.nbytes
+        reference = np.load(path / "reference.npz")
+        logits = forward(decoder, where.rows(reference["ids"]))
+        chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
+
+    def test_generates(self):
+        """Token by token, as in one pass."""
+        decoder = model.load(ROOT / "tests" / "reference" / "gpt_oss", joined=True)
+        run = generate.Generator(decoder, generate.Sampling(), 5, 8)
+        ids = [5, 6, 7, 8, 9]
+        tokens = [int(token) for token in run(ids, jax.random.key(0))]
+        logits = forward(decoder, np.array([ids + tokens[:-1]]))
+        assert logits[0, 4:].argmax(-1).tolist() == tokens
+
+    def test_refuses(self):
+        w, other = (qjax.quantize(jnp.ones((64, 8)), bits, 32) for bits in (4, 3))
+        experts = "model.layers.0.mlp.experts"
+        with pytest.raises(ValueError, match=r"experts.up_proj: .* not alike: weights"):
+            weights.stack({f"{experts}.0.up_proj": w, f"{experts}.1.up_proj": other})
+        with pytest.raises(ValueError, match=r"the experts \[1\] are missing"):
+            weights.stack({f"{experts}.0.up_proj": w, f"{experts}.2.up_proj": w})
 
 
 class TestMesh:
@@ -815,12 +887,17 @@ def test_quantize_wants_the_dense_model(tmp_path):
     assert "is quantized already; pass the model it came from" in done.stderr
 
 
+YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"model_type": "gpt2"}, "model_type='gpt2' must be one of"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' must be 'silu'"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "rope_type='yarn' must be"),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic' must be"),
+        ({"rope_parameters": YARN | {"mscale": 1}}, "mscale and mscale_all_dim"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "lacks 'original_max_"),
         ({"num_hidden_layers": 2}, "the model has no place for"),
         ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3"),
         ({"vocab_size": None}, "lacks 'vocab_size'"),

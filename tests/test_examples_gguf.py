@@ -1,6 +1,7 @@
 """The example decoder on GGUF files: logits, names, metadata, tokenizers."""
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import chex
@@ -24,8 +25,10 @@ import evaluate  # noqa: E402
 import generate  # noqa: E402
 import gguf_file  # noqa: E402
 import gguf_tokenizer  # noqa: E402
+import hf_config  # noqa: E402
 import model  # noqa: E402
 import placement  # noqa: E402
+import weights  # noqa: E402
 
 DATA, RANDOM = ROOT / "tests" / "data", ROOT / "tests" / "reference"
 FILE = DATA / "llama_gguf_q4_k_m" / "model.gguf"
@@ -158,8 +161,11 @@ def test_columns_back(kind):
 NAMES = {new: old for old, new in gguf_file.NAMES.items()}
 
 
-def write(path: Path, source: Path, kind: str, embedding: str = "F32") -> Path:
-    """Another model as llama.cpp's converter would write it, in float32."""
+def write(path: Path, source: Path, kind: str, packed: dict[str, str]) -> Path:
+    """Another model as llama.cpp's converter would write it.
+
+    In float32, but for some matrices that are packed, by their ends.
+    """
     config = qjax.checkpoints.read_config(source)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -174,32 +180,46 @@ def write(path: Path, source: Path, kind: str, embedding: str = "F32") -> Path:
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(rope["rope_theta"])
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    if kind == "qwen3":
+    if head_dim * heads != config["hidden_size"]:
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
     if rope["rope_type"] == "llama3":
         plain = {"rope_theta": rope["rope_theta"]}
         wide, scaled = (
-            model.rope_frequencies({"rope_parameters": one}, head_dim)
+            hf_config.rope_frequencies({"rope_parameters": one}, head_dim)
             for one in (plain, rope)
         )
         writer.add_tensor("rope_freqs.weight", (wide / scaled).astype(np.float32))
-    for name, tensor in qjax.checkpoints.load(source).items():
-        array = np.asarray(tensor).astype(np.float32)
+    if rope["rope_type"] == "yarn":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+        writer.add_rope_scaling_factor(rope["factor"])
+        writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if top_k := config.get("num_experts_per_tok"):
+        count = config.get("num_experts") or config["num_local_experts"]
+        writer.add_expert_count(count)
+        writer.add_expert_used_count(top_k)
+    if kind == "gpt-oss":
+        writer.add_sliding_window(config["sliding_window"])
+    for name, array in dense_tensors(source):
         module, _, leaf = name.rpartition(".")
         layer = ""
         if module.startswith("model.layers."):
             number, module = module.removeprefix("model.layers.").split(".", 1)
             layer = f"blk.{number}."
         count = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads}.get(module)
+        stored = array
         if kind == "llama" and count:
             apart = array.reshape(count, 2, head_dim // 2, -1)
-            array = apart.swapaxes(1, 2).reshape(array.shape)
+            stored = apart.swapaxes(1, 2).reshape(array.shape)
         dtype = None
-        if module == "model.embed_tokens" and embedding != "F32":
-            dtype = gguf.GGMLQuantizationType[embedding]
-            array = gguf.quantize(array, dtype)
-        writer.add_tensor(f"{layer}{NAMES[module]}.{leaf}", array, raw_dtype=dtype)
+        for end, type_ in packed.items():
+            if module.endswith(end) and leaf == "weight":
+                dtype = gguf.GGMLQuantizationType[type_]
+                stored = gguf.quantize(array, dtype)
+        new = NAMES[module]
+        if module == "post_attention_layernorm":
+            new = "post_attention_norm" if kind == "gpt-oss" else "ffn_norm"
+        writer.add_tensor(f"{layer}{new}.{leaf}", stored, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -207,23 +227,54 @@ def write(path: Path, source: Path, kind: str, embedding: str = "F32") -> Path:
     return path
 
 
+def dense_tensors(source: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """The tensors of a directory, those of experts in stacks as llama.cpp has them."""
+    tensors = qjax.checkpoints.load(source)
+    weights.stack(tensors)
+    for old, tensor in tensors.items():
+        packed = isinstance(tensor, qjax.QTensor)
+        name = f"{old}.weight" if packed or old.endswith("sinks") else old
+        dense = qjax.dequantize(tensor).mT if packed else tensor
+        array = np.asarray(dense).astype(np.float32)
+        if name.endswith("shared_expert_gate.weight"):
+            array = array.reshape(-1)
+        if "gate_up_pairs" in name:
+            yield name.replace("gate_up_pairs", "gate_proj"), array[:, ::2]
+            yield name.replace("gate_up_pairs", "up_proj"), array[:, 1::2]
+        else:
+            yield name, array
+
+
 @pytest.mark.parametrize(
-    ("name", "kind", "embedding", "tolerance"),
+    ("name", "kind", "packed", "tolerance"),
     [
         # Scaled rotary positions as factors, output tied to a dense table.
-        ("llama3_tied", "llama", "F32", 2e-4),
+        ("llama3_tied", "llama", {}, 2e-4),
         # Biases, output tied to a packed table: eight bits move a logit by 0.06, and
         # what is left out or wrong by 0.6 or more.
-        ("qwen2_tied", "qwen2", "Q8_0", 0.1),
+        ("qwen2_tied", "qwen2", {"embed_tokens": "Q8_0"}, 0.1),
         # Biases of the matrices whose rows are moved, too.
-        ("llama3_bias", "llama", "F32", 2e-4),
+        ("llama3_bias", "llama", {}, 2e-4),
         # Norms of queries and keys, heads of another size.
-        ("qwen3", "qwen3", "F32", 2e-4),
+        ("qwen3", "qwen3", {}, 2e-4),
+        # Experts, rows that are moved.
+        ("mixtral", "llama", {}, 2e-4),
+        # An expert that all tokens share; scaled positions. Eight bits in experts.
+        ("qwen2_moe", "qwen2moe", {"down_proj": "Q8_0"}, 0.05),
+        # A layer without experts.
+        ("qwen3_moe", "qwen3moe", {}, 2e-4),
+        # Sinks, biases of experts, and their very codes.
+        (
+            "gpt_oss",
+            "gpt-oss",
+            {f"experts.{end}_proj": "MXFP4" for end in ("gate", "up", "down")},
+            2e-4,
+        ),
     ],
 )
-def test_architectures(name, kind, embedding, tolerance, tmp_path):
+def test_architectures(name, kind, packed, tolerance, tmp_path):
     """The logits of transformers, by way of llama.cpp's names and metadata."""
-    path = write(tmp_path / "m.gguf", RANDOM / name, kind, embedding)
+    path = write(tmp_path / "m.gguf", RANDOM / name, kind, packed)
     reference = np.load(RANDOM / name / "reference.npz")
     decoder = model.load(path, joined=True)
     assert decoder.config.tied == ("tied" in name)
@@ -265,7 +316,7 @@ def test_linear_scaling(scaled):
     ("key", "value", "message"),
     [
         ("general.architecture", "gemma3", "='gemma3' must be one of ['llama', 'qwen2"),
-        ("llama.expert_count", 8, "llama.expert_count=8 is not supported, but 0"),
+        ("llama.expert_group_count", 8, "group_count=8 is not supported, but 0"),
         ("llama.rope.dimension_count", 8, "dimension_count=8 is not supported, but 16"),
         ("llama.attention.value_length", 8, "value_length=8 is not supported, but 16"),
         ("llama.attention.sliding_window", 8, "window=8 is not supported, but 0"),
@@ -273,7 +324,7 @@ def test_linear_scaling(scaled):
         ("llama.logit_scale", 2.0, "logit_scale=2.0 is not supported, but 1"),
         ("llama.embedding_length", "64", "embedding_length='64' must be one number"),
         ("llama.attention.head_count_kv", [2, 4], "[2, 4] must be one number, for all"),
-        ("llama.rope.scaling.type", "yarn", "scaling.type='yarn' is not supported"),
+        ("llama.rope.scaling.type", "longrope", "type='longrope' is not supported"),
     ],
 )
 def test_metadata_that_are_refused(key, value, message):

@@ -98,7 +98,7 @@ def test_gradients_are_those_through_decoding(form):
 @every
 def test_stacks(form):
     pairs = [sample(form, seed=seed) for seed in range(3)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[w for _, w in pairs])
+    stacked = tensor.stack([w for _, w in pairs])
     x = jnp.asarray(rows(4, 512), BF16)
     for i, (_, w) in enumerate(pairs):
         expected = qjax.matmul(x, w)
@@ -121,7 +121,7 @@ def test_stacks(form):
 @every
 def test_experts(form):
     pairs = [sample(form, seed=seed) for seed in range(2)]
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[w for _, w in pairs])
+    stacked = tensor.stack([w for _, w in pairs])
     x, sizes = jnp.asarray(rows(6, 512), BF16), jnp.array([2, 4])
 
     def loss(x, floats):

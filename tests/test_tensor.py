@@ -633,3 +633,62 @@ class TestConcatenate:
         flat = qjax.relayout(w, bnb.Flat(64))
         with refuses("Flat(k=64) has no axis of columns to join along"):
             qjax.concatenate([flat, flat])
+
+
+class TestStack:
+    """Matrices that are alike become the matrices of one tensor."""
+
+    KINDS: typing.ClassVar = TestConcatenate.KINDS | {
+        "order": {"bits": 4, "group_size": 32, "order": True},
+        "input scale": {"bits": 8, "group_size": None, "input_scale": True},
+    }
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_each_is_what_it_was(self, kind, as_qtensor):
+        """Each with its own codebook, order of rows and input scale."""
+        weights = [
+            as_qtensor(oracle.random(i, 192, 24, **self.KINDS[kind])) for i in range(3)
+        ]
+        stacked = qjax.stack(weights)
+        assert stacked.shape == (3, 192, 24)
+        x = jnp.ones((2, 192))
+        for i, w in enumerate(weights):
+            chex.assert_trees_all_equal(jax.tree.map(lambda a, i=i: a[i], stacked), w)
+            y = qjax.matmul(x, stacked, index=i)
+            chex.assert_trees_all_close(y, qjax.matmul(x, w), rtol=1e-5, atol=1e-5)
+
+    def test_under_jit_and_of_stacks(self, as_qtensor):
+        pair = [as_qtensor(oracle.random(i, 64, 8, bits=3)) for i in (0, 1)]
+        traced = jax.jit(lambda *weights: qjax.stack(weights))(*pair)
+        chex.assert_trees_all_equal(traced, qjax.stack(pair))
+        assert qjax.stack([traced, traced]).shape == (2, 2, 64, 8)
+
+    def test_pieces_stay_where_they_are(self):
+        mesh = Mesh(np.array(jax.devices()[:2]), ("model",))
+        spec = PartitionSpec(None, "model")
+        w = qjax.shard(qjax.quantize(jnp.ones((64, 8)), group_size=32), mesh, spec)
+        for leaf in jax.tree.leaves(qjax.stack([w, w])):
+            assert leaf.sharding.shard_shape(leaf.shape)[-1] == 4
+
+    def test_refuses_what_is_not_alike(self, as_qtensor, refuses):
+        w, other = (as_qtensor(oracle.random(i, 64, 8, order=True)) for i in (0, 1))
+        qjax.stack([w, other])
+        with refuses("weights[1].order.dtype=None must be int32, as of weights[0]"):
+            qjax.stack([w, dataclasses.replace(other, order=None)])
+        with refuses("weights[1].shape=(64, 16) must be (64, 8), as of weights[0]"):
+            qjax.stack([w, as_qtensor(oracle.random(0, 64, 16, order=True))])
+        first = dataclasses.replace(w, scale=w.scale[:, :1])
+        with refuses("weights[1].scale.shape=(2, 1) must be (2, 8), as of weights[0]"):
+            qjax.stack([w, first])
+        with refuses("weights is empty"):
+            qjax.stack([])
+        with refuses("weights[1]", TypeError):
+            qjax.stack([w, jnp.ones((64, 8))])
+
+    def test_refuses_other_encodings(self, refuses):
+        scale = tensor.Nested(
+            factor=jnp.ones((2, 8), jnp.int8), step=jnp.ones((1, 8), jnp.float16)
+        )
+        w = qjax.quantize(jnp.ones((64, 8)), group_size=32)
+        with refuses("weights[1] has its scales or zeros encoded in another way"):
+            qjax.stack([w, dataclasses.replace(w, scale=scale)])

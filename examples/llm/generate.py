@@ -2,6 +2,7 @@
 
 import functools
 import json
+import math
 import os
 import sys
 import time
@@ -169,7 +170,7 @@ def describe(model: Decoder, path: Path) -> str:
     )
     if kernels:
         packed = sum(kernel.nbytes for kernel in kernels)
-        weights = sum(kernel.k * kernel.n for kernel in kernels)
+        weights = sum(math.prod(kernel.shape) for kernel in kernels)
         lines += (
             f"\n{len(kernels)} quantized matrices, {packed / 1e6:.2f} MB, "
             f"{8 * packed / weights:.2f} bits a weight, such as {kernels[0]!r}"

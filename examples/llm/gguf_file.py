@@ -20,8 +20,17 @@ from jax.sharding import Sharding
 
 import qjax
 
-# Architectures, which Mistral shares with Llama, and whether rows were moved.
-ARCHITECTURES = {"llama": True, "qwen2": False, "qwen3": False}
+# The ``model_type`` of an architecture; Mistral shares Llama's, and Mixtral does, too.
+ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "qwen2moe": "qwen2_moe",
+    "qwen3": "qwen3",
+    "qwen3moe": "qwen3_moe",
+    "gpt-oss": "gpt_oss",
+}
+# Those whose rows were moved.
+MOVED = ("llama", "mixtral")
 # Keys that a model cannot do without; all but the last are numbers of something.
 NEEDED = (
     "block_count",
@@ -45,6 +54,16 @@ NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.gate_proj",
+    "ffn_up_exps": "mlp.experts.up_proj",
+    "ffn_down_exps": "mlp.experts.down_proj",
+    "ffn_gate_inp_shexp": "mlp.shared_expert_gate",
+    "ffn_gate_shexp": "mlp.shared_expert.gate_proj",
+    "ffn_up_shexp": "mlp.shared_expert.up_proj",
+    "ffn_down_shexp": "mlp.shared_expert.down_proj",
+    "attn_sinks": "self_attn.sinks",
+    "post_attention_norm": "post_attention_layernorm",
 }
 
 
@@ -93,15 +112,17 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
                 f"{kind}.{name}={count!r} must be one number, for all layers."
             )
     head_dim = own.get("attention.key_length", hidden // heads)
-    # As llama.cpp has it, where older files name no type.
-    scaling = own.get("rope.scaling.type", "linear")
-    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 0.0))
+    model_type, experts = ARCHITECTURES[kind], own.get("expert_used_count", 0)
+    if model_type == "llama" and experts:
+        model_type = "mixtral"
+    window = own.get("attention.sliding_window", 0) if kind == "gpt-oss" else 0
     # What the decoder does not do, and the values at which that makes no difference.
     wanted = {
         "attention.value_length": [head_dim],
         "rope.dimension_count": [head_dim],
-        "attention.sliding_window": [0],
-        "expert_count": [0],
+        "attention.sliding_window": [window],
+        "expert_weights_scale": [0, 1],
+        "expert_group_count": [0, 1],
         "attention.causal": [True],
         "attention.clamp_kqv": [0],
         "attention.scale": [0, float(np.float32(head_dim**-0.5))],
@@ -114,15 +135,11 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
             raise ValueError(
                 f"{kind}.{key}={own[key]} is not supported, but {values[0]}."
             )
-    if scaling not in ("none", "linear"):
-        raise ValueError(f"{kind}.rope.scaling.type={scaling!r} is not supported.")
-    rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
-    if scaling == "linear" and factor:
-        rope |= {"rope_type": "linear", "factor": factor}
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     stops = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
+    alternating = ["sliding_attention", "full_attention"]
     return {
-        "model_type": kind,
+        "model_type": model_type,
         "vocab_size": own.get("vocab_size", len(tokens)),
         "hidden_size": hidden,
         "num_hidden_layers": own["block_count"],
@@ -131,8 +148,42 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": head_dim,
         "max_position_embeddings": own["context_length"],
         "rms_norm_eps": own["attention.layer_norm_rms_epsilon"],
-        "rope_parameters": rope,
+        "rope_parameters": rope_of(own, kind),
         "eos_token_id": [stop for stop in stops if stop is not None],
+        "num_experts_per_tok": experts,
+        "norm_topk_prob": own.get("expert_weights_norm", model_type == "qwen3_moe"),
+        "sliding_window": window or None,
+        "layer_types": [alternating[i % 2] for i in range(own["block_count"])],
+    }
+
+
+def rope_of(own: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The ``rope_parameters`` of a config.json, of the metadata of an architecture."""
+    # As llama.cpp has it, where older files name no type.
+    scaling = own.get("rope.scaling.type", "linear")
+    factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 0.0))
+    rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
+    if scaling == "none" or (scaling == "linear" and not factor):
+        return rope
+    rope |= {"rope_type": scaling, "factor": factor}
+    if scaling == "linear":
+        return rope
+    if scaling != "yarn":
+        raise ValueError(f"{kind}.rope.scaling.type={scaling!r} is not supported.")
+    wanted = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_ext_factor": 1}
+    for key, value in wanted.items():
+        if own.get(f"rope.scaling.{key}", value) != value:
+            raise ValueError(
+                f"{kind}.rope.scaling.{key}={own[f'rope.scaling.{key}']} is not "
+                f"supported, but {value}."
+            )
+    length = own.get("rope.scaling.original_context_length", own["context_length"])
+    return rope | {
+        "original_max_position_embeddings": length,
+        "beta_fast": own.get("rope.scaling.yarn_beta_fast"),
+        "beta_slow": own.get("rope.scaling.yarn_beta_slow"),
+        # llama.cpp always does; gpt-oss was trained without.
+        "truncate": kind != "gpt-oss",
     }
 
 
@@ -159,8 +210,10 @@ def read_tensors(path: Path, sharding: Any = None) -> dict[str, Any]:
     for name, weight in qjax.checkpoints.lazy(path, sharding=where).items():
         new = renamed(name)
         tensors[new] = weight
+        if new.endswith("shared_expert_gate.weight"):
+            tensors[new] = weight.reshape(1, -1)  # llama.cpp has a vector.
         for part, heads in moved.items():
-            if part in new and ARCHITECTURES[config["model_type"]]:
+            if part in new and config["model_type"] in MOVED:
                 tensors[new] = columns_back(weight, heads)
     return tensors
 
@@ -171,7 +224,9 @@ def renamed(name: str) -> str:
     if match is None or match[2] not in NAMES:
         return name
     layer = "" if match[1] is None else f"model.layers.{match[1]}."
-    return f"{layer}{NAMES[match[2]]}{match[3]}"
+    # No matrices, and no norms.
+    suffix = "" if match[2] == "attn_sinks" else match[3]
+    return f"{layer}{NAMES[match[2]]}{suffix}"
 
 
 def columns_back(weight: Any, heads: int) -> Any:

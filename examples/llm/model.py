@@ -1,105 +1,25 @@
-"""A decoder-only language model over quantized weights: Llama, Mistral, Qwen2, Qwen3.
+"""A decoder-only language model over quantized weights: Llama, Mistral, Qwen, gpt-oss.
 
-Read it from top to bottom: the configuration, the layers, the decoder, and `load`,
-which turns a Hugging Face directory or a GGUF file into a model. Weights are whatever
-the checkpoint holds, packed matrices as `qjax.QTensor`; activations are ``dtype``,
-logits float32.
+Read it from top to bottom: the cache, attention, the decoder, and `load`, which turns a
+Hugging Face directory or a GGUF file into a model. What it has to know of its model is
+in `hf_config`, what else is in a block in `feed_forward`. Weights are whatever the
+checkpoint holds, packed matrices as `qjax.QTensor`; activations are ``dtype``, logits
+float32.
 """
 
-import dataclasses
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from feed_forward import feed_forward
 from flax import nnx
 from gguf_file import completed, is_gguf, read_config, read_tensors
+from hf_config import Config
 from jax import Array
 from jax.typing import DTypeLike
-from weights import Weights, join
-
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """The part of config.json that the decoder needs."""
-
-    vocab_size: int
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    max_length: int
-    norm_eps: float
-    frequencies: tuple[float, ...]  # of the rotary embedding, [head_dim / 2]
-    windows: tuple[int | None, ...]  # positions that each layer looks back on
-    tied: bool  # the output matrix is the embedding
-
-    @classmethod
-    def from_json(cls, config: Mapping[str, Any]) -> "Config":
-        """Reads a config.json as transformers 4 or 5 writes it.
-
-        Raises:
-          ValueError: If the architecture or one of its options is not supported.
-        """
-        kind = config.get("model_type")
-        if kind not in MODEL_TYPES:
-            raise ValueError(f"model_type={kind!r} must be one of {MODEL_TYPES}.")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act={config['hidden_act']!r} must be 'silu'.")
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        head_dim = config.get("head_dim") or hidden // heads
-        return cls(
-            vocab_size=config["vocab_size"],
-            hidden_size=hidden,
-            num_layers=config["num_hidden_layers"],
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=head_dim,
-            max_length=config["max_position_embeddings"],
-            norm_eps=config["rms_norm_eps"],
-            frequencies=tuple(rope_frequencies(config, head_dim).tolist()),
-            windows=attention_windows(config),
-            tied=config.get("tie_word_embeddings", False),
-        )
-
-
-def rope_frequencies(config: Mapping[str, Any], head_dim: int) -> np.ndarray:
-    """Angle per position of each pair of channels, ``[head_dim / 2]``."""
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    inverse = 1 / theta ** (np.arange(0, head_dim, 2) / head_dim)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return inverse
-    if kind == "linear":
-        return inverse / rope["factor"]
-    if kind != "llama3":
-        raise ValueError(f"rope_type={kind!r} must be default, linear or llama3.")
-    # Long wavelengths are stretched, short ones kept, those between are blended.
-    turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    keep = np.clip((turns - low) / (high - low), 0, 1)
-    return keep * inverse + (1 - keep) * inverse / rope["factor"]
-
-
-def attention_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
-    """How many positions, its own included, each layer attends to; None for all."""
-    layers, window = config["num_hidden_layers"], config.get("sliding_window")
-    if not config.get("use_sliding_window", True):
-        window = None
-    if kinds := config.get("layer_types"):
-        sliding = [kind == "sliding_attention" for kind in kinds]
-    else:
-        # Only Qwen has the field; its first layers attend to everything.
-        first = config.get("max_window_layers", 0)
-        sliding = [i >= first for i in range(layers)]
-    return tuple(window if slides else None for slides in sliding)
+from weights import Weights, join, stack
 
 
 class Cache(NamedTuple):
@@ -130,7 +50,7 @@ class Attention(nnx.Module):
 
     def __init__(self, weights: Weights, name: str, window: int | None) -> None:
         self.config, self.window = weights.config, window
-        self.qkv_proj = weights.joined(f"{name}.qkv_proj")
+        self.qkv_proj = weights.optional(f"{name}.qkv_proj")
         if self.qkv_proj is None:
             self.q_proj = weights.linear(f"{name}.q_proj")
             self.k_proj = weights.linear(f"{name}.k_proj")
@@ -139,6 +59,7 @@ class Attention(nnx.Module):
         has_norms = f"{name}.q_norm.weight" in weights.tensors  # Qwen3
         self.q_norm = weights.norm(f"{name}.q_norm") if has_norms else None
         self.k_norm = weights.norm(f"{name}.k_norm") if has_norms else None
+        self.sinks = weights.parameter(f"{name}.sinks")  # gpt-oss
 
     def __call__(
         self, x: Array, keys: Array, values: Array, start: Array, first: Array
@@ -166,7 +87,7 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         places = start + jnp.arange(t)
         positions = places - first[:, None]
-        q, k = rotate(q, positions, c.frequencies), rotate(k, positions, c.frequencies)
+        q, k = rotate(q, positions, c), rotate(k, positions, c)
         keys = jax.lax.dynamic_update_slice(keys, k, (0, start, 0, 0))
         values = jax.lax.dynamic_update_slice(values, v, (0, start, 0, 0))
 
@@ -181,35 +102,24 @@ class Attention(nnx.Module):
         begun = jnp.arange(keys.shape[1]) >= first[:, None]
         seen = (seen & begun[:, None]) | (distance == 0)
         score = jnp.where(seen[:, None, None], score, -jnp.inf)
-        probability = jax.nn.softmax(score).astype(x.dtype)
+        if self.sinks is not None:
+            # One more place to look at, of which nothing is seen.
+            sinks = self.sinks[...].reshape(c.num_kv_heads, -1, 1, 1)
+            sinks = jnp.broadcast_to(sinks, (*score.shape[:-1], 1))
+            score = jnp.concatenate([score, sinks.astype(score.dtype)], -1)
+        probability = jax.nn.softmax(score)[..., : keys.shape[1]].astype(x.dtype)
         y = jnp.einsum("bhgts,bshd->bthgd", probability, values, precision="highest")
         return self.o_proj(y.reshape(b, t, -1)), keys, values
 
 
-def rotate(x: Array, positions: Array, frequencies: tuple[float, ...]) -> Array:
+def rotate(x: Array, positions: Array, config: Config) -> Array:
     """Turns channel pairs (i, i + dim / 2) of ``x[b, t, heads, dim]`` by position."""
-    angle = positions[..., None].astype(jnp.float32) * jnp.array(frequencies)
-    cos, sin = jnp.cos(angle)[:, :, None], jnp.sin(angle)[:, :, None]
+    angle = positions[..., None].astype(jnp.float32) * jnp.array(config.frequencies)
+    cos, sin = (
+        config.rotary_scale * turn(angle)[:, :, None] for turn in (jnp.cos, jnp.sin)
+    )
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
-class MLP(nnx.Module):
-    """The gated feed-forward layer."""
-
-    def __init__(self, weights: Weights, name: str) -> None:
-        self.gate_up_proj = weights.joined(f"{name}.gate_up_proj")
-        if self.gate_up_proj is None:
-            self.gate_proj = weights.linear(f"{name}.gate_proj")
-            self.up_proj = weights.linear(f"{name}.up_proj")
-        self.down_proj = weights.linear(f"{name}.down_proj")
-
-    def __call__(self, x: Array) -> Array:
-        if self.gate_up_proj is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        else:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(jax.nn.silu(gate) * up)
 
 
 class Block(nnx.Module):
@@ -219,7 +129,7 @@ class Block(nnx.Module):
         self.input_layernorm = weights.norm(f"{name}.input_layernorm")
         self.self_attn = Attention(weights, f"{name}.self_attn", window)
         self.post_attention_layernorm = weights.norm(f"{name}.post_attention_layernorm")
-        self.mlp = MLP(weights, f"{name}.mlp")
+        self.mlp = feed_forward(weights, f"{name}.mlp")
 
     def __call__(
         self, x: Array, keys: Array, values: Array, start: Array, first: Array
@@ -294,7 +204,8 @@ def load(
         then have other names than in the checkpoint, which training would write back.
 
     Returns:
-      The model; ``model(ids[b, t])`` gives logits ``[b, t, vocab]`` in float32.
+      The model; ``model(ids[b, t])`` gives logits ``[b, t, vocab]`` in float32. Of a
+      mixture, the matrices of all experts are one `stack`.
 
     Raises:
       ValueError: If the architecture is not supported, or tensors are missing or left
@@ -307,6 +218,7 @@ def load(
     tensors = read_tensors(path, sharding)
     if is_gguf(path):
         config = completed(config, tensors)
+    stack(tensors)
     if joined and sharding is None:
         join(tensors)
     weights = Weights(tensors, config, dtype)

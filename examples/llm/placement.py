@@ -22,13 +22,15 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from gguf_file import read_config
+from hf_config import Config
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from model import Cache, Config
+from model import Cache
 
-FIRST = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-LAST = ("o_proj", "down_proj")
+# Also Mixtral's w1, w2, w3, and gpt-oss's gate_up_proj.
+FIRST = "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3", "gate_up_proj"
+LAST = "o_proj", "down_proj", "w2"
 VOCABULARY = ("embed_tokens", "lm_head")
 
 MeshOption = Annotated[
@@ -55,12 +57,14 @@ class Placement:
     def weight(self, name: str) -> list[NamedSharding]:
         """Where a weight of the checkpoint goes: the first that cuts it evenly."""
         module, _, kind = name.rpartition(".")
-        if kind not in ("weight", "bias"):
+        if name.endswith("_bias"):  # of gpt-oss's experts
+            module, kind = name.removesuffix("_bias"), "bias"
+        elif kind not in ("weight", "bias"):
             module, kind = name, "packed"
         by_column, by_row = P(None, "model"), P("model", None)
         if kind == "weight":  # [n, k]
             by_column, by_row = by_row, by_column
-        layer = module.rpartition(".")[2]
+        path, _, layer = module.rpartition(".")
         specs = [P()]
         if layer in FIRST:
             specs = [P("model") if kind == "bias" else by_column]
@@ -69,6 +73,8 @@ class Placement:
         elif layer in LAST and kind != "bias":
             ordered = self.act_order and kind == "packed"
             specs = [by_column] if ordered else [by_row, by_column]
+        if path.endswith(".experts"):
+            specs = [P(None, *spec) for spec in specs]
         return [NamedSharding(self.mesh, spec) for spec in specs]
 
     @property

@@ -30,8 +30,9 @@ from blocks import Assembled, Tensors, Written, check_unchanged, job_of
 from evaluate import encode_text, read_ids
 from flax import nnx
 from generate import read_tokenizer
+from hf_config import Config
 from jax import Array
-from model import Block, Cache, Config
+from model import Block, Cache
 from rich.console import Console
 from rich.progress import track
 from weights import Weights

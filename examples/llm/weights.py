@@ -1,5 +1,6 @@
 """What the tensors of a checkpoint become: matrices, norms, several matrices in one."""
 
+import re
 from typing import Any
 
 import jax
@@ -15,6 +16,18 @@ JOINED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
+# Other names of what the decoder has under one: those of Mixtral and of gpt-oss.
+RENAMED = {
+    r"\.block_sparse_moe\.": ".mlp.",
+    r"(\.experts\.\d+)\.w1\b": r"\1.gate_proj",
+    r"(\.experts\.\d+)\.w2\b": r"\1.down_proj",
+    r"(\.experts\.\d+)\.w3\b": r"\1.up_proj",
+    r"\.mlp\.router\.": ".mlp.gate.",
+    r"\.experts\.gate_up_proj": ".experts.gate_up_pairs",
+    r"(\.experts\.\w+)_bias$": r"\1.bias",
+}
+# One of the matrices of experts, or its bias.
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\..+)")
 
 
 class Dense(nnx.Module):
@@ -29,6 +42,24 @@ class Dense(nnx.Module):
         weight = self.weight[...].astype(self.dtype)
         y = jnp.einsum("...k,nk->...n", x, weight, precision="highest")
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class DenseExperts(nnx.Module):
+    """The matrices of experts that the checkpoint left dense, ``[experts, n, k]``."""
+
+    def __init__(self, weight: Array, bias: Array | None, dtype: DTypeLike) -> None:
+        self.weight = nnx.Param(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+        self.dtype, self.num_experts = dtype, len(weight)
+
+    def __call__(self, x: Array, sizes: Array) -> Array:
+        """Multiplies tokens that are sorted by expert; each has ``sizes`` of them."""
+        weight = self.weight[...].astype(self.dtype).mT
+        y = jax.lax.ragged_dot(x, weight, sizes, precision="highest")
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(self.dtype)
+        return y + jnp.repeat(bias, sizes, axis=0, total_repeat_length=len(x))
 
 
 class Norm(nnx.Module):
@@ -56,18 +87,32 @@ class Weights:
             raise ValueError(f"the checkpoint has no tensor {name!r}.")
         return self.tensors.pop(name)
 
-    def linear(self, name: str) -> nnx.Module:
-        """The linear layer ``name``, quantized or not, with its bias if it has one."""
-        bias = self.tensors.pop(f"{name}.bias", None)
-        if name in self.tensors:
-            kernel = self.take(name)
-            return qjax.layers.nnx.Linear.from_qtensor(kernel, bias, dtype=self.dtype)
-        return Dense(self.take(f"{name}.weight"), bias, self.dtype)
+    def has(self, name: str) -> bool:
+        """Whether there is a matrix ``name``, quantized or not."""
+        return not self.tensors.keys().isdisjoint((name, f"{name}.weight"))
 
-    def joined(self, name: str) -> nnx.Module | None:
-        """The layer that `join` has made of several, if it has."""
-        is_there = not self.tensors.keys().isdisjoint((name, f"{name}.weight"))
-        return self.linear(name) if is_there else None
+    def linear(self, name: str) -> nnx.Module:
+        """The linear layer ``name``, quantized or not, with its bias if it has one.
+
+        That of a `stack` is one of experts.
+        """
+        bias = self.tensors.pop(f"{name}.bias", None)
+        packed = name in self.tensors
+        matrix = self.take(name if packed else f"{name}.weight")
+        if packed:
+            layers = qjax.layers.nnx
+            kind = layers.Linear if matrix.ndim == 2 else layers.Experts
+            return kind.from_qtensor(matrix, bias, dtype=self.dtype)
+        kind = Dense if matrix.ndim == 2 else DenseExperts
+        return kind(matrix, bias, self.dtype)
+
+    def optional(self, name: str) -> nnx.Module | None:
+        """The linear layer ``name``, if the model has it, or `join` has made it."""
+        return self.linear(name) if self.has(name) else None
+
+    def parameter(self, name: str) -> nnx.Param | None:
+        """The array ``name``, if there is one."""
+        return nnx.Param(self.take(name)) if name in self.tensors else None
 
     def table(self, name: str) -> nnx.Module | nnx.Param:
         """The table of embeddings ``name``: packed, or ``[vocab, hidden]``."""
@@ -102,13 +147,48 @@ def join(tensors: dict[str, Any]) -> None:
                 joined = (
                     qjax.concatenate(weights)
                     if isinstance(weights[0], qjax.QTensor)
-                    else jnp.concatenate(weights)
+                    else jnp.concatenate(weights, axis=-2)
                 )
             except ValueError:  # They are not alike.
                 continue
             tensors[first.replace(parts[0], whole)] = joined
             if has_bias == {True}:
                 pieces = [tensors.pop(bias) for bias in biases]
-                tensors[biases[0].replace(parts[0], whole)] = jnp.concatenate(pieces)
+                name = biases[0].replace(parts[0], whole)
+                tensors[name] = jnp.concatenate(pieces, -1)
             for name in names:
                 del tensors[name]
+
+
+def stack(tensors: dict[str, Any]) -> None:
+    """Makes one stack of the matrices of all experts of a layer, as their product does.
+
+    Names that other models have for the same become those of Qwen.
+
+    Args:
+      tensors: A checkpoint's, which this changes.
+
+    Raises:
+      ValueError: If an expert is missing, or the matrices are not alike.
+    """
+    for name in list(tensors):
+        new = name
+        for pattern, replacement in RENAMED.items():
+            new = re.sub(pattern, replacement, new)
+        tensors[new] = tensors.pop(name)
+        if re.fullmatch(r".*\.experts\.\w+", new) and isinstance(tensors[new], Array):
+            # gpt-oss has dense ones as [experts, k, n], and calls them no weights.
+            tensors[f"{new}.weight"] = tensors.pop(new).mT
+    experts: dict[str, dict[int, str]] = {}
+    for name in tensors:
+        if match := EXPERT.fullmatch(name):
+            experts.setdefault(match[1] + match[3], {})[int(match[2])] = name
+    for whole, names in experts.items():
+        if missing := set(range(len(names))) - names.keys():
+            raise ValueError(f"{whole}: the experts {sorted(missing)} are missing.")
+        parts = [tensors.pop(names[i]) for i in range(len(names))]
+        packed = isinstance(parts[0], qjax.QTensor)
+        try:
+            tensors[whole] = (qjax.stack if packed else jnp.stack)(parts)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{whole}: its experts are not alike: {error}") from None

@@ -3,7 +3,7 @@
 from qjax.tensor.building import build
 from qjax.tensor.digits import Digits
 from qjax.tensor.floats import SMALL_FLOATS, numbers, widen
-from qjax.tensor.joining import concatenate
+from qjax.tensor.joining import concatenate, stack
 from qjax.tensor.levels import (
     Levels,
     Nested,
@@ -63,5 +63,6 @@ __all__ = [
     "replace_floats",
     "segment_codes",
     "split",
+    "stack",
     "widen",
 ]

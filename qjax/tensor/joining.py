@@ -1,9 +1,10 @@
-"""Matrices of the same inputs, joined into one."""
+"""Matrices that are alike, joined along n into one, or stacked."""
 
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -49,11 +50,7 @@ def concatenate(weights: Sequence[QTensor]) -> QTensor:
       ... ).item()
       True
     """
-    if not weights:
-        raise ValueError("weights is empty; pass one QTensor or more.")
-    for i, w in enumerate(weights):
-        check_packed(w, f"weights[{i}]")
-    first, *others = weights
+    first, *others = _checked(weights)
     for i, w in enumerate(others, 1):
         _check_alike(first, w, f"weights[{i}]")
     axis = _axis_of_columns(first)
@@ -83,13 +80,65 @@ def concatenate(weights: Sequence[QTensor]) -> QTensor:
     )
 
 
-def _check_alike(first: QTensor, w: QTensor, name: str) -> None:
-    wanted = _form(first)
-    for what, found in _form(w).items():
-        if found != wanted[what]:
+def stack(weights: Sequence[QTensor]) -> QTensor:
+    """Stacks matrices that are alike: layers of a scan, experts of a mixture.
+
+    What `matmul` takes with ``index=``, `ragged_matmul`, and the layers `Experts`.
+    Nothing is unpacked. Of weights that are cut over devices, each keeps its pieces.
+
+    Args:
+      weights: Matrices, or stacks, alike but for their values: of one shape, packed in
+        the same layout, with the same widths, groups, affine map and dtypes. Each may
+        have rows in an order of its own.
+
+    Returns:
+      ``[len(weights), *batch, k, n]``. Indexing with ``jax.tree.map(lambda leaf:
+      leaf[i], stacked)`` gives a matrix back.
+
+    Raises:
+      TypeError: If one is no `QTensor`.
+      ValueError: If there are none, or if they are not alike, saying in what.
+
+    Example:
+      >>> import qjax
+      >>> gate, up = (
+      ...     qjax.quantize(w * jnp.ones((64, 8)), group_size=32) for w in (1, 2)
+      ... )
+      >>> w = stack([gate, up])
+      >>> qjax.matmul(jnp.ones(64), w, index=1)[:2].tolist(), w.shape
+      ([128.0, 128.0], (2, 64, 8))
+    """
+    first, *others = _checked(weights)
+    wanted = _form(first) | _shapes(first)
+    for i, w in enumerate(others, 1):
+        _check_equal(wanted, _form(w) | _shapes(w), f"weights[{i}]")
+        if jax.tree.structure(w) != jax.tree.structure(first):
             raise ValueError(
-                f"{name}.{what}={found} must be {wanted[what]}, as of weights[0]."
+                f"weights[{i}] has its scales or zeros encoded in another way than "
+                "weights[0]; qjax.prepare decodes them."
             )
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
+
+
+def _checked(weights: Sequence[QTensor]) -> Sequence[QTensor]:
+    if not weights:
+        raise ValueError("weights is empty; pass one QTensor or more.")
+    for i, w in enumerate(weights):
+        check_packed(w, f"weights[{i}]")
+    return weights
+
+
+def _check_equal(wanted: dict[str, Any], found: dict[str, Any], name: str) -> None:
+    for what, value in found.items():
+        if value != wanted[what]:
+            raise ValueError(
+                f"{name}.{what}={value} must be {wanted[what]}, as of weights[0]."
+            )
+
+
+def _check_alike(first: QTensor, w: QTensor, name: str) -> None:
+    """Checks all that `concatenate` keeps of the first alone."""
+    _check_equal(_form(first), _form(w), name)
     for field in _SHARED:
         one, other = getattr(first, field), getattr(w, field)
         if one is other:
@@ -112,6 +161,14 @@ def _form(w: QTensor) -> dict[str, Any]:
     dtypes = {f"{k}.dtype": getattr(leaf, "dtype", None) for k, leaf in leaves.items()}
     static = {field: getattr(w, field) for field in _STATIC}
     return {"shape[:-1]": w.shape[:-1]} | static | dtypes
+
+
+def _shapes(w: QTensor) -> dict[str, Any]:
+    """What stacked matrices have in common besides."""
+    leaves = {field: getattr(w, field) for field in ("scale", "zero", *_SHARED)}
+    shapes = {f"{k}.shape": getattr(leaf, "shape", None) for k, leaf in leaves.items()}
+    words = [array.shape for array in w.words]
+    return {"shape": w.shape, "words": words, "padding": w.padding} | shapes
 
 
 def _values(leaf: Any) -> np.ndarray:

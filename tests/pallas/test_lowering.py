@@ -23,6 +23,9 @@ from qjax.pallas.operands import Config
 from qjax.pallas.scale_grad import scale_grad
 from qjax.tensor import Affine, QTensor, Segment
 
+# JAX's lowering is what they test.
+pytestmark = pytest.mark.every_version
+
 TARGET = "__gpu$xla.gpu.triton"
 # Launches of a product: its rows are prepared first, unless they are few.
 PRODUCT, FEW = 2, 1

@@ -23,13 +23,20 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import (
+    GptOssForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
+    MixtralForCausalLM,
+    Mxfp4Config,
     PreTrainedModel,
     Qwen2ForCausalLM,
+    Qwen2MoeForCausalLM,
     Qwen3ForCausalLM,
+    Qwen3MoeForCausalLM,
 )
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 BATCH, LENGTH, VOCAB = 2, 24, 128
 WINDOW = 8
@@ -43,7 +50,22 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 WEIGHT_STD, BIAS_STD, NORM_STD = 0.12, 0.3, 0.25
+# Of the biases in gpt-oss's experts: some are beyond the limit of 7.
+GATE_STD = 4.0
 MIN_CHANGE = 1e-2
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+EXPERT_MATRICES = ("experts.gate_up_proj", "experts.down_proj")
+# Magnitudes of the codes 0 to 7 of a four-bit float; eight more are their negatives.
+FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+MXFP4 = {
+    "quant_method": "mxfp4",
+    "modules_to_not_convert": [
+        "model.layers.*.self_attn",
+        "model.layers.*.mlp.router",
+        "model.embed_tokens",
+        "lm_head",
+    ],
+}
 
 Change = Callable[[PreTrainedModel], PreTrainedModel]
 
@@ -65,12 +87,18 @@ def llama3_rope(theta: float, original: int) -> dict[str, Any]:
     }
 
 
+def yarn_rope(theta: float, original: int, **more: object) -> dict[str, Any]:
+    """YaRN scaling; ``original`` puts both ends of its ramp within reach."""
+    scaling = {"rope_type": "yarn", "rope_theta": theta, "factor": 4.0}
+    return {**scaling, "original_max_position_embeddings": original, **more}
+
+
 def configured(**settings: object) -> Change:
     """The same weights under other settings; parameters these lack are dropped."""
 
     def change(model: PreTrainedModel) -> PreTrainedModel:
         config = type(model.config)(**{**model.config.to_dict(), **settings})
-        other = type(model)._from_config(config, attn_implementation="eager")
+        other = type(model)._from_config(config, **EAGER)
         other.load_state_dict(model.state_dict(), strict=False)
         return other.eval()
 
@@ -114,6 +142,7 @@ class Case:
         settings: Config settings besides ``SIZES``.
         checks: Changes that must move the logits by more than ``MIN_CHANGE``.
         shard: Largest size of one safetensors file.
+        mxfp4: Whether experts are stored in four-bit floats.
         version4: Settings to add to ``config.json`` after it is turned into the
             dialect of transformers 4; None keeps it as transformers 5 writes it.
     """
@@ -123,6 +152,7 @@ class Case:
     settings: Mapping[str, Any]
     checks: Mapping[str, Change]
     shard: str = "1GB"
+    mxfp4: bool = False
     version4: Mapping[str, Any] | None = None
 
 
@@ -134,6 +164,8 @@ BIASES = {f"{n} bias": filled(f"{n}_proj.bias", 0.0) for n in "qkv"}
 MLP_BIASES = {
     f"{n} bias": filled(f"{n}_proj.bias", 0.0) for n in ("gate", "up", "down")
 }
+
+EXPERTS = {"intermediate_size": 64, "num_experts_per_tok": 2}
 
 CASES = {
     "mistral_window": Case(
@@ -240,6 +272,85 @@ CASES = {
         },
         version4={},
     ),
+    "mixtral": Case(
+        MixtralForCausalLM,
+        seed=8,
+        settings={**EXPERTS, "num_local_experts": 4, "rope_parameters": rope(1e6)},
+        checks=NORMS | {"one expert": configured(num_experts_per_tok=1)},
+    ),
+    "qwen2_moe": Case(
+        Qwen2MoeForCausalLM,
+        seed=9,
+        settings={
+            **EXPERTS,
+            "num_experts": 4,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 64,
+            "use_sliding_window": False,
+            "rope_parameters": yarn_rope(1e4, 32),
+        },
+        checks=NORMS
+        | BIASES
+        | {
+            "one expert": configured(num_experts_per_tok=1),
+            "norm_topk_prob": configured(norm_topk_prob=True),
+            "shared expert": filled("shared_expert.down_proj", 0.0),
+            "shared expert's gate": filled("shared_expert_gate", 0.0),
+            "rope scaling": configured(rope_parameters=rope(1e4)),
+            "scaling of attention": configured(
+                rope_parameters=yarn_rope(1e4, 32, attention_factor=1.0)
+            ),
+        },
+    ),
+    "qwen3_moe": Case(
+        Qwen3MoeForCausalLM,
+        seed=10,
+        settings={
+            **EXPERTS,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 32,
+            "mlp_only_layers": [1],
+            "norm_topk_prob": True,
+            "head_dim": 32,
+            "rope_parameters": rope(1e6),
+        },
+        checks=NORMS
+        | {
+            "two experts": configured(num_experts_per_tok=2),
+            "norm_topk_prob": configured(norm_topk_prob=False),
+            "q_norm": bypassed("q_norm"),
+        },
+    ),
+    "gpt_oss": Case(
+        GptOssForCausalLM,
+        seed=11,
+        settings={
+            **EXPERTS,
+            "num_local_experts": 4,
+            "head_dim": 32,
+            "sliding_window": WINDOW,
+            "rope_parameters": yarn_rope(1.5e5, 32, truncate=False),
+        },
+        checks=NORMS
+        | BIASES
+        | {
+            "o bias": filled("o_proj.bias", 0.0),
+            "router's bias": filled("router.bias", 0.0),
+            "gate and up biases": filled("gate_up_proj_bias", 0.0),
+            "down biases": filled("experts.down_proj_bias", 0.0),
+            "sinks": filled("sinks", -1e9),
+            "one expert": configured(num_experts_per_tok=1),
+            "limit of the gate": configured(swiglu_limit=100.0),
+            "slope of the gate": configured(swiglu_alpha=1.0),
+            "sliding window": configured(layer_types=["full_attention"] * 2),
+            "rope scaling": configured(rope_parameters=rope(1.5e5)),
+            "ends of the ramp": configured(
+                rope_parameters=yarn_rope(1.5e5, 32, truncate=True)
+            ),
+        },
+        mxfp4=True,
+    ),
 }
 
 
@@ -248,18 +359,42 @@ def build(case: Case, generator: torch.Generator) -> PreTrainedModel:
     config = case.model.config_class(
         **{"bos_token_id": None, "eos_token_id": None, **SIZES, **case.settings}
     )
-    model = case.model._from_config(config, attn_implementation="eager").eval()
+    model = case.model._from_config(config, **EAGER).eval()
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
                 value = 1 + NORM_STD * noise
-            elif name.endswith(".bias"):
+            elif name.endswith("gate_up_proj_bias"):
+                value = GATE_STD * noise
+            elif name.endswith("bias"):
                 value = BIAS_STD * noise
             else:
                 value = WEIGHT_STD * noise
             parameter.copy_(value.to(torch.bfloat16))
+            if case.mxfp4 and name.endswith(EXPERT_MATRICES):
+                parameter.copy_(unpacked(*packed(parameter)))
     return model
+
+
+def packed(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rounds ``weight[e, k, n]`` to MXFP4: blocks ``[e, n, k / 32, 16]`` and scales.
+
+    A scale is the power of two from which the codes reach the largest of its 32 weights
+    without being cut off.
+    """
+    blocks = weight.mT.unflatten(-1, (-1, 32))
+    exponent = (blocks.abs().amax(-1) / max(FP4)).log2().ceil()
+    scaled = blocks / exponent.exp2()[..., None]
+    distance = (scaled.abs()[..., None] - torch.tensor(FP4)).abs()
+    codes = distance.argmin(-1) + 8 * (scaled < 0)
+    pairs = codes[..., ::2] | codes[..., 1::2] << 4
+    return pairs.to(torch.uint8), (exponent + 127).to(torch.uint8)
+
+
+def unpacked(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The inverse of `packed`, by transformers' own code: ``[e, k, n]``."""
+    return convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
 
 
 @torch.no_grad()
@@ -291,8 +426,22 @@ def save(model: PreTrainedModel, case: Case, folder: pathlib.Path) -> None:
     stored = copy.deepcopy(model).to(torch.bfloat16)
     stored.save_pretrained(folder, max_shard_size=case.shard)
     (folder / "generation_config.json").unlink(missing_ok=True)
+    if case.mxfp4:
+        to_mxfp4(folder)
     if case.version4 is not None:
         to_version4(folder / "config.json", case.version4)
+
+
+def to_mxfp4(folder: pathlib.Path) -> None:
+    """Stores experts as openai's own checkpoints have them."""
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(EXPERT_MATRICES)]:
+        blocks, scales = packed(tensors.pop(name).float())
+        tensors |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {"quantization_config": MXFP4}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def make(name: str, case: Case, folder: pathlib.Path) -> None:
@@ -314,9 +463,8 @@ def make(name: str, case: Case, folder: pathlib.Path) -> None:
             raise RuntimeError(f"{name}: {feature} does not show in the logits")
 
     save(model, case, folder)
-    read = case.model.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    )
+    how = {"quantization_config": Mxfp4Config(dequantize=True)} if case.mxfp4 else {}
+    read = case.model.from_pretrained(folder, dtype=torch.float32, **EAGER, **how)
     if not np.array_equal(logits_of(read.eval(), ids), logits):
         raise RuntimeError(f"{name}: the written checkpoint gives other logits")
     np.savez_compressed(

@@ -1,0 +1,90 @@
+"""The part of a block that takes each token for itself: one layer, or many experts."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+from weights import Weights
+
+from qjax.layers.experts import combine, dispatch
+
+
+class MLP(nnx.Module):
+    """The gated feed-forward layer."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.gate_up_proj = weights.optional(f"{name}.gate_up_proj")
+        if self.gate_up_proj is None:
+            self.gate_proj = weights.linear(f"{name}.gate_proj")
+            self.up_proj = weights.linear(f"{name}.up_proj")
+        self.down_proj = weights.linear(f"{name}.down_proj")
+
+    def __call__(self, x: Array) -> Array:
+        if self.gate_up_proj is None:
+            gate, up = self.gate_proj(x), self.up_proj(x)
+        else:
+            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        return self.down_proj(jax.nn.silu(gate) * up)
+
+
+class Mixture(nnx.Module):
+    """Experts, of which a token takes a few, and maybe one layer that all tokens take.
+
+    Its matrices have a leading axis of experts, and take tokens that are sorted.
+    """
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.config = weights.config
+        self.gate = weights.linear(f"{name}.gate")
+        experts = f"{name}.experts"
+        self.gate_up_proj = weights.optional(f"{experts}.gate_up_proj")
+        self.gate_up_pairs = weights.optional(f"{experts}.gate_up_pairs")  # gpt-oss
+        if self.gate_up_proj is None and self.gate_up_pairs is None:
+            self.gate_proj = weights.linear(f"{experts}.gate_proj")
+            self.up_proj = weights.linear(f"{experts}.up_proj")
+        self.down_proj = weights.linear(f"{experts}.down_proj")
+        shared = f"{name}.shared_expert"  # Qwen2
+        self.shared_expert_gate = weights.optional(f"{shared}_gate")
+        self.shared_expert = (
+            None if self.shared_expert_gate is None else MLP(weights, shared)
+        )
+
+    def __call__(self, x: Array) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        expert, weight = self.chosen(rows)
+        routed = dispatch(rows, expert, self.down_proj.num_experts)
+        hidden = self.hidden(routed.rows, routed.group_sizes)
+        y = combine(self.down_proj(hidden, routed.group_sizes), routed, weight)
+        if self.shared_expert is not None:
+            share = jax.nn.sigmoid(self.shared_expert_gate(rows))
+            y += share * self.shared_expert(rows)
+        return y.reshape(x.shape)
+
+    def chosen(self, rows: Array) -> tuple[Array, Array]:
+        """The experts ``[t, top_k]`` of tokens, and what each of them counts."""
+        score = self.gate(rows).astype(jnp.float32)
+        weight, expert = jax.lax.top_k(jax.nn.softmax(score), self.config.top_k)
+        if self.config.normalized:
+            weight /= weight.sum(-1, keepdims=True)
+        return expert, weight
+
+    def hidden(self, rows: Array, sizes: Array) -> Array:
+        """What the first matrices of their experts make of sorted tokens."""
+        if self.gate_up_pairs is not None:
+            pairs = self.gate_up_pairs(rows, sizes)
+            gate, up = pairs[:, ::2], pairs[:, 1::2]
+        elif self.gate_up_proj is not None:
+            gate, up = jnp.split(self.gate_up_proj(rows, sizes), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(rows, sizes), self.up_proj(rows, sizes)
+        if self.config.swiglu is None:
+            return jax.nn.silu(gate) * up
+        limit, slope = self.config.swiglu
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(slope * gate) * (up + 1)
+
+
+def feed_forward(weights: Weights, name: str) -> MLP | Mixture:
+    """What a checkpoint has under a name: only some layers may be mixtures."""
+    is_mixture = weights.has(f"{name}.gate")
+    return Mixture(weights, name) if is_mixture else MLP(weights, name)
