@@ -1,5 +1,6 @@
 """The example decoder on GGUF files: logits, names, metadata, tokenizers."""
 
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -158,7 +159,8 @@ def test_columns_back(kind):
     chex.assert_trees_all_equal(np.asarray(found), wanted)
 
 
-NAMES = {new: old for old, new in gguf_file.NAMES.items()}
+# The last is gpt-oss's name of the same.
+NAMES = {new: old for old, new in list(gguf_file.NAMES.items())[:-1]}
 
 
 def write(path: Path, source: Path, kind: str, packed: dict[str, str]) -> Path:
@@ -198,8 +200,6 @@ def write(path: Path, source: Path, kind: str, packed: dict[str, str]) -> Path:
         count = config.get("num_experts") or config["num_local_experts"]
         writer.add_expert_count(count)
         writer.add_expert_used_count(top_k)
-    if kind == "gpt-oss":
-        writer.add_sliding_window(config["sliding_window"])
     for name, array in dense_tensors(source):
         module, _, leaf = name.rpartition(".")
         layer = ""
@@ -216,10 +216,7 @@ def write(path: Path, source: Path, kind: str, packed: dict[str, str]) -> Path:
             if module.endswith(end) and leaf == "weight":
                 dtype = gguf.GGMLQuantizationType[type_]
                 stored = gguf.quantize(array, dtype)
-        new = NAMES[module]
-        if module == "post_attention_layernorm":
-            new = "post_attention_norm" if kind == "gpt-oss" else "ffn_norm"
-        writer.add_tensor(f"{layer}{new}.{leaf}", stored, raw_dtype=dtype)
+        writer.add_tensor(f"{layer}{NAMES[module]}.{leaf}", stored, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -231,18 +228,10 @@ def dense_tensors(source: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a directory, those of experts in stacks as llama.cpp has them."""
     tensors = qjax.checkpoints.load(source)
     weights.stack(tensors)
-    for old, tensor in tensors.items():
-        packed = isinstance(tensor, qjax.QTensor)
-        name = f"{old}.weight" if packed or old.endswith("sinks") else old
-        dense = qjax.dequantize(tensor).mT if packed else tensor
-        array = np.asarray(dense).astype(np.float32)
-        if name.endswith("shared_expert_gate.weight"):
-            array = array.reshape(-1)
-        if "gate_up_pairs" in name:
-            yield name.replace("gate_up_pairs", "gate_proj"), array[:, ::2]
-            yield name.replace("gate_up_pairs", "up_proj"), array[:, 1::2]
-        else:
-            yield name, array
+    for name, tensor in tensors.items():
+        array = np.asarray(tensor).astype(np.float32)
+        is_vector = name.endswith("shared_expert_gate.weight")
+        yield name, array.reshape(-1) if is_vector else array
 
 
 @pytest.mark.parametrize(
@@ -263,13 +252,6 @@ def dense_tensors(source: Path) -> Iterator[tuple[str, np.ndarray]]:
         ("qwen2_moe", "qwen2moe", {"down_proj": "Q8_0"}, 0.05),
         # A layer without experts.
         ("qwen3_moe", "qwen3moe", {}, 2e-4),
-        # Sinks, biases of experts, and their very codes.
-        (
-            "gpt_oss",
-            "gpt-oss",
-            {f"experts.{end}_proj": "MXFP4" for end in ("gate", "up", "down")},
-            2e-4,
-        ),
     ],
 )
 def test_architectures(name, kind, packed, tolerance, tmp_path):
@@ -280,6 +262,16 @@ def test_architectures(name, kind, packed, tolerance, tmp_path):
     assert decoder.config.tied == ("tied" in name)
     logits = forward(decoder, reference["ids"])
     chex.assert_trees_all_close(logits, reference["logits"], atol=tolerance, rtol=0)
+
+
+def test_gpt_oss():
+    """The same of a file by llama.cpp's converter: sinks, the codes of its experts."""
+    reference = np.load(RANDOM / "gpt_oss" / "reference.npz")
+    decoder = model.load(RANDOM / "gpt_oss" / "model.gguf", joined=True)
+    experts = decoder.layers[0].mlp.gate_up_proj.kernel
+    assert (experts.shape, experts.segments[0].bits) == ((4, 64, 128), 4)
+    logits = forward(decoder, reference["ids"])
+    chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
 
 
 METADATA = {
@@ -341,9 +333,29 @@ def test_a_file_without_a_model(tmp_path):
     writer.close()
     done = invoke(evaluate.main, "x.npy", "--model", tmp_path / "m.gguf")
     assert done.exit_code == 1
-    assert "tokenizer.ggml.model=None and pre=None, but only 'gpt2'" in done.stderr
+    assert "tokenizer.ggml.model=None must be one of ['gpt2', 'llama']" in done.stderr
     with pytest.raises(ValueError, match=r"lack llama.block_count, llama.context_len"):
         model.load(tmp_path / "m.gguf")
+
+
+def test_sentence_pieces(monkeypatch):
+    """Tokens and texts of SentencePiece itself, and what llama.cpp puts before them."""
+    known = json.loads((DATA / "sentencepiece" / "pieces.json").read_text())
+    metadata = {
+        f"tokenizer.ggml.{key}": known[key]
+        for key in ("tokens", "scores", "token_type")
+    }
+    metadata |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.bos_token_id": 1}
+    monkeypatch.setattr(qjax.checkpoints, "read_metadata", lambda _: metadata)
+    tokenizer = gguf_tokenizer.read_tokenizer(FILE)
+    for entry in known["texts"]:
+        ids = tokenizer.encode(entry["text"]).ids
+        assert ids == [1, *entry["ids"]]
+        assert tokenizer.decode(ids) == entry["back"]
+    metadata |= {"tokenizer.ggml.add_space_prefix": False}
+    tokenizer = gguf_tokenizer.read_tokenizer(FILE)
+    assert tokenizer.encode("<s>x").tokens == ["<s>", "<s>", "x"]
+    assert tokenizer.decode(tokenizer.encode(" x").ids) == " x"
 
 
 class TestTokenizers:
@@ -368,6 +380,7 @@ class TestTokenizers:
             ("gpt-2", ["Don", "'t", "Ġx", "=", "1234", "!", "ĊĊ", "Ġy"]),
             ("llama-bpe", ["Don", "'t", "Ġx", "=", "123", "4", "!ĊĊ", "Ġy"]),
             ("qwen2", ["Don", "'t", "Ġx", "=", "1", "2", "3", "4", "!ĊĊ", "Ġy"]),
+            ("gpt-4o", ["Don't", "Ġx", "=", "123", "4", "!ĊĊ", "Ġy"]),
         ],
     )
     def test_cuts_texts(self, pre, words, read):
@@ -381,8 +394,13 @@ class TestTokenizers:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"model": "llama"}, "model='llama' and pre='gpt-2', but only 'gpt2' with"),
-            ({"pre": "tekken"}, "pass --tokenizer and the tokenizer.json"),
+            (
+                {"model": "t5"},
+                "model='t5' must be one of .'gpt2', 'llama'.; pass --tok",
+            ),
+            ({"model": "llama"}, "tokens, scores and token_type have 512, 0 and 512"),
+            ({"model": "llama", "scores": ["0"] * 512}, "scores must be floats"),
+            ({"pre": "tekken"}, "pre='tekken' must be one of"),
             ({"tokens": ["a"] * 512}, "tokenizer.ggml.tokens has a token twice"),
             ({"add_bos_token": True, "bos_token_id": 512}, "token_id=512 is no token"),
             ({"merges": ["a b c"]}, "merges has one that makes no token"),
