@@ -247,7 +247,7 @@ class TestMixtures:
         rules = [("lm_head|model.embed_tokens", None), (".*", spec)]
         qjax.checkpoints.quantize(source, target, format="gptq_v2", rules=rules)
         decoder = model.load(target, joined=True)
-        mixture = decoder.layers[0].mlp
+        mixture = decoder.layers[0].mlp.experts
         assert isinstance(mixture.gate_up_proj, qjax.layers.nnx.Experts)
         assert mixture.down_proj.kernel.batch == (4,)
         assert "quantized matrices" in generate.describe(decoder, target)
@@ -269,8 +269,9 @@ class TestMixtures:
         """As the file has them: no dense expert is made."""
         decoder = model.load(ROOT / "tests" / "reference" / "gpt_oss")
         for layer in decoder.layers:
-            for experts in (layer.mlp.gate_up_pairs, layer.mlp.down_proj):
-                w = experts.kernel
+            experts = layer.mlp.experts
+            for matrix in (experts.gate_up_pairs, experts.down_proj):
+                w = matrix.kernel
                 assert (w.batch, w.segments[0].bits) == ((4,), 4)
                 assert w.nbytes < 4 * w.k * w.n * 8 / 8
 
@@ -280,7 +281,7 @@ class TestMixtures:
         path = ROOT / "tests" / "reference" / name
         where = placement.place(path, "2,2")
         decoder = model.load(path, sharding=where.weight)
-        mixture = decoder.layers[0].mlp
+        mixture = decoder.layers[0].mlp.experts
         for layer in (mixture.down_proj, mixture.gate_up_pairs or mixture.up_proj):
             matrix = max(jax.tree.leaves(nnx.state(layer)), key=lambda a: a.nbytes)
             assert matrix.sharding.shard_shape(matrix.shape)[0] == 4
@@ -297,6 +298,51 @@ class TestMixtures:
         tokens = [int(token) for token in run(ids, jax.random.key(0))]
         logits = forward(decoder, np.array([ids + tokens[:-1]]))
         assert logits[0, 4:].argmax(-1).tolist() == tokens
+
+    def test_calibrated(self, tmp_path):
+        """Each expert sees its own tokens: less is lost than by rounding."""
+        source = ROOT / "tests" / "reference" / "qwen2_moe"
+        target, rounded = tmp_path / "gptq", tmp_path / "rounded"
+        done = invoke(quantize.main, source, target, *tiny(tmp_path))
+        assert done.exit_code == 0, done.stderr
+        assert "38 matrices" in done.stdout
+        spec = qjax.Spec(bits=4, group_size=32, scale_dtype="float16")
+        rules = [(".*(gate|lm_head|embed_tokens)", None), (".*", spec)]
+        qjax.checkpoints.quantize(source, rounded, format="gptq_v2", rules=rules)
+        with np.load(source / "reference.npz") as reference:
+            ids, exact = reference["ids"], reference["logits"]
+        errors = []
+        for path in (target, rounded):
+            decoder = model.load(path)
+            mixture = decoder.layers[0].mlp
+            assert isinstance(mixture.experts.down_proj, qjax.layers.nnx.Experts)
+            assert isinstance(mixture.gate, weights.Dense)
+            errors.append(float(np.square(forward(decoder, ids) - exact).mean()))
+        assert errors[0] < 0.85 * errors[1]
+
+    def test_folded(self, tmp_path):
+        """AWQ's factors go from each expert's last matrix into its first."""
+        source = ROOT / "tests" / "reference" / "mixtral"
+        options = [*tiny(tmp_path), "--method", "awq", "--bits", 4]
+        done = invoke(quantize.main, source, tmp_path / "awq", *options)
+        assert done.exit_code == 0, done.stderr
+        dense, w = (
+            qjax.checkpoints.load(source),
+            qjax.checkpoints.load(tmp_path / "awq"),
+        )
+        name = "model.layers.0.block_sparse_moe.experts.1"
+        ratios = [
+            np.asarray(qjax.dequantize(w[f"{name}.{one}"], jnp.float32))
+            / np.asarray(dense[f"{name}.{one}.weight"], np.float32).T
+            for one in ("w3", "w2")
+        ]
+        # What columns of the one are divided by, rows of the other are multiplied by.
+        before, after = np.median(ratios[0], axis=0), np.median(ratios[1], axis=1)
+        assert before.std() > 0.02
+        assert np.abs(before * after - 1).max() < 0.1
+        with np.load(source / "reference.npz") as reference:
+            logits = forward(model.load(tmp_path / "awq"), reference["ids"])
+            assert np.square(logits - reference["logits"]).mean() < 0.1
 
     def test_refuses(self):
         w, other = (qjax.quantize(jnp.ones((64, 8)), bits, 32) for bits in (4, 3))
@@ -579,23 +625,28 @@ def test_folding_leaves_a_block_as_it_is():
     x = jax.random.normal(jax.random.key(0), (2, 8, config.hidden_size))
     places = quantize.empty(config, [x])
     spread, outputs = jax.random.normal(jax.random.key(1), (256,)), []
+    linear = [
+        n.removesuffix(".weight")
+        for n in tensors
+        if n.startswith(name) and n.endswith("_proj.weight")
+    ]
     for _ in range(2):
         states = [x]
-        quantize.run(quantize.block_of(tensors, config, name, None), states, places)
+        block, _ = quantize.block_of(tensors, config, name, None)
+        quantize.run(block, states, places)
         outputs += states
         recipe = quantize.Recipe(
             spec=qjax.Spec(group_size=32),
             factors=lambda ws, *_, **__: jnp.exp(spread[: len(ws[0])]),
         )
-        for maker, matrices in quantize.junctions(config, name):
+        for maker, matrices in quantize.junctions(config, name, linear):
             k = len(tensors[f"{matrices[0]}.weight"].T)
             grams = dict.fromkeys(matrices, jnp.eye(k))
             recipe.fold(tensors, maker, matrices, grams)
             factor = jnp.exp(spread[:k])
             chex.assert_trees_all_close(grams[matrices[-1]].diagonal(), 1 / factor**2)
-    assert {
-        f"{m}.weight" for _, ms in quantize.junctions(config, name) for m in ms
-    } == {n for n in tensors if n.startswith(name) and n.endswith("_proj.weight")}
+    junctions = quantize.junctions(config, name, linear)
+    assert {m for _, ms in junctions for m in ms} == set(linear)
     # Float32 weights, each rounded twice at most.
     before, after = outputs
     chex.assert_trees_all_close(after, before, atol=1e-5 * float(jnp.abs(before).max()))

@@ -268,7 +268,7 @@ def test_gpt_oss():
     """The same of a file by llama.cpp's converter: sinks, the codes of its experts."""
     reference = np.load(RANDOM / "gpt_oss" / "reference.npz")
     decoder = model.load(RANDOM / "gpt_oss" / "model.gguf", joined=True)
-    experts = decoder.layers[0].mlp.gate_up_proj.kernel
+    experts = decoder.layers[0].mlp.experts.gate_up_proj.kernel
     assert (experts.shape, experts.segments[0].bits) == ((4, 64, 128), 4)
     logits = forward(decoder, reference["ids"])
     chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)

@@ -27,22 +27,45 @@ class MLP(nnx.Module):
         return self.down_proj(jax.nn.silu(gate) * up)
 
 
-class Mixture(nnx.Module):
-    """Experts, of which a token takes a few, and maybe one layer that all tokens take.
+class Experts(nnx.Module):
+    """The gated layers of all experts, whose matrices have a leading axis of experts.
 
-    Its matrices have a leading axis of experts, and take tokens that are sorted.
+    gpt-oss has the columns of its first two matrices in turns, and gates of its own.
     """
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.swiglu = weights.config.swiglu
+        self.gate_up_pairs = weights.optional(f"{name}.gate_up_pairs")
+        self.gate_up_proj = weights.optional(f"{name}.gate_up_proj")
+        if self.gate_up_pairs is None and self.gate_up_proj is None:
+            self.gate_proj = weights.linear(f"{name}.gate_proj")
+            self.up_proj = weights.linear(f"{name}.up_proj")
+        self.down_proj = weights.linear(f"{name}.down_proj")
+        self.count = self.down_proj.num_experts
+
+    def __call__(self, x: Array, sizes: Array) -> Array:
+        """Applies each to its own: ``sizes`` of the tokens, which are sorted."""
+        if self.gate_up_pairs is not None:
+            pairs = self.gate_up_pairs(x, sizes)
+            gate, up = pairs[:, ::2], pairs[:, 1::2]
+        elif self.gate_up_proj is not None:
+            gate, up = jnp.split(self.gate_up_proj(x, sizes), 2, axis=-1)
+        else:
+            gate, up = self.gate_proj(x, sizes), self.up_proj(x, sizes)
+        if self.swiglu is None:
+            return self.down_proj(jax.nn.silu(gate) * up, sizes)
+        limit, slope = self.swiglu
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return self.down_proj(gate * jax.nn.sigmoid(slope * gate) * (up + 1), sizes)
+
+
+class Mixture(nnx.Module):
+    """Experts, of which a token takes a few, and maybe one layer that all take."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         self.config = weights.config
         self.gate = weights.linear(f"{name}.gate")
-        experts = f"{name}.experts"
-        self.gate_up_proj = weights.optional(f"{experts}.gate_up_proj")
-        self.gate_up_pairs = weights.optional(f"{experts}.gate_up_pairs")  # gpt-oss
-        if self.gate_up_proj is None and self.gate_up_pairs is None:
-            self.gate_proj = weights.linear(f"{experts}.gate_proj")
-            self.up_proj = weights.linear(f"{experts}.up_proj")
-        self.down_proj = weights.linear(f"{experts}.down_proj")
+        self.experts = Experts(weights, f"{name}.experts")
         shared = f"{name}.shared_expert"  # Qwen2
         self.shared_expert_gate = weights.optional(f"{shared}_gate")
         self.shared_expert = (
@@ -52,9 +75,9 @@ class Mixture(nnx.Module):
     def __call__(self, x: Array) -> Array:
         rows = x.reshape(-1, x.shape[-1])
         expert, weight = self.chosen(rows)
-        routed = dispatch(rows, expert, self.down_proj.num_experts)
-        hidden = self.hidden(routed.rows, routed.group_sizes)
-        y = combine(self.down_proj(hidden, routed.group_sizes), routed, weight)
+        routed = dispatch(rows, expert, self.experts.count)
+        y = self.experts(routed.rows, routed.group_sizes)
+        y = combine(y, routed, weight)
         if self.shared_expert is not None:
             share = jax.nn.sigmoid(self.shared_expert_gate(rows))
             y += share * self.shared_expert(rows)
@@ -67,21 +90,6 @@ class Mixture(nnx.Module):
         if self.config.normalized:
             weight /= weight.sum(-1, keepdims=True)
         return expert, weight
-
-    def hidden(self, rows: Array, sizes: Array) -> Array:
-        """What the first matrices of their experts make of sorted tokens."""
-        if self.gate_up_pairs is not None:
-            pairs = self.gate_up_pairs(rows, sizes)
-            gate, up = pairs[:, ::2], pairs[:, 1::2]
-        elif self.gate_up_proj is not None:
-            gate, up = jnp.split(self.gate_up_proj(rows, sizes), 2, axis=-1)
-        else:
-            gate, up = self.gate_proj(rows, sizes), self.up_proj(rows, sizes)
-        if self.config.swiglu is None:
-            return jax.nn.silu(gate) * up
-        limit, slope = self.config.swiglu
-        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
-        return gate * jax.nn.sigmoid(slope * gate) * (up + 1)
 
 
 def feed_forward(weights: Weights, name: str) -> MLP | Mixture:

@@ -18,7 +18,7 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
@@ -35,11 +35,13 @@ from jax import Array
 from model import Block, Cache
 from rich.console import Console
 from rich.progress import track
-from weights import Weights
+from weights import Weights, stack
 
 import qjax
 from qjax.quantizers import awq, gptq
 
+# What decides between experts stays dense.
+ROUTERS = ("gate", "shared_expert_gate")
 # What a directory holds beside the model, and a quantized one as well.
 BESIDE = ("*token*", "*.jinja", "vocab.*", "merges.txt", "generation_config.json")
 
@@ -78,6 +80,11 @@ def quantize(
     Raises:
       ValueError: If the model is quantized already, or cannot be so.
     """
+    if config.swiglu is not None:
+        raise ValueError(
+            "gpt-oss has its experts in MXFP4, or in arrays of all of them that no "
+            "format of matrices has names for."
+        )
     embedding = dense["model.embed_tokens.weight"]
     states = [
         jnp.take(embedding, ids[i : i + batch], axis=0).astype(jnp.float32)
@@ -103,20 +110,22 @@ def quantize(
                     "the model is quantized already; pass the model it came from."
                 )
             inputs = [(x, *places[len(x)]) for x in states]
-            whole = block_of(tensors, config, name, window)
-            grams = grams_of(whole, name, recipe.spec, inputs)
+            whole, origins = block_of(tensors, config, name, window)
+            grams = grams_of(whole, name, origins, recipe.spec, inputs)
             del whole, inputs
             blocks[i] = recipe.quantized(tensors, config, name, grams)
             del tensors, grams
         if any(later not in blocks for later in range(i + 1, config.num_layers)):
-            run(block_of(blocks[i], config, name, window), states, places)
+            run(block_of(blocks[i], config, name, window)[0], states, places)
 
 
 def block_of(
     tensors: Mapping[str, Any], config: Config, name: str, window: int | None
-) -> Block:
-    """A block over tensors of which it leaves all where they are."""
-    return Block(Weights(dict(tensors), config, jnp.float32), name, window)
+) -> tuple[Block, dict[str, list[str]]]:
+    """A block over tensors of which it leaves all where they are, and their names."""
+    tensors = dict(tensors)
+    origins = stack(tensors)
+    return Block(Weights(tensors, config, jnp.float32), name, window), origins
 
 
 def empty(config: Config, states: list[Array]) -> dict[int, tuple[Array, ...]]:
@@ -131,19 +140,29 @@ def empty(config: Config, states: list[Array]) -> dict[int, tuple[Array, ...]]:
 
 
 def grams_of(
-    block: Block, name: str, spec: qjax.Spec, inputs: list[tuple]
+    block: Block,
+    name: str,
+    origins: Mapping[str, list[str]],
+    spec: qjax.Spec,
+    inputs: list[tuple],
 ) -> dict[str, Array]:
     """Grams of the inputs of the layers of a block whose others are rounded.
 
     Returns:
-      The gram of each layer, by its path in the checkpoint.
+      The gram of each matrix, by its path in the checkpoint. That of an expert that no
+      token takes is the identity: it is rounded, as no matrix of a stack is dense.
     """
     rounding = dataclasses.replace(spec, quantizer=None)
-    model = qjax.quantize_model(block, rounding, *inputs[0], strict=True)
-    return {
-        f"{name}.{path.removesuffix('/weight').replace('/', '.')}": gram
-        for path, gram in qjax.quantizers.grams(model, inputs).items()
-    }
+    rules = [(f".*/({'|'.join(ROUTERS)})/.*", None), (".*", rounding)]
+    model = qjax.quantize_model(block, rules, *inputs[0], strict=True)
+    found = {}
+    for path, gram in qjax.quantizers.grams(model, inputs).items():
+        names = origins[f"{name}.{path.replace('/', '.')}"]
+        parts = gram if gram.ndim == 3 else [gram]
+        for matrix, one in zip(names, parts, strict=True):
+            taken = one if one.any() else jnp.eye(len(one))
+            found[matrix.removesuffix(".weight")] = taken
+    return found
 
 
 def run(
@@ -182,11 +201,12 @@ class Recipe:
         Both dictionaries are used up: memory holds each matrix once.
         """
         linear = {n.removesuffix(".weight") for n, w in tensors.items() if w.ndim == 2}
+        linear = {n for n in linear if n.rpartition(".")[2] not in ROUTERS}
         # Those whose inputs are all 0 have none.
         if dense := sorted(linear - grams.keys()):
             print(f"left dense, as their inputs are all 0: {dense}", file=sys.stderr)
         if self.factors is not None:
-            for maker, matrices in junctions(config, name):
+            for maker, matrices in junctions(config, name, sorted(linear)):
                 if grams.keys() >= set(matrices):
                     self.fold(tensors, maker, matrices, grams)
         for module in list(grams):
@@ -211,8 +231,18 @@ class Recipe:
             grams[matrix] = gram / jnp.outer(factor, factor)
 
 
-def junctions(config: Config, name: str) -> Iterator[tuple[str, list[str]]]:
-    """What in a block makes the inputs of which matrices, and of no others."""
+def junctions(
+    config: Config, name: str, linear: Iterable[str]
+) -> Iterator[tuple[str, list[str]]]:
+    """What in a block makes the inputs of which matrices, and of no others.
+
+    The norm before a mixture makes those of its router, too, and is left out.
+
+    Args:
+      config: That of the model.
+      name: Path of the block.
+      linear: Paths of all its matrices.
+    """
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
     yield f"{name}.input_layernorm", [f"{attention}.{one}_proj" for one in "qkv"]
     # Several heads of queries may share one of values, but not its factors.
@@ -222,7 +252,10 @@ def junctions(config: Config, name: str) -> Iterator[tuple[str, list[str]]]:
         f"{name}.post_attention_layernorm",
         [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
     )
-    yield f"{mlp}.up_proj", [f"{mlp}.down_proj"]
+    for up, down in (("up_proj", "down_proj"), ("w3", "w2")):
+        for path in linear:
+            if path.endswith(f".{up}"):
+                yield path, [path.removesuffix(up) + down]
 
 
 def nearest(w: Array, *codes: Any, gram: Array, **options: Any) -> qjax.QTensor:

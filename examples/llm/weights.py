@@ -160,7 +160,7 @@ def join(tensors: dict[str, Any]) -> None:
                 del tensors[name]
 
 
-def stack(tensors: dict[str, Any]) -> None:
+def stack(tensors: dict[str, Any]) -> dict[str, list[str]]:
     """Makes one stack of the matrices of all experts of a layer, as their product does.
 
     Names that other models have for the same become those of Qwen.
@@ -168,9 +168,13 @@ def stack(tensors: dict[str, Any]) -> None:
     Args:
       tensors: A checkpoint's, which this changes.
 
+    Returns:
+      What each of the tensors was before: names of the checkpoint, one for each matrix.
+
     Raises:
       ValueError: If an expert is missing, or the matrices are not alike.
     """
+    origins = {}
     for name in list(tensors):
         new = name
         for pattern, replacement in RENAMED.items():
@@ -179,6 +183,8 @@ def stack(tensors: dict[str, Any]) -> None:
         if re.fullmatch(r".*\.experts\.\w+", new) and isinstance(tensors[new], Array):
             # gpt-oss has dense ones as [experts, k, n], and calls them no weights.
             tensors[f"{new}.weight"] = tensors.pop(new).mT
+            new = f"{new}.weight"
+        origins[new] = [name]
     experts: dict[str, dict[int, str]] = {}
     for name in tensors:
         if match := EXPERT.fullmatch(name):
@@ -186,9 +192,12 @@ def stack(tensors: dict[str, Any]) -> None:
     for whole, names in experts.items():
         if missing := set(range(len(names))) - names.keys():
             raise ValueError(f"{whole}: the experts {sorted(missing)} are missing.")
-        parts = [tensors.pop(names[i]) for i in range(len(names))]
+        members = [names[i] for i in range(len(names))]
+        origins[whole] = [origin for one in members for origin in origins.pop(one)]
+        parts = [tensors.pop(one) for one in members]
         packed = isinstance(parts[0], qjax.QTensor)
         try:
             tensors[whole] = (qjax.stack if packed else jnp.stack)(parts)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{whole}: its experts are not alike: {error}") from None
+    return origins
