@@ -34,6 +34,8 @@ from qjax.watched import Watched
 
 # From the rows that a GPU kernel takes at least to those of its largest tile.
 _FEWEST, _MOST = 8, 128
+# Experts whose tokens are counted by adding up, for each, those of all before it.
+_MOST_SUMMED = 512
 
 
 def ragged_matmul(
@@ -110,7 +112,7 @@ def experts_of(
     Returns:
       The experts, and whether a token has one; where not, its expert is the last.
     """
-    ends = jnp.cumsum(group_sizes.astype(jnp.int32))
+    ends = _running_sum(group_sizes.astype(jnp.int32))
     tokens = jnp.arange(t, dtype=jnp.int32)
     return _run_of(tokens, ends), tokens < ends[-1]
 
@@ -120,6 +122,15 @@ def _run_of(places: Array, ends: Array) -> Array:
     # Unrolled, it is one kernel on a GPU, and no loop of several.
     run = jnp.searchsorted(ends, places, side="right", method="scan_unrolled")
     return jnp.minimum(run.astype(jnp.int32), len(ends) - 1)
+
+
+def _running_sum(counts: Array) -> Array:
+    """The cumulative sum; of not very many one kernel on a GPU, which XLA's is not."""
+    if len(counts) > _MOST_SUMMED:
+        return jnp.cumsum(counts)
+    places = jnp.arange(len(counts))
+    up_to = places[None] <= places[:, None]
+    return jnp.where(up_to, counts[None], 0).sum(1, dtype=counts.dtype)
 
 
 class _Blocks(NamedTuple):
@@ -149,10 +160,10 @@ def _plan(group_sizes: Array, t: int) -> _Blocks:
     # others are in whole blocks.
     least = min(t, experts)
     blocks = jnp.arange(least + (t - least) // block_m, dtype=jnp.int32)
-    ends = jnp.minimum(jnp.cumsum(group_sizes.astype(jnp.int32)), t)
+    ends = jnp.minimum(_running_sum(group_sizes.astype(jnp.int32)), t)
     starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
     held = -(-(ends - starts) // block_m)
-    after = jnp.cumsum(held)
+    after = _running_sum(held)
     expert = _run_of(blocks, after)
     first = starts[expert] + (blocks - (after - held)[expert]) * block_m
     token = first[:, None] + jnp.arange(block_m, dtype=jnp.int32)[None]

@@ -316,3 +316,14 @@ def test_names_are_taken(as_qtensor):
         )
         close(found, product("uniform", x, sizes))
     chex.assert_shape(found, (t, N))
+
+
+@pytest.mark.parametrize("experts", [1, 5, 513])
+def test_the_expert_of_every_token(experts):
+    """Few are added up for each, many one after the other."""
+    sizes = np.random.default_rng(experts).integers(0, 3, experts)
+    t = int(sizes.sum()) + 2
+    found, has_expert = ragged.experts_of(jnp.asarray(sizes), t)
+    wanted = np.repeat(np.arange(experts, dtype=np.int32), sizes)
+    chex.assert_trees_all_equal(np.asarray(found[:-2]), wanted)
+    chex.assert_trees_all_equal(np.asarray(has_expert), np.arange(t) < t - 2)

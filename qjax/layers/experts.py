@@ -17,6 +17,9 @@ from qjax.layers import dense
 from qjax.tensor import QTensor
 
 AXES = "[num_experts, in_features, out_features]"
+# Up to so many entries are compared with each other: a sort, a scatter and a cumulative
+# sum are several launches on a GPU, and the tokens of a step of decoding are few.
+_FEW = 256
 
 
 class Routed(NamedTuple):
@@ -64,9 +67,26 @@ def dispatch(
         )
     flat = expert.reshape(-1).astype(jnp.int32)
     flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
-    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    sizes = jnp.zeros(num_experts, jnp.int32).at[flat].add(1, mode="drop")
+    if len(flat) <= _FEW:
+        entries = jnp.arange(len(flat), dtype=jnp.int32)
+        mine, other = flat[:, None], flat[None]
+        before = (other < mine) | ((other == mine) & (entries[None] < entries[:, None]))
+        order = _inverse(before.sum(1, dtype=jnp.int32))
+        experts = jnp.arange(num_experts, dtype=jnp.int32)
+        sizes = (experts[:, None] == other).sum(1, dtype=jnp.int32)
+    else:
+        order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+        sizes = jnp.zeros(num_experts, jnp.int32).at[flat].add(1, mode="drop")
     return Routed(x[order // expert.shape[1]], sizes, order)
+
+
+def _inverse(order: Int32[Array, " rows"]) -> Int32[Array, " rows"]:
+    """The permutation that undoes another."""
+    if len(order) > _FEW:
+        return jnp.argsort(order)
+    entries = jnp.arange(len(order), dtype=jnp.int32)
+    here = order[None] == entries[:, None]
+    return jnp.where(here, entries[None], 0).sum(1, dtype=jnp.int32)
 
 
 def combine(
@@ -96,7 +116,7 @@ def combine(
             f"weight.shape={weight.shape} must be [t, top_k] with t * top_k the rows "
             f"of y.shape={y.shape}, which are {len(routed.order)}."
         )
-    back = y[jnp.argsort(routed.order)].reshape(*weight.shape, -1)
+    back = y[_inverse(routed.order)].reshape(*weight.shape, -1)
     counted = back.astype(jnp.float32) * weight.astype(jnp.float32)[..., None]
     return counted.sum(1).astype(y.dtype)
 

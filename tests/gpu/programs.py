@@ -131,6 +131,10 @@ def _through(x, layers):
     return x.astype(jnp.float32).sum()
 
 
+def stack_of(count: int, one: QTensor) -> QTensor:
+    return jax.tree.map(lambda a: _struct((count, *a.shape), a.dtype), one)
+
+
 @dataclasses.dataclass(frozen=True)
 class Ragged:
     """``qjax.ragged_matmul`` of ``t`` tokens by such matrices, or its gradient."""
@@ -143,8 +147,7 @@ class Ragged:
         return f"ragged {'gradient' if self.gradient else 'matmul'} t{self.t}"
 
     def __call__(self) -> Source:
-        one = weight(4, 128, k=SIDE, n=SIDE)
-        w = jax.tree.map(lambda a: _struct((self.experts, *a.shape), a.dtype), one)
+        w = stack_of(self.experts, weight(4, 128, k=SIDE, n=SIDE))
         x = _struct((self.t, SIDE), jnp.bfloat16)
         sizes = _struct((self.experts,), jnp.int32)
         if self.gradient:
@@ -183,8 +186,12 @@ def _native(x, codes, scale, zero):
 
 @dataclasses.dataclass(frozen=True)
 class DecoderStep:
-    """One token through the decoder of examples/llm, all matrices of 4 bits."""
+    """One token through the decoder of examples/llm, all matrices of 4 bits.
 
+    With experts, of which the token takes two, the matrices of all are stacks.
+    """
+
+    experts: int = 0
     layers: int = 1
     hidden: int = 1024
     inner: int = 2816
@@ -192,7 +199,8 @@ class DecoderStep:
     positions: int = 256
 
     def __str__(self) -> str:
-        return f"decoder step of {self.layers} layers"
+        experts = f" with {self.experts} experts" if self.experts else ""
+        return f"decoder step of {self.layers} layers{experts}"
 
     @property
     def config(self) -> model.Config:
@@ -208,17 +216,19 @@ class DecoderStep:
             frequencies=tuple(1e4 ** (-i / 64) for i in range(64)),
             windows=(None,) * self.layers,
             tied=False,
+            top_k=2,
         )
 
     @property
     def matrices(self) -> dict[str, tuple[int, int]]:
         """Shape of every matrix by its name, those of the same inputs joined."""
         hidden, keys = self.hidden, 256
+        mlp = "mlp.experts" if self.experts else "mlp"
         layer = {
             "self_attn.qkv_proj": (hidden, hidden + 2 * keys),
             "self_attn.o_proj": (hidden, hidden),
-            "mlp.gate_up_proj": (hidden, 2 * self.inner),
-            "mlp.down_proj": (self.inner, hidden),
+            f"{mlp}.gate_up_proj": (hidden, 2 * self.inner),
+            f"{mlp}.down_proj": (self.inner, hidden),
         }
         shapes = {
             f"model.layers.{i}.{name}": shape
@@ -231,6 +241,10 @@ class DecoderStep:
         tensors: dict[str, Any] = {
             name: weight(4, 128, k=k, n=n) for name, (k, n) in self.matrices.items()
         }
+        for name in [name for name in tensors if ".experts." in name]:
+            tensors[name] = stack_of(self.experts, tensors[name])
+            router = f"{name.partition('.experts')[0]}.gate.weight"
+            tensors[router] = _struct((self.experts, self.hidden), jnp.bfloat16)
         embedding = (self.vocabulary, self.hidden)
         tensors["model.embed_tokens.weight"] = _struct(embedding, jnp.bfloat16)
         norms = [

@@ -196,6 +196,24 @@ def test_new_layers():
     assert jax.tree.leaves(nnx.state(empty, Scale))[0].shape == (3, K // GROUP, N)
 
 
+@pytest.mark.parametrize("t", [1, 3, 128, 129])
+def test_tokens_are_sorted_and_come_back(t):
+    """Few entries, which are compared with each other, and many, which are sorted."""
+    rng = np.random.default_rng(t)
+    expert = rng.integers(-1, 7, (t, 2))  # Neither -1 nor 6 is one of six.
+    x = jnp.arange(1.0, t + 1)[:, None]
+    routed = jax.jit(dispatch, static_argnums=2)(x, jnp.asarray(expert), 6)
+    flat = np.where((expert >= 0) & (expert < 6), expert, 6).reshape(-1)
+    order = np.argsort(flat, stable=True)
+    chex.assert_trees_all_equal(
+        jax.device_get(tuple(routed)),
+        (x[order // 2], np.bincount(flat, minlength=7)[:6].astype(np.int32), order),
+    )
+    weight = jnp.asarray(rng.integers(1, 9, (t, 2)), jnp.float32)
+    back = combine(routed.rows, routed, weight)
+    chex.assert_trees_all_equal(back, x * weight.sum(1, keepdims=True))
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
