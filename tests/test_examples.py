@@ -938,6 +938,28 @@ def test_quantize_wants_the_dense_model(tmp_path):
     assert "is quantized already; pass the model it came from" in done.stderr
 
 
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_the_text_model_of_one_that_sees(prefix, tmp_path):
+    """Gemma 3's names of transformers 4 and 5; what the config leaves out is known."""
+    source = ROOT / "tests" / "reference" / "gemma3"
+    config = json.loads((source / "config.json").read_text())
+    assert config.pop("hidden_activation") == "gelu_pytorch_tanh"
+    nested = {"model_type": "gemma3", "text_config": config}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    tensors = {
+        name.replace("model.", prefix, 1): array
+        for name, array in load_file(source / "model.safetensors").items()
+    }
+    tensors["vision_tower.patch.weight"] = jnp.ones((2, 2))
+    save_file(tensors, tmp_path / "model.safetensors")
+    with np.load(source / "reference.npz") as reference:
+        logits = forward(model.load(tmp_path), reference["ids"])
+        chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
+    nested["text_config"]["final_logit_softcapping"] = 30.0
+    with pytest.raises(ValueError, match=r"final_logit_softcapping=30.0 must be None"):
+        model.Config.from_json(nested)
+
+
 YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32}
 
 

@@ -1,6 +1,7 @@
 """The example decoder on GGUF files: logits, names, metadata, tokenizers."""
 
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,11 +160,10 @@ def test_columns_back(kind):
     chex.assert_trees_all_equal(np.asarray(found), wanted)
 
 
-# The last is gpt-oss's name of the same.
-NAMES = {new: old for old, new in list(gguf_file.NAMES.items())[:-1]}
+NAMES = {new: old for old, new in (gguf_file.NAMES | gguf_file.GEMMA).items()}
 
 
-def write(path: Path, source: Path, kind: str, packed: dict[str, str]) -> Path:
+def write(path, source, kind, packed, tensors=None) -> Path:
     """Another model as llama.cpp's converter would write it.
 
     In float32, but for some matrices that are packed, by their ends.
@@ -171,6 +171,7 @@ def write(path: Path, source: Path, kind: str, packed: dict[str, str]) -> Path:
     config = qjax.checkpoints.read_config(source)
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = rope.get("full_attention", rope)
     rope = {"rope_theta": config.get("rope_theta"), "rope_type": "default"} | rope
     writer = gguf.GGUFWriter(path, kind)
     writer.add_vocab_size(config["vocab_size"])
@@ -196,11 +197,16 @@ def write(path: Path, source: Path, kind: str, packed: dict[str, str]) -> Path:
         writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
         writer.add_rope_scaling_factor(rope["factor"])
         writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+    if kind == "gemma3":
+        writer.add_sliding_window(config["sliding_window"])
     if top_k := config.get("num_experts_per_tok"):
         count = config.get("num_experts") or config["num_local_experts"]
         writer.add_expert_count(count)
         writer.add_expert_used_count(top_k)
-    for name, array in dense_tensors(source):
+    for name, array in (tensors or dict(dense_tensors(source))).items():
         module, _, leaf = name.rpartition(".")
         layer = ""
         if module.startswith("model.layers."):
@@ -216,7 +222,10 @@ def write(path: Path, source: Path, kind: str, packed: dict[str, str]) -> Path:
             if module.endswith(end) and leaf == "weight":
                 dtype = gguf.GGMLQuantizationType[type_]
                 stored = gguf.quantize(array, dtype)
-        writer.add_tensor(f"{layer}{NAMES[module]}.{leaf}", stored, raw_dtype=dtype)
+        new = NAMES[module]
+        if module == "post_attention_layernorm" and kind != "gemma3":
+            new = "ffn_norm"
+        writer.add_tensor(f"{layer}{new}.{leaf}", stored, raw_dtype=dtype)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -264,6 +273,23 @@ def test_architectures(name, kind, packed, tolerance, tmp_path):
     chex.assert_trees_all_close(logits, reference["logits"], atol=tolerance, rtol=0)
 
 
+def test_gemma(tmp_path):
+    """Against a directory that says what llama.cpp takes for granted."""
+    source = tmp_path / "gemma3"
+    shutil.copytree(RANDOM / "gemma3", source)
+    config = json.loads((source / "config.json").read_text())
+    config |= {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 32}
+    (source / "config.json").write_text(json.dumps(config))
+    shifted = {
+        name: array + 1 if name.endswith("norm.weight") else array
+        for name, array in dense_tensors(source)
+    }
+    path = write(tmp_path / "m.gguf", source, "gemma3", {}, shifted)
+    ids = np.load(RANDOM / "gemma3" / "reference.npz")["ids"]
+    found, wanted = (forward(model.load(one), ids) for one in (path, source))
+    chex.assert_trees_all_close(found, wanted, atol=1e-4, rtol=0)
+
+
 def test_gpt_oss():
     """The same of a file by llama.cpp's converter: sinks, the codes of its experts."""
     reference = np.load(RANDOM / "gpt_oss" / "reference.npz")
@@ -307,7 +333,7 @@ def test_linear_scaling(scaled):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("general.architecture", "gemma3", "='gemma3' must be one of ['llama', 'qwen2"),
+        ("general.architecture", "gemma2", "='gemma2' must be one of ['llama', 'qwen2"),
         ("llama.expert_group_count", 8, "group_count=8 is not supported, but 0"),
         ("llama.rope.dimension_count", 8, "dimension_count=8 is not supported, but 16"),
         ("llama.attention.value_length", 8, "value_length=8 is not supported, but 16"),
@@ -338,24 +364,19 @@ def test_a_file_without_a_model(tmp_path):
         model.load(tmp_path / "m.gguf")
 
 
-def test_sentence_pieces(monkeypatch):
+@pytest.mark.parametrize("kind", ["llama", "gemma"])
+def test_sentence_pieces(kind, monkeypatch):
     """Tokens and texts of SentencePiece itself, and what llama.cpp puts before them."""
-    known = json.loads((DATA / "sentencepiece" / "pieces.json").read_text())
-    metadata = {
-        f"tokenizer.ggml.{key}": known[key]
-        for key in ("tokens", "scores", "token_type")
-    }
-    metadata |= {"tokenizer.ggml.model": "llama", "tokenizer.ggml.bos_token_id": 1}
+    known = json.loads((DATA / "sentencepiece" / "pieces.json").read_text())[kind]
+    own = {key: known[key] for key in ("tokens", "scores", "token_type")}
+    own |= {"model": "llama", "bos_token_id": 1, "add_space_prefix": kind == "llama"}
+    metadata = {f"tokenizer.ggml.{key}": value for key, value in own.items()}
     monkeypatch.setattr(qjax.checkpoints, "read_metadata", lambda _: metadata)
     tokenizer = gguf_tokenizer.read_tokenizer(FILE)
     for entry in known["texts"]:
         ids = tokenizer.encode(entry["text"]).ids
         assert ids == [1, *entry["ids"]]
         assert tokenizer.decode(ids) == entry["back"]
-    metadata |= {"tokenizer.ggml.add_space_prefix": False}
-    tokenizer = gguf_tokenizer.read_tokenizer(FILE)
-    assert tokenizer.encode("<s>x").tokens == ["<s>", "<s>", "x"]
-    assert tokenizer.decode(tokenizer.encode(" x").ids) == " x"
 
 
 class TestTokenizers:

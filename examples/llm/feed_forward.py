@@ -13,6 +13,7 @@ class MLP(nnx.Module):
     """The gated feed-forward layer."""
 
     def __init__(self, weights: Weights, name: str) -> None:
+        self.activation = jax.nn.gelu if weights.config.gelu else jax.nn.silu
         self.gate_up_proj = weights.optional(f"{name}.gate_up_proj")
         if self.gate_up_proj is None:
             self.gate_proj = weights.linear(f"{name}.gate_proj")
@@ -24,7 +25,7 @@ class MLP(nnx.Module):
             gate, up = self.gate_proj(x), self.up_proj(x)
         else:
             gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(jax.nn.silu(gate) * up)
+        return self.down_proj(self.activation(gate) * up)
 
 
 class Experts(nnx.Module):

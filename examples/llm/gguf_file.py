@@ -28,7 +28,10 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
     "gpt-oss": "gpt_oss",
+    "gemma3": "gemma3_text",
 }
+# Of so many layers all but the last look back on a window only.
+PATTERNS = {"gpt-oss": 2, "gemma3": 6}
 # Those whose rows were moved.
 MOVED = ("llama", "mixtral")
 # Keys that a model cannot do without; all but the last are numbers of something.
@@ -64,7 +67,10 @@ NAMES = {
     "ffn_down_shexp": "mlp.shared_expert.down_proj",
     "attn_sinks": "self_attn.sinks",
     "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
 }
+# Gemma has this name for another norm than all others.
+GEMMA = {"ffn_norm": "pre_feedforward_layernorm"}
 
 
 def is_gguf(path: Path) -> bool:
@@ -115,17 +121,24 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     model_type, experts = ARCHITECTURES[kind], own.get("expert_used_count", 0)
     if model_type == "llama" and experts:
         model_type = "mixtral"
-    window = own.get("attention.sliding_window", 0) if kind == "gpt-oss" else 0
+    pattern = PATTERNS.get(kind, 1)
+    window = own.get("attention.sliding_window", 0) if pattern > 1 else 0
+    # What llama.cpp knows Gemma 3 27B by.
+    is_largest = kind == "gemma3" and own["block_count"] == 62
+    scale = hidden // heads if is_largest else head_dim
     # What the decoder does not do, and the values at which that makes no difference.
     wanted = {
         "attention.value_length": [head_dim],
         "rope.dimension_count": [head_dim],
         "attention.sliding_window": [window],
+        "attention.sliding_window_pattern": [pattern],
+        "final_logit_softcapping": [0],
+        "attn_logit_softcapping": [0],
         "expert_weights_scale": [0, 1],
         "expert_group_count": [0, 1],
         "attention.causal": [True],
         "attention.clamp_kqv": [0],
-        "attention.scale": [0, float(np.float32(head_dim**-0.5))],
+        "attention.scale": [0, float(np.float32(scale**-0.5))],
         "embedding_scale": [1, 0],
         "residual_scale": [1, 0],
         "logit_scale": [1, 0],
@@ -137,7 +150,7 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
             )
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     stops = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
-    alternating = ["sliding_attention", "full_attention"]
+    kinds = ["sliding_attention"] * (pattern - 1) + ["full_attention"]
     return {
         "model_type": model_type,
         "vocab_size": own.get("vocab_size", len(tokens)),
@@ -153,7 +166,9 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "num_experts_per_tok": experts,
         "norm_topk_prob": own.get("expert_weights_norm", model_type == "qwen3_moe"),
         "sliding_window": window or None,
-        "layer_types": [alternating[i % 2] for i in range(own["block_count"])],
+        "layer_types": [kinds[i % pattern] for i in range(own["block_count"])],
+        "query_pre_attn_scalar": scale,
+        "rope_local_base_freq": own.get("rope.freq_base_swa", 10000.0),
     }
 
 
@@ -205,28 +220,30 @@ def read_tensors(path: Path, sharding: Any = None) -> dict[str, Any]:
         "self_attn.q_proj": config["num_attention_heads"],
         "self_attn.k_proj": config["num_key_value_heads"],
     }
-    where = None if sharding is None else lambda name: sharding(renamed(name))
+    kind = config["model_type"]
+    where = None if sharding is None else lambda name: sharding(renamed(name, kind))
     tensors = {}
     for name, weight in qjax.checkpoints.lazy(path, sharding=where).items():
-        new = renamed(name)
+        new = renamed(name, kind)
         tensors[new] = weight
         if new.endswith("shared_expert_gate.weight"):
             tensors[new] = weight.reshape(1, -1)  # llama.cpp has a vector.
         for part, heads in moved.items():
-            if part in new and config["model_type"] in MOVED:
+            if part in new and kind in MOVED:
                 tensors[new] = columns_back(weight, heads)
     return tensors
 
 
-def renamed(name: str) -> str:
-    """The name that a directory has for a tensor of a GGUF file."""
+def renamed(name: str, kind: str) -> str:
+    """The name that a directory of that ``model_type`` has for a tensor of a file."""
+    names = NAMES | GEMMA if kind == "gemma3_text" else NAMES
     match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)((?:\.weight|\.bias)?)", name)
-    if match is None or match[2] not in NAMES:
+    if match is None or match[2] not in names:
         return name
     layer = "" if match[1] is None else f"model.layers.{match[1]}."
     # No matrices, and no norms.
     suffix = "" if match[2] == "attn_sinks" else match[3]
-    return f"{layer}{NAMES[match[2]]}{suffix}"
+    return f"{layer}{names[match[2]]}{suffix}"
 
 
 def columns_back(weight: Any, heads: int) -> Any:
@@ -277,4 +294,5 @@ def completed(config: Any, tensors: dict[str, Any]) -> Any:
         config,
         frequencies=tuple((np.array(config.frequencies) / factors).tolist()),
         tied=tensors.keys().isdisjoint(("lm_head", "lm_head.weight")),
+        norm_offset=0.0,  # llama.cpp's converter adds it to the weights.
     )

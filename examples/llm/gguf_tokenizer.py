@@ -77,10 +77,17 @@ def _tokenizer(own: Mapping[str, Any]) -> Tokenizer:
         raise ValueError("tokens has a token twice.")
     tokenizer, begins = _MAKERS[kind](own, vocabulary)
     kinds = own.get("token_type", [])
+    # Gemma's runs of spaces are found where spaces are SentencePiece's own already. A
+    # space that is put before each text would be put before them, too.
+    late = kind == "llama" and not own.get("add_space_prefix", True)
     special = [
-        AddedToken(token, normalized=False, special=kind == _CONTROL)
-        for token, kind in zip(tokens, kinds, strict=False)
-        if kind in (_CONTROL, _USER_DEFINED)
+        AddedToken(
+            token,
+            normalized=late and type_ == _USER_DEFINED,
+            special=type_ == _CONTROL,
+        )
+        for token, type_ in zip(tokens, kinds, strict=False)
+        if type_ in (_CONTROL, _USER_DEFINED)
     ]
     tokenizer.add_tokens(special)
     if own.get("add_bos_token", begins):

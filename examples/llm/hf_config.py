@@ -16,9 +16,29 @@ MODEL_TYPES = (
     "qwen3",
     "qwen3_moe",
     "gpt_oss",
+    "gemma3_text",
+    "gemma3",
 )
 # Whose chosen experts count for 1 together, whatever their config.json says.
 NORMALIZED = ("mixtral", "gpt_oss")
+# What a config.json of Gemma 3 may leave out.
+GEMMA3 = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+    "tie_word_embeddings": True,
+    "hidden_activation": "gelu_pytorch_tanh",
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +60,13 @@ class Config:
     top_k: int = 0  # experts that a token takes, where there are some
     normalized: bool = False  # whether these count for 1 together
     swiglu: tuple[float, float] | None = None  # limit and slope of gpt-oss's experts
+    # Gemma's: frequencies of layers with a window, the factors of embeddings and, if it
+    # is not head_dim**-0.5, of scores, what is added to the weights of norms.
+    local_frequencies: tuple[float, ...] | None = None
+    embedding_scale: float = 1.0
+    score_scale: float | None = None
+    norm_offset: float = 0.0
+    gelu: bool = False  # the gate's activation, where it is not silu
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
@@ -53,6 +80,10 @@ class Config:
             raise ValueError(f"model_type={kind!r} must be one of {MODEL_TYPES}.")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act={config['hidden_act']!r} must be 'silu'.")
+        gemma = {}
+        if kind.startswith("gemma3"):
+            config = GEMMA3 | dict(config.get("text_config", config))
+            gemma = _of_gemma(config)
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         head_dim = config.get("head_dim") or hidden // heads
         swiglu = config.get("swiglu_limit", 7.0), config.get("swiglu_alpha", 1.702)
@@ -72,12 +103,36 @@ class Config:
             top_k=config.get("num_experts_per_tok", 0),
             normalized=kind in NORMALIZED or config.get("norm_topk_prob", False),
             swiglu=swiglu if kind == "gpt_oss" else None,
+            **gemma,
         )
 
 
+def _of_gemma(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What only Gemma has."""
+    for name, wanted in {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+    }.items():
+        if config.get(name) != wanted:
+            raise ValueError(f"{name}={config.get(name)!r} must be {wanted!r}.")
+    local = config["rope_local_base_freq"]
+    if "sliding_attention" in (rope := config.get("rope_parameters") or {}):
+        local = rope["sliding_attention"]["rope_theta"]
+    frequencies = rope_frequencies({"rope_theta": local}, config["head_dim"])
+    return {
+        "local_frequencies": tuple(frequencies.tolist()),
+        "embedding_scale": config["hidden_size"] ** 0.5,
+        "score_scale": config["query_pre_attn_scalar"] ** -0.5,
+        "norm_offset": 1.0,
+        "gelu": True,
+    }
+
+
 def rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a config.json says of rotary positions."""
-    return config.get("rope_parameters") or config.get("rope_scaling") or {}
+    """What a config.json says of rotary positions, of layers without a window."""
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return rope.get("full_attention", rope)
 
 
 def rope_frequencies(config: Mapping[str, Any], head_dim: int) -> np.ndarray:
@@ -139,6 +194,8 @@ def attention_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
         window = None
     if kinds := config.get("layer_types"):
         sliding = [kind == "sliding_attention" for kind in kinds]
+    elif pattern := config.get("sliding_window_pattern"):  # Gemma
+        sliding = [(i + 1) % pattern != 0 for i in range(layers)]
     else:
         # Only Qwen has the field; its first layers attend to everything.
         first = config.get("max_window_layers", 0)

@@ -50,15 +50,18 @@ class Attention(nnx.Module):
 
     def __init__(self, weights: Weights, name: str, window: int | None) -> None:
         self.config, self.window = weights.config, window
+        self.frequencies = self.config.frequencies
+        if window is not None and self.config.local_frequencies is not None:
+            self.frequencies = self.config.local_frequencies
         self.qkv_proj = weights.optional(f"{name}.qkv_proj")
         if self.qkv_proj is None:
             self.q_proj = weights.linear(f"{name}.q_proj")
             self.k_proj = weights.linear(f"{name}.k_proj")
             self.v_proj = weights.linear(f"{name}.v_proj")
         self.o_proj = weights.linear(f"{name}.o_proj")
-        has_norms = f"{name}.q_norm.weight" in weights.tensors  # Qwen3
-        self.q_norm = weights.norm(f"{name}.q_norm") if has_norms else None
-        self.k_norm = weights.norm(f"{name}.k_norm") if has_norms else None
+        # Qwen3 and Gemma
+        self.q_norm = weights.optional_norm(f"{name}.q_norm")
+        self.k_norm = weights.optional_norm(f"{name}.k_norm")
         self.sinks = weights.parameter(f"{name}.sinks")  # gpt-oss
 
     def __call__(
@@ -87,13 +90,13 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         places = start + jnp.arange(t)
         positions = places - first[:, None]
-        q, k = rotate(q, positions, c), rotate(k, positions, c)
+        q, k = (rotate(y, positions, self.frequencies, c.rotary_scale) for y in (q, k))
         keys = jax.lax.dynamic_update_slice(keys, k, (0, start, 0, 0))
         values = jax.lax.dynamic_update_slice(values, v, (0, start, 0, 0))
 
         q = q.reshape(b, t, c.num_kv_heads, -1, c.head_dim)
         score = jnp.einsum("bthgd,bshd->bhgts", q, keys, precision="highest")
-        score = score.astype(jnp.float32) / math.sqrt(c.head_dim)
+        score = score.astype(jnp.float32) * (c.score_scale or 1 / math.sqrt(c.head_dim))
         distance = places[:, None] - jnp.arange(keys.shape[1])
         seen = distance >= 0
         if self.window is not None:
@@ -112,12 +115,12 @@ class Attention(nnx.Module):
         return self.o_proj(y.reshape(b, t, -1)), keys, values
 
 
-def rotate(x: Array, positions: Array, config: Config) -> Array:
+def rotate(
+    x: Array, positions: Array, frequencies: tuple[float, ...], scale: float = 1.0
+) -> Array:
     """Turns channel pairs (i, i + dim / 2) of ``x[b, t, heads, dim]`` by position."""
-    angle = positions[..., None].astype(jnp.float32) * jnp.array(config.frequencies)
-    cos, sin = (
-        config.rotary_scale * turn(angle)[:, :, None] for turn in (jnp.cos, jnp.sin)
-    )
+    angle = positions[..., None].astype(jnp.float32) * jnp.array(frequencies)
+    cos, sin = (scale * turn(angle)[:, :, None] for turn in (jnp.cos, jnp.sin))
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
 
@@ -129,6 +132,13 @@ class Block(nnx.Module):
         self.input_layernorm = weights.norm(f"{name}.input_layernorm")
         self.self_attn = Attention(weights, f"{name}.self_attn", window)
         self.post_attention_layernorm = weights.norm(f"{name}.post_attention_layernorm")
+        # Gemma, which has norms after both parts, and means what the names say.
+        self.pre_feedforward_layernorm = weights.optional_norm(
+            f"{name}.pre_feedforward_layernorm"
+        )
+        self.post_feedforward_layernorm = weights.optional_norm(
+            f"{name}.post_feedforward_layernorm"
+        )
         self.mlp = feed_forward(weights, f"{name}.mlp")
 
     def __call__(
@@ -137,8 +147,12 @@ class Block(nnx.Module):
         attended, keys, values = self.self_attn(
             self.input_layernorm(x), keys, values, start, first
         )
-        x = x + attended
-        return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+        if self.pre_feedforward_layernorm is None:
+            x = x + attended
+            return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+        x = x + self.post_attention_layernorm(attended)
+        y = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(y), keys, values
 
 
 class Decoder(nnx.Module):
@@ -173,8 +187,10 @@ class Decoder(nnx.Module):
     def embed(self, ids: Array) -> Array:
         """Looks up the first hidden states."""
         if isinstance(self.embed_tokens, nnx.Param):
-            return jnp.take(self.embed_tokens[...], ids, axis=0).astype(self.dtype)
-        return self.embed_tokens(ids)
+            x = jnp.take(self.embed_tokens[...], ids, axis=0).astype(self.dtype)
+        else:
+            x = self.embed_tokens(ids)
+        return x * self.config.embedding_scale
 
     def logits(self, hidden: Array) -> Array:
         """Scores of the next token, in float32."""

@@ -88,6 +88,7 @@ def quantize(
     embedding = dense["model.embed_tokens.weight"]
     states = [
         jnp.take(embedding, ids[i : i + batch], axis=0).astype(jnp.float32)
+        * config.embedding_scale
         for i in range(0, len(ids), batch)
     ]
     del embedding
@@ -236,7 +237,8 @@ def junctions(
 ) -> Iterator[tuple[str, list[str]]]:
     """What in a block makes the inputs of which matrices, and of no others.
 
-    The norm before a mixture makes those of its router, too, and is left out.
+    Left out are the norm before a mixture, which makes those of its router, too, and
+    norms whose weights are not their factors (Gemma's).
 
     Args:
       config: That of the model.
@@ -244,14 +246,15 @@ def junctions(
       linear: Paths of all its matrices.
     """
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-    yield f"{name}.input_layernorm", [f"{attention}.{one}_proj" for one in "qkv"]
+    if not config.norm_offset:
+        yield f"{name}.input_layernorm", [f"{attention}.{one}_proj" for one in "qkv"]
+        yield (
+            f"{name}.post_attention_layernorm",
+            [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
+        )
     # Several heads of queries may share one of values, but not its factors.
     if config.num_heads == config.num_kv_heads:
         yield f"{attention}.v_proj", [f"{attention}.o_proj"]
-    yield (
-        f"{name}.post_attention_layernorm",
-        [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
-    )
     for up, down in (("up_proj", "down_proj"), ("w3", "w2")):
         for path in linear:
             if path.endswith(f".{up}"):

@@ -16,8 +16,11 @@ JOINED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-# Other names of what the decoder has under one: those of Mixtral and of gpt-oss.
+# Other names of what the decoder has under one: those of Mixtral, of gpt-oss, and of
+# Gemma where it sees.
 RENAMED = {
+    r"^(model\.language_model|language_model\.model)\.": "model.",
+    r"^language_model\.lm_head": "lm_head",
     r"\.block_sparse_moe\.": ".mlp.",
     r"(\.experts\.\d+)\.w1\b": r"\1.gate_proj",
     r"(\.experts\.\d+)\.w2\b": r"\1.down_proj",
@@ -26,6 +29,8 @@ RENAMED = {
     r"\.experts\.gate_up_proj": ".experts.gate_up_pairs",
     r"(\.experts\.\w+)_bias$": r"\1.bias",
 }
+# What a model of text has no place for.
+SEEING = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
 # One of the matrices of experts, or its bias.
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\..+)")
 
@@ -65,14 +70,14 @@ class DenseExperts(nnx.Module):
 class Norm(nnx.Module):
     """Root-mean-square norm, computed in float32."""
 
-    def __init__(self, weight: Array, eps: float) -> None:
+    def __init__(self, weight: Array, eps: float, offset: float = 0.0) -> None:
         self.weight = nnx.Param(weight)
-        self.eps = eps
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         scale = jax.lax.rsqrt((wide**2).mean(-1, keepdims=True) + self.eps)
-        weight = self.weight[...].astype(jnp.float32)
+        weight = self.weight[...].astype(jnp.float32) + self.offset
         return (wide * scale * weight).astype(x.dtype)
 
 
@@ -122,7 +127,12 @@ class Weights:
         return nnx.Param(self.take(f"{name}.weight"))
 
     def norm(self, name: str) -> Norm:
-        return Norm(self.take(f"{name}.weight"), self.config.norm_eps)
+        config = self.config
+        return Norm(self.take(f"{name}.weight"), config.norm_eps, config.norm_offset)
+
+    def optional_norm(self, name: str) -> Norm | None:
+        """The norm ``name``, if the model has it."""
+        return self.norm(name) if f"{name}.weight" in self.tensors else None
 
 
 def join(tensors: dict[str, Any]) -> None:
@@ -174,6 +184,8 @@ def stack(tensors: dict[str, Any]) -> dict[str, list[str]]:
     Raises:
       ValueError: If an expert is missing, or the matrices are not alike.
     """
+    for name in [name for name in tensors if SEEING.fullmatch(name)]:
+        del tensors[name]
     origins = {}
     for name in list(tensors):
         new = name

@@ -25,6 +25,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
+    Gemma3ForCausalLM,
     GptOssForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
@@ -142,6 +143,7 @@ class Case:
         settings: Config settings besides ``SIZES``.
         checks: Changes that must move the logits by more than ``MIN_CHANGE``.
         shard: Largest size of one safetensors file.
+        norm_mean: Mean of the weights of norms.
         mxfp4: Whether experts are stored in four-bit floats.
         version4: Settings to add to ``config.json`` after it is turned into the
             dialect of transformers 4; None keeps it as transformers 5 writes it.
@@ -152,6 +154,7 @@ class Case:
     settings: Mapping[str, Any]
     checks: Mapping[str, Change]
     shard: str = "1GB"
+    norm_mean: float = 1.0
     mxfp4: bool = False
     version4: Mapping[str, Any] | None = None
 
@@ -165,6 +168,10 @@ MLP_BIASES = {
     f"{n} bias": filled(f"{n}_proj.bias", 0.0) for n in ("gate", "up", "down")
 }
 
+GEMMA_ROPE = {
+    "sliding_attention": rope(1e4),
+    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+}
 EXPERTS = {"intermediate_size": 64, "num_experts_per_tok": 2}
 
 CASES = {
@@ -351,6 +358,35 @@ CASES = {
         },
         mxfp4=True,
     ),
+    "gemma3": Case(
+        Gemma3ForCausalLM,
+        seed=12,
+        settings={
+            "head_dim": 32,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"],
+            "rope_parameters": GEMMA_ROPE,
+            "tie_word_embeddings": True,
+        },
+        checks={
+            "layer norm weights": filled("layernorm.weight", 0.0),
+            "final norm weight": filled("model.norm.weight", 0.0),
+            "q_norm": bypassed("q_norm"),
+            "norm after attention": bypassed("post_attention_layernorm"),
+            "norm after the MLP": bypassed("post_feedforward_layernorm"),
+            "scale of scores": configured(query_pre_attn_scalar=32),
+            "activation": configured(hidden_activation="silu"),
+            "sliding window": configured(layer_types=["full_attention"] * 2),
+            "rotation of the other layer": configured(
+                rope_parameters=dict.fromkeys(GEMMA_ROPE, rope(1e4))
+            ),
+            "rope scaling": configured(
+                rope_parameters=GEMMA_ROPE | {"full_attention": rope(1e6)}
+            ),
+        },
+        norm_mean=0.0,
+    ),
 }
 
 
@@ -364,7 +400,7 @@ def build(case: Case, generator: torch.Generator) -> PreTrainedModel:
         for name, parameter in sorted(model.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
             if "norm" in name:
-                value = 1 + NORM_STD * noise
+                value = case.norm_mean + NORM_STD * noise
             elif name.endswith("gate_up_proj_bias"):
                 value = GATE_STD * noise
             elif name.endswith("bias"):

@@ -1,12 +1,13 @@
-"""Makes pieces.json beside it: a SentencePiece model, and what it makes of texts.
+"""Makes pieces.json beside it: SentencePiece models, and what they make of texts.
 
 Run by hand, from the root of the repository:
 
     pip install sentencepiece==0.2.3
     python tests/data/sentencepiece/make.py
 
-The model is trained as Llama 2's was (BPE, bytes for other characters, digits apart, a
-space before the text, no normalization), on source code of this repository.
+Both are trained as Llama 2's and Gemma's were (BPE, bytes for other characters, digits
+apart, no normalization), on source code of this repository: the first puts a space
+before a text, the second has pieces of its user.
 """
 
 import io
@@ -17,6 +18,8 @@ import sentencepiece
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[2]
+# As Gemma's has runs of spaces and of lines.
+DEFINED = ["▁▁▁", "<b>", "\n\n"]
 TEXTS = [
     "def main(arguments):\n    return arguments[0] + 1\n",
     "  two spaces, then\ta tab  and   three ",
@@ -25,12 +28,24 @@ TEXTS = [
     "\n\n\r\n leading lines",
     "x",
     " ",
+    "four    spaces <b>bold<b> and\n\n\nthree lines",
     "aaaaaaaaaaaaaaa bbbb====---->>>>",
 ]
 
 
 def main() -> None:
-    """Trains the model, and encodes the texts with it."""
+    """Trains both, and encodes the texts with them."""
+    known = {
+        "sentencepiece": sentencepiece.__version__,
+        "llama": trained(add_dummy_prefix=True),
+        "gemma": trained(add_dummy_prefix=False, user_defined_symbols=DEFINED),
+    }
+    text = json.dumps(known, ensure_ascii=False, indent=None)
+    (FOLDER / "pieces.json").write_text(text + "\n")
+
+
+def trained(**options) -> dict:
+    """A model's pieces, and the ids of the texts."""
     stream = io.BytesIO()
     files = sorted((ROOT / "qjax" / "formats").glob("*.py"))
     lines = [line for file in files for line in file.read_text().splitlines() if line]
@@ -38,7 +53,7 @@ def main() -> None:
         sentence_iterator=iter(lines),
         model_writer=stream,
         model_type="bpe",
-        vocab_size=640,
+        vocab_size=512,
         byte_fallback=True,
         split_digits=True,
         allow_whitespace_only_pieces=True,
@@ -46,29 +61,31 @@ def main() -> None:
         remove_extra_whitespaces=False,
         num_threads=1,
         minloglevel=1,
+        **options,
     )
     model = sentencepiece.SentencePieceProcessor(model_proto=stream.getvalue())
     numbers = range(model.GetPieceSize())
-    kinds = [
-        2 if model.IsUnknown(i)
-        else 3 if model.IsControl(i)
-        else 6 if model.IsByte(i)
-        else 1
-        for i in numbers
-    ]  # fmt: skip
-    known = {
-        "sentencepiece": sentencepiece.__version__,
+    encoded = [(text, model.EncodeAsIds(text)) for text in TEXTS]
+    return {
         "tokens": [model.IdToPiece(i) for i in numbers],
         "scores": [model.GetScore(i) for i in numbers],
-        "token_type": kinds,
+        "token_type": [kind(model, i) for i in numbers],
         "texts": [
-            {"text": text, "ids": model.EncodeAsIds(text), "back": model.DecodeIds(ids)}
-            for text in TEXTS
-            for ids in [model.EncodeAsIds(text)]
+            {"text": text, "ids": ids, "back": model.DecodeIds(ids)}
+            for text, ids in encoded
         ],
     }
-    text = json.dumps(known, ensure_ascii=False, indent=None)
-    (FOLDER / "pieces.json").write_text(text + "\n")
+
+
+def kind(model: sentencepiece.SentencePieceProcessor, i: int) -> int:
+    """What a GGUF file calls the type of a piece."""
+    if model.IsUnknown(i):
+        return 2
+    if model.IsControl(i):
+        return 3
+    if model.IdToPiece(i) in DEFINED:
+        return 4
+    return 6 if model.IsByte(i) else 1
 
 
 if __name__ == "__main__":
