@@ -6,9 +6,13 @@ import sys
 from pathlib import Path
 
 import jax
+import numpy as np
+import optax
 import pytest
 import typer
 from typer.testing import CliRunner
+
+import qjax
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "examples"))
@@ -59,6 +63,24 @@ def test_each_method_lowers_the_loss(method, mesh, small_model, tmp_path):
     )
     assert after < before
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("method", ["lora", "weights"])
+def test_experts_are_trained(method):
+    """gpt-oss: beside its packed experts, and their four-bit floats themselves."""
+    path = ROOT / "tests" / "reference" / "gpt_oss"
+    decoder = finetune.load(path)
+    rate = optax.constant_schedule(0.02 if method == "weights" else 0.001)
+    decoder, step = finetune.set_up(decoder, finetune.Method(method), rate)
+    before = decoder.layers[0].mlp.experts.down_proj
+    before = getattr(before, "base", before).kernel
+    with np.load(path / "reference.npz") as reference:
+        losses = [float(step(reference["ids"])) for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+    after = decoder.layers[0].mlp.experts.down_proj
+    after = getattr(after, "base", after).kernel
+    changed = (qjax.codes(after) != qjax.codes(before)).mean()
+    assert (changed > 0.01) == (method == "weights")
 
 
 def test_files_are_held_out_whole(tmp_path):
