@@ -92,7 +92,7 @@ def decoder(size: Size, kind: str) -> Any:
     """A model of random weights."""
     import jax
     import jax.numpy as jnp
-    from weights import join
+    from tensors import join
 
     import qjax
 

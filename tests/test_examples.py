@@ -258,7 +258,7 @@ class TestMixtures:
                 tensors[f"{path}.weight"] = qjax.dequantize(w, jnp.float32).T
             else:
                 tensors[path] = w
-        weights.stack(tensors)
+        model.stack(tensors)
         dense = model.Decoder(weights.Weights(tensors, decoder.config, jnp.float32))
         ids = np.load(source / "reference.npz")["ids"]
         chex.assert_trees_all_close(
@@ -348,9 +348,9 @@ class TestMixtures:
         w, other = (qjax.quantize(jnp.ones((64, 8)), bits, 32) for bits in (4, 3))
         experts = "model.layers.0.mlp.experts"
         with pytest.raises(ValueError, match=r"experts.up_proj: .* not alike: weights"):
-            weights.stack({f"{experts}.0.up_proj": w, f"{experts}.1.up_proj": other})
+            model.stack({f"{experts}.0.up_proj": w, f"{experts}.1.up_proj": other})
         with pytest.raises(ValueError, match=r"the experts \[1\] are missing"):
-            weights.stack({f"{experts}.0.up_proj": w, f"{experts}.2.up_proj": w})
+            model.stack({f"{experts}.0.up_proj": w, f"{experts}.2.up_proj": w})
 
 
 class TestMesh:

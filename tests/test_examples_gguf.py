@@ -30,7 +30,6 @@ import gguf_tokenizer  # noqa: E402
 import hf_config  # noqa: E402
 import model  # noqa: E402
 import placement  # noqa: E402
-import weights  # noqa: E402
 
 DATA, RANDOM = ROOT / "tests" / "data", ROOT / "tests" / "reference"
 FILE = DATA / "llama_gguf_q4_k_m" / "model.gguf"
@@ -236,7 +235,7 @@ def write(path, source, kind, packed, tensors=None) -> Path:
 def dense_tensors(source: Path) -> Iterator[tuple[str, np.ndarray]]:
     """The tensors of a directory, those of experts in stacks as llama.cpp has them."""
     tensors = qjax.checkpoints.load(source)
-    weights.stack(tensors)
+    model.stack(tensors)
     for name, tensor in tensors.items():
         array = np.asarray(tensor).astype(np.float32)
         is_vector = name.endswith("shared_expert_gate.weight")

@@ -19,7 +19,8 @@ from gguf_file import completed, is_gguf, read_config, read_tensors
 from hf_config import Config
 from jax import Array
 from jax.typing import DTypeLike
-from weights import Weights, join, stack
+from tensors import join, stack
+from weights import Weights
 
 
 class Cache(NamedTuple):

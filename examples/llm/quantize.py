@@ -35,7 +35,8 @@ from jax import Array
 from model import Block, Cache
 from rich.console import Console
 from rich.progress import track
-from weights import Weights, stack
+from tensors import stack
+from weights import Weights
 
 import qjax
 from qjax.quantizers import awq, gptq
