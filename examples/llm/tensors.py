@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint before the decoder takes them: renamed, stacked, joined."""
+"""A checkpoint's tensors before the decoder takes them: renamed, stacked, joined."""
 
 import re
 from typing import Any
