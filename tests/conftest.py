@@ -37,9 +37,13 @@ def pytest_addoption(parser):
     )
 
 
+# After -k and -m have chosen.
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
     if (n := config.getoption("--thin", default=1)) == 1:
         return
+    if n < 1:
+        raise pytest.UsageError(f"--thin {n} must be 1 or more.")
     cases = collections.defaultdict(list)
     for item in items:
         whole = item.get_closest_marker("every_version")

@@ -352,6 +352,57 @@ class TestMixtures:
         with pytest.raises(ValueError, match=r"the experts \[1\] are missing"):
             model.stack({f"{experts}.0.up_proj": w, f"{experts}.2.up_proj": w})
 
+    @pytest.mark.parametrize(
+        ("change", "dropped", "message"),
+        [
+            ({}, r"\.experts\.3\.", "mlp has 3 experts, but routes to 4"),
+            ({}, r"\.experts\.3\.w1", "has 3 experts at first, but 4 of down_proj"),
+            (
+                {"num_experts_per_tok": None},
+                "-",
+                "per_tok=0 must lie in .1, 4., the",
+            ),
+            ({"num_experts_per_tok": 5}, "-", "num_experts_per_tok=5 must lie in"),
+        ],
+    )
+    def test_checkpoints_that_are_refused(self, change, dropped, message, tmp_path):
+        source = ROOT / "tests" / "reference" / "mixtral"
+        config = json.loads((source / "config.json").read_text()) | change
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        tensors = load_file(source / "model.safetensors")
+        kept = {n: w for n, w in tensors.items() if not re.search(dropped, n)}
+        save_file(kept, tmp_path / "model.safetensors")
+        with pytest.raises(ValueError, match=message):
+            model.load(tmp_path)
+
+    def test_stacks_of_transformers(self, tmp_path):
+        """Names that transformers 5 has in memory, and could be in a file."""
+        source = ROOT / "tests" / "reference" / "qwen2_moe"
+        tensors = dict(qjax.checkpoints.load(source))
+        model.stack(tensors)
+        model.join(tensors)
+        fused = {
+            re.sub(r"(experts\.\w+)\.weight", r"\1", name): jnp.copy(w)
+            for name, w in tensors.items()
+        }
+        assert "model.layers.0.mlp.experts.gate_up_proj" in fused
+        shutil.copy(source / "config.json", tmp_path)
+        save_file(fused, tmp_path / "model.safetensors")
+        with np.load(source / "reference.npz") as reference:
+            logits = forward(model.load(tmp_path), reference["ids"])
+            chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
+
+    def test_an_expert_without_tokens(self, tmp_path):
+        """Its rows stay in their order, which act-order gives to those of others."""
+        source = ROOT / "tests" / "reference" / "mixtral"
+        np.save(tmp_path / "ids.npy", np.full((2, 8), 5))
+        options = ["--text", tmp_path / "ids.npy", "--group-size", 32, "--act-order"]
+        done = invoke(quantize.main, source, tmp_path / "gptq", *options)
+        assert done.exit_code == 0, done.stderr
+        w = model.load(tmp_path / "gptq").layers[0].mlp.experts.up_proj.kernel
+        rows = np.arange(64)
+        assert {bool((order == rows).all()) for order in w.order} == {True, False}
+
 
 class TestMesh:
     """What ``--mesh`` asks for: the same text, from pieces of the model."""
@@ -474,6 +525,34 @@ def invoke(main, *arguments):
     app = typer.Typer()
     app.command()(main)
     return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def test_streamed_words_are_apart(capsys, monkeypatch):
+    """A tokenizer's first token has its space only after others: SentencePiece's."""
+    known = json.loads((DATA / "sentencepiece" / "pieces.json").read_text())["llama"]
+    own = {key: known[key] for key in ("tokens", "scores", "token_type")}
+    own |= {"model": "llama", "add_bos_token": False}
+    monkeypatch.setattr(
+        qjax.checkpoints,
+        "read_metadata",
+        lambda _: {f"tokenizer.ggml.{key}": value for key, value in own.items()},
+    )
+    tokenizer = generate.read_tokenizer(Path("model.gguf"))
+    ids = tokenizer.encode("def main of the tensor").ids
+
+    class Fixed:
+        batch = 1
+
+        def __init__(self, *_):
+            pass
+
+        def together(self, prompts, keys):
+            yield from (np.array([token]) for token in ids[len(prompts[0]) :])
+
+    monkeypatch.setattr(generate, "Generator", Fixed)
+    prompts, sampling = ["def main"], generate.Sampling()
+    generate.stream(None, tokenizer, prompts, sampling=sampling, max_new_tokens=9)
+    assert capsys.readouterr().out.strip() == "def main of the tensor"
 
 
 def test_same_seed_same_text(shipped):
@@ -969,8 +1048,8 @@ YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32
         ({"model_type": "gpt2"}, "model_type='gpt2' must be one of"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu' must be 'silu'"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic' must be"),
-        ({"rope_parameters": YARN | {"mscale": 1}}, "mscale and mscale_all_dim"),
-        ({"rope_parameters": {"rope_type": "yarn"}}, "lacks 'original_max_"),
+        ({"rope_parameters": YARN | {"factor": None}}, "factor=None of rope_type='ya"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "lacks 'factor'"),
         ({"num_hidden_layers": 2}, "the model has no place for"),
         ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3"),
         ({"vocab_size": None}, "lacks 'vocab_size'"),

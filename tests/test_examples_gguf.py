@@ -221,7 +221,7 @@ def write(path, source, kind, packed, tensors=None) -> Path:
             if module.endswith(end) and leaf == "weight":
                 dtype = gguf.GGMLQuantizationType[type_]
                 stored = gguf.quantize(array, dtype)
-        new = NAMES[module]
+        new = NAMES.get(module, module)
         if module == "post_attention_layernorm" and kind != "gemma3":
             new = "ffn_norm"
         writer.add_tensor(f"{layer}{new}.{leaf}", stored, raw_dtype=dtype)
@@ -270,6 +270,22 @@ def test_architectures(name, kind, packed, tolerance, tmp_path):
     assert decoder.config.tied == ("tied" in name)
     logits = forward(decoder, reference["ids"])
     chex.assert_trees_all_close(logits, reference["logits"], atol=tolerance, rtol=0)
+
+
+def test_experts_of_2023(tmp_path):
+    """Mixtral's first files have a matrix for each expert."""
+    ends = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
+    tensors = {}
+    for name, array in dense_tensors(RANDOM / "mixtral"):
+        layer, _, end = name.partition(".mlp.experts.")
+        for i, part in enumerate(array if end else ()):
+            tensors[f"{layer}.ffn_{ends[end.partition('.')[0]]}.{i}.weight"] = part
+        if not end:
+            tensors[name] = array
+    path = write(tmp_path / "m.gguf", RANDOM / "mixtral", "llama", {}, tensors)
+    with np.load(RANDOM / "mixtral" / "reference.npz") as reference:
+        logits = forward(model.load(path), reference["ids"])
+        chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
 
 
 def test_gemma(tmp_path):
@@ -332,6 +348,7 @@ def test_linear_scaling(scaled):
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
+        ("llama.expert_gating_func", 2, "gating_func=2 is not supported, but 1"),
         ("general.architecture", "gemma2", "='gemma2' must be one of ['llama', 'qwen2"),
         ("llama.expert_group_count", 8, "group_count=8 is not supported, but 0"),
         ("llama.rope.dimension_count", 8, "dimension_count=8 is not supported, but 16"),

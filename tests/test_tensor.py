@@ -657,6 +657,18 @@ class TestStack:
             y = qjax.matmul(x, stacked, index=i)
             chex.assert_trees_all_close(y, qjax.matmul(x, w), rtol=1e-5, atol=1e-5)
 
+    @pytest.mark.parametrize("name", ["order", "row_group"])
+    def test_rows_that_are_in_their_own_order(self, name, as_qtensor):
+        """Those of others are not: what GPTQ's act-order does to some experts."""
+        plain, w = (
+            as_qtensor(oracle.random(i, 64, 8, group_size=32, **option))
+            for i, option in enumerate([{}, {name: True}])
+        )
+        assert getattr(w, name) is not None
+        stacked = qjax.stack(iter([plain, w]))
+        dense = jnp.stack([qjax.dequantize(plain), qjax.dequantize(w)])
+        chex.assert_trees_all_equal(qjax.dequantize(stacked), dense)
+
     def test_under_jit_and_of_stacks(self, as_qtensor):
         pair = [as_qtensor(oracle.random(i, 64, 8, bits=3)) for i in (0, 1)]
         traced = jax.jit(lambda *weights: qjax.stack(weights))(*pair)
@@ -673,8 +685,6 @@ class TestStack:
     def test_refuses_what_is_not_alike(self, as_qtensor, refuses):
         w, other = (as_qtensor(oracle.random(i, 64, 8, order=True)) for i in (0, 1))
         qjax.stack([w, other])
-        with refuses("weights[1].order.dtype=None must be int32, as of weights[0]"):
-            qjax.stack([w, dataclasses.replace(other, order=None)])
         with refuses("weights[1].shape=(64, 16) must be (64, 8), as of weights[0]"):
             qjax.stack([w, as_qtensor(oracle.random(0, 64, 16, order=True))])
         first = dataclasses.replace(w, scale=w.scale[:, :1])
@@ -682,6 +692,8 @@ class TestStack:
             qjax.stack([w, first])
         with refuses("weights is empty"):
             qjax.stack([])
+        with refuses("must be a sequence of QTensor", TypeError):
+            qjax.stack(w)
         with refuses("weights[1]", TypeError):
             qjax.stack([w, jnp.ones((64, 8))])
 

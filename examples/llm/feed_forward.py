@@ -43,6 +43,13 @@ class Experts(nnx.Module):
             self.up_proj = weights.linear(f"{name}.up_proj")
         self.down_proj = weights.linear(f"{name}.down_proj")
         self.count = self.down_proj.num_experts
+        first = self.gate_up_pairs or self.gate_up_proj
+        for layer in (self.gate_proj, self.up_proj) if first is None else (first,):
+            if layer.num_experts != self.count:
+                raise ValueError(
+                    f"{name} has {layer.num_experts} experts at first, but "
+                    f"{self.count} of down_proj."
+                )
 
     def __call__(self, x: Array, sizes: Array) -> Array:
         """Applies each to its own: ``sizes`` of the tokens, which are sorted."""
@@ -67,6 +74,14 @@ class Mixture(nnx.Module):
         self.config = weights.config
         self.gate = weights.linear(f"{name}.gate")
         self.experts = Experts(weights, f"{name}.experts")
+        count, routed = self.experts.count, self.gate.out_features
+        if count != routed:
+            raise ValueError(f"{name} has {count} experts, but routes to {routed}.")
+        if not 1 <= self.config.top_k <= count:
+            raise ValueError(
+                f"num_experts_per_tok={self.config.top_k} must lie in [1, {count}], "
+                f"the experts of {name}."
+            )
         shared = f"{name}.shared_expert"  # Qwen2
         self.shared_expert_gate = weights.optional(f"{shared}_gate")
         self.shared_expert = (

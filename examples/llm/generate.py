@@ -216,6 +216,10 @@ def _stream(
     started, times, count = time.perf_counter(), [], 0
     decoders = [DecodeStream(skip_special_tokens=True) for _ in prompts]
     texts = [tokenizer.decode(ids) for ids in prompts]
+    # What a token adds to a text depends on those before it.
+    for decoder, ids in zip(decoders, prompts, strict=True):
+        for token in ids:
+            decoder.step(tokenizer, int(token))
     print(texts[0], end="", flush=True)
     running = set(range(len(prompts)))
     for tokens in generate.together(prompts, keys):

@@ -122,7 +122,7 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     if model_type == "llama" and experts:
         model_type = "mixtral"
     pattern = PATTERNS.get(kind, 1)
-    window = own.get("attention.sliding_window", 0) if pattern > 1 else 0
+    window = own["attention.sliding_window"] if pattern > 1 else 0
     # What llama.cpp knows Gemma 3 27B by.
     is_largest = kind == "gemma3" and own["block_count"] == 62
     scale = hidden // heads if is_largest else head_dim
@@ -135,6 +135,8 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "final_logit_softcapping": [0],
         "attn_logit_softcapping": [0],
         "expert_weights_scale": [0, 1],
+        # A softmax of all, or of those that are chosen.
+        "expert_gating_func": [3, 0] if kind == "gpt-oss" else [1, 0],
         "expert_group_count": [0, 1],
         "attention.causal": [True],
         "attention.clamp_kqv": [0],
@@ -186,6 +188,7 @@ def rope_of(own: Mapping[str, Any], kind: str) -> dict[str, Any]:
     if scaling != "yarn":
         raise ValueError(f"{kind}.rope.scaling.type={scaling!r} is not supported.")
     wanted = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_ext_factor": 1}
+    wanted |= {"yarn_log_multiplier": 0}
     for key, value in wanted.items():
         if own.get(f"rope.scaling.{key}", value) != value:
             raise ValueError(
@@ -237,13 +240,18 @@ def read_tensors(path: Path, sharding: Any = None) -> dict[str, Any]:
 def renamed(name: str, kind: str) -> str:
     """The name that a directory of that ``model_type`` has for a tensor of a file."""
     names = NAMES | GEMMA if kind == "gemma3_text" else NAMES
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)((?:\.weight|\.bias)?)", name)
+    # Files of 2023 have a matrix for each expert.
+    pattern = r"(?:blk\.(\d+)\.)?(\w+?)(?:\.(\d+))?((?:\.weight|\.bias)?)"
+    match = re.fullmatch(pattern, name)
     if match is None or match[2] not in names:
         return name
     layer = "" if match[1] is None else f"model.layers.{match[1]}."
     # No matrices, and no norms.
-    suffix = "" if match[2] == "attn_sinks" else match[3]
-    return f"{layer}{names[match[2]]}{suffix}"
+    suffix = "" if match[2] == "attn_sinks" else match[4]
+    new = names[match[2]]
+    if match[3] is not None:
+        new = new.replace("mlp.", f"mlp.experts.{match[3]}.")
+    return f"{layer}{new}{suffix}"
 
 
 def columns_back(weight: Any, heads: int) -> Any:

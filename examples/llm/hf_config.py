@@ -80,6 +80,8 @@ class Config:
             raise ValueError(f"model_type={kind!r} must be one of {MODEL_TYPES}.")
         if config.get("hidden_act", "silu") != "silu":
             raise ValueError(f"hidden_act={config['hidden_act']!r} must be 'silu'.")
+        if kind == "gpt_oss":
+            config = {"sliding_window_pattern": 2} | dict(config)
         gemma = {}
         if kind.startswith("gemma3"):
             config = GEMMA3 | dict(config.get("text_config", config))
@@ -100,7 +102,7 @@ class Config:
             windows=attention_windows(config),
             tied=config.get("tie_word_embeddings", False),
             rotary_scale=rope_scale(config),
-            top_k=config.get("num_experts_per_tok", 0),
+            top_k=config.get("num_experts_per_tok") or 0,
             normalized=kind in NORMALIZED or config.get("norm_topk_prob", False),
             swiglu=swiglu if kind == "gpt_oss" else None,
             **gemma,
@@ -143,12 +145,14 @@ def rope_frequencies(config: Mapping[str, Any], head_dim: int) -> np.ndarray:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return inverse
+    if kind not in ("linear", "llama3", "yarn"):
+        raise ValueError(f"rope_type={kind!r} must be default, linear, llama3 or yarn.")
+    if not (rope["factor"] or 0) > 0:
+        raise ValueError(f"factor={rope['factor']} of rope_type={kind!r} must be > 0.")
     if kind == "linear":
         return inverse / rope["factor"]
     if kind == "yarn":
         return _yarn_frequencies(inverse, theta, rope)
-    if kind != "llama3":
-        raise ValueError(f"rope_type={kind!r} must be default, linear, llama3 or yarn.")
     # Long wavelengths are stretched, short ones kept, those between are blended.
     turns = rope["original_max_position_embeddings"] * inverse / (2 * math.pi)
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -182,9 +186,11 @@ def rope_scale(config: Mapping[str, Any]) -> float:
         return 1.0
     if (scale := rope.get("attention_factor")) is not None:
         return float(scale)
-    if rope.get("mscale") or rope.get("mscale_all_dim"):
-        raise ValueError("mscale and mscale_all_dim of rope_type='yarn' must be 0.")
-    return 0.1 * math.log(max(rope["factor"], 1)) + 1
+    growth = 0.1 * math.log(max(rope["factor"], 1))
+    own, other = rope.get("mscale"), rope.get("mscale_all_dim")
+    if own and other:
+        return (own * growth + 1) / (other * growth + 1)
+    return growth + 1
 
 
 def attention_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
@@ -194,7 +200,7 @@ def attention_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
         window = None
     if kinds := config.get("layer_types"):
         sliding = [kind == "sliding_attention" for kind in kinds]
-    elif pattern := config.get("sliding_window_pattern"):  # Gemma
+    elif pattern := config.get("sliding_window_pattern"):  # Gemma, gpt-oss
         sliding = [(i + 1) % pattern != 0 for i in range(layers)]
     else:
         # Only Qwen has the field; its first layers attend to everything.

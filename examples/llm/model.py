@@ -217,12 +217,12 @@ def load(
       path: Directory with config.json and safetensors, quantized or not; or the file.
       dtype: Dtype of the activations.
       sharding: Where each weight goes, as in `qjax.checkpoints.load`.
-      joined: Whether to `join` what it can, where nothing is cut over devices. Layers
-        then have other names than in the checkpoint, which training would write back.
+      joined: Whether to `join` what it can, where nothing is cut over devices.
 
     Returns:
       The model; ``model(ids[b, t])`` gives logits ``[b, t, vocab]`` in float32. Of a
-      mixture, the matrices of all experts are one `stack`.
+      mixture, the matrices of all experts are one `stack`. Layers have the checkpoint's
+      names, but for what is joined or stacked.
 
     Raises:
       ValueError: If the architecture is not supported, or tensors are missing or left

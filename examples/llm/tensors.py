@@ -13,7 +13,8 @@ JOINED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
-# What Gemma, where it sees, Mixtral and gpt-oss call what Qwen has other names for.
+# What Gemma, where it sees, and Mixtral call what Qwen has other names for; gpt-oss has
+# names that mean something else in files of transformers 5.
 RENAMED = {
     r"^(model\.language_model|language_model\.model)\.": "model.",
     r"^language_model\.lm_head": "lm_head",
@@ -21,6 +22,8 @@ RENAMED = {
     r"(\.experts\.\d+)\.w1\b": r"\1.gate_proj",
     r"(\.experts\.\d+)\.w2\b": r"\1.down_proj",
     r"(\.experts\.\d+)\.w3\b": r"\1.up_proj",
+}
+GPT_OSS = {
     r"\.mlp\.router\.": ".mlp.gate.",
     r"\.experts\.gate_up_proj": ".experts.gate_up_pairs",
     r"(\.experts\.\w+)_bias$": r"\1.bias",
@@ -66,16 +69,18 @@ def stack(tensors: dict[str, Any]) -> dict[str, list[str]]:
 
 
 def _rename(tensors: dict[str, Any]) -> dict[str, list[str]]:
+    is_gpt_oss = any(".mlp.router." in name for name in tensors)
+    patterns = RENAMED | (GPT_OSS if is_gpt_oss else {})
     origins = {}
     for name in list(tensors):
         tensor, new = tensors.pop(name), name
         if SEEING.fullmatch(name):
             continue
-        for pattern, replacement in RENAMED.items():
+        for pattern, replacement in patterns.items():
             new = re.sub(pattern, replacement, new)
         if re.fullmatch(r".*\.experts\.\w+", new) and isinstance(tensor, Array):
-            # gpt-oss has dense ones as [experts, k, n], and calls them no weights.
-            tensor, new = tensor.mT, f"{new}.weight"
+            # Stacks that are called no weights; gpt-oss has [experts, k, n].
+            tensor, new = tensor.mT if is_gpt_oss else tensor, f"{new}.weight"
         tensors[new] = tensor
         origins[new] = [name]
     return origins

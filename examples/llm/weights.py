@@ -17,7 +17,7 @@ class Dense(nnx.Module):
     def __init__(self, weight: Array, bias: Array | None, dtype: DTypeLike) -> None:
         self.weight = nnx.Param(weight)
         self.bias = None if bias is None else nnx.Param(bias)
-        self.dtype = dtype
+        self.dtype, self.out_features = dtype, len(weight)
 
     def __call__(self, x: Array) -> Array:
         weight = self.weight[...].astype(self.dtype)
@@ -26,7 +26,10 @@ class Dense(nnx.Module):
 
 
 class DenseExperts(nnx.Module):
-    """The matrices of experts that the checkpoint left dense, ``[experts, n, k]``."""
+    """The matrices of experts that the checkpoint left dense, ``[experts, n, k]``.
+
+    On a CPU, XLA multiplies every token by all of them.
+    """
 
     def __init__(self, weight: Array, bias: Array | None, dtype: DTypeLike) -> None:
         self.weight = nnx.Param(weight)

@@ -10,10 +10,12 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
+from jax.export import is_symbolic_dim
 from jaxtyping import Array, DTypeLike, Float, Int32, Integer, Num
 
 from qjax import ragged
 from qjax.layers import dense
+from qjax.meshes import gathered
 from qjax.tensor import QTensor
 
 AXES = "[num_experts, in_features, out_features]"
@@ -52,6 +54,7 @@ def dispatch(
 
     Raises:
       ValueError: If shapes or dtypes do not fit.
+      NotImplementedError: If t is left open for `jax.export`.
 
     Example:
       >>> x = jnp.array([[10.0], [11.0]])
@@ -60,13 +63,22 @@ def dispatch(
       ([10.0, 11.0, 11.0, 10.0], [2, 1, 1])
     """
     integer = jnp.issubdtype(expert.dtype, jnp.integer)
-    if x.ndim != 2 or expert.ndim != 2 or len(expert) != len(x) or not integer:
+    fits = x.ndim == expert.ndim == 2 and x.shape[0] == expert.shape[0]
+    if not (fits and expert.shape[1] and integer):
         raise ValueError(
             f"expert must be integers [t, top_k] for x.shape={x.shape}, [t, k]; got "
             f"{expert.dtype}{expert.shape}."
         )
-    flat = expert.reshape(-1).astype(jnp.int32)
-    flat = jnp.where((flat >= 0) & (flat < num_experts), flat, num_experts)
+    if is_symbolic_dim(x.shape[0]):
+        raise NotImplementedError(
+            f"x.shape={x.shape} leaves the number of tokens open, and they are sorted "
+            "for a number; export one."
+        )
+    # Every device sorts all of them.
+    flat = gathered(expert).reshape(-1)
+    is_one = (flat >= 0) & (flat < num_experts)
+    flat = jnp.where(is_one, flat, 0).astype(jnp.int32)
+    flat = jnp.where(is_one, flat, num_experts)
     if len(flat) <= _FEW:
         entries = jnp.arange(len(flat), dtype=jnp.int32)
         mine, other = flat[:, None], flat[None]
@@ -83,7 +95,7 @@ def dispatch(
 def _inverse(order: Int32[Array, " rows"]) -> Int32[Array, " rows"]:
     """The permutation that undoes another."""
     if len(order) > _FEW:
-        return jnp.argsort(order)
+        return jnp.argsort(order).astype(jnp.int32)
     entries = jnp.arange(len(order), dtype=jnp.int32)
     here = order[None] == entries[:, None]
     return jnp.where(here, entries[None], 0).sum(1, dtype=jnp.int32)
@@ -116,7 +128,7 @@ def combine(
             f"weight.shape={weight.shape} must be [t, top_k] with t * top_k the rows "
             f"of y.shape={y.shape}, which are {len(routed.order)}."
         )
-    back = y[_inverse(routed.order)].reshape(*weight.shape, -1)
+    back = y[_inverse(routed.order)].reshape(*weight.shape, y.shape[1])
     counted = back.astype(jnp.float32) * weight.astype(jnp.float32)[..., None]
     return counted.sum(1).astype(y.dtype)
 

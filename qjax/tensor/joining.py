@@ -89,7 +89,7 @@ def stack(weights: Sequence[QTensor]) -> QTensor:
     Args:
       weights: Matrices, or stacks, alike but for their values: of one shape, packed in
         the same layout, with the same widths, groups, affine map and dtypes. Each may
-        have rows in an order of its own.
+        have rows in an order of its own, or in none.
 
     Returns:
       ``[len(weights), *batch, k, n]``. Indexing with ``jax.tree.map(lambda leaf:
@@ -108,7 +108,8 @@ def stack(weights: Sequence[QTensor]) -> QTensor:
       >>> qjax.matmul(jnp.ones(64), w, index=1)[:2].tolist(), w.shape
       ([128.0, 128.0], (2, 64, 8))
     """
-    first, *others = _checked(weights)
+    weights = _ordered_alike(_checked(weights))
+    first, *others = weights
     wanted = _form(first) | _shapes(first)
     for i, w in enumerate(others, 1):
         _check_equal(wanted, _form(w) | _shapes(w), f"weights[{i}]")
@@ -120,7 +121,30 @@ def stack(weights: Sequence[QTensor]) -> QTensor:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *weights)
 
 
-def _checked(weights: Sequence[QTensor]) -> Sequence[QTensor]:
+def _ordered_alike(weights: list[QTensor]) -> list[QTensor]:
+    """Writes out that rows are in their own order, where those of others are not.
+
+    GPTQ's act-order leaves some as they are, and files then do not say so.
+    """
+    for name in ("order", "row_group"):
+        if any(getattr(w, name) is not None for w in weights):
+            weights = [
+                w if getattr(w, name) is not None else _with_rows(w, name)
+                for w in weights
+            ]
+    return weights
+
+
+def _with_rows(w: QTensor, name: str) -> QTensor:
+    size = 1 if name == "order" else w.segments[0].group_size or w.k
+    rows = jnp.arange(w.k, dtype=jnp.int32) // size
+    return dataclasses.replace(w, **{name: jnp.broadcast_to(rows, (*w.batch, w.k))})
+
+
+def _checked(weights: Sequence[QTensor]) -> list[QTensor]:
+    if isinstance(weights, QTensor):
+        raise TypeError(f"weights={weights!r} must be a sequence of QTensor.")
+    weights = list(weights)
     if not weights:
         raise ValueError("weights is empty; pass one QTensor or more.")
     for i, w in enumerate(weights):

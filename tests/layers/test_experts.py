@@ -196,7 +196,18 @@ def test_new_layers():
     assert jax.tree.leaves(nnx.state(empty, Scale))[0].shape == (3, K // GROUP, N)
 
 
-@pytest.mark.parametrize("t", [1, 3, 128, 129])
+def test_tokens_that_are_cut_over_devices():
+    """Explicit axes have a type that comparing all with all would not have."""
+    mesh = jax.make_mesh((2,), ("data",), (jax.sharding.AxisType.Explicit,))
+    x, expert = jnp.ones((4, 8)), jnp.array([[1, 0], [0, 2], [1, 1], [2, 0]])
+    wanted = dispatch(x, expert, 3)
+    with jax.set_mesh(mesh):
+        cut = jax.device_put(expert, jax.P("data"))
+        found = jax.jit(dispatch, static_argnums=2)(x, cut, 3)
+    chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(wanted))
+
+
+@pytest.mark.parametrize("t", [0, 1, 3, 128, 129])
 def test_tokens_are_sorted_and_come_back(t):
     """Few entries, which are compared with each other, and many, which are sorted."""
     rng = np.random.default_rng(t)
@@ -239,6 +250,10 @@ def test_tokens_are_sorted_and_come_back(t):
         (
             lambda: dispatch(jnp.ones((4, 2)), jnp.ones((4, 2)), 2),
             "got float32(4, 2)",
+        ),
+        (
+            lambda: dispatch(jnp.ones((4, 2)), jnp.ones((4, 0), int), 2),
+            "got int32(4, 0)",
         ),
         (
             lambda: combine(
