@@ -358,6 +358,7 @@ def test_linear_scaling(scaled):
         ("llama.logit_scale", 2.0, "logit_scale=2.0 is not supported, but 1"),
         ("llama.embedding_length", "64", "embedding_length='64' must be one number"),
         ("llama.attention.head_count_kv", [2, 4], "[2, 4] must be one number, for all"),
+        ("llama.expert_used_count", [2, 4], "[2, 4] must be one number, for all"),
         ("llama.rope.scaling.type", "longrope", "type='longrope' is not supported"),
     ],
 )

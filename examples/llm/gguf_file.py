@@ -111,18 +111,21 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"the metadata lack {', '.join(missing)}.")
     hidden, heads = own["embedding_length"], own["attention.head_count"]
     kv_heads = own.get("attention.head_count_kv", heads)
+    pattern, experts = PATTERNS.get(kind, 1), own.get("expert_used_count", 0)
+    window = own["attention.sliding_window"] if pattern > 1 else 0
     counts = {key: own[key] for key in NEEDED[:-1]}
-    for name, count in (counts | {"attention.head_count_kv": kv_heads}).items():
+    counts |= {"attention.head_count_kv": kv_heads}
+    counts |= {"expert_used_count": experts} if experts else {}
+    counts |= {"attention.sliding_window": window} if pattern > 1 else {}
+    for name, count in counts.items():
         if type(count) is not int or count < 1:
             raise ValueError(
                 f"{kind}.{name}={count!r} must be one number, for all layers."
             )
     head_dim = own.get("attention.key_length", hidden // heads)
-    model_type, experts = ARCHITECTURES[kind], own.get("expert_used_count", 0)
+    model_type = ARCHITECTURES[kind]
     if model_type == "llama" and experts:
         model_type = "mixtral"
-    pattern = PATTERNS.get(kind, 1)
-    window = own["attention.sliding_window"] if pattern > 1 else 0
     # What llama.cpp knows Gemma 3 27B by.
     is_largest = kind == "gemma3" and own["block_count"] == 62
     scale = hidden // heads if is_largest else head_dim
@@ -145,11 +148,7 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "residual_scale": [1, 0],
         "logit_scale": [1, 0],
     }
-    for key, values in wanted.items():
-        if own.get(key, values[0]) not in values:
-            raise ValueError(
-                f"{kind}.{key}={own[key]} is not supported, but {values[0]}."
-            )
+    check_supported(own, kind, wanted)
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     stops = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
     kinds = ["sliding_attention"] * (pattern - 1) + ["full_attention"]
@@ -174,6 +173,20 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_supported(
+    own: Mapping[str, Any], kind: str, wanted: Mapping[str, list[Any]]
+) -> None:
+    """Raises a ValueError where metadata are not among those that are wanted.
+
+    The first of each is what a file means that does not say.
+    """
+    for key, values in wanted.items():
+        if own.get(key, values[0]) not in values:
+            raise ValueError(
+                f"{kind}.{key}={own[key]} is not supported, but {values[0]}."
+            )
+
+
 def rope_of(own: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The ``rope_parameters`` of a config.json, of the metadata of an architecture."""
     # As llama.cpp has it, where older files name no type.
@@ -187,14 +200,13 @@ def rope_of(own: Mapping[str, Any], kind: str) -> dict[str, Any]:
         return rope
     if scaling != "yarn":
         raise ValueError(f"{kind}.rope.scaling.type={scaling!r} is not supported.")
-    wanted = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_ext_factor": 1}
-    wanted |= {"yarn_log_multiplier": 0}
-    for key, value in wanted.items():
-        if own.get(f"rope.scaling.{key}", value) != value:
-            raise ValueError(
-                f"{kind}.rope.scaling.{key}={own[f'rope.scaling.{key}']} is not "
-                f"supported, but {value}."
-            )
+    wanted = {
+        "rope.scaling.attn_factor": [1],
+        "rope.scaling.yarn_attn_factor": [1],
+        "rope.scaling.yarn_ext_factor": [1],
+        "rope.scaling.yarn_log_multiplier": [0],
+    }
+    check_supported(own, kind, wanted)
     length = own.get("rope.scaling.original_context_length", own["context_length"])
     return rope | {
         "original_max_position_embeddings": length,
