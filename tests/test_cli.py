@@ -34,6 +34,7 @@ SHIPPED = ROOT / "examples" / "llm" / "checkpoint"
 DATA = ROOT / "tests" / "data"
 AWQ = DATA / "llama_awq4_g128"
 UP = "model.layers.0.mlp.up_proj"
+UPS = "model.layers.{0-2}.mlp.up_proj"
 
 sys.path.insert(0, str(ROOT / "examples" / "llm"))
 
@@ -241,7 +242,7 @@ class TestInspect:
         assert up.split()[4] == "all"
 
     def test_table(self):
-        lines = succeeds("inspect", SHIPPED).stdout.splitlines()
+        lines = succeeds("inspect", SHIPPED, "--each").stdout.splitlines()
         (head,) = (line for line in lines if line.startswith(" name"))
         columns = ["name", "shape", "format", "bits", "group", "bits/weight", "bytes"]
         assert head.split() == columns
@@ -251,6 +252,25 @@ class TestInspect:
         assert dense.split()[1:4] == ["512x256", "bfloat16", "16"]
         assert lines[-2].split()[0] == "total" or lines[-1].split()[0] == "total"
         assert any(line.startswith(" 21 matrices") for line in lines)
+
+    def test_those_that_are_alike_have_a_line(self):
+        """Not two of six bits in the last layer with those of four in others."""
+        file = DATA / "llama_gguf_q4_k_m" / "model.gguf"
+        lines = succeeds("inspect", file).stdout.splitlines()
+        found = {line.split()[0]: line.split()[1:] for line in lines if "x" in line}
+        columns = ["256x640", "gguf", "Q4_K", "4", "32", "4.500", "276,480"]
+        assert found["blk.{0-2}.ffn_up"] == columns
+        assert found["blk.{0,1}.attn_v"][2] == "Q4_K"
+        assert found["blk.2.attn_v"][2] == "Q6_K"
+        each = succeeds("inspect", file, "--each").stdout.splitlines()
+        assert [line.split() for line in lines[-4:]] == [
+            line.split() for line in each[-4:]
+        ]
+
+    def test_groups_of_several_sizes_are_alike(self, tmp_path):
+        one = exl2_directory(tmp_path / "exl2", "exl2_b5432_mixedg")
+        (row,) = (r for r in succeeds("inspect", one).stdout.splitlines() if UP in r)
+        assert row.split()[4] == "32,64"
 
     def test_names_are_printed_as_they_are(self, tmp_path):
         name = "model.[red]:smile:.weight"
@@ -262,7 +282,7 @@ class TestInspect:
     def test_plot(self, tmp_path, suffix):
         file = tmp_path / f"bits{suffix}"
         done = succeeds("inspect", SHIPPED, "--plot", file)
-        assert UP in done.stdout
+        assert UPS in done.stdout
         magic = {".png": b"\x89PNG", ".svg": b"<?xml", ".pdf": b"%PDF"}
         assert file.read_bytes().startswith(magic[suffix])
         if suffix == ".png":
@@ -563,7 +583,7 @@ def test_python_m_runs_the_commands(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["qjax", "inspect", str(AWQ)])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_module(module, run_name="__main__")
-    assert UP in capsys.readouterr().out
+    assert UPS in capsys.readouterr().out
 
 
 CANNOT = {
@@ -683,7 +703,7 @@ class TestGguf:
     FILE = DATA / "llama_gguf_q4_k_m" / "model.gguf"
 
     def test_inspect(self):
-        lines = succeeds("inspect", self.FILE).stdout.splitlines()
+        lines = succeeds("inspect", self.FILE, "--each").stdout.splitlines()
         (up,) = (line for line in lines if "blk.0.ffn_up" in line)
         assert up.split()[1:] == [
             "256x640",
@@ -1009,7 +1029,8 @@ def test_tables_on_a_terminal_are_not_cut_off(monkeypatch, capsys, command, colu
     assert " 4.206" in text
     # Where 60 are too few for the numbers alone, the terminal wraps lines.
     assert max(map(len, text.splitlines())) <= max(columns, 80)
-    assert (UP in text) == (columns == 200)
+    name = UPS if command == "inspect" else UP
+    assert (name in text) == (columns == 200)
 
 
 class TestProgress:

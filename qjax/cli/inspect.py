@@ -1,5 +1,6 @@
 """`qjax inspect`: what is in a checkpoint, as a table, JSON or a picture."""
 
+import collections
 import dataclasses
 import json
 import math
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from qjax import progress
 from qjax.checkpoints import modules
-from qjax.cli import faults
+from qjax.cli import alike, faults
 from qjax.cli.arguments import Directory
 from qjax.cli.table import begin, show
 from qjax.tensor import QTensor
@@ -40,7 +41,7 @@ class Row:
     shape: tuple[int, ...]
     format: str
     bits: int | float
-    group_size: int | list[int | None] | None
+    group_size: int | Sequence[int | None] | None
     bits_per_weight: float
     bytes: int
 
@@ -48,7 +49,15 @@ class Row:
 def run(
     directory: Directory,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of a table.")
+        bool, typer.Option("--json", help="Print JSON instead of a table, of each.")
+    ] = False,
+    each: Annotated[
+        bool,
+        typer.Option(
+            "--each",
+            help="A line for each; without it, those that are alike but for numbers in "
+            "their names, as of layers, have one, with the bytes of all.",
+        ),
     ] = False,
     plot: Annotated[
         Path | None,
@@ -66,7 +75,7 @@ def run(
     **Examples**
 
     * `qjax inspect llama-gptq`
-    * `qjax inspect llama-Q4_K_M.gguf`
+    * `qjax inspect llama-Q4_K_M.gguf --each`
     * The five largest:
       `qjax inspect llama-gptq --json | jq '.matrices | sort_by(-.bytes) | .[:5]'`
     * A picture of a mixed model: `qjax inspect llama-exl2 --plot bits.png`
@@ -79,7 +88,7 @@ def run(
     if as_json:
         typer.echo(json.dumps(_summary(directory, matrices, dense), indent=2))
     else:
-        _print_table(matrices, dense)
+        _print_table(matrices, dense, each=each)
 
 
 def _rows(directory: Path) -> tuple[list[Row], list[Row]]:
@@ -152,17 +161,32 @@ def _mean_bits(rows: Sequence[Row]) -> float | None:
     return 8 * _bytes(rows) / _weights(rows) if _weights(rows) else None
 
 
-def _print_table(matrices: Sequence[Row], dense: Sequence[Row]) -> None:
-    table = begin(("shape", "format"), ("bits", "group", "bits/weight", "bytes"))
-    for row in matrices:
+def _merged(rows: Sequence[Row]) -> list[Row]:
+    """Makes one row of those that differ in numbers of names, with the bytes of all."""
+    kinds: dict[Row, dict[str, int]] = collections.defaultdict(dict)
+    for i, row in enumerate(rows):
         sizes = row.group_size
-        sizes = sizes if isinstance(sizes, list) else [sizes]
-        group = ",".join("all" if size is None else str(size) for size in sizes)
-        _add(table, row, f"{row.bits:.4g}", group)
+        kind = tuple(sizes) if isinstance(sizes, list) else sizes
+        kinds[dataclasses.replace(row, name="", group_size=kind)][row.name] = i
+    merged = {}
+    for kind, places in kinds.items():
+        for name, members in alike.boxes(places):
+            whole = {"name": name, "bytes": len(members) * kind.bytes}
+            place = min(places[member] for member in members)
+            merged[place] = dataclasses.replace(kind, **whole)
+    return [merged[place] for place in sorted(merged)]
+
+
+def _print_table(matrices: Sequence[Row], dense: Sequence[Row], *, each: bool) -> None:
+    table = begin(("shape", "format"), ("bits", "group", "bits/weight", "bytes"))
+    for row in matrices if each else _merged(matrices):
+        sizes = row.group_size
+        sizes = sizes if isinstance(sizes, list | tuple) else [sizes]
+        _add(table, row, ",".join("all" if s is None else str(s) for s in sizes))
     if matrices:
         table.add_section()
-    for row in dense:
-        _add(table, row, f"{row.bits:.4g}", "")
+    for row in dense if each else _merged(dense):
+        _add(table, row, "")
     table.add_section()
     for name, rows in (
         (f"{len(matrices)} matrices", matrices),
@@ -170,18 +194,15 @@ def _print_table(matrices: Sequence[Row], dense: Sequence[Row]) -> None:
         ("total", [*matrices, *dense]),
     ):
         bits = "" if not _weights(rows) else f"{_mean_bits(rows):.3f}"
-        table.add_row(
-            name, f"{_weights(rows):,}", "", "", "", bits, f"{_bytes(rows):,}"
-        )
+        weights, size = f"{_weights(rows):,}", f"{_bytes(rows):,}"
+        table.add_row(name, weights, "", "", "", bits, size)
     show(table)
 
 
-def _add(table: Table, row: Row, bits: str, group: str) -> None:
-    shape = "x".join(map(str, row.shape))
-    per_weight = f"{row.bits_per_weight:.3f}"
-    table.add_row(
-        row.name, shape, row.format, bits, group, per_weight, f"{row.bytes:,}"
-    )
+def _add(table: Table, row: Row, group: str) -> None:
+    shape, bits = "x".join(map(str, row.shape)), f"{row.bits:.4g}"
+    numbers = (bits, group, f"{row.bits_per_weight:.3f}", f"{row.bytes:,}")
+    table.add_row(row.name, shape, row.format, *numbers)
 
 
 def _pyplot(file: Path) -> Any:
