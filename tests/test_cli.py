@@ -289,7 +289,7 @@ class TestInspect:
             picture = pyplot.imread(file)
             height, width, channels = picture.shape
             assert (width, channels) == (9 * 150, 4)
-            assert height == pytest.approx((0.18 * 21 + 1) * 150, abs=1)
+            assert height == pytest.approx((0.18 * 7 + 1) * 150, abs=1)
             # White paper, two kinds of bars and black letters.
             colors = np.unique((picture * 255).astype(np.uint8).reshape(-1, 4), axis=0)
             assert len(colors) > 10

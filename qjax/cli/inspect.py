@@ -63,7 +63,7 @@ def run(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Draw the bits of each matrix, too: .png, .svg or .pdf. Needs "
+            help="Draw the bits of each line, too: .png, .svg or .pdf. Needs "
             "matplotlib.",
         ),
     ] = None,
@@ -84,7 +84,7 @@ def run(
         pyplot = None if plot is None else _pyplot(plot)
         matrices, dense = _rows(directory)
         if plot is not None:
-            _draw(pyplot, plot, matrices)
+            _draw(pyplot, plot, matrices if each else _merged(matrices))
     if as_json:
         typer.echo(json.dumps(_summary(directory, matrices, dense), indent=2))
     else:
@@ -224,7 +224,7 @@ def _pyplot(file: Path) -> Any:
 
 
 def _draw(pyplot: Any, file: Path, rows: Sequence[Row]) -> None:
-    """Draws one bar a matrix: the codes, and what scales and zeros add."""
+    """Draws one bar a row: the codes, and what scales and zeros add."""
     if not rows:
         raise ValueError("--plot: no matrix of this checkpoint is quantized.")
     height = max(2.0, 0.18 * len(rows) + 1)
