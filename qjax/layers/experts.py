@@ -76,6 +76,8 @@ def dispatch(
         )
     # Every device sorts all of them.
     flat = gathered(expert).reshape(-1)
+    if flat.dtype.itemsize < 4:  # which may not hold num_experts
+        flat = flat.astype(jnp.int32)
     is_one = (flat >= 0) & (flat < num_experts)
     flat = jnp.where(is_one, flat, 0).astype(jnp.int32)
     flat = jnp.where(is_one, flat, num_experts)

@@ -207,6 +207,12 @@ def test_tokens_that_are_cut_over_devices():
     chex.assert_trees_all_equal(jax.device_get(found), jax.device_get(wanted))
 
 
+def test_experts_as_bytes():
+    found = dispatch(jnp.ones((2, 1)), jnp.array([[255], [7]], jnp.uint8), 300)
+    assert (found.group_sizes > 0).nonzero()[0].tolist() == [7, 255]
+    assert found.order.tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("t", [0, 1, 3, 128, 129])
 def test_tokens_are_sorted_and_come_back(t):
     """Few entries, which are compared with each other, and many, which are sorted."""
