@@ -9,39 +9,47 @@ from weights import Weights
 from qjax.layers.experts import combine, dispatch
 
 
-class MLP(nnx.Module):
+class Gated(nnx.Module):
+    """Three matrices, of which the first two may be joined."""
+
+    def __init__(self, weights: Weights, name: str) -> None:
+        self.gate_up_proj = weights.optional(f"{name}.gate_up_proj")
+        # gpt-oss has the columns of both in turns.
+        self.gate_up_pairs = weights.optional(f"{name}.gate_up_pairs")
+        if self.gate_up_proj is None and self.gate_up_pairs is None:
+            self.gate_proj = weights.linear(f"{name}.gate_proj")
+            self.up_proj = weights.linear(f"{name}.up_proj")
+        self.down_proj = weights.linear(f"{name}.down_proj")
+
+    def gate_and_up(self, *inputs: Array) -> tuple[Array, Array]:
+        """What the first two make of the inputs of a layer."""
+        if self.gate_up_pairs is not None:
+            pairs = self.gate_up_pairs(*inputs)
+            return pairs[..., ::2], pairs[..., 1::2]
+        if self.gate_up_proj is not None:
+            gate, up = jnp.split(self.gate_up_proj(*inputs), 2, axis=-1)
+            return gate, up
+        return self.gate_proj(*inputs), self.up_proj(*inputs)
+
+
+class MLP(Gated):
     """The gated feed-forward layer."""
 
     def __init__(self, weights: Weights, name: str) -> None:
+        super().__init__(weights, name)
         self.activation = jax.nn.gelu if weights.config.gelu else jax.nn.silu
-        self.gate_up_proj = weights.optional(f"{name}.gate_up_proj")
-        if self.gate_up_proj is None:
-            self.gate_proj = weights.linear(f"{name}.gate_proj")
-            self.up_proj = weights.linear(f"{name}.up_proj")
-        self.down_proj = weights.linear(f"{name}.down_proj")
 
     def __call__(self, x: Array) -> Array:
-        if self.gate_up_proj is None:
-            gate, up = self.gate_proj(x), self.up_proj(x)
-        else:
-            gate, up = jnp.split(self.gate_up_proj(x), 2, axis=-1)
+        gate, up = self.gate_and_up(x)
         return self.down_proj(self.activation(gate) * up)
 
 
-class Experts(nnx.Module):
-    """The gated layers of all experts, whose matrices have a leading axis of experts.
-
-    gpt-oss has the columns of its first two matrices in turns, and gates of its own.
-    """
+class Experts(Gated):
+    """The gated layers of all experts: each matrix has a leading axis of experts."""
 
     def __init__(self, weights: Weights, name: str) -> None:
+        super().__init__(weights, name)
         self.swiglu = weights.config.swiglu
-        self.gate_up_pairs = weights.optional(f"{name}.gate_up_pairs")
-        self.gate_up_proj = weights.optional(f"{name}.gate_up_proj")
-        if self.gate_up_pairs is None and self.gate_up_proj is None:
-            self.gate_proj = weights.linear(f"{name}.gate_proj")
-            self.up_proj = weights.linear(f"{name}.up_proj")
-        self.down_proj = weights.linear(f"{name}.down_proj")
         self.count = self.down_proj.num_experts
         first = self.gate_up_pairs or self.gate_up_proj
         for layer in (self.gate_proj, self.up_proj) if first is None else (first,):
@@ -53,13 +61,7 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Array, sizes: Array) -> Array:
         """Applies each to its own: ``sizes`` of the tokens, which are sorted."""
-        if self.gate_up_pairs is not None:
-            pairs = self.gate_up_pairs(x, sizes)
-            gate, up = pairs[:, ::2], pairs[:, 1::2]
-        elif self.gate_up_proj is not None:
-            gate, up = jnp.split(self.gate_up_proj(x, sizes), 2, axis=-1)
-        else:
-            gate, up = self.gate_proj(x, sizes), self.up_proj(x, sizes)
+        gate, up = self.gate_and_up(x, sizes)
         if self.swiglu is None:
             return self.down_proj(jax.nn.silu(gate) * up, sizes)
         limit, slope = self.swiglu

@@ -114,9 +114,11 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     pattern, experts = PATTERNS.get(kind, 1), own.get("expert_used_count", 0)
     window = own["attention.sliding_window"] if pattern > 1 else 0
     counts = {key: own[key] for key in NEEDED[:-1]}
-    counts |= {"attention.head_count_kv": kv_heads}
-    counts |= {"expert_used_count": experts} if experts else {}
-    counts |= {"attention.sliding_window": window} if pattern > 1 else {}
+    counts["attention.head_count_kv"] = kv_heads
+    if experts:
+        counts["expert_used_count"] = experts
+    if pattern > 1:
+        counts["attention.sliding_window"] = window
     for name, count in counts.items():
         if type(count) is not int or count < 1:
             raise ValueError(

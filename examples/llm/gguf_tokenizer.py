@@ -42,6 +42,7 @@ PATTERNS = {
 }
 # What "tokenizer.ggml.token_type" says of a token.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
+_OTHERWISE = "pass --tokenizer and the tokenizer.json of the original model."
 # SentencePiece's space.
 _SPACE = "▁"
 
@@ -68,10 +69,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
 def _tokenizer(own: Mapping[str, Any]) -> Tokenizer:
     kind, tokens = own.get("model"), own.get("tokens", [])
     if kind not in _MAKERS:
-        raise ValueError(
-            f"model={kind!r} must be one of {[*_MAKERS]}; pass --tokenizer and the "
-            "tokenizer.json of the original model."
-        )
+        raise ValueError(f"model={kind!r} must be one of {[*_MAKERS]}; {_OTHERWISE}")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
         raise ValueError("tokens has a token twice.")
@@ -112,10 +110,7 @@ def _byte_level(
 ) -> tuple[Tokenizer, bool]:
     """Of tokens and merges, and whether a text begins with a token if nothing says."""
     if (pre := own.get("pre")) not in PATTERNS:
-        raise ValueError(
-            f"pre={pre!r} must be one of {[*PATTERNS]}; pass --tokenizer and the "
-            "tokenizer.json of the original model."
-        )
+        raise ValueError(f"pre={pre!r} must be one of {[*PATTERNS]}; {_OTHERWISE}")
     merges = [tuple(merge.split(" ")) for merge in own.get("merges", [])]
     is_llama3 = PATTERNS[pre] is _LLAMA3
     if any(len(merge) != 2 or "".join(merge) not in vocabulary for merge in merges):

@@ -1,4 +1,4 @@
-"""A decoder-only language model over quantized weights: Llama, Mistral, Qwen, gpt-oss.
+"""A decoder-only language model over quantized weights: Llama, Qwen, Gemma, gpt-oss.
 
 Read it from top to bottom: the cache, attention, the decoder, and `load`, which turns a
 Hugging Face directory or a GGUF file into a model. What it has to know of its model is

@@ -31,8 +31,8 @@ class Row:
       shape: (inputs, outputs) of a matrix, or the shape of the tensor.
       format: Format of the checkpoint, or the dtype of a dense tensor.
       bits: Width of a code; the mean if the rows differ.
-      group_size: Rows that share a scale, None for all of them; a list of the sizes if
-        the rows differ.
+      group_size: Rows that share a scale, None for all of them; all sizes if the rows
+        differ.
       bits_per_weight: All bits in the files, scales and zeros too, by the weights.
       bytes: Bytes in the files.
     """
@@ -41,7 +41,7 @@ class Row:
     shape: tuple[int, ...]
     format: str
     bits: int | float
-    group_size: int | Sequence[int | None] | None
+    group_size: int | tuple[int | None, ...] | None
     bits_per_weight: float
     bytes: int
 
@@ -117,7 +117,7 @@ def _rows(directory: Path) -> tuple[list[Row], list[Row]]:
 
 def _matrix_row(part: modules.Matrix, qt: QTensor) -> Row:
     found = {segment.group_size for segment in qt.segments}
-    sizes = sorted(found, key=lambda size: math.inf if size is None else size)
+    sizes = tuple(sorted(found, key=lambda size: math.inf if size is None else size))
     return Row(
         name=part.name,
         shape=qt.shape,
@@ -165,9 +165,7 @@ def _merged(rows: Sequence[Row]) -> list[Row]:
     """Makes one row of those that differ in numbers of names, with the bytes of all."""
     kinds: dict[Row, dict[str, int]] = collections.defaultdict(dict)
     for i, row in enumerate(rows):
-        sizes = row.group_size
-        kind = tuple(sizes) if isinstance(sizes, list) else sizes
-        kinds[dataclasses.replace(row, name="", group_size=kind)][row.name] = i
+        kinds[dataclasses.replace(row, name="")][row.name] = i
     merged = {}
     for kind, places in kinds.items():
         for name, members in alike.boxes(places):
@@ -181,7 +179,7 @@ def _print_table(matrices: Sequence[Row], dense: Sequence[Row], *, each: bool) -
     table = begin(("shape", "format"), ("bits", "group", "bits/weight", "bytes"))
     for row in matrices if each else _merged(matrices):
         sizes = row.group_size
-        sizes = sizes if isinstance(sizes, list | tuple) else [sizes]
+        sizes = sizes if isinstance(sizes, tuple) else (sizes,)
         _add(table, row, ",".join("all" if s is None else str(s) for s in sizes))
     if matrices:
         table.add_section()

@@ -181,18 +181,22 @@ def _check_alike(first: QTensor, w: QTensor, name: str) -> None:
 
 def _form(w: QTensor) -> dict[str, Any]:
     """What joined matrices have in common, but for values."""
-    leaves = {field: getattr(w, field) for field in ("scale", "zero", *_SHARED)}
-    dtypes = {f"{k}.dtype": getattr(leaf, "dtype", None) for k, leaf in leaves.items()}
+    dtypes = _of_leaves(w, "dtype")
     static = {field: getattr(w, field) for field in _STATIC}
     return {"shape[:-1]": w.shape[:-1]} | static | dtypes
 
 
 def _shapes(w: QTensor) -> dict[str, Any]:
     """What stacked matrices have in common besides."""
-    leaves = {field: getattr(w, field) for field in ("scale", "zero", *_SHARED)}
-    shapes = {f"{k}.shape": getattr(leaf, "shape", None) for k, leaf in leaves.items()}
     words = [array.shape for array in w.words]
-    return {"shape": w.shape, "words": words, "padding": w.padding} | shapes
+    whole = {"shape": w.shape, "words": words, "padding": w.padding}
+    return whole | _of_leaves(w, "shape")
+
+
+def _of_leaves(w: QTensor, what: str) -> dict[str, Any]:
+    """The dtype or shape of each leaf besides the words; None where there is none."""
+    names = ("scale", "zero", *_SHARED)
+    return {f"{name}.{what}": getattr(getattr(w, name), what, None) for name in names}
 
 
 def _values(leaf: Any) -> np.ndarray:
