@@ -54,7 +54,7 @@ _DENSE = {
     **{0: jnp.float32, 1: jnp.float16, 30: jnp.bfloat16, 28: jnp.float64},
     **{24: jnp.int8, 25: jnp.int16, 26: jnp.int32, 27: jnp.int64},
 }
-_BLOCKS = {kind.number: name for name, kind in gguf.TYPES.items()}
+_BLOCKS = {kind.number: name for name, kind in gguf.KINDS.items()}
 _SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 
@@ -63,7 +63,7 @@ class Tensor(NamedTuple):
 
     Attributes:
       stored: Where it lies; blocks as uint8 ``[..., n, k / block, size]``.
-      type: Type of its blocks in `qjax.formats.gguf.TYPES`; None if it is dense.
+      type: Type of its blocks in `qjax.formats.gguf.KINDS`; None if it is dense.
     """
 
     stored: Stored
@@ -321,7 +321,7 @@ def _tensor(file: Path, info: _Info, begin: int, is_there: bool) -> Tensor:
     if 0 in shape:
         raise ValueError(f"{place}: shape={shape} must not be empty.")
     if kind is not None:
-        block, size = gguf.TYPES[kind].block, gguf.TYPES[kind].size
+        block, size = gguf.KINDS[kind].block, gguf.KINDS[kind].size
         if len(shape) < 2 or shape[-1] % block:
             raise ValueError(
                 f"{place}: shape={shape} must be [..., n, k], k a multiple of {block}, "
@@ -334,7 +334,7 @@ def _tensor(file: Path, info: _Info, begin: int, is_there: bool) -> Tensor:
         name = gguf.OTHERS.get(info.type, "unknown")
         raise ValueError(
             f"{place}: type {info.type} ({name}) is not read; those that are: "
-            f"{', '.join(gguf.TYPES)}, F32, F16 and BF16."
+            f"{', '.join(gguf.KINDS)}, F32, F16 and BF16."
         )
     stored = Stored(
         file=file,

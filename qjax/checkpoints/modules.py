@@ -16,7 +16,7 @@ import numpy as np
 from qjax.checkpoints import gguf
 from qjax.checkpoints.config import parse_object, read_config, read_object
 from qjax.checkpoints.shards import Stored, scan
-from qjax.formats import FORMATS
+from qjax.formats import FORMATS, auto_round
 from qjax.tensor import QTensor
 
 # Files that describe a quantization where config.json does not, and the method of those
@@ -350,16 +350,18 @@ def _quantization(
     if entry is None:
         return None
     method = entry.get("quant_method")
-    if not isinstance(method, str) or method not in FORMATS:
+    readers = {**FORMATS, **dict.fromkeys(auto_round.METHODS, auto_round)}
+    if not isinstance(method, str) or method not in readers:
         raise ValueError(
             f"{source}: quant_method={method!r} is not supported; it must be one of "
-            f"{list(FORMATS)}."
+            f"{list(readers)}."
         )
     try:
-        parsed = FORMATS[method].Config.from_json(entry)
+        parsed = readers[method].Config.from_json(entry)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
-    return Quantization(source=source, format=FORMATS[method], config=parsed)
+    packed_as = parsed.format if readers[method] is auto_round else method
+    return Quantization(source=source, format=FORMATS[packed_as], config=parsed)
 
 
 def _entry(

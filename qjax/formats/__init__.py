@@ -12,7 +12,8 @@ A format module has a `Layout` or two. Those of `FORMATS`, which checkpoints nam
 * ``from_tensors(tensors, config)``, where `exl2`, `fp8`, `mbwq` and `mxfp4` can do
   without the configuration, and ``to_tensors(qt, ...)``.
 
-Each tensor of a `gguf` file says what it is, and no directory names that format. No
+`auto_round` is a configuration alone: its tensors are those of other formats. Each
+tensor of a `gguf` file says what it is, and no directory names that format. No
 checkpoint names the others, and what their tensors do not say comes from elsewhere:
 
 * `tinygemm` reads with the ``Config`` that `torchao` makes of a file's header,
@@ -26,6 +27,7 @@ import types
 from collections.abc import Mapping
 
 from qjax.formats import (
+    auto_round,
     awq,
     awq_v2,
     bnb,
@@ -47,6 +49,7 @@ from qjax.formats import (
 
 __all__ = [
     "FORMATS",
+    "auto_round",
     "awq",
     "awq_v2",
     "bnb",

@@ -26,7 +26,7 @@ _OTHERS: Mapping[str, tuple[Sequence[int], Sequence[str]]] = {
     "mxfp4-pack-quantized": ((4,), ("float",)),
 }
 # Groups that these formats have.
-_GROUPS = {
+GROUPS = {
     "mxfp8-quantized": 32,
     "nvfp4-pack-quantized": 16,
     "mxfp4-pack-quantized": 32,
@@ -204,10 +204,10 @@ def _scheme(weights: Mapping[str, Any], format_: str, aligned: bool) -> Config:
         raise ValueError(f"strategy={strategy!r} must be one of {allowed}.")
     if strategy == "group" and (type(size) is not int or size < 1):
         raise ValueError(f"group_size={size!r} must be positive.")
-    if format_ in _GROUPS and (strategy, size) != ("group", _GROUPS[format_]):
+    if format_ in GROUPS and (strategy, size) != ("group", GROUPS[format_]):
         raise ValueError(
             f"strategy={strategy!r} with group_size={size!r} must be groups of "
-            f"{_GROUPS[format_]} in {format_!r}."
+            f"{GROUPS[format_]} in {format_!r}."
         )
     if kind == "float" and not symmetric:
         raise ValueError("symmetric=False must be true for floats.")

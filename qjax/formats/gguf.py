@@ -21,13 +21,16 @@ block of 256, the weight is, in float32,
     IQ4_XS              table[q] * (f * d)
     MXFP4               E2M1[q] * 2**(e - 127)
 
-where all products are exact, and only the sum is rounded.
+where all products are exact, and only the sum is rounded. Types of one to three bits,
+in `gguf_grids`, hold neighbours together; they are read, and not written.
 
 Source: ggml-org/llama.cpp, ggml/src/ggml-common.h, ggml/src/ggml-quants.c and
 gguf-py/gguf/quants.py, as in release 0.19.0 of the package gguf.
 """
 
 import dataclasses
+import functools
+import types
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -59,6 +62,8 @@ from qjax.formats.gguf_blocks import (
     split_blocks,
     unpack_planes,
 )
+from qjax.formats.gguf_grids import GRIDS, Grid
+from qjax.formats.gptq import Stream
 from qjax.tensor import (
     Affine,
     Cut,
@@ -72,6 +77,8 @@ from qjax.tensor import (
 )
 
 __all__ = [
+    "GRIDS",
+    "KINDS",
     "OTHERS",
     "TENSORS",
     "TYPES",
@@ -84,6 +91,8 @@ __all__ = [
 ]
 
 TENSORS = ("weight",)
+# All types that are read; those of `TYPES` are written, too.
+KINDS: Mapping[str, Type | Grid] = types.MappingProxyType({**TYPES, **GRIDS})
 _EXPECTED = {"weight": Expected((jnp.uint8,), None)}
 # Bits of the low and the high plane, by the width of a code.
 _WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
@@ -175,7 +184,7 @@ class Config:
     """What a GGUF file says of one of its tensors.
 
     Attributes:
-      type: Name of the type of its blocks, in `TYPES`.
+      type: Name of the type of its blocks, in `KINDS`.
     """
 
     type: str
@@ -212,9 +221,9 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     Raises:
       ValueError: Naming the tensor, what it has and what it should have.
     """
-    check_choice("type", config.type, TYPES)
+    check_choice("type", config.type, KINDS)
     check_tensors(tensors, _EXPECTED, "GGUF")
-    kind, shape = TYPES[config.type], tuple(tensors["weight"].shape)
+    kind, shape = KINDS[config.type], tuple(tensors["weight"].shape)
     if len(shape) < 3 or shape[-1] != kind.size or 0 in shape:
         raise ValueError(
             f"weight.shape={shape} must be [..., n, k / {kind.block}, {kind.size}] of "
@@ -249,7 +258,8 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     Returns:
       ``[*batch, k, n]`` tensor in a layout `Planes`; its dtype is float32. Blocks of
       256 have `tensor.Nested` scales and minima, MXFP4 has `mxfp4.E8M0`, others plain
-      float16.
+      float16. Types of `gguf_grids` come in a `gptq.Stream`, with `tensor.Nested`
+      scales; the ternary ones with float16, and zeros of 1.
 
     Raises:
       ValueError: As `check`; or if a scale or a minimum is not finite.
@@ -260,6 +270,8 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
       QTensor(256x8, 4 bits, group 32, Planes(block=256, run=32, ...), q * s + z, ...)
     """
     check(tensors, config)
+    if config.type in GRIDS:
+        return _from_grid(np.asarray(tensors["weight"]), GRIDS[config.type])
     kind = TYPES[config.type]
     parts = split_blocks(np.asarray(tensors["weight"]), kind)
     check_finite(
@@ -276,6 +288,30 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         segments=(Segment(kind.bits, kind.group_size),),
         affine=kind.affine,
         codebook=_codebook(kind, words.shape[:-3]),
+        weight_dtype="float32",
+    )
+
+
+def _from_grid(blocks: np.ndarray, kind: Grid) -> QTensor:
+    parts, layout = kind.read(blocks), Stream()
+    check_finite({"weight's d": parts.d})
+    scale: Any = _along_k(parts.d)
+    zero, codebook = None, None
+    if parts.factors is None:
+        zero = jnp.ones_like(scale, jnp.uint8)
+    else:
+        scale = Nested(factor=_along_k(parts.factors), step=scale)
+        codebook = jnp.broadcast_to(jnp.asarray(kind.table), (*blocks.shape[:-3], 16))
+    pack = functools.partial(layout.pack, bits=kind.bits)
+    words = jnp.vectorize(pack, signature="(k,n)->(r,n)")(_along_k(parts.codes))
+    return tensor.build(
+        (words,),
+        scale,
+        zero,
+        layout=layout,
+        segments=(Segment(kind.bits, kind.group_size),),
+        affine=Affine.ZERO if codebook is None else Affine.CODEBOOK,
+        codebook=codebook,
         weight_dtype="float32",
     )
 

@@ -165,7 +165,7 @@ def test_every_type_and_stacks_of_experts(tmp_path):
         stack = weights[f"{kind}.exps"]
         assert (stack.batch, weights[kind].shape) == ((2,), wanted.T.shape)
         same_bits(qjax.dequantize(weights[kind]), wanted.T)
-        assert np.array_equal(stack.words[0][1], weights[kind].words[0][::-1])
+        same_bits(qjax.dequantize(stack)[1], wanted[::-1].T)
     assert weights["norm.weight"].dtype == jnp.float32
     assert (weights["half.weight"].shape, weights["half.weight"].dtype) == (
         (2, 3),
@@ -424,8 +424,8 @@ DAMAGED = {
     ),
     "a vector": (made(infos=[info("a", (32,), Q8_0)]), "must be [..., n, k], k a"),
     "unknown type": (made(infos=[info("a", kind=99)]), "type 99 (unknown) is not read"),
-    "lattice": (made(infos=[info("a", kind=16)]), "a: type 16 (IQ2_XXS) is not read"),
-    "ternary": (made(infos=[info("a", kind=34)]), "a: type 34 (TQ1_0) is not read; th"),
+    "other blocks": (made(infos=[info("a", kind=15)]), "a: type 15 (Q8_K) is not read"),
+    "one bit": (made(infos=[info("a", kind=41)]), "a: type 41 (Q1_0) is not read; th"),
     "integers": (
         made(infos=[info("a", kind=26)]),
         "a.dtype=int32 must be float16, bfloat16 or float32",

@@ -1,6 +1,7 @@
 """Makes the vectors beside this file: random blocks, and what gguf makes of them.
 
 Run by hand: ``pip install gguf==0.19.0 && python tests/golden/gguf/make_vectors.py``.
+Of the types that are points of a grid, there are as many blocks as all points need.
 """
 
 import importlib.metadata
@@ -28,20 +29,82 @@ FLOATS = {
     "MXFP4": (),
 }
 N, K = 3, 512
+# The same of grids, with how many rows of K weights there are.
+GRIDS = {
+    "IQ1_S": (0, 40),
+    "IQ1_M": (None, 40),
+    "IQ2_XXS": (0, 3),
+    "IQ2_XS": (0, 10),
+    "IQ2_S": (0, 20),
+    "IQ3_XXS": (0, 3),
+    "IQ3_S": (0, 5),
+    "TQ1_0": (52, 3),
+    "TQ2_0": (64, 3),
+}
 
 
-def make(number: int, name: str) -> None:
+def put(raw: np.ndarray, begin: int | None, values: np.ndarray) -> None:
+    """Writes float16 numbers into blocks."""
+    if begin is not None:
+        raw[..., begin : begin + 2] = values[..., None].view(np.uint8)
+        return
+    # IQ1_M has a nibble in each of four words.
+    words = np.ascontiguousarray(raw[..., 48:]).view(np.uint16)
+    nibbles = values[..., None].view(np.uint16) >> np.arange(0, 16, 4, dtype=np.uint16)
+    raw[..., 48:] = (words & 0x0FFF | nibbles << 12).view(np.uint8)
+
+
+def cover(raw: np.ndarray, name: str, rng: np.random.Generator) -> None:
+    """Has every point of a grid in some block, in an order of their own."""
+    count = raw.shape[0] * raw.shape[1] * (64 if name.startswith("IQ3") else 32)
+    points = {"IQ1": 2048, "IQ2_XXS": 256, "IQ2_XS": 512, "IQ2_S": 1024}
+    points |= {"IQ3_XXS": 256, "IQ3_S": 512}
+    most = points["IQ1" if name.startswith("IQ1") else name]
+    index = rng.permutation(np.resize(np.arange(most), max(count, most)))[:count]
+    index = index.reshape(*raw.shape[:2], -1)
+    if name == "IQ2_XXS":
+        groups = raw[..., 2:].reshape(*raw.shape[:2], 8, 8)
+        groups[..., :4] = index.reshape(*raw.shape[:2], 8, 4)
+        raw[..., 2:] = groups.reshape(*raw.shape[:2], -1)
+        return
+    if name == "IQ2_XS":
+        words = np.ascontiguousarray(raw[..., 2:66]).view(np.uint16)
+        raw[..., 2:66] = (words & 0xFE00 | index.astype(np.uint16)).view(np.uint8)
+        return
+    low = 0 if name == "IQ1_M" else 2
+    raw[..., low : low + index.shape[-1]] = index & 255
+    high = (index >> 8).astype(np.uint16)
+    if name == "IQ1_S":
+        words = np.ascontiguousarray(raw[..., 34:]).view(np.uint16)
+        shifts = np.arange(0, 12, 3, dtype=np.uint16)
+        fields = (high.reshape(*high.shape[:2], 8, 4) << shifts).sum(
+            -1, dtype=np.uint16
+        )
+        raw[..., 34:] = (words & 0xF000 | fields).view(np.uint8)
+    elif name == "IQ1_M":
+        nibbles = (high.reshape(*high.shape[:2], 16, 2) << np.array([0, 4])).sum(-1)
+        raw[..., 32:48] = raw[..., 32:48] & 0x88 | nibbles
+    elif name == "IQ2_S":
+        fours = high.reshape(*high.shape[:2], 8, 4) << np.arange(0, 8, 2)
+        raw[..., 66:74] = fours.sum(-1)
+    elif name == "IQ3_S":
+        raw[..., 66:74] = (high.reshape(*high.shape[:2], 8, 8) << np.arange(8)).sum(-1)
+
+
+def make(number: int, name: str, begins: tuple[int | None, ...], n: int) -> None:
     """Writes the file of one type: all bytes random, all numbers finite."""
     rng = np.random.default_rng(number)
     kind = gguf.GGMLQuantizationType[name]
     block, size = gguf.GGML_QUANT_SIZES[kind]
-    raw = rng.integers(0, 256, (N, K // block, size), dtype=np.uint8)
-    for begin in FLOATS[name]:
+    raw = rng.integers(0, 256, (n, K // block, size), dtype=np.uint8)
+    if name.startswith("IQ") and name in GRIDS:
+        cover(raw, name, rng)
+    for begin in begins:
         values = rng.standard_normal(raw.shape[:2]).astype(np.float16)
         values[0, 0] = 2.0**-24  # the smallest, subnormal in float16
         values[0, -1] = 0
         values[1, 0] = -65504
-        raw[..., begin : begin + 2] = values[..., None].view(np.uint8)
+        put(raw, begin, values)
     if name == "MXFP4":  # 255 is no number; float32 holds all others but the largest
         raw[..., 0] = rng.integers(100, 140, raw.shape[:2])
         raw[0, :4, 0] = 0, 1, 2, 252
@@ -54,13 +117,15 @@ def make(number: int, name: str) -> None:
         "numpy": np.__version__,
     }
     np.savez_compressed(
-        FOLDER / f"gguf__{name.lower()}__{N}x{K}__s{number}.npz",
+        FOLDER / f"gguf__{name.lower()}__{n}x{K}__s{number}.npz",
         raw=raw,
-        out_dequant=gguf.dequantize(raw.reshape(N, -1), kind),
+        out_dequant=gguf.dequantize(raw.reshape(n, -1), kind),
         meta=json.dumps(meta),
     )
 
 
 if __name__ == "__main__":
     for number, name in enumerate(FLOATS):
-        make(1000 + number, name)
+        make(1000 + number, name, FLOATS[name], N)
+    for number, (name, (begin, n)) in enumerate(GRIDS.items()):
+        make(1020 + number, name, (begin,), n)
