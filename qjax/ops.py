@@ -91,7 +91,7 @@ def _apply(
     """Everything around the product of two matrices, one program for eager callers."""
     with on_mesh_of((x, w)):
         if index is not None:
-            index = jnp.clip(index, 0, w.batch[0] - 1).astype(jnp.int32)
+            index = tensor.position(index, w.batch[0])
             w = gathered(w)
         w, index = dispatch.native(w, index)
         scaled = x

@@ -33,6 +33,18 @@ class Scheme(NamedTuple):
         """The largest code."""
         return 2**self.bits - 1
 
+    @property
+    def least(self) -> float:
+        """The scale of a group of zeros, or of one that is too small for the dtype.
+
+        A normal number, but in float16, where weights need those below, one of five
+        bits.
+        """
+        info = jnp.finfo(self.dtype)
+        if self.dtype == jnp.float16:
+            return 16 * float(info.smallest_subnormal)
+        return float(info.smallest_normal)
+
 
 class Grid(NamedTuple):
     """The numbers that the codes of some groups stand for: ``(q - zero) * scale``.
@@ -208,10 +220,9 @@ def cover(
     if scheme.symmetric:
         high = jnp.maximum(high, -low)
         low = -high
-    # Codes are rounded against the scale as it will be stored. A group of zeros, or one
-    # too small for the dtype, takes the smallest normal scale.
-    tiny = jnp.finfo(scheme.dtype).smallest_normal
-    scale = jnp.maximum(((high - low) / scheme.top).astype(scheme.dtype), tiny)
+    # Codes are rounded against the scale as it will be stored.
+    scale = ((high - low) / scheme.top).astype(scheme.dtype)
+    scale = jnp.maximum(scale, scheme.least)
     if scheme.symmetric:
         zero = jnp.full(scale.shape, 2 ** (scheme.bits - 1), jnp.float32)
     else:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Integer
 
 from qjax.meshes import vary_together, whole
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, position
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +70,7 @@ def see(
     """
     gram = w.gram
     if index is not None:
-        gram = whole(gram)[jnp.clip(index, 0, len(gram) - 1)]
+        gram = whole(gram)[position(index, len(gram))]
     return _seen(*vary_together(jnp.asarray(x), gram)), bare(w)
 
 

@@ -272,6 +272,14 @@ class TestInspect:
         (row,) = (r for r in succeeds("inspect", one).stdout.splitlines() if UP in r)
         assert row.split()[4] == "32,64"
 
+    def test_numbers_that_are_no_layers(self, tmp_path):
+        """Of five thousand digits, and five thousand in a name."""
+        long = [f"a.{'1' * 5000}.weight", f"{'b.1.' * 5000}weight"]
+        tensors = {name: np.ones((2, 2), np.float16) for name in long}
+        tiny.Checkpoint(tensors=tensors, config={}).write(tmp_path)
+        done = succeeds("inspect", tmp_path).stdout
+        assert "2 dense tensors" in done
+
     def test_names_are_printed_as_they_are(self, tmp_path):
         name = "model.[red]:smile:.weight"
         tensors = {name: np.ones((2, 2), np.float16)}

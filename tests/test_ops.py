@@ -606,6 +606,17 @@ class TestTransformations:
         last = qjax.matmul(jnp.asarray(x), stack, index=2)
         chex.assert_trees_all_equal(run(jnp.asarray(x), stack, 7), last)
 
+    @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int32"])
+    def test_by_an_index_that_cannot_hold_the_count(self, dtype):
+        """Of 300 matrices, which are all 0, all 1, ... of them."""
+        dense = jnp.ones((300, 32, 4)) * jnp.arange(300.0)[:, None, None]
+        stack, x = qjax.quantize(dense, group_size=None), jnp.ones((1, 32))
+        for at in (0, 100):
+            index = jnp.asarray(at, dtype)
+            np.testing.assert_allclose(qjax.matmul(x, stack, index=index), 32 * at)
+        seen = jax.lax.map(lambda i: qjax.matmul(x, stack, index=i), index[None])
+        np.testing.assert_allclose(seen, 3200)
+
     def test_gradients_by_index(self, as_qtensor):
         each = [oracle.random(i, 64, 40, float_zero=True) for i in range(3)]
         stack = jax.tree.map(lambda *leaves: jnp.stack(leaves), *map(as_qtensor, each))
@@ -1166,8 +1177,20 @@ class TestQuantize:
     def test_groups_too_small_for_the_dtype(self):
         w = jnp.full((64, 8), 1e-6).at[:32].set(1)
         q = qjax.quantize(w, 4, 32, scale_dtype=jnp.float16)
-        assert float(q.scale[1, 0]) == 2.0**-14  # the smallest normal float16
+        assert float(q.scale[1, 0]) == 2.0**-20  # which has five bits
         assert np.isfinite(np.asarray(qjax.dequantize(q))).all()
+
+    @pytest.mark.parametrize("bits", [4, 8])
+    def test_small_weights_in_float16(self, bits):
+        """Scales below float16's normal numbers have fewer bits, and are scales."""
+        w = self.normal(256, 32) * 5e-4
+        half, whole = (
+            np.linalg.norm(qjax.dequantize(qjax.quantize(x, bits, 64), F32) - w)
+            for x in (jnp.asarray(w, jnp.float16), jnp.asarray(w, F32))
+        )
+        assert half < 1.1 * whole
+        zeros = qjax.quantize(jnp.zeros((64, 8), jnp.float16), bits, 32)
+        assert not np.asarray(qjax.dequantize(zeros)).any()
 
     @pytest.mark.parametrize("scale_dtype", [None, "float32", "float16", "bfloat16"])
     @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

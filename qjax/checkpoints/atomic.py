@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Iterator
@@ -69,6 +70,7 @@ def replacing(
     Raises:
       OSError: As `check_target`.
     """
+    settle(path, stale)
     target = check_target(path, overwrite=overwrite)
     fresh = target.with_name(f".{target.name}.{secrets.token_hex(4)}.tmp")
     fresh.mkdir()
@@ -78,6 +80,47 @@ def replacing(
     except BaseException:
         shutil.rmtree(fresh, ignore_errors=True)
         raise
+
+
+def left_over(path: str | os.PathLike[str]) -> list[Path]:
+    """Finds what a process that was killed while it replaced a directory has left.
+
+    Args:
+      path: The directory.
+
+    Returns:
+      What was in its place, beside it: whole if ``path`` is not there, and else without
+      what was put back.
+    """
+    target = Path(os.path.realpath(path))
+    names = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{8}}\.old")
+    if not target.parent.is_dir():
+        return []
+    return sorted(
+        file for file in target.parent.iterdir() if names.fullmatch(file.name)
+    )
+
+
+def settle(path: str | os.PathLike[str], stale: Stale) -> None:
+    """Finishes what a process that was killed while it replaced a directory has left.
+
+    Args:
+      path: The directory. If it is not there, what was in its place is put back.
+      stale: As in `replacing`.
+
+    Raises:
+      FileExistsError: If another process is writing it.
+    """
+    target, found = Path(os.path.realpath(path)), left_over(path)
+    if not found:
+        return
+    lock = partial_of(target) / _LOCK
+    with _locked(lock) if lock.is_file() else contextlib.nullcontext():
+        for old in found:
+            if target.exists():
+                _put_back(old, target, {*stale(old)})
+            else:
+                old.rename(target)
 
 
 def partial_of(target: Path) -> Path:
@@ -166,8 +209,13 @@ def _rename(fresh: Path, target: Path, old: Path, stale: Stale) -> None:
     except BaseException:
         old.rename(target)
         raise
+    _put_back(old, target, replaced)
+
+
+def _put_back(old: Path, target: Path, replaced: Collection[str]) -> None:
+    """Moves what stays in a directory from what was there before, which goes."""
     for entry in old.iterdir():
-        if entry.name not in replaced:
+        if entry.name not in replaced and not (target / entry.name).exists():
             entry.rename(target / entry.name)
     shutil.rmtree(old)
 

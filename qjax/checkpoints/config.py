@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from qjax.checkpoints.atomic import left_over
+
 # The bound that safetensors sets to its headers; the index of the largest models has a
 # fifth of it.
 _MAX_BYTES = 100_000_000
@@ -31,6 +33,11 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
       ('llama', 'gptq')
     """
     directory = Path(path)
+    if not directory.is_dir() and (old := left_over(path)):
+        raise FileNotFoundError(
+            f"{directory} is not there: replacing it was interrupted, and what it was "
+            f"is {old[0]}. Do the same again, or rename that."
+        )
     if not directory.is_dir():
         raise FileNotFoundError(
             f"{directory} is not a directory; pass one that holds config.json and "

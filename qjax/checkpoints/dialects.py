@@ -16,6 +16,7 @@ from qjax import tensor
 from qjax.formats import awq, compressed_tensors, exl2, fp8, gptq, hqq, modelopt
 from qjax.formats import compressed_tensors_floats as floats
 from qjax.formats.block_scale import BlockScale
+from qjax.formats.checks import lacks_even_groups, lacks_narrow_zeros
 from qjax.formats.hqq_config import FIELDS
 from qjax.formats.patterns import ends_path
 from qjax.tensor import QTensor
@@ -57,11 +58,11 @@ def _gptq(checkpoint_format: gptq.Checkpoint) -> Dialect:
         describe=functools.partial(_describe_gptq, checkpoint_format),
         widths=gptq.WIDTHS[checkpoint_format],
         scale_dtype=jnp.float16,
-        refusal=_zero_of_zero if checkpoint_format == "gptq" else lambda qt: None,
+        refusal=_odd_zeros if checkpoint_format == "gptq" else lacks_narrow_zeros,
     )
 
 
-def _zero_of_zero(qt: QTensor) -> str | None:
+def _odd_zeros(qt: QTensor) -> str | None:
     zero = tensor.plain(qt.zero)
     if isinstance(zero, jax.ShapeDtypeStruct):
         return (
@@ -69,7 +70,7 @@ def _zero_of_zero(qt: QTensor) -> str | None:
             "them, and symmetric codes have none."
         )
     if zero is None or not (zero == 0).any():
-        return None
+        return lacks_narrow_zeros(qt)
     return (
         "it has zeros of 0, which GPTQ v1 stores as minus one, and which decoders read "
         "as 0 or as 2**bits; 'gptq_v2' holds them."
@@ -389,6 +390,7 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             describe=_describe_awq,
             widths=awq.WIDTHS,
             scale_dtype=jnp.float16,
+            refusal=lacks_narrow_zeros,
             against=_against_awq,
         ),
         "compressed-tensors": Dialect(
@@ -397,6 +399,7 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             ),
             describe=_describe_compressed,
             widths=range(1, 9),
+            refusal=lambda qt: lacks_narrow_zeros(qt) or lacks_even_groups(qt),
         ),
         "exl2": Dialect(
             tensors=exl2.to_tensors,

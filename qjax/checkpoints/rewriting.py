@@ -12,7 +12,7 @@ from typing import Any
 
 from qjax import progress
 from qjax.checkpoints import gguf
-from qjax.checkpoints.atomic import check_target, resuming
+from qjax.checkpoints.atomic import check_target, resuming, settle
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.shards import Stored
 from qjax.checkpoints.writing import (
@@ -92,6 +92,7 @@ def rewrite(
             f"{source} is a GGUF file, whose weights can be loaded, but not written in "
             "other formats: it lacks the config.json and the names that those need."
         )
+    settle(request.target, superseded)
     goal = check_target(request.target, overwrite=request.overwrite)
     origin = Path(os.path.realpath(source))
     if origin != goal and (origin in goal.parents or goal in origin.parents):

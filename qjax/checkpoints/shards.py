@@ -14,6 +14,8 @@ import safetensors
 from qjax.checkpoints.config import parse_object, read_object
 
 SINGLE = "model.safetensors"
+# As many as NumPy and JAX have in common, and more than a weight has.
+_MOST_AXES = 32
 INDEX = "model.safetensors.index.json"
 DTYPES = {
     "F16": jnp.float16,
@@ -215,6 +217,11 @@ def _stored(file: Path, begin: int, name: str, entry: object) -> Stored:
     check_name(file, name)
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [start, _]}:
+            if len(shape) > _MOST_AXES or any(size >= 2**31 for size in shape):
+                raise ValueError(
+                    f"{file}: {name}: shape={shape} must have at most {_MOST_AXES} "
+                    "axes, each below 2**31."
+                )
             if dtype in DTYPES:
                 return Stored(
                     file=file,
@@ -240,7 +247,10 @@ def check_name(place: Path, name: str) -> None:
     Raises:
       ValueError: If it is none.
     """
-    if not name.isprintable() or "/" in name or "\\" in name or "" in name.split("."):
+    parts = name.split(".")
+    is_path = name.isprintable() and "" not in parts and not {*"/\\"} & {*name}
+    # safetensors has its metadata under that name.
+    if not is_path or name == "__metadata__":
         raise ValueError(
             f"{place}: {name!r} is not the name of a tensor, which is the path of its "
             "module with dots, as 'layers.0.up.weight'."

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
@@ -16,6 +17,7 @@ from qjax.checkpoints.atomic import check_target, replacing
 from qjax.checkpoints.dialects import DIALECTS, Dialect, centered
 from qjax.checkpoints.journal import Journal
 from qjax.checkpoints.shards import INDEX, SINGLE, Stored, check_name, weight_files
+from qjax.formats.checks import check_finite
 from qjax.tensor import QTensor
 
 SHARD_BYTES = 5_000_000_000
@@ -186,6 +188,7 @@ def _abstract(dialect: Dialect, qt: QTensor) -> tuple[QTensor, dict[str, Any]]:
     """The matrix, and what will be written of it, without their values."""
     if reason := dialect.refusal(qt):
         raise ValueError(reason)
+    _check_finite(qt)
     shapes: dict[str, Any] = {}
 
     def trace(qt: QTensor) -> None:
@@ -196,6 +199,19 @@ def _abstract(dialect: Dialect, qt: QTensor) -> tuple[QTensor, dict[str, Any]]:
     matrix = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), qt)
     jax.eval_shape(trace, matrix)
     return matrix, shapes
+
+
+def _check_finite(qt: QTensor) -> None:
+    """Checks floats that are at hand: `load` would refuse a file with others."""
+    names = ("scale", "zero", "codebook", "input_scale")
+    floats = {
+        f"{name}{jax.tree_util.keystr(path)}": leaf
+        for name in names
+        for path, leaf in jax.tree.leaves_with_path(getattr(qt, name))
+        if jnp.issubdtype(leaf.dtype, jnp.floating)
+        and not isinstance(leaf, jax.ShapeDtypeStruct)
+    }
+    check_finite(floats)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,9 @@ import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-_NUMBER = re.compile(r"0|[1-9]\d*")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
+# Numbers of a name of which ranges are made.
+_MOST = 8
 
 
 def boxes(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
@@ -29,6 +31,8 @@ def boxes(names: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     for name in names:
         parts = name.split(".")
         is_number = [_NUMBER.fullmatch(part) is not None for part in parts]
+        if sum(is_number) > _MOST:
+            is_number = [False] * len(parts)
         form = tuple(
             None if number else part
             for part, number in zip(parts, is_number, strict=True)

@@ -29,7 +29,7 @@ from qjax.formats import (
 )
 from qjax.formats.block_scale import block_size
 from qjax.formats.checks import check_choice
-from qjax.formats.patterns import check_pattern, matches
+from qjax.formats.patterns import check_pattern, grouped, matches
 
 METHODS = ("auto-round", "intel/auto-round")
 # What transformers takes where a configuration says nothing.
@@ -111,7 +111,7 @@ class Config:
             if _SPECIAL.isdisjoint(name):
                 paths[name] = config
             else:
-                check_pattern(where, anywhere := f".*(?:{name})")
+                check_pattern(where, anywhere := f".*{grouped(name)}")
                 patterns.append((anywhere, config))
         default = _one(entry, read)
         return cls(

@@ -48,6 +48,7 @@ from qjax.formats.checks import (
     check_tensors,
     check_width,
     check_words,
+    lacks_narrow_zeros,
     refusal,
 )
 from qjax.tensor import Affine, Cut, Digits, Layout, QTensor, Segment
@@ -336,6 +337,7 @@ def to_tensors(qt: QTensor, version: Version = "gemm") -> dict[str, Array]:
     if not (symmetric or (qt.zero is not None and qt.zero.dtype == jnp.uint8)):
         instead = "'gemv_fast' holds" if qt.affine is Affine.OFFSET else "requantize"
         reason = reason or f"{qt.affine.value} here has no integer zeros; {instead} it"
+    reason = reason or lacks_narrow_zeros(qt)
     if qt.n % 8:
         reason = reason or f"n={qt.n} is no multiple of 8"
     if reason:

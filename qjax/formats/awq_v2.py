@@ -283,12 +283,20 @@ def check_padding(scale: Array | np.ndarray, groups: int) -> None:
 
     Raises:
       ValueError: If a scale of the padding is not 0, as upstream writes it: then the
-        tensors were packed with smaller groups.
+        tensors were packed with smaller groups; or if half of the groups have no other
+        scale, which upstream writes of no weight: then with larger ones.
     """
-    if np.asarray(scale)[groups:].any():
+    scale = np.asarray(scale)
+    if scale[groups:].any():
         raise ValueError(
             f"scales must be 0 beyond the {groups} groups that group_size gives; the "
             "tensors were packed with smaller groups."
+        )
+    half = -(-groups // 2)
+    if scale[:half].any() and groups > half and not scale[half:groups].any():
+        raise ValueError(
+            f"scales are 0 from half of the {groups} groups on that group_size gives; "
+            "the tensors were packed with larger groups."
         )
 
 

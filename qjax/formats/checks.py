@@ -3,11 +3,14 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, DTypeLike
 
-from qjax.tensor import Affine, Grouping, QTensor
+from qjax.bits import whole
+from qjax.tensor import Affine, Grouping, QTensor, plain
 
 # What scales and float zeros may be.
 FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
@@ -96,6 +99,20 @@ def check_finite(
     for key in (key for key in wanted if key in tensors):
         if not np.isfinite(np.asarray(tensors[key]).astype(np.float32)).all():
             raise ValueError(f"{key} must be finite; found NaN or infinity.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Checks a number of rows, columns or weights of a configuration.
+
+    Args:
+      name: Name of the field, for messages.
+      value: What was found there.
+
+    Raises:
+      ValueError: If it is no positive integer that has 31 bits.
+    """
+    if not 0 < (whole(value) or 0) < 2**31:
+        raise ValueError(f"{name}={value!r} must be a positive integer below 2**31.")
 
 
 def check_choice(name: str, value: Any, known: Collection[Any]) -> None:
@@ -234,8 +251,34 @@ def lacks_integer_zeros(qt: QTensor) -> str | None:
     """Whether zeros are codes, or are not needed."""
     symmetric = qt.affine is Affine.CENTERED and qt.zero is None
     if symmetric or (qt.zero is not None and qt.zero.dtype == jnp.uint8):
-        return None
+        return lacks_narrow_zeros(qt)
     return f"{qt.affine.value} here does not have integer zeros; requantize it"
+
+
+def lacks_narrow_zeros(qt: QTensor) -> str | None:
+    """Whether integer zeros are codes; those of MPQ may be one more."""
+    zero, bits = plain(qt.zero), qt.segments[0].bits
+    if zero is None or zero.dtype != jnp.uint8 or not _is_known(zero):
+        return None
+    if (most := int(jnp.max(zero))) < 2**bits:
+        return None
+    return f"its zeros reach {most}, and {bits} bits hold up to {2**bits - 1}"
+
+
+def lacks_even_groups(qt: QTensor) -> str | None:
+    """Whether as many rows are in each group, where a ``row_group`` says which are."""
+    rows, size = qt.row_group, qt.segments[0].group_size
+    if rows is None or not _is_known(rows):
+        return None
+    counts = np.bincount(np.asarray(rows))
+    if counts.min() == counts.max() == (size or qt.k):
+        return None
+    return f"its groups have {counts.min()} to {counts.max()} rows; GPTQ holds those"
+
+
+def _is_known(array: Any) -> bool:
+    """Whether there are values to look at."""
+    return not isinstance(array, Tracer | jax.ShapeDtypeStruct)
 
 
 def lacks_whole_groups(qt: QTensor) -> str | None:

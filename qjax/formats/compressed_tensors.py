@@ -45,6 +45,7 @@ from qjax.formats.checks import (
     check_shapes,
     check_tensors,
     check_words,
+    lacks_even_groups,
     lacks_integer_zeros,
     lacks_plain_groups,
     lacks_plain_scales,
@@ -416,6 +417,7 @@ def _check_holdable(qt: QTensor) -> None:
     reason = (
         lacks_plain_groups(qt, range(1, 9))
         or lacks_integer_zeros(qt)
+        or lacks_even_groups(qt)
         or lacks_whole_groups(qt)
         or lacks_plain_scales(qt)
     )

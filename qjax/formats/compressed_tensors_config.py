@@ -16,14 +16,14 @@ from qjax.formats.patterns import check_pattern, matches
 Strategy = Literal["group", "channel", "tensor", "block"]
 STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 PACKED = "pack-quantized"
-# Other formats, by the widths and the types of their codes.
-_OTHERS: Mapping[str, tuple[Sequence[int], Sequence[str]]] = {
-    "float-quantized": ((8,), ("float",)),
-    "naive-quantized": ((8,), ("float", "int")),
-    "int-quantized": ((8,), ("int",)),
-    "mxfp8-quantized": ((8,), ("float",)),
-    "nvfp4-pack-quantized": ((4,), ("float",)),
-    "mxfp4-pack-quantized": ((4,), ("float",)),
+# Other formats: the types of their codes, with the widths of each.
+_OTHERS: Mapping[str, Mapping[str, Sequence[int]]] = {
+    "float-quantized": {"float": (8,)},
+    "naive-quantized": {"float": (8,), "int": range(1, 9)},
+    "int-quantized": {"int": range(1, 9)},
+    "mxfp8-quantized": {"float": (8,)},
+    "nvfp4-pack-quantized": {"float": (4,)},
+    "mxfp4-pack-quantized": {"float": (4,)},
 }
 # Groups that these formats have.
 GROUPS = {
@@ -52,7 +52,8 @@ class Config:
         "group" or "dynamic"), so that ``weight_g_idx`` must be there.
       aligned: Whether the writer was older than 0.18 and left bits unused; what counts
         where the shapes of 3, 5, 6 or 7 bits do not tell.
-      groups: (targets, configuration) of each group, in the file's order.
+      groups: (targets, configuration) of each group, in the file's order; None for one
+        whose weights stay dense, as where only the inputs of attention are quantized.
       ignore: Names, patterns and classes that stay dense.
     """
 
@@ -65,7 +66,7 @@ class Config:
     is_float: bool = False
     act_order: bool = False
     aligned: bool = False
-    groups: tuple[tuple[tuple[str, ...], "Config"], ...] = ()
+    groups: tuple[tuple[tuple[str, ...], "Config | None"], ...] = ()
     ignore: tuple[str, ...] = ()
 
     @classmethod
@@ -99,8 +100,11 @@ class Config:
             _group(name, group, entry.get("format"), aligned)
             for name, group in groups.items()
         )
+        configs = [config for _, config in read if config is not None]
+        if not configs:
+            raise ValueError(f"config_groups={groups!r} quantize no weights.")
         ignore = _targets("ignore", entry.get("ignore") or [])
-        return dataclasses.replace(read[0][1], groups=read, ignore=ignore)
+        return dataclasses.replace(configs[0], groups=read, ignore=ignore)
 
     def of(self, module: str) -> "Config | None":
         """Returns the configuration of one module, or None where it is left dense.
@@ -120,8 +124,8 @@ class Config:
             for targets, config in self.groups
             for target in targets
         ]
-        rank = min(found, key=lambda match: (match[0] or 4, match[1]))
-        return rank[2] if rank[0] else None
+        rank = min(found, key=lambda match: (match[0] or 4, match[1]), default=None)
+        return rank[2] if rank and rank[0] else None
 
 
 def _matches(target: str, module: str) -> int:
@@ -149,12 +153,17 @@ def _version(text: Any) -> tuple[int, ...]:
 
 def _group(
     name: str, group: Any, default_format: Any, aligned: bool
-) -> tuple[tuple[str, ...], Config]:
+) -> tuple[tuple[str, ...], Config | None]:
     """Reads one entry of ``config_groups``."""
     where = f"config_groups[{name!r}]"
     if isinstance(group, list):
         return _targets(where, group), _preset(where, name, aligned)
-    weights = group.get("weights") if isinstance(group, Mapping) else None
+    if not isinstance(group, Mapping):
+        raise ValueError(f"{where}={group!r} must be an object.")  # noqa: TRY004
+    weights = group.get("weights")
+    targets = _targets(f"{where}.targets", group.get("targets"))
+    if weights is None:
+        return targets, None
     if not isinstance(weights, Mapping):
         # No TypeError, here and below: the file is wrong, not the type of an argument.
         raise ValueError(  # noqa: TRY004
@@ -162,15 +171,16 @@ def _group(
         )
     format_ = group.get("format") or default_format
     check_choice(f"{where}.format", format_, (PACKED, *_OTHERS))
-    targets = _targets(f"{where}.targets", group.get("targets"))
     try:
         return targets, _scheme(weights, format_, aligned)
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
 
 
-def _preset(where: str, name: str, aligned: bool) -> Config:
+def _preset(where: str, name: str, aligned: bool) -> Config | None:
     """A scheme that is only named."""
+    if name.upper() == "UNQUANTIZED":
+        return None
     bits = re.fullmatch(r"W([2-8])A16(_ASYM)?", name.upper())
     if not bits:
         raise ValueError(f"{where} is no preset that is known; write its weights.")
@@ -180,11 +190,14 @@ def _preset(where: str, name: str, aligned: bool) -> Config:
 def _scheme(weights: Mapping[str, Any], format_: str, aligned: bool) -> Config:
     """Reads how weights are quantized."""
     bits, kind = weights.get("num_bits", 8), weights.get("type", "int")
-    widths, kinds = _OTHERS.get(format_, (range(1, 9), ("int",)))
-    if type(bits) is not int or bits not in widths or kind not in kinds:
-        wanted = f"{widths[0]} to {widths[-1]}" if len(widths) > 1 else f"{widths[0]}"
-        wanted += f" of {' or '.join(map(repr, kinds))} in {format_!r}"
-        raise ValueError(f"{bits!r} bits of {kind!r} must be {wanted}.")
+    kinds = _OTHERS.get(format_, {"int": range(1, 9)})
+    known = isinstance(kind, str) and kind in kinds
+    if not known or type(bits) is not int or bits not in kinds[kind]:
+        wanted = " or ".join(
+            f"{widths[0]}{f' to {widths[-1]}' * (len(widths) > 1)} of {name!r}"
+            for name, widths in kinds.items()
+        )
+        raise ValueError(f"{bits!r} bits of {kind!r} must be {wanted} in {format_!r}.")
     if weights.get("dynamic"):
         raise ValueError(f"dynamic={weights['dynamic']!r} must be false.")
     symmetric = weights.get("symmetric", True)

@@ -207,7 +207,8 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
       ``[k, n]`` tensor in the file's layout.
 
     Raises:
-      ValueError: As `check`; or if a weight is not a number, or a scale not finite.
+      ValueError: As `check`; or if a weight is not a number, or of more bits than the
+        configuration says, or a scale not finite.
     """
     check(tensors, config)
     if config.format in (NVFP4, MXFP4):
@@ -217,9 +218,11 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         layout = fp8.Bytes()
     else:
         words, layout = np.asarray(tensors["weight"]), torchao.Bytes()
+        _check_range("weight", words, config.bits)
     points, zero = tensors.get("weight_zero_point"), None
     if points is not None:
-        points = np.asarray(points).astype(np.int16) + 128
+        _check_range("weight_zero_point", np.asarray(points), config.bits)
+        points = np.asarray(points).astype(np.int16) + 2 ** (config.bits - 1)
         zero = _along_k(points.astype(np.uint8), words, config)
     size = config.group_size
     if config.block_size is not None:
@@ -238,6 +241,16 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         affine=affine,
         weight_dtype="bfloat16" if config.format == NVFP4 else None,
     )
+
+
+def _check_range(name: str, values: np.ndarray, bits: int) -> None:
+    """Checks that int8 values have no more bits than the configuration says."""
+    half = 2 ** (bits - 1)
+    if values.min() < -half or values.max() >= half:
+        raise ValueError(
+            f"{name} from {values.min()} to {values.max()} must lie in {-half} to "
+            f"{half - 1}, {bits} bits."
+        )
 
 
 def _along_k(values: np.ndarray, words: np.ndarray, config: Config) -> Array | Encoded:

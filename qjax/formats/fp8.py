@@ -32,7 +32,7 @@ from jaxtyping import Array, DTypeLike, Float, Integer, UInt8
 
 from qjax import tensor
 from qjax.bits import transpose_codes
-from qjax.formats.block_scale import MOST, BlockScale
+from qjax.formats.block_scale import MOST, BlockScale, block_size
 from qjax.formats.checks import (
     FLOATS,
     Expected,
@@ -133,7 +133,7 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     if not config.columns:
         allowed = [(), (1,), (1, 1), *allowed]
     if config.block_size is not None:
-        rows, columns = config.block_size
+        rows, columns = block_size("block_size", config.block_size)
         allowed = [(-(-n // rows), -(-k // columns))]
     shapes = {name: allowed} | {key: [(), (1,)] for key in _OF_ACTIVATIONS}
     for key in shapes.keys() & tensors.keys():

@@ -27,7 +27,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, Integer, UInt8, UInt32
 
 from qjax import tensor
@@ -38,6 +37,7 @@ from qjax.formats.checks import (
     check_choice,
     check_codes,
     check_finite,
+    check_positive,
     check_shapes,
     check_tensors,
     check_words,
@@ -191,6 +191,8 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
         should have.
     """
     check_choice("checkpoint_format", config.checkpoint_format, WIDTHS)
+    if config.group_size is not None:
+        check_positive("group_size", config.group_size)
     check_tensors(tensors, _EXPECTED, "GPTQ")
     codes_per_block, words_per_block = block(config.bits)
     if layout_of(config) == Planar():
@@ -293,12 +295,6 @@ def to_tensors(qt: QTensor, checkpoint_format: Checkpoint = "gptq") -> dict[str,
         zero = jnp.full(scale.shape, 2 ** (bits - 1), jnp.uint8)
     else:
         zero = tensor.plain(qt.zero)
-        # MPQ has zeros of 2**bits, which a field of that width cannot hold.
-        if not isinstance(zero, Tracer) and int(zero.max()) >= 2**bits:
-            raise ValueError(
-                f"GPTQ cannot hold {qt!r}: its zeros reach {int(zero.max())}, and "
-                f"{bits} bits hold up to {2**bits - 1}."
-            )
     if checkpoint_format == "gptq":
         zero = (zero - 1) & jnp.uint8(2**bits - 1)
     pack = pack_planes if layout_of(config) == Planar() else pack_fields

@@ -77,6 +77,11 @@ class Config:
             )
         if type(group_size) is not int or not (group_size == -1 or group_size > 0):
             raise ValueError(f"group_size={group_size!r} must be positive or -1.")
+        for field in ("sym", "desc_act"):
+            if not isinstance(entry.get(field), bool | None):
+                raise ValueError(  # noqa: TRY004
+                    f"{field}={entry[field]!r} must be true or false."
+                )
         meta = entry.get("meta")
         writers = meta.get("quantizer") if isinstance(meta, Mapping) else None
         writers = writers if isinstance(writers, list) else [writers]
@@ -85,7 +90,7 @@ class Config:
             bits=bits,
             group_size=None if group_size == -1 else group_size,
             checkpoint_format=name,
-            wordwise_zeros=by_gptqmodel and not entry.get("sym", True),
+            wordwise_zeros=by_gptqmodel and entry.get("sym") is False,
             act_order=bool(entry.get("desc_act")),
             dynamic=_read_dynamic(entry),
         )

@@ -40,6 +40,7 @@ from qjax.formats.checks import (
     check_choice,
     check_codes,
     check_finite,
+    check_positive,
     check_shapes,
     check_tensors,
     check_width,
@@ -207,6 +208,8 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
         should have.
     """
     check_choice("axis", config.axis, (0, 1))
+    if config.group_size is not None:
+        check_positive("group_size", config.group_size)
     bits, container = config.bits, jnp.dtype(_container(config))
     name = f"HQQ with group_size={config.group_size}"
     check_tensors(tensors, _expected(config), name)

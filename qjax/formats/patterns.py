@@ -17,6 +17,7 @@ from qjax.formats.checks import check_strings
 # Tried in a tenth of a second. Patterns in use stay far below: four ".*" on a name of
 # 60 letters are 635,376 ways.
 _MOST_WAYS = 10**7
+_FLAGS = re.compile(r"\(\?([aimsu]+)\)")
 _REPEAT = r"(?:[*+?]|\{[0-9]*,?[0-9]*\})[+?]?"
 _TOKEN = re.compile(
     r"""
@@ -137,8 +138,27 @@ def ends_path(pattern: str, path: str) -> bool:
       >>> ends_path("lm_head", "lm_head"), ends_path("mlp", "layers.1.mlp.up_proj")
       (True, False)
     """
-    start = rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"
+    start = rf"{grouped(pattern)}(?:(?<=\.)|(?=\.|$))"
     return path.endswith(pattern) or matches(start, path)
+
+
+def grouped(pattern: str) -> str:
+    r"""Makes one group of a pattern, to be part of another.
+
+    Args:
+      pattern: A regular expression of Python, which may begin with flags for all of it.
+
+    Returns:
+      The group, with these flags for what is in it.
+
+    Example:
+      >>> grouped(r"a|b"), grouped(r"(?i)a|b")
+      ('(?:a|b)', '(?i:a|b)')
+    """
+    flags = _FLAGS.match(pattern)
+    if flags is None:
+        return f"(?:{pattern})"
+    return f"(?{flags[1]}:{pattern[flags.end() :]})"
 
 
 @functools.lru_cache(maxsize=4096)

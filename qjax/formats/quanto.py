@@ -39,10 +39,12 @@ from qjax.formats.checks import (
     Expected,
     check_codes,
     check_finite,
+    check_positive,
     check_shapes,
     check_tensors,
     check_width,
     check_words,
+    lacks_narrow_zeros,
     refusal,
 )
 from qjax.tensor import Affine, Layout, QTensor, Segment
@@ -217,6 +219,7 @@ def check(tensors: Mapping[str, Any], *, bits: int, k: int) -> None:
       ValueError: Naming the tensor, what it has and what it should have.
     """
     check_width(bits, WIDTHS, "quanto")
+    check_positive("k", k)
     check_tensors(tensors, _EXPECTED, "quanto")
     data, scale, _ = (tensors[name] for name in TENSORS)
     (height, columns), (rows, _) = data.shape, scale.shape
@@ -299,6 +302,7 @@ def to_tensors(qt: QTensor) -> dict[str, Array]:
     integer = qt.zero is not None and qt.zero.dtype == jnp.uint8
     if not (symmetric or integer or qt.affine is Affine.OFFSET):
         reason = reason or f"{qt.affine.value} here has neither integer zeros nor shift"
+    reason = reason or lacks_narrow_zeros(qt)
     if reason:
         raise ValueError(f"quanto cannot hold {qt!r}: {reason}.")
     scale, zero = tensor.plain(qt.scale), tensor.plain(qt.zero)

@@ -41,6 +41,7 @@ from qjax.formats.checks import (
     Expected,
     check_codes,
     check_finite,
+    check_positive,
     check_shapes,
     check_tensors,
     check_words,
@@ -127,6 +128,8 @@ def check(tensors: Mapping[str, Any], config: Config | tinygemm.Config) -> None:
         tinygemm.check(tensors, config)
         return
     block(config.bits)  # refuses other widths
+    if config.group_size is not None:
+        check_positive("group_size", config.group_size)
     # Tensors of activations ("_weight_act_...") have no place here.
     check_tensors(tensors, _EXPECTED, "torchao's weight-only matrices")
     shape = tuple(tensors["_weight_qdata"].shape)

@@ -10,7 +10,7 @@ from typing import Any
 
 from qjax.formats import tinygemm_config
 from qjax.formats.checks import check_strings
-from qjax.formats.patterns import check_pattern, matches
+from qjax.formats.patterns import check_pattern, ends_path, matches
 
 _INTX = ("IntxWeightOnlyConfig",)
 _INT8 = ("Int8WeightOnlyConfig",)
@@ -83,9 +83,7 @@ class Config:
           module: The module's path, such as "model.layers.0.mlp.up_proj".
         """
         for pattern in self.ignored:
-            # A pattern ends at a dot or at the end of the name, as transformers has it.
-            prefix = rf"(?:{pattern})(?:(?<=\.)|(?=\.|$))"
-            if module.endswith(pattern) or matches(prefix, module):
+            if ends_path(pattern, module):
                 return None
         if not self.overrides:
             return dataclasses.replace(self, ignored=())

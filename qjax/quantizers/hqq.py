@@ -72,7 +72,7 @@ def _quantize(scheme: Scheme, w: Array) -> QTensor:
     info, size = jnp.finfo(scheme.dtype), jnp.maximum(jnp.abs(low), jnp.abs(high))
     # A group of equal weights has no range: its scale is their size, its zero one. And
     # of one far from 0, the zero must not leave the range of its dtype.
-    flat = high - low <= scheme.top * float(info.smallest_normal)
+    flat = high - low <= scheme.top * scheme.least
     whole = jnp.where(size > 0, size, 1)
     least = size / (float(info.max) / 2)
     scale = jnp.where(flat, whole, jnp.maximum((high - low) / scheme.top, least))

@@ -21,6 +21,7 @@ from qjax.tensor.parts import (
     Segment,
     columns,
     plain,
+    position,
 )
 from qjax.tensor.qtensor import (
     QTensor,
@@ -59,6 +60,7 @@ __all__ = [
     "numbers",
     "over_batch",
     "plain",
+    "position",
     "readable",
     "replace_floats",
     "segment_codes",

@@ -6,7 +6,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Integer, UInt8
+from jaxtyping import Array, Int32, Integer, UInt8
 
 from qjax.tensor.digits import Digits
 
@@ -100,6 +100,23 @@ def columns(parameter: Array, n: int) -> Array:
     if count < n:
         parameter = jnp.repeat(parameter, n // count, axis=-1)
     return parameter[..., :n]
+
+
+def position(index: int | Integer[Array, ""], count: int) -> Int32[Array, ""]:
+    """Returns which of ``count`` matrices an index means, the nearest that there is.
+
+    Args:
+      index: From 0, in any integer dtype, also one that cannot hold ``count``.
+      count: Matrices of a stack.
+
+    Example:
+      >>> position(jnp.uint8(200), 300), position(-1, 3)
+      (Array(200, dtype=int32), Array(0, dtype=int32))
+    """
+    found = jnp.asarray(index)
+    if found.dtype.itemsize < 4:
+        found = found.astype(jnp.int32)
+    return jnp.clip(found, 0, count - 1).astype(jnp.int32)
 
 
 class Affine(enum.Enum):

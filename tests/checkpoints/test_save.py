@@ -1,5 +1,6 @@
 """Checkpoints written and read again, moved between formats, and refused."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors import safe_open
 import qjax
 from qjax import checkpoints
 from qjax.checkpoints import placing, shards
-from qjax.formats import compressed_tensors, exl2, fp8, gptq
+from qjax.formats import awq, compressed_tensors, exl2, fp8, gptq, quanto, torchao
 from tests.checkpoints import tiny
 from tests.checkpoints.assembled import DIALECTS
 from tests.goldens import same_bits
@@ -378,7 +379,37 @@ def test_files_are_those_of_safetensors(tmp_path):
     assert (loaded["é.bias"].shape, loaded["é.bias"]) == ((), 3)
 
 
+def wide_zeros():
+    """MPQ has zeros of 2**bits, which no code is."""
+    w = quantized()
+    return dataclasses.replace(w, zero=jnp.full_like(w.zero, 16))
+
+
+def uneven():
+    """Groups of 31 and 33 rows, as a GPTQ file may have them."""
+    w = quantized()
+    rows = jnp.where(jnp.arange(64) < 31, 0, 1).astype(jnp.int32)
+    return dataclasses.replace(w, row_group=rows)
+
+
 REFUSALS = {
+    **{
+        f"zeros of 16 into {name}": (name, wide_zeros(), "and 4 bits hold up to 15")
+        for name in ("gptq", "gptq_v2", "gptq_p", "awq", "compressed-tensors")
+    },
+    "uneven groups into compressed-tensors": (
+        "compressed-tensors",
+        uneven(),
+        "its groups have 31 to 33 rows; GPTQ holds those",
+    ),
+    **{
+        f"infinite scales into {name}": (
+            name,
+            dataclasses.replace(quantized(), scale=jnp.full((2, 32), jnp.inf)),
+            "scale must be finite; found NaN or infinity",
+        )
+        for name in ("gptq_v2", "awq", "compressed-tensors", "hqq")
+    },
     "3 bits into AWQ": ("awq", quantized(bits=3), "3 bits are not among (4,)"),
     "act-order into AWQ": ("awq", act_order(), "(act-order); GPTQ holds those"),
     "GPTQ into EXL2": ("exl2", act_order(), "EXL2 cannot hold"),
@@ -406,6 +437,38 @@ def test_refusals_list_all_modules_and_write_nothing(tmp_path, case):
     lines = str(caught.value).splitlines()[1:]
     assert [line.partition(": ")[0].strip() for line in lines] == [f"{A}, {B}"]
     assert all(reason in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda w: awq.to_tensors(w, "gemm"),
+        lambda w: awq.to_tensors(w, "gemv"),
+        lambda w: gptq.to_tensors(w, "gptq_v2"),
+        compressed_tensors.to_tensors,
+        torchao.to_tensors,
+        quanto.to_tensors,
+    ],
+)
+def test_zeros_that_are_no_codes_are_not_cut(write, refuses):
+    with refuses("its zeros reach 16, and 4 bits hold up to 15"):
+        write(wide_zeros())
+
+
+def test_a_good_checkpoint_stays_where_its_successor_could_not_be_read(tmp_path):
+    target = tmp_path / "x"
+    checkpoints.save(target, {A: uneven()}, {}, format="gptq_v2")
+    before = {file: file.read_bytes() for file in target.iterdir()}
+    with pytest.raises(ValueError, match="31 to 33 rows"):
+        checkpoints.convert(target, target, format="compressed-tensors", overwrite=True)
+    assert {file: file.read_bytes() for file in target.iterdir()} == before
+
+
+def test_a_name_that_is_no_tensor_of_a_file(tmp_path, refuses):
+    with refuses("'__metadata__' is not the name of a tensor"):
+        tensors = {A: quantized(), "__metadata__": np.ones(2, np.float32)}
+        checkpoints.save(tmp_path / "x", tensors, {}, format="gptq")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -508,6 +571,32 @@ def test_failing_rename_puts_the_old_directory_back(tmp_path, monkeypatch):
         checkpoints.save(target, {B: quantized()}, {}, format="gptq", overwrite=True)
     assert list(checkpoints.load(target)) == [A]
     assert list(tmp_path.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("again", ["save", "convert"])
+@pytest.mark.parametrize("moved_in", [False, True])
+def test_goes_on_after_a_kill_amid_the_last_renames(tmp_path, again, moved_in):
+    """What a process leaves that is killed between any two of them."""
+    target, old = tmp_path / "x", tmp_path / ".x.0123abcd.old"
+    checkpoints.save(target, {A: quantized()}, {}, format="gptq")
+    (target / "onnx").mkdir()
+    (target / "onnx/notes.txt").write_text("mine")
+    target.rename(old)
+    if moved_in:
+        checkpoints.save(tmp_path / "new", {B: quantized()}, {}, format="gptq")
+        (tmp_path / "new").rename(target)
+    else:
+        with pytest.raises(FileNotFoundError, match=r"\.x\.0123abcd\.old"):
+            checkpoints.load(target)
+    options = {"format": "awq", "overwrite": True}
+    if again == "save":
+        checkpoints.save(target, {B: quantized()}, {}, **options)
+    else:
+        checkpoints.convert(target, target, **options)
+    assert (target / "onnx/notes.txt").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [target]
+    replaced = again == "convert" and not moved_in
+    assert list(checkpoints.load(target)) == [A if replaced else B]
 
 
 def test_overwrite(tmp_path):

@@ -1,6 +1,7 @@
 """AWQ against tensors that optimum-quanto and AutoAWQ wrote, bit for bit."""
 
 import collections
+import dataclasses
 import functools
 
 import chex
@@ -291,6 +292,23 @@ def test_one_group():
     written = awq.to_tensors(qt, "gemv")
     assert written["scales"].shape == (16, 8)
     assert awq.from_tensors(written, awq.Config(group_size=None)).layout == awq.Gemv()
+
+
+@pytest.mark.parametrize("version", ["gemv", "gemv_fast"])
+@pytest.mark.parametrize(
+    ("group_size", "message"), [(128, "with larger groups"), (512, "smaller groups")]
+)
+def test_groups_of_another_size_are_refused(version, group_size, message, refuses):
+    """Scales are padded with zeros, which must begin where there are no groups."""
+    w = np.random.default_rng(0).standard_normal((1024, 16)).astype(np.float16)
+    qt = qjax.quantize(jnp.asarray(w), bits=4, group_size=256)
+    if version == "gemv_fast":
+        zero = awq_v2.offset(qt.scale, qt.zero)
+        qt = dataclasses.replace(qt, zero=zero, affine=tensor.Affine.OFFSET)
+    tensors = awq.to_tensors(qt, version)
+    awq.from_tensors(tensors, awq.Config(group_size=256, version=version))
+    with refuses(message):
+        awq.from_tensors(tensors, awq.Config(group_size=group_size, version=version))
 
 
 @pytest.mark.parametrize(

@@ -557,6 +557,16 @@ def test_config_of_a_module():
     assert named.of("a.k_proj") is None
     assert ct.Config.from_json(entry(scheme(), ignore=["Linear"])).of("a") is None
     assert ct.Config(bits=3).of("a") == ct.Config(bits=3)
+    nowhere = ct.Config.from_json(entry(scheme([]), scheme(["re:b"])))
+    assert nowhere.of("a") is None
+    # The inputs of attention may be quantized, and a group leave its weights dense.
+    attention = {"targets": ["re:.*self_attn$"], "input_activations": {"num_bits": 8}}
+    config = ct.Config.from_json(entry(attention, scheme()))
+    assert config.of("a.self_attn.q_proj") == ct.Config()
+    assert config.of("a.self_attn") is None
+    preset = entry(config_groups={"W4A16": ["Linear"], "UNQUANTIZED": ["re:.*gate$"]})
+    config = ct.Config.from_json(preset)
+    assert (config.of("a.up").bits, config.of("a.gate")) == (4, None)
 
 
 @pytest.mark.parametrize(
@@ -566,7 +576,9 @@ def test_config_of_a_module():
         (entry(), "config_groups={} must map names to schemes"),
         (entry(scheme(), format="dense"), "['group_0'].format='dense' must be one of"),
         (entry(scheme(format_=["a"])), "['group_0'].format=['a'] must be one of ('pa"),
-        (entry({"targets": ["Linear"]}), "config_groups['group_0'].weights=None must"),
+        (entry({"targets": ["Linear"]}), "quantize no weights"),
+        (entry(config_groups={"UNQUANTIZED": ["Linear"]}), "quantize no weights"),
+        (entry(scheme() | {"weights": []}), "['group_0'].weights=[] must be an obj"),
         (entry(scheme() | {"targets": "Linear"}), "targets='Linear' must be a list"),
         (entry(scheme(["re:("])), "config_groups['group_0'].targets: '(' is no pat"),
         (entry(scheme(), ignore=["re:("]), "ignore: '(' is no pattern"),

@@ -120,6 +120,33 @@ def test_config_refuses(name, changes, message, refuses):
         ct.Config.from_json(entry_of(name, **changes))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("format_", ["int-quantized", "naive-quantized"])
+@pytest.mark.parametrize("bits", [1, 4, 6, 8])
+def test_integers_of_any_width_in_bytes(bits, format_, symmetric, refuses):
+    """W4A8 and W4AFP8: weights of four bits, one a byte, for activations of eight."""
+    half, rng = 2 ** (bits - 1), np.random.default_rng(bits)
+    code, point = (
+        rng.integers(-half, half, shape).astype(np.int8) for shape in ((8, 64), (8, 2))
+    )
+    tensors = {"weight": code, "weight_scale": np.ones((8, 2), np.float32) / 4}
+    if not symmetric:
+        tensors["weight_zero_point"] = point
+    weights = {"num_bits": bits, "type": "int", "strategy": "group", "group_size": 32}
+    weights |= {"symmetric": symmetric}
+    group = {"targets": ["Linear"], "weights": weights}
+    entry = {"config_groups": {"group_0": group}, "format": format_}
+    config = ct.Config.from_json(entry)
+    w = ct.from_tensors(tensors, config)
+    assert w.bits == bits
+    wide = code.astype(np.float32)
+    zeros = 0 if symmetric else point.repeat(32, 1)
+    np.testing.assert_array_equal(qjax.dequantize(w).T, (wide - zeros) / 4)
+    if bits < 8:
+        with refuses(f"must lie in {-half} to {half - 1}, {bits} bits"):
+            ct.from_tensors(tensors | {"weight": code + np.int8(half)}, config)
+
+
 def test_blocks_as_a_string():
     config = ct.Config.from_json(entry_of(BLOCK, block_structure="16x32"))
     assert config.block_size == (16, 32)

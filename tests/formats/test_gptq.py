@@ -492,6 +492,8 @@ def test_config_from_json(entry, config):
         ({"bits": 4, "checkpoint_format": ["gptq"]}, "is no GPTQ layout"),
         ({"bits": 4, "is_marlin_format": True}, "is_marlin_format=true"),
         ({"bits": 4, "pack_dtype": "int16"}, "pack_dtype='int16' must be 'int32'"),
+        ({"bits": 4, "sym": "false"}, "sym='false' must be true or false"),
+        ({"bits": 4, "desc_act": 1}, "desc_act=1 must be true or false"),
         ({"bits": 4, "dynamic": {"a": 1}}, "must map patterns to objects"),
         ({"bits": 4, "dynamic": ["a"]}, "must map patterns to objects"),
         ({"bits": 4, "dynamic": {"+:(": {}}}, "dynamic['+:(']: '(' is no pattern"),

@@ -42,6 +42,12 @@ def test_usual_patterns_match_as_in_python(pattern):
     assert whole == [bool(re.fullmatch(pattern, name)) for name in NAMES]
 
 
+def test_flags_hold_for_a_pattern_that_is_a_part():
+    assert patterns.ends_path("(?i)LM_HEAD", "lm_head")
+    assert patterns.ends_path(r"(?is)model\.LAYERS\.2", "model.layers.2.mlp.up_proj")
+    assert not patterns.ends_path("(?s)LM_HEAD", "lm_head")
+
+
 @pytest.mark.parametrize(
     "pattern",
     [

@@ -42,6 +42,18 @@ def searched(group, bits, symmetric, importance):
     return min(errors)
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("quantizer", [hqq, clip])
+def test_small_weights_in_float16(quantizer, bits):
+    """Of which the scales are below float16's normal numbers."""
+    w = (RNG.standard_normal((128, 24)) * 5e-4).astype(np.float16)
+    found = [
+        squares(w, quantizer.quantize(jnp.asarray(w, dtype), bits, 32)).sum()
+        for dtype in (jnp.float16, jnp.float32)
+    ]
+    assert found[0] < 1.1 * found[1]
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("importance", [None, np.exp(RNG.standard_normal(128))])
 def test_clip_finds_the_best_range(symmetric, importance):
