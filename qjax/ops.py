@@ -195,9 +195,13 @@ def relayout(qt: QTensor, layout: Layout) -> QTensor:
       True
     """
     tensor.check_packed(qt, "qt")
+    _check_layout(layout)
+    return decode.relayout(qt, layout, move=moving.move_words)
+
+
+def _check_layout(layout: Any) -> None:
     if not isinstance(layout, Layout):
         raise TypeError(f"layout={layout!r} must be a Layout, as formats.awq.Gemm().")
-    return decode.relayout(qt, layout, move=moving.move_words)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -353,12 +357,17 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
       The same tree with prepared tensors. A tensor that no native layout can hold stays
       as it is.
 
+    Raises:
+      TypeError: If ``layout`` is no `Layout`.
+
     Example:
       >>> w = qjax.quantize(jnp.eye(64), bits=3, group_size=32)
       >>> planar = relayout(w, qjax.formats.gptq.Planar())
       >>> prepare({"kernel": planar})["kernel"].layout
       Stream()
     """
+    if layout is not None:
+        _check_layout(layout)
     is_qtensor = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
 
     def one(leaf: Any) -> Any:

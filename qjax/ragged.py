@@ -29,7 +29,7 @@ from qjax.dispatch import Choice
 from qjax.meshes import explicitly_like, gathered, on_mesh_of, vary_together, whole
 from qjax.partitioning import over_devices
 from qjax.sharding import P
-from qjax.tensor import QTensor, check_packed
+from qjax.tensor import QTensor, check_array, check_packed
 from qjax.watched import Watched
 
 # From the rows that a GPU kernel takes at least to those of its largest tile.
@@ -49,8 +49,10 @@ def ragged_matmul(
 
     Row ``i`` of the result is ``x[i] @ dequantize(w[e])``, where expert ``e`` is the
     one whose run has row ``i``. As `qjax.matmul`, it forms no dense weight and is
-    differentiable in ``x`` and in the float leaves of ``w``. It reads the matrices of
-    those experts that have tokens, once for every block of their tokens.
+    differentiable in ``x`` and in the float leaves of ``w``; but only once, as the
+    gradients are loops over the blocks that hold tokens, and JAX refuses to
+    differentiate those. It reads the matrices of those experts that have tokens, once
+    for every block of their tokens.
 
     Args:
       x: Tokens sorted by expert, ``[t, k]`` bfloat16, float16 or float32.
@@ -63,7 +65,7 @@ def ragged_matmul(
       ``[t, n]`` in the dtype of ``x``; rows beyond the sum of ``group_sizes`` are zero.
 
     Raises:
-      TypeError: If ``w`` is no `QTensor`.
+      TypeError: If ``w`` is no `QTensor`, or ``group_sizes`` no array.
       ValueError: If shapes or dtypes do not fit, or the implementation is unknown.
       NotImplementedError: If the named implementation declines these operands, or t is
         left open for `jax.export`.
@@ -83,6 +85,7 @@ def ragged_matmul(
 
 def _check(x: Array, w: QTensor, group_sizes: Array) -> None:
     check_packed(w)
+    check_array(group_sizes, "group_sizes")
     if len(w.batch) != 1 or w.batch == (0,):
         raise ValueError(f"w.shape={w.shape} must be [experts, k, n].")
     if x.ndim != 2:

@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, UInt8
 
 from qjax import xla
 from qjax.bits import block, whole
-from qjax.tensor import Affine, QTensor, Segment, over_batch
+from qjax.tensor import Affine, QTensor, Segment, check_array, over_batch
 
 
 class Scheme(NamedTuple):
@@ -109,8 +109,10 @@ def check(
       What codes and parameters the weight gets.
 
     Raises:
+      TypeError: As `quantize`.
       ValueError: As `quantize`.
     """
+    check_array(w, "w")
     if w.ndim < 2 or 0 in w.shape or not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(
             "w must be float [..., k, n] without an extent of 0; got "
@@ -166,6 +168,7 @@ def quantize(
       Tensor in the layout that XLA reads natively (`formats.gptq.Stream`).
 
     Raises:
+      TypeError: If ``w`` is no array.
       ValueError: If ``w`` has fewer than two axes, no elements or is not float,
         ``bits`` is not an integer from 2 to 8 or ``group_size`` not a positive one, or
         k is not a multiple of ``group_size`` and of whole words.

@@ -289,7 +289,8 @@ def partition_specs(w: QTensor, mesh: Mesh | AbstractMesh, spec: PartitionSpec) 
       tree as ``w``.
 
     Raises:
-      TypeError: If ``w`` is no `QTensor`, or ``spec`` no `PartitionSpec`.
+      TypeError: If ``w`` is no `QTensor`, ``mesh`` no mesh, or ``spec`` no
+        `PartitionSpec`.
       ValueError: If ``spec`` has too many axes, the mesh has not the axes, or they
         cannot share the weight evenly.
 
@@ -300,6 +301,8 @@ def partition_specs(w: QTensor, mesh: Mesh | AbstractMesh, spec: PartitionSpec) 
       True
     """
     _check_types(w, spec)
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise TypeError(f"mesh={mesh!r} must be a Mesh, as jax.make_mesh makes one.")
     if len(spec) > w.ndim:
         raise ValueError(f"spec={spec} has more axes than w.shape={w.shape}.")
     axes = dict(enumerate(spec))

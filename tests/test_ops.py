@@ -805,8 +805,12 @@ class TestDispatch:
         w = as_qtensor(sample("whole"))
         with refuses("layout='awq' must be a Layout", TypeError):
             qjax.relayout(w, "awq")
+        with refuses("layout='awq' must be a Layout", TypeError):
+            qjax.prepare(w, layout="awq")
         with refuses("spec='d' must be a PartitionSpec", TypeError):
             qjax.shard(w, jax.make_mesh((1,), "d"), "d")
+        with refuses("mesh=None must be a Mesh", TypeError):
+            qjax.shard(w, None, P("d"))
 
     @pytest.mark.parametrize("dtype", [jnp.int8, bool, "complex64"])
     def test_refuses_weights_that_are_no_floats(self, dtype, as_qtensor, refuses):
@@ -1316,6 +1320,10 @@ class TestQuantize:
     def test_refuses(self, shape, dtype, arguments, message, refuses):
         with refuses(message):
             qjax.quantize(jnp.zeros(shape, dtype), **arguments)
+
+    def test_refuses_lists(self, refuses):
+        with refuses("w is list, and must be an array", TypeError):
+            qjax.quantize([[1.0] * 8] * 64, group_size=32)
 
     def test_integers_of_numpy_are_integers(self):
         w = jnp.asarray(np.random.default_rng(0).normal(size=(64, 8)), jnp.float32)

@@ -283,6 +283,14 @@ def test_refuses(x, sizes, message, refuses, as_qtensor):
         qjax.ragged_matmul(x, stack("uniform", as_qtensor), sizes)
 
 
+def test_refuses_sizes_that_are_no_array(refuses, as_qtensor):
+    w = stack("uniform", as_qtensor)
+    with refuses("group_sizes is list, and must be an array", TypeError):
+        qjax.ragged_matmul(jnp.ones((2, K)), w, [1, 1, 0, 0])
+    with refuses("group_sizes is list, and must be an array", TypeError):
+        qjax.layers.nnx.Experts.from_qtensor(w)(jnp.ones((2, K)), [1, 1, 0, 0])
+
+
 def test_refuses_an_open_number_of_tokens():
     stack = qjax.quantize(jnp.ones((2, 64, 8)), group_size=32)
     (t,) = jax.export.symbolic_shape("t")

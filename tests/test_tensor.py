@@ -448,8 +448,15 @@ def test_build_accepts(changes):
         ),
         (
             {"segments": [tensor.Segment(4, 0)]},
-            "Segment(bits=4, group_size=0, padding=0): group_size must be positive",
+            "Segment(bits=4, group_size=0, padding=0): group_size must be a positive",
         ),
+        ({"segments": [tensor.Segment(4, 32.0)]}, "must be a positive integer or"),
+        (
+            {"segments": [tensor.Segment(4, 32, padding=-8)]},
+            "padding=-8): padding=-8 must be an integer, and not negative",
+        ),
+        ({"padding": -1}, "padding=-1 must be an integer, and not negative"),
+        ({"padding": 1.0}, "padding=1.0 must be an integer, and not negative"),
         (
             {"words": [zeros((8, 16))]},
             "words.dtype=float32 must be int32 or uint32",
@@ -540,7 +547,7 @@ class TestConcatenate:
 
     @staticmethod
     def check(weights):
-        joined = qjax.concatenate(weights)
+        joined = qjax.concatenate(dict(enumerate(weights)).values())
         n = sum(w.n for w in weights)
         assert joined.shape == (*weights[0].shape[:-1], n)
         expected = jnp.concatenate([qjax.dequantize(w) for w in weights], -1)
@@ -666,6 +673,14 @@ class TestStack:
         )
         assert getattr(w, name) is not None
         stacked = qjax.stack(iter([plain, w]))
+        dense = jnp.stack([qjax.dequantize(plain), qjax.dequantize(w)])
+        chex.assert_trees_all_equal(qjax.dequantize(stacked), dense)
+
+    def test_groups_of_several_segments_are_counted_through(self, as_qtensor):
+        plain = as_qtensor(oracle.random(0, 88, 8, parts=PARTS))
+        groups = np.random.default_rng(0).integers(0, len(plain.scale), 88)
+        w = dataclasses.replace(plain, row_group=jnp.asarray(groups, jnp.int32))
+        stacked = qjax.stack([plain, w])
         dense = jnp.stack([qjax.dequantize(plain), qjax.dequantize(w)])
         chex.assert_trees_all_equal(qjax.dequantize(stacked), dense)
 

@@ -117,6 +117,7 @@ def check_sample(name: str, sample: Any, shape: tuple[int, ...]) -> None:
 def _check_sizes(
     name: str, rows: int, bits: int, group_size: int | None, param_dtype: DTypeLike
 ) -> None:
+    bits, group_size = rtn.check_groups(bits, group_size)
     codes = block(bits)[0]
     if rows % codes:
         raise ValueError(
@@ -124,7 +125,7 @@ def _check_sizes(
             f"{bits}-bit codes fill whole 32-bit words; choose other bits or pad the "
             "inputs."
         )
-    if group_size is not None and (group_size < 1 or rows % group_size):
+    if group_size is not None and rows % group_size:
         raise ValueError(
             f"{name}={rows} must be a multiple of group_size={group_size}; "
             "choose one that divides it, or None for one group a column."

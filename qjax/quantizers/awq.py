@@ -64,6 +64,7 @@ def quantize(
       As `qjax.quantize`, with a float32 ``input_scale``.
 
     Raises:
+      TypeError: If ``w`` or ``gram`` is no array.
       ValueError: As `qjax.quantize`; if ``gram`` is not float ``[*batch, k, k]``; or,
         which of traced arrays is not seen, if ``gram`` or ``w`` is not finite, or
         ``scale_dtype`` cannot hold the scales.

@@ -233,7 +233,9 @@ def _sums(
             f"batches is one batch, a mapping of {list(batches)[:3]}; pass [batch]."
         )
     call, count = _hashable(model.call), 0
-    totals = {path: jnp.zeros(shape) for path, shape in model.grams.items()}
+    totals = {
+        path: jnp.zeros(shape, jnp.float32) for path, shape in model.grams.items()
+    }
     known = len(batches) if isinstance(batches, Sized) else None
     with progress.bar(known, "Collecting grams", unit="batches") as advance:
         for batch in batches:
@@ -290,7 +292,7 @@ def _sum(outputs: Any) -> Array:
             for leaf in jax.tree.leaves(outputs)
             if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jnp.inexact)
         ),
-        start=jnp.zeros(()),
+        start=jnp.zeros((), jnp.float32),
     )
 
 
@@ -374,12 +376,15 @@ class _LinenCall(NamedTuple):
     def __call__(
         self, grams: dict[str, Array], variables: Any, args: tuple, keywords: dict
     ) -> Any:
-        flat: dict[str, Any] = dict(traverse_util.flatten_dict(variables, sep="/"))
-        for path, gram in grams.items():
-            flat[f"{QUANTIZED}/{path}"] = watch(flat[f"{QUANTIZED}/{path}"], None)
-            # Beside the scales, where `to_params` and the layers find it.
-            flat[f"params/{path}/gram"] = gram
-        whole = traverse_util.unflatten_dict(flat, sep="/")
+        flat: dict[Any, Any] = traverse_util.flatten_dict(variables)
+        watched = dict(flat)
+        for (collection, *names), leaf in flat.items():
+            path = path_name(names)
+            if collection == QUANTIZED and path in grams:
+                watched[collection, *names] = watch(leaf, None)
+                # Beside the scales, where `to_params` and the layers find it.
+                watched["params", *names, "gram"] = grams[path]
+        whole = traverse_util.unflatten_dict(watched)
         return self.module.apply(whole, *args, method=self.method, **keywords)
 
 
@@ -390,11 +395,10 @@ def _of_linen(
     method: str | None,
 ) -> _Model:
     variables = nn.meta.unbox(variables)
-    params = traverse_util.flatten_dict(to_params(variables), sep="/")
+    params = traverse_util.flatten_dict(to_params(variables))
     shapes = {
         path: _shape(weight)
-        for path, weight in params.items()
-        if isinstance(weight, QTensor) and matches(path)
+        for names, weight in params.items()
+        if isinstance(weight, QTensor) and matches(path := path_name(names))
     }
-
     return _Model(shapes, variables, _LinenCall(module, method))

@@ -50,6 +50,7 @@ def quantize(
       As `qjax.quantize`.
 
     Raises:
+      TypeError: As `qjax.quantize`.
       ValueError: As `qjax.quantize`; or if ``importance`` is not ``[*batch, k]``.
 
     Example:
@@ -100,7 +101,7 @@ def search(
 
     def step(i: Array, best: tuple[Array, Grid]) -> tuple[Array, Grid]:
         least, grid = best
-        share = 1 - i.astype(jnp.float32) / 100
+        share = 1 - jnp.asarray(i, jnp.float32) / 100
         trial = rtn.cover(scheme, low * share, high * share)
         off = rtn.values(rtn.nearest(scheme, groups, trial), trial) - groups
         error = (off**2 * importance[..., None]).sum(1)

@@ -101,8 +101,10 @@ def check_gram(w: Array | np.ndarray, gram: Array | np.ndarray) -> None:
       gram: The gram.
 
     Raises:
+      TypeError: If ``gram`` is no array.
       ValueError: If ``gram`` is not float ``[*batch, k, k]``.
     """
+    tensor.check_array(gram, "gram")
     wanted = (*w.shape[:-1], w.shape[-2])
     if gram.shape != wanted or not jnp.issubdtype(gram.dtype, jnp.floating):
         raise ValueError(

@@ -75,6 +75,7 @@ def quantize(
       along explicit axes of a mesh, it is whole on every device; `qjax.shard` cuts it.
 
     Raises:
+      TypeError: If ``w`` or ``gram`` is no array.
       ValueError: As `qjax.quantize`; if ``gram`` is not float ``[*batch, k, k]``,
         ``damp`` is negative, or ``fewer`` not below 1 or there is no such width; or if
         ``gram`` is not positive definite even so, as where it is not finite (of traced

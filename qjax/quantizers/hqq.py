@@ -49,6 +49,7 @@ def quantize(
       them.
 
     Raises:
+      TypeError: As `qjax.quantize`.
       ValueError: As `qjax.quantize`; or if ``symmetric``.
 
     Example:

@@ -25,6 +25,7 @@ from qjax.tensor.parts import (
 )
 from qjax.tensor.qtensor import (
     QTensor,
+    check_array,
     check_packed,
     codes,
     matrix_shape,
@@ -49,6 +50,7 @@ __all__ = [
     "StoredGlobal",
     "WithGlobal",
     "build",
+    "check_array",
     "check_packed",
     "codes",
     "columns",

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from qjax.bits import block
+from qjax.bits import block, whole
 from qjax.tensor.floats import SMALL_FLOATS
 from qjax.tensor.parts import Affine, Layout, Segment
 from qjax.tensor.qtensor import QTensor, matrix_shape
@@ -61,10 +61,14 @@ def build(
 
 
 def _check_words(qt: QTensor) -> None:
+    _check_padding("padding", qt.padding)
     for array, segment in zip(qt.words, qt.segments, strict=True):
         block(segment.bits)  # refuses other widths
-        if segment.group_size is not None and segment.group_size < 1:
-            raise ValueError(f"{segment}: group_size must be positive or None.")
+        if segment.group_size is not None and (whole(segment.group_size) or 0) < 1:
+            raise ValueError(
+                f"{segment}: group_size must be a positive integer or None."
+            )
+        _check_padding(f"{segment}: padding", segment.padding)
         shape = matrix_shape(array, qt.layout)
         _, n = qt.layout.extents(shape, segment.bits)
         _require("n of words", n, qt.n + qt.padding)
@@ -79,6 +83,11 @@ def _check_words(qt: QTensor) -> None:
             f"weight_dtype={qt.weight_dtype!r} must be float16, bfloat16, float32, or "
             "None for that of the scale."
         )
+
+
+def _check_padding(name: str, padding: Any) -> None:
+    if (count := whole(padding)) is None or count < 0:
+        raise ValueError(f"{name}={padding!r} must be an integer, and not negative.")
 
 
 def _check_parameters(qt: QTensor) -> None:

@@ -1,7 +1,7 @@
 """Matrices that are alike, joined along n into one, or stacked."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -13,13 +13,14 @@ from jaxtyping import Array
 from qjax.tensor.levels import Levels
 from qjax.tensor.parts import Encoded, Grouping, columns, plain
 from qjax.tensor.qtensor import QTensor, check_packed
+from qjax.tensor.segments import group_counts
 
 # What joined matrices share: static fields, and leaves that have no axis of n.
 _STATIC = ("layout", "segments", "affine", "grouping", "rounding", "weight_dtype")
 _SHARED = ("order", "row_group", "codebook", "input_scale")
 
 
-def concatenate(weights: Sequence[QTensor]) -> QTensor:
+def concatenate(weights: Iterable[QTensor]) -> QTensor:
     """Joins matrices of the same inputs along n, so that one product serves all.
 
     The queries, keys and values of a layer, say: on a GPU their products are one launch
@@ -50,7 +51,8 @@ def concatenate(weights: Sequence[QTensor]) -> QTensor:
       ... ).item()
       True
     """
-    first, *others = _checked(weights)
+    weights = _checked(weights)
+    first, *others = weights
     for i, w in enumerate(others, 1):
         _check_alike(first, w, f"weights[{i}]")
     axis = _axis_of_columns(first)
@@ -80,7 +82,7 @@ def concatenate(weights: Sequence[QTensor]) -> QTensor:
     )
 
 
-def stack(weights: Sequence[QTensor]) -> QTensor:
+def stack(weights: Iterable[QTensor]) -> QTensor:
     """Stacks matrices that are alike: layers of a scan, experts of a mixture.
 
     What `matmul` takes with ``index=``, `ragged_matmul`, and the layers `Experts`.
@@ -136,12 +138,21 @@ def _ordered_alike(weights: list[QTensor]) -> list[QTensor]:
 
 
 def _with_rows(w: QTensor, name: str) -> QTensor:
-    size = 1 if name == "order" else w.segments[0].group_size or w.k
-    rows = jnp.arange(w.k, dtype=jnp.int32) // size
+    rows = jnp.asarray(np.arange(w.k) if name == "order" else _groups(w), jnp.int32)
     return dataclasses.replace(w, **{name: jnp.broadcast_to(rows, (*w.batch, w.k))})
 
 
-def _checked(weights: Sequence[QTensor]) -> list[QTensor]:
+def _groups(w: QTensor) -> np.ndarray:
+    """The group of each stored row, counted through all segments."""
+    segments = zip(w.rows, w.segments, group_counts(w), strict=True)
+    parts, first = [], 0
+    for rows, segment, groups in segments:
+        parts.append(first + np.arange(rows) // (segment.group_size or rows))
+        first += groups
+    return np.concatenate(parts)
+
+
+def _checked(weights: Iterable[QTensor]) -> list[QTensor]:
     if isinstance(weights, QTensor):
         raise TypeError(f"weights={weights!r} must be a sequence of QTensor.")
     weights = list(weights)

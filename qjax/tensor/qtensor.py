@@ -234,6 +234,23 @@ def check_packed(w: Any, name: str = "w") -> None:
         )
 
 
+def check_array(x: Any, name: str) -> None:
+    """Checks that an argument has a shape and a dtype, before they are asked for.
+
+    Args:
+      x: The argument.
+      name: What the caller calls it, for errors.
+
+    Raises:
+      TypeError: If it is a list, say, or None.
+    """
+    if not (hasattr(x, "shape") and hasattr(x, "dtype")):
+        raise TypeError(
+            f"{name} is {type(x).__name__}, and must be an array; jnp.asarray makes "
+            "one of numbers."
+        )
+
+
 def codes(qt: QTensor) -> UInt8[Array, "*batch k n"]:
     """Unpacks the integer codes, in stored row order.
 

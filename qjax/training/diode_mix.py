@@ -239,7 +239,7 @@ def _zeros(
 def _one_less_power(decay: float, count: Int32[Array, ""]) -> Float[Array, ""]:
     """``1 - decay**count``, of which float32 would lose most digits near 0."""
     if decay == 0:
-        return jnp.ones(())
+        return jnp.ones((), jnp.float32)
     return -jnp.expm1(count.astype(jnp.float32) * math.log(decay))
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Array, DTypeLike, Float
 
 from qjax import decode
 from qjax.meshes import explicitly_like
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_packed
 from qjax.training.rounding import requantize
 
 
@@ -111,6 +111,7 @@ def merge(
       float32 ``[*batch, k, n]``; ``x`` times it is what the layer computes.
 
     Raises:
+      TypeError: If ``w`` is no `QTensor`.
       ValueError: If ``a`` or ``b`` does not fit ``w``.
 
     Example:
@@ -118,6 +119,7 @@ def merge(
       >>> merge(w, jnp.ones((32, 2)), jnp.zeros((2, 32))).shape
       (32, 32)
     """
+    check_packed(w)
     return decode.dequantize(w, jnp.float32) + _delta(w, a, b, alpha)
 
 
@@ -144,6 +146,7 @@ def merge_quantized(
       The new weight; scales and zeros that were encoded are plain.
 
     Raises:
+      TypeError: If ``w`` is no `QTensor`.
       ValueError: If ``a`` or ``b`` does not fit ``w``.
       NotImplementedError: As `qjax.training.requantize`.
 

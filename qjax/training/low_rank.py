@@ -80,8 +80,8 @@ class GaLore:
             )
         left, right = self._sides(k, n)
         return Basis(
-            left=jnp.zeros((*batch, k, self.rank)) if left else None,
-            right=jnp.zeros((*batch, n, self.rank)) if right else None,
+            left=jnp.zeros((*batch, k, self.rank), jnp.float32) if left else None,
+            right=jnp.zeros((*batch, n, self.rank), jnp.float32) if right else None,
         )
 
     def refresh(

@@ -197,6 +197,7 @@ class LoRA(nnx.Module):
       rngs: Random keys.
 
     Raises:
+      TypeError: If ``base`` is no quantized layer.
       ValueError: If ``rank`` is not positive.
 
     Attributes:
@@ -217,6 +218,11 @@ class LoRA(nnx.Module):
         b_init: Initializer = zeros,
         rngs: nnx.Rngs,
     ) -> None:
+        if not isinstance(base, _Layer):
+            raise TypeError(
+                f"base is {type(base).__module__}.{type(base).__name__}, and must be a "
+                "quantized layer of layers.nnx; qjax.quantize_model makes them."
+            )
         self.base: Any = base  # which methods there are, its class says
         self.rank = rank
         self.alpha = alpha

@@ -37,6 +37,7 @@ def requantize(w: QTensor, target: Float[Array, "*batch k n"]) -> QTensor:
       The tensor; scales and zeros that were encoded are plain.
 
     Raises:
+      TypeError: If ``w`` is no `QTensor`.
       ValueError: If ``target`` has another shape than ``w``.
       NotImplementedError: If groups of rows are spread over several segments.
 
@@ -46,6 +47,7 @@ def requantize(w: QTensor, target: Float[Array, "*batch k n"]) -> QTensor:
       >>> bool((qjax.codes(larger) == qjax.codes(w)).all())
       True
     """
+    tensor.check_packed(w)
     if target.shape != w.shape:
         raise ValueError(f"target.shape={target.shape} must be {w.shape}, that of w.")
     return _requantize(ops.decoded(w), target.astype(jnp.float32))

@@ -120,8 +120,9 @@ def dequantized(quantized: nnx.Module, model: nnx.Module) -> nnx.Module:
 
 def dequantized_params(module: nn.Module, variables: dict) -> dict:
     """The dense params that the variables of a quantized linen module stand for."""
-    flat = traverse_util.flatten_dict(qjax.layers.linen.to_params(variables), sep="/")
-    for path, (form, dtype) in module.packed_forms.items():
-        held = interpreter.hold(flat[path], form, jnp.dtype(dtype), path)
-        flat[path] = dense(held)
-    return traverse_util.unflatten_dict(flat, sep="/")
+    flat = traverse_util.flatten_dict(qjax.layers.linen.to_params(variables))
+    for names, weight in flat.items():
+        if (path := "/".join(names)) in module.packed_forms:
+            form, dtype = module.packed_forms[path]
+            flat[names] = dense(interpreter.hold(weight, form, jnp.dtype(dtype), path))
+    return traverse_util.unflatten_dict(flat)

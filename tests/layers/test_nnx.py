@@ -274,7 +274,10 @@ def test_implementation_is_that_of_matmul():
     [
         (lambda: Linear(100, N, group_size=None), "in_features=100 must be a multiple"),
         (lambda: Linear(K, N), "in_features=96 must be a multiple of group_size=128"),
-        (lambda: Linear(K, N, group_size=0), "multiple of group_size=0"),
+        (
+            lambda: Linear(K, N, group_size=0),
+            "group_size=0 must be a positive integer or None",
+        ),
         (lambda: Linear(K, N, bits=9), "bits=9"),
         (lambda: Linear(K, N, bits=1, group_size=GROUP), "bits=1"),
         (
@@ -303,6 +306,10 @@ def test_implementation_is_that_of_matmul():
         (
             lambda: Linear.from_qtensor(cases.kernel("4bit"), jnp.zeros(K)),
             r"bias.shape=\(96,\) must be \(40,\)",
+        ),
+        (
+            lambda: Linear(K, N, group_size="32"),
+            "group_size='32' must be a positive integer or None",
         ),
         (
             lambda: Linear.from_kernel(cases.dense().T, bits=3, group_size=None),

@@ -201,6 +201,33 @@ def test_unrecognized_uses_warn_with_the_path():
     same(found, model.apply({"params": params}, x(3, MODEL)))
 
 
+class Normalized(nn.Module):
+    """Has a parameter whose name has slashes: "Dense_0/kernel/scale"."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.WeightNorm(nn.Dense(MODEL))(x)
+        return nn.Dense(32, name="out")(x)
+
+
+@pytest.mark.parametrize("inputs", [(x(3, MODEL),), ()], ids=["inputs", "none"])
+def test_names_may_have_slashes(inputs):
+    model, rules = Normalized(), [("out/.*", SPEC)]
+    variables = model.init(jax.random.key(0), x(3, MODEL))
+    module, packed = qjax.quantize_model(model, rules, *inputs, variables=variables)
+    assert list(flat(packed)) == ["out/kernel"]
+    params = foreign.dequantized_params(module, packed)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(
+        jnp.shape, variables["params"]
+    )
+    found = module.apply(packed, x(3, MODEL))
+    same(found, model.apply({"params": params}, x(3, MODEL)))
+    grams = qjax.quantizers.grams(module, [x(3, MODEL)], variables=packed)
+    assert {path: gram.shape for path, gram in grams.items()} == {
+        "out/kernel": (MODEL, MODEL)
+    }
+
+
 def test_other_methods_and_collections_are_kept():
     model = nn.Embed(foreign.VOCABULARY, MODEL)
     variables = model.init(jax.random.key(0), TOKENS) | {"stats": {"mean": x(3)}}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import qjax
@@ -225,6 +226,80 @@ def test_gradients_of_scales_are_those_through_the_dense_weight(name):
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     found = gradient(weight.scale, on_packed)
     same(found, gradient(weight.scale, on_dense))
+
+
+# Of 40 slices, by indices that do not all exist.
+OUTSIDE = jnp.array([3, 39, 40, 45, -1, -40, -41])
+GATHERS = {
+    "plain": lambda w, i: w[i],
+    "take": lambda w, i: jnp.take(w, i, axis=0),
+    "fill": lambda w, i: w.at[i].get(mode="fill", fill_value=0),
+    "clip": lambda w, i: jnp.take(w, i, axis=0, mode="clip"),
+    "wrap": lambda w, i: jnp.take(w, i, axis=0, mode="wrap"),
+    "promise": lambda w, i: w.at[i].get(mode="promise_in_bounds"),
+    "column": lambda w, i: jnp.take(w.T, i, axis=1).T,
+    "raw": lambda w, i: jax.lax.gather(
+        w,
+        i[:, None],
+        jax.lax.GatherDimensionNumbers((1,), (0,), (0,)),
+        (1, *w.shape[1:]),
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int8", "uint8"])
+@pytest.mark.parametrize("name", GATHERS)
+def test_rows_that_do_not_exist_are_as_of_the_dense_table(name, dtype):
+    weight, form = packed(Case((40, 32), (1,), (0,), GATHERS[name]))
+    held, index = hold(weight, form), OUTSIDE.astype(dtype)
+    found = on_packed(lambda w: GATHERS[name](w, index), held)
+    np.testing.assert_allclose(found, GATHERS[name](dense(held), index), rtol=1e-6)
+
+
+def test_rows_are_filled_with_any_number():
+    weight, form = packed(Case((40, 32), (1,), (0,), embed))
+
+    def rows(w):
+        w = w.astype(jnp.bfloat16).reshape(40, 4, 8)
+        return jnp.take(w, OUTSIDE.reshape(7, 1), axis=0, mode="fill", fill_value=5)
+
+    held = hold(weight, form)
+    same(on_packed(rows, held), on_dense(rows, held))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("name", ["plain", "take", "fill", "clip", "wrap", "promise"])
+def test_matrices_that_do_not_exist_are_as_of_the_dense_stack(name, symmetric):
+    form = Form((40, 32, 8), (1,), (2,))
+    stack = form.matrix(jnp.sin(jnp.arange(40 * 32 * 8.0)).reshape(form.shape))
+    held = hold(qjax.quantize(stack, 4, 32, symmetric), form)
+
+    def each(w):
+        return jnp.einsum("td,tdf->tf", x(7, 32), GATHERS[name](w, OUTSIDE))
+
+    def two(w):
+        w = GATHERS[name](w, OUTSIDE[:6].reshape(3, 2))
+        return jnp.einsum("td,tkdf->tkf", x(3, 32), w), x(5, 32) @ GATHERS[name](w, 1)
+
+    for function in (each, two):
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+            on_packed(function, held),
+            on_dense(function, held),
+        )
+
+
+def test_matrices_are_filled_with_other_numbers_densely():
+    weight, form = packed(CASES["an-expert-each"])
+
+    def each(w):
+        w = jnp.take(w, jnp.array([0, 3, 1]), axis=0, mode="fill", fill_value=5)
+        return jnp.einsum("td,tdf->tf", x(3, 32), w)
+
+    held = hold(weight, form)
+    with pytest.warns(UserWarning, match="layer/w is made dense for 'gather'"):
+        found = on_packed(each, held)
+    same(found, on_dense(each, held))
 
 
 DENSE = {

@@ -106,6 +106,12 @@ def test_inputs_of_16_bits_are_summed_in_float32():
     same({"down": found["down/kernel"]}, {"down": gram(hidden)}, tolerance=2**-7)
 
 
+def test_with_x64_they_are_float32_too(two):
+    with jax.enable_x64(True):
+        found = grams(two, [x(7, K)], paths="up")
+    same(found, {"up/kernel": gram(x(7, K))})
+
+
 def test_attention_has_grams_of_the_flattened_contraction():
     dense = nnx.MultiHeadAttention(
         HEADS, K, decode=False, use_bias=False, rngs=nnx.Rngs(0)

@@ -206,3 +206,8 @@ def test_refusals(refuses, changes, message):
     options = {"bits": 4, "group_size": 32, "gram": jnp.eye(64)} | changes
     with refuses(message):
         gptq.quantize(weight(64), **options)
+
+
+def test_a_gram_must_be_an_array(refuses):
+    with refuses("gram is NoneType, and must be an array", TypeError):
+        gptq.quantize(weight(64), 4, 32, gram=None)

@@ -88,6 +88,12 @@ def test_clip_of_a_stack_is_that_of_its_matrices():
         chex.assert_trees_all_equal(matrix_of(found, i), one)
 
 
+def test_clip_without_jit():
+    with jax.disable_jit():
+        found = clip.quantize(W[:32, :2], 3, 32)
+    chex.assert_trees_all_equal(found, clip.quantize(W[:32, :2], 3, 32))
+
+
 def test_clip_refuses_other_importance(refuses):
     with refuses("importance.shape=(5,) must be (128,)"):
         clip.quantize(W, importance=np.ones(5))

@@ -194,6 +194,16 @@ class TestState:
         _, state = optimizer.update(other, state)
         assert (jax.tree.leaves(state.basis)[0] != jax.tree.leaves(held)[0]).any()
 
+    @pytest.mark.parametrize("b1", [0.0, 0.99])
+    def test_galore_with_64_bits(self, b1):
+        optimizer = training.diode_mix(0.1, b1, galore=training.GaLore(rank=2))
+        gradient = jnp.asarray(np.random.default_rng(0).normal(size=(8, 4)), "float32")
+        expected = optimizer.update(gradient, optimizer.init(gradient))
+        with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+            found = optimizer.update(gradient, optimizer.init(gradient))
+        chex.assert_trees_all_equal_dtypes(found, expected)
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-6)
+
 
 class TestOptax:
     """It is a transformation as any other."""

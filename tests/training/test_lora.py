@@ -309,3 +309,25 @@ def test_the_frozen_weight_is_never_dense_in_a_step():
 def test_refuses(make, message, refuses):
     with refuses(message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: LoRALinear(
+                nnx.Linear(64, 8, rngs=nnx.Rngs(0)), 2, rngs=nnx.Rngs(0)
+            ),
+            "base is flax.nnx.nn.linear.Linear, and must be a quantized layer",
+        ),
+        (
+            lambda: training.lora.merge(
+                jnp.ones((64, 8)), jnp.ones((64, 2)), jnp.ones((2, 8))
+            ),
+            "w is ArrayImpl of shape (64, 8), and must be a QTensor",
+        ),
+    ],
+)
+def test_refuses_what_is_dense(make, message, refuses):
+    with refuses(message, TypeError):
+        make()

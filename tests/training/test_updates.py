@@ -497,7 +497,9 @@ def test_requantize(name, as_qtensor):
     assert dataclasses.replace(found, words=()).segments == w.segments
 
 
-def test_requantize_refuses_another_shape(refuses):
+def test_requantize_refuses_another_shape_and_dense_weights(refuses):
     w = qjax.quantize(jnp.ones((32, 8)), group_size=32)
     with refuses("target.shape=(8, 32) must be (32, 8), that of w"):
         training.requantize(w, jnp.ones((8, 32)))
+    with refuses("w is ArrayImpl of shape (32, 8), and must be a QTensor", TypeError):
+        training.requantize(jnp.ones((32, 8)), jnp.ones((32, 8)))

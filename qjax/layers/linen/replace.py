@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from qjax.layers import packing, qarrays, subclasses
 from qjax.layers.linen.variables import QUANTIZED, to_params, to_variables
-from qjax.layers.report import Entry
+from qjax.layers.report import Entry, path_name
 from qjax.layers.tracing import interpreter, uses
 from qjax.layers.tracing.views import Form
 from qjax.rules import Rule
@@ -51,7 +51,7 @@ def quantize(
       an entry for each parameter.
     """
     variables = nn.meta.unbox(variables)
-    flat = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+    flat = _by_path(variables["params"])
     flat = {path: qarrays.unboxed(weight) for path, weight in flat.items()}
     choices = {p: packing.choose(rules, p, weight) for p, weight in flat.items()}
     asked = {path: flat[path] for path in flat if choices[path].spec}
@@ -74,10 +74,25 @@ def quantize(
                 flat[path], kinds[path] = packed, (form, str(weight.dtype))
             if choice.spec is not None:
                 advance(entry.before)
-    params = traverse_util.unflatten_dict(flat, sep="/")
+    params = _replaced(variables["params"], flat)
     rest = {name: tree for name, tree in variables.items() if name != "params"}
     quantized = _as(_subclass(type(module), tuple(sorted(kinds.items()))), module)
     return quantized, {**rest, **to_variables(params)}, entries
+
+
+def _by_path(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves of nested dictionaries, by their names joined to paths."""
+    flat = traverse_util.flatten_dict(dict(params))
+    return {path_name(names): leaf for names, leaf in flat.items()}
+
+
+def _replaced(params: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The same dictionaries with other leaves at some paths."""
+    # Paths are not taken apart: names have slashes, too, as those of `nn.WeightNorm`.
+    flat = traverse_util.flatten_dict(dict(params))
+    return traverse_util.unflatten_dict(
+        {names: leaves.get(path_name(names), leaf) for names, leaf in flat.items()}
+    )
 
 
 def _as(cls: Any, module: nn.Module) -> nn.Module:
@@ -99,7 +114,7 @@ def _found(
     method: str | None,
 ) -> dict[str, Form | str]:
     """The forms of weights by what a call of the model does with them."""
-    params = traverse_util.flatten_dict(dict(variables["params"]), sep="/")
+    params = _by_path(variables["params"])
     passed, arguments = uses.arrays_of(inputs, keywords)
     others = {
         "params": {path: leaf for path, leaf in params.items() if path not in weights},
@@ -108,7 +123,7 @@ def _found(
 
     def run(weights: dict[str, Array], others: dict, passed: list) -> Any:
         args, kwargs = arguments(passed)
-        merged = traverse_util.unflatten_dict({**others["params"], **weights}, sep="/")
+        merged = _replaced(variables["params"], {**others["params"], **weights})
         return module.apply(
             {"params": merged, **others["rest"]}, *args, method=method, **kwargs
         )
@@ -142,11 +157,12 @@ def _apply(
     kwargs: dict[str, Any],
 ) -> Any:
     """Calls a model's own ``apply`` on packed weights."""
-    flat = traverse_util.flatten_dict(to_params(variables), sep="/")
+    whole = to_params(variables)
+    flat = _by_path(whole)
     rest = {k: v for k, v in variables.items() if k not in ("params", QUANTIZED)}
 
     def function(**weights: Array) -> Any:
-        params = traverse_util.unflatten_dict({**flat, **weights}, sep="/")
+        params = _replaced(whole, weights)
         return apply({"params": params, **rest}, *args, **kwargs)
 
     held = {

@@ -7,7 +7,7 @@ an array or again a packed weight, or None where only the dense weight will do.
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -63,12 +63,11 @@ class Held:
 
         Args:
           axis: The axis of the stack.
-          index: Which matrices, along new axes of the stack.
+          index: Which matrices, along new axes of the stack; all exist.
 
         Returns:
           The weight with its old view, and what the new axes are called.
         """
-        # As JAX does, but for the NaNs of a gather that fills: codes hold none.
         take = lambda leaf: jnp.take(leaf, index, axis=axis, mode="clip")  # noqa: E731
         names = tuple(max(self.stack) + 1 + i for i in range(index.ndim))
         stack = (*self.stack[:axis], *names, *self.stack[axis + 1 :])
@@ -91,7 +90,8 @@ def gather(held: Held, index: Array, params: dict[str, Any]) -> Array | Held | N
     """Computes a `jax.lax.gather` of whole slices along one axis.
 
     Columns are dequantized, as rows of a table of embeddings, and no others; matrices
-    of a stack stay packed.
+    of a stack stay packed. Where an index is out of range, the slice is what ``params``
+    say: that of the nearest index, or a number.
     """
     numbers, view = params["dimension_numbers"], held.view
     axes = numbers.start_index_map
@@ -104,22 +104,36 @@ def gather(held: Held, index: Array, params: dict[str, Any]) -> Array | Held | N
     ):
         return None
     (axis,) = axes
-    index = index[..., 0]
+    index, exists = _in_range(index[..., 0], view.shape[axis])
+    fill = None
+    if params["mode"] == GatherScatterMode.FILL_OR_DROP:
+        fill = exists, params["fill_value"]
     rank = index.ndim + len(view.dims) - 1
     others = [i for i in range(rank) if i not in numbers.offset_dims]
     if (place := held.counts(view.dims[axis])) is not None:
-        return _of_stack(held, place, index, axis, (others, numbers.offset_dims))
-    if params["mode"] != GatherScatterMode.PROMISE_IN_BOUNDS:
-        last, clips = view.shape[axis] - 1, params["mode"] == GatherScatterMode.CLIP
-        # What lookup does not find is NaN, as for a gather that fills.
-        outside = jnp.asarray(0 if clips else last + 1, index.dtype)
-        index = jnp.where(index < 0, outside, index)
-        index = jnp.minimum(index, jnp.asarray(last, index.dtype)) if clips else index
+        where = others, numbers.offset_dims
+        return _of_stack(held, place, index, axis, where, fill)
     rows = lookup(held, axis, index)
     if rows is None:
         return None
+    if fill is not None:
+        rows = _filled(rows, 0, *fill)
     parts = dict(zip((*others, *numbers.offset_dims), range(rank), strict=True))
     return rows.transpose([parts[i] for i in range(rank)])
+
+
+def _in_range(index: Array, size: int) -> tuple[Array, Array]:
+    """Returns the nearest indices that exist, and whether they are the same."""
+    # Narrow integers may not hold the size.
+    last = min(size - 1, jnp.iinfo(index.dtype).max)
+    nearest = jnp.clip(index, 0, last)
+    return nearest.astype(jnp.int32), nearest == index
+
+
+def _filled(array: Array, axis: int, exists: Array, value: float) -> Array:
+    """Fills the slices that do not exist, from an axis on."""
+    exists = jnp.expand_dims(exists, range(exists.ndim, array.ndim - axis))
+    return jnp.where(exists, array, jnp.asarray(value, array.dtype))
 
 
 def lookup(held: Held, axis: int, index: Array) -> Array | None:
@@ -152,14 +166,30 @@ def _of_stack(
     index: Array,
     axis: int,
     where: tuple[Sequence[int], Sequence[int]],
-) -> Held:
+    fill: tuple[Array, float] | None,
+) -> Held | None:
     """Matrices of a stack, by an array of indices."""
     taken, names = held.restack(place, index)
+    if fill is not None:
+        # Scales of NaN or 0 make all of a matrix so; no other number has such a scale.
+        if fill[1] != 0 and not np.isnan(fill[1]):
+            return None
+        weight = _with_scales(taken.weight, lambda leaf: _filled(leaf, place, *fill))
+        taken = dataclasses.replace(taken, weight=weight)
     new = [_axis(name, size) for name, size in zip(names, index.shape, strict=True)]
     rest = [dim for i, dim in enumerate(held.view.dims) if i != axis]
     placed = dict(zip((*where[0], *where[1]), (*new, *rest), strict=True))
     dims = tuple(placed[i] for i in range(len(placed)))
     return tidy(taken.seen(held.view._replace(dims=dims)))
+
+
+def _with_scales(w: QTensor, change: Callable[[Array], Array]) -> QTensor:
+    """A weight with other scales, and float zeros."""
+    w = ops.decoded(w)
+    new = {"scale": w.scale}
+    if w.zero is not None and jnp.issubdtype(w.zero.dtype, jnp.floating):
+        new["zero"] = w.zero
+    return dataclasses.replace(w, **jax.tree.map(change, new))
 
 
 def _axis(name: int, size: int) -> tuple[Atom, ...]:
