@@ -155,9 +155,14 @@ def route(
       As `combine`.
 
     Raises:
-      ValueError: As `dispatch` and `combine`.
+      ValueError: As `dispatch`; or if ``weight`` has not the shape of ``expert``.
     """
     routed = dispatch(x, expert, num_experts)
+    if weight.shape != expert.shape:
+        raise ValueError(
+            f"weight.shape={weight.shape} must be that of expert, {expert.shape}: what "
+            "each counts."
+        )
     return combine(layer(routed.rows, routed.group_sizes), routed, weight)
 
 

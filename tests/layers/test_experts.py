@@ -269,6 +269,12 @@ def test_tokens_are_sorted_and_come_back(t):
             ),
             "weight.shape=(4, 1) must be [t, top_k]",
         ),
+        (
+            lambda: Experts.from_qtensor(kernel()).route(
+                jnp.ones((4, K)), jnp.ones((4, 2), int), jnp.ones((2, 4))
+            ),
+            "weight.shape=(2, 4) must be that of expert, (4, 2)",
+        ),
     ],
 )
 def test_refuses(make, message, refuses):
