@@ -5,6 +5,7 @@ Where axes of a mesh are explicit, the pieces of an array are a part of its type
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -55,6 +56,33 @@ def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager[None]:
     if AxisType.Explicit in mesh.axis_types:
         return jax.sharding.use_abstract_mesh(mesh)
     return contextlib.nullcontext()
+
+
+def automatically(
+    function: Callable[..., Any],
+    *operands: Any,
+    specs: Callable[[Any], Any],
+) -> Any:
+    """Calls a function as on a mesh of automatic axes.
+
+    XLA then finds out where all that it computes lies. Explicit axes would have it said
+    wherever it does not follow from types.
+
+    Args:
+      function: Pure.
+      *operands: Trees of arrays.
+      specs: Gives the specs of the results, which it gets as abstract arrays.
+
+    Returns:
+      The results, cut by ``specs`` where mesh axes are explicit.
+    """
+    if not is_explicit(operands):
+        return function(*operands)
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), operands)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+        cut = specs(jax.eval_shape(function, *shapes))
+    with on_mesh_of(operands):
+        return jax.sharding.auto_axes(function, out_sharding=cut)(*operands)
 
 
 def explicitly_like(tree: Any, other: Any) -> Any:

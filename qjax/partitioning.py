@@ -19,9 +19,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Sharding
 from jaxtyping import Array
 
 from qjax.meshes import is_explicit, mesh_of, vary_together
@@ -95,8 +96,8 @@ class _Operand(NamedTuple):
     nbytes: int
 
     @classmethod
-    def of(cls, names: Names, array: Any, sharding: Any) -> "_Operand":
-        return cls(names, sharding.spec, math.prod(array.shape) * array.dtype.itemsize)
+    def of(cls, names: Names, array: Any, spec: PartitionSpec) -> "_Operand":
+        return cls(names, spec, math.prod(array.shape) * array.dtype.itemsize)
 
     @property
     def has_rows(self) -> bool:
@@ -128,13 +129,29 @@ class _Task:
         results: Sequence[PartitionSpec],
         units: Mapping[str, int],
     ) -> "_Task":
-        pieces = _by_family(units)
-        cuts = {name: n for name, n in units.items() if pieces[_family(name)] > 1}
+        every = cls(tuple(map(tuple, operands)), tuple(map(tuple, results)), units)
+        return every._only(lambda pieces: pieces > 1)
 
-        def kept(spec: PartitionSpec) -> Names:
-            return tuple(name if name in cuts else None for name in spec)
+    def on(self, mesh: Mesh) -> "_Task":
+        """Leaves out the names whose pieces no axis of a mesh shares evenly.
 
-        return cls(tuple(map(kept, operands)), tuple(map(kept, results)), cuts)
+        Shardy would cut words along a part of an axis, and they were gathered again.
+        """
+        sizes = [size for size in mesh.shape.values() if size > 1]
+        return self._only(lambda pieces: any(pieces % size == 0 for size in sizes))
+
+    def _only(self, is_cut: Callable[[int], bool]) -> "_Task":
+        pieces = _by_family(self.units)
+        cuts = {
+            name: n for name, n in self.units.items() if is_cut(pieces[_family(name)])
+        }
+
+        def kept(names: Names) -> Names:
+            return tuple(name if name in cuts else None for name in names)
+
+        return _Task(
+            tuple(map(kept, self.operands)), tuple(map(kept, self.results)), cuts
+        )
 
     def batched(self, size: int, batched: Sequence[bool]) -> "_Task":
         """Puts one more axis before those of some operands and of all results."""
@@ -174,14 +191,13 @@ class _Task:
         return _Choice(dict(axes))
 
     def rule(
-        self, mesh: Mesh, value_types: Sequence[Any], result_types: Sequence[Any]
+        self, value_types: Sequence[Any], result_types: Sequence[Any]
     ) -> tuple[str, dict[str, Any]]:
         """The rule by which Shardy carries shardings over the function.
 
         An axis of whole pieces is one factor; of pieces of several elements it is two,
         of which the second is never cut.
         """
-        del mesh
         sizes: dict[str, int] = {}
         whole: list[str] = []
         alone: set[str] = set()
@@ -285,7 +301,7 @@ def _over_shards(
     """Where arrays are traced with their pieces."""
     mesh = mesh_of(leaves)
     typed = [
-        _Operand.of(names, leaf, jax.typeof(leaf).sharding)
+        _Operand.of(names, leaf, jax.typeof(leaf).sharding.spec)
         for names, leaf in zip(task.operands, leaves, strict=True)
     ]
     choice = task.choose(mesh, typed)
@@ -312,7 +328,12 @@ def _over_pieces(
     """Where XLA finds out about the pieces."""
     # What the function closes over stays a matter of the inner jit.
     partitioned = custom_partitioning(jax.jit(functions.whole))
-    partitioned.def_partition(_partition(task, functions), sharding_rule=task.rule)
+    partitioned.def_partition(
+        _partition(task, functions),
+        sharding_rule=lambda mesh, *types: task.on(mesh).rule(*types),
+        # Which fails where an array is cut along a part of a mesh axis.
+        decode_shardings=False,
+    )
     return tuple(partitioned(*leaves))
 
 
@@ -322,7 +343,7 @@ def _partition(task: _Task, functions: _Functions) -> Callable[..., Any]:
     def partition(mesh: Mesh, operands: Any, results: Any) -> tuple:
         del results
         placed = [
-            _Operand.of(names, array, array.sharding)
+            _Operand.of(names, array, _spec(array.sharding, mesh, len(names)))
             for names, array in zip(task.operands, operands, strict=True)
         ]
         choice = task.choose(mesh, placed)
@@ -339,6 +360,36 @@ def _partition(task: _Task, functions: _Functions) -> Callable[..., Any]:
         )
 
     return partition
+
+
+def _spec(sharding: Sharding, mesh: Mesh, rank: int) -> PartitionSpec:
+    """Finds the mesh axes that an array is cut along, from where its pieces begin.
+
+    Args:
+      sharding: What XLA has decided on. It may cut along a part of a mesh axis, as one
+        of four devices where there are two pieces, which no spec can say.
+      mesh: The mesh.
+      rank: Axes of the array.
+
+    Returns:
+      The spec; an axis of the array that is cut along a part counts as whole.
+    """
+    # Of a shape that can be cut in any way.
+    cuts = sharding.devices_indices_map((mesh.size,) * rank)
+    first = [[axis.start or 0 for axis in cuts[device]] for device in mesh.devices.flat]
+    begins = np.array(first, int).reshape(*mesh.devices.shape, rank)
+
+    def entry(begin: np.ndarray) -> tuple[str, ...]:
+        reach = {
+            name: int(np.ptp(begin, axis).max())
+            for axis, name in enumerate(mesh.axis_names)
+        }
+        outer_first = sorted(reach, key=reach.__getitem__, reverse=True)
+        axes = [name for name in outer_first if reach[name]]
+        shares = math.prod(mesh.shape[name] for name in axes)
+        return tuple(axes) if shares == len(np.unique(begin)) else ()
+
+    return P(*[entry(begins[..., i]) for i in range(rank)])
 
 
 def _family(name: str | None) -> str:

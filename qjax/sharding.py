@@ -197,6 +197,33 @@ def names(w: QTensor) -> QTensor:
     )
 
 
+def cut_as(w: QTensor, named: Any) -> Any:
+    """Gives the mesh axes of names, where those of a weight are a part of its type.
+
+    Args:
+      w: The weight.
+      named: A tree of specs of the names of `names`.
+
+    Returns:
+      The same tree of specs of mesh axes.
+    """
+    axes = {
+        name: entry
+        for leaf, spec in zip(
+            jax.tree.leaves(w), jax.tree.leaves(names(w)), strict=True
+        )
+        for name, entry in zip(spec, jax.typeof(leaf).sharding.spec, strict=True)
+        if name is not None and entry is not None
+    }
+    return jax.tree.map(lambda spec: P(*map(axes.get, spec)), named)
+
+
+def dense_names(w: QTensor) -> PartitionSpec:
+    """Names the axes of the dense weight ``[*batch, k, n]``, as `names` does."""
+    batch = [f"b{i}" for i in range(len(w.batch))]
+    return P(*batch, "k0" if len(w.segments) == 1 else None, "n")
+
+
 def words_names(layout: Layout, bits: int, segment: int = 0) -> PartitionSpec:
     """Names the axes of the words of one segment of one matrix, as `names` does."""
     axes: list[str | None] = [None] * layout.rank

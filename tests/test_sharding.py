@@ -413,6 +413,68 @@ class TestCommunication:
         assert plan.argument_size_in_bytes == w.nbytes // 4 + x.nbytes
 
 
+def assert_close(found, wanted):
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        if a.dtype != jax.dtypes.float0:
+            assert relative_error(a, b) < TOLERANCE
+
+
+class TestPartOfAnAxis:
+    """Pieces that fewer devices share than an axis has, which is halved."""
+
+    MESHES = pytest.mark.parametrize(
+        "mesh",
+        [
+            jax.make_mesh(
+                (4,), ("model",), (AxisType.Auto,), devices=jax.devices()[:4]
+            ),
+            # Here, two devices along the other axis could share them.
+            MESH,
+        ],
+        ids=["4", "2x4"],
+    )
+
+    @MESHES
+    def test_gradients(self, mesh):
+        # Six groups of rows, and hidden features that are cut over four devices.
+        up = qjax.quantize(draw((64, 192), 0), bits=4, group_size=32)
+        down = qjax.quantize(draw((192, 64), 1), bits=4, group_size=32)
+        x = draw((M, 64), 2)
+
+        @jax.jit
+        @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), allow_int=True)
+        def train(x, up, down):
+            hidden = jax.nn.relu(qjax.matmul(x, up))
+            return (qjax.matmul(hidden, down) ** 2).mean()
+
+        cut = qjax.shard(up, mesh, P(None, "model")), qjax.shard(down, mesh, P())
+        assert_close(train(place(x, P(), mesh), *cut), train(x, up, down))
+
+    @MESHES
+    def test_gradients_of_cut_inputs(self, mesh):
+        w = qjax.quantize(draw((192, 64), 1), bits=4, group_size=32)
+        x, dy = draw((M, 192), 2), draw((M, 64), 3)
+        cut = place(x, P(None, "model"), mesh), dy, qjax.shard(w, mesh, P())
+        assert_close(jax.jit(step)(*cut), jax.jit(step)(x, dy, w))
+
+    @MESHES
+    def test_relayout(self, mesh):
+        # Two steps of 128 rows, of words that are cut over four devices.
+        w = qjax.quantize(draw((256, 64), 0), bits=4, group_size=32)
+        moved = qjax.relayout(qjax.shard(w, mesh, P("model")), Tiles())
+        np.testing.assert_array_equal(
+            moved.words[0], qjax.relayout(w, Tiles()).words[0]
+        )
+        assert moved.words[0].sharding.is_fully_replicated
+
+    def test_an_axis_that_shares_them_still_does(self):
+        w = qjax.quantize(draw((256, 64), 0), bits=4, group_size=32)
+        move = functools.partial(qjax.relayout, layout=Tiles())
+        w = qjax.shard(w, MESH, P("data"))
+        assert communicated(move, w) == {}
+        assert move(w).words[0].sharding.spec == P("data")
+
+
 class TestSpecs:
     def test_of_the_leaves(self):
         w = packed()

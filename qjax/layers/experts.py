@@ -75,7 +75,8 @@ def dispatch(
             "for a number; export one."
         )
     # Every device sorts all of them.
-    flat = gathered(expert).reshape(-1)
+    x, expert = gathered((x, expert))
+    flat = expert.reshape(-1)
     if flat.dtype.itemsize < 4:  # which may not hold num_experts
         flat = flat.astype(jnp.int32)
     is_one = (flat >= 0) & (flat < num_experts)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.nn.initializers import Initializer, he_uniform
 from jaxtyping import Array, DTypeLike, Float
 
-from qjax import decode
+from qjax import ops
 from qjax.meshes import explicitly_like
 from qjax.tensor import QTensor, check_packed
 from qjax.training.rounding import requantize
@@ -120,7 +120,7 @@ def merge(
       (32, 32)
     """
     check_packed(w)
-    return decode.dequantize(w, jnp.float32) + _delta(w, a, b, alpha)
+    return ops.dequantize(w, jnp.float32) + _delta(w, a, b, alpha)
 
 
 def merge_quantized(

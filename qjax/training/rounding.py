@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, UInt8
 
 from qjax import ops, tensor
 from qjax.decode import numbers_of, rounded, spread, stored_weight
-from qjax.sharding import by_segment, joined
+from qjax.meshes import automatically
+from qjax.sharding import by_segment, cut_as, joined, names
 from qjax.tensor import Affine, QTensor
 
 # Rounds of nearest codes and fitted scales; a fifth changes little.
@@ -57,26 +58,38 @@ def stacked(function: Callable) -> Callable:
     """Lets a function of one matrix and its arrays take stacks; one program.
 
     Of a matrix of mixed widths that is cut over devices, the function sees the whole,
-    and what it returns is `by_segment` again.
+    and what it returns is `by_segment` again. Where mesh axes are explicit, tensors
+    that it returns are cut as the one that it gets, and arrays as the last of those.
     """
+
+    def over_all(qt: QTensor, *arrays: Array) -> Any:
+        over_batch = function
+        for _ in qt.batch:
+            over_batch = jax.vmap(over_batch)
+        whole = joined(qt)
+        result = over_batch(whole, *arrays)
+        return result if whole is qt else _each(result, by_segment, lambda array: array)
 
     @jax.jit
     def mapped(qt: QTensor, *arrays: Array) -> Any:
-        over_all = function
-        for _ in qt.batch:
-            over_all = jax.vmap(over_all)
-        whole = joined(qt)
-        result = over_all(whole, *arrays)
-        if whole is qt:
-            return result
-        is_tensor = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
-        return jax.tree.map(
-            lambda leaf: by_segment(leaf) if is_tensor(leaf) else leaf,
-            result,
-            is_leaf=is_tensor,
-        )
+        def specs(result: Any) -> Any:
+            like = jax.typeof(arrays[-1]).sharding.spec
+            return _each(result, lambda w: cut_as(qt, names(w)), lambda _: like)
+
+        return automatically(over_all, qt, *arrays, specs=specs)
 
     return mapped
+
+
+def _each(
+    tree: Any, of_tensor: Callable[[QTensor], Any], of_array: Callable[[Any], Any]
+) -> Any:
+    is_tensor = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: of_tensor(leaf) if is_tensor(leaf) else of_array(leaf),
+        tree,
+        is_leaf=is_tensor,
+    )
 
 
 @stacked

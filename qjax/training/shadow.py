@@ -22,10 +22,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax import ops
-from qjax.meshes import vary_together
+from qjax.meshes import automatically, is_explicit, mesh_of, vary_together
+from qjax.sharding import cut_as, dense_names
 from qjax.tensor import QTensor
 
 
@@ -38,7 +40,8 @@ def zeros(tree: Any, dtype: DTypeLike = jnp.float32) -> Any:
 
     Returns:
       The same tree with zeros ``[*batch, k, n]`` for each tensor, and None for all
-      else.
+      else. Where mesh axes are explicit, zeros are cut as their tensor: a gradient has
+      the type of what it is of.
 
     Example:
       >>> w = qjax.quantize(jnp.ones((64, 8)), group_size=32)
@@ -47,10 +50,23 @@ def zeros(tree: Any, dtype: DTypeLike = jnp.float32) -> Any:
     """
     is_qtensor = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
     return jax.tree.map(
-        lambda leaf: jnp.zeros(leaf.shape, dtype) if is_qtensor(leaf) else None,
+        lambda leaf: _zeros(leaf, dtype) if is_qtensor(leaf) else None,
         tree,
         is_leaf=is_qtensor,
     )
+
+
+def _zeros(w: QTensor, dtype: DTypeLike) -> Array:
+    if not is_explicit(w):
+        return jnp.zeros(w.shape, dtype)
+
+    @jax.jit
+    def cut(w: QTensor) -> Array:
+        spec = cut_as(w, dense_names(w))
+        place = NamedSharding(mesh_of(w), spec)
+        return jax.sharding.reshard(jnp.zeros(w.shape, dtype), place)
+
+    return cut(w)
 
 
 def matmul(
@@ -107,12 +123,11 @@ def attach(
       ValueError: If ``shadow`` is not of the shape of ``w``, or not float.
     """
     _check(w, shadow)
-    x = jax.lax.stop_gradient(x)
-    if w.input_scale is not None:
-        scale = jax.lax.stop_gradient(w.input_scale).astype(x.dtype)
-        x = x * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+    x, scale = jax.lax.stop_gradient((x, w.input_scale))
+    if scale is not None:
+        scale = scale.astype(jnp.float32)
     y, shadow = vary_together(y, shadow)
-    return _attach(y, x, shadow)
+    return _attach(jax.typeof(shadow), y, x, scale, shadow)
 
 
 def attach_by(
@@ -139,51 +154,50 @@ def attach_by(
       ValueError: As `attach`.
     """
     _check(w, shadow)
-    inputs = jax.tree.map(jax.lax.stop_gradient, inputs)
-    scale = w.input_scale
+    inputs, scale = jax.lax.stop_gradient((inputs, w.input_scale))
     if scale is not None:
-        scale = jax.lax.stop_gradient(scale).astype(jnp.float32)
+        scale = scale.astype(jnp.float32)
     y, shadow = vary_together(y, shadow)
-    return _attach_by(product, shadow.shape, y, inputs, scale, shadow)
+    return _attach_by(product, jax.typeof(shadow), y, inputs, scale, shadow)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attach_by(
     product: Callable[..., Array],
-    shape: tuple[int, ...],
+    like: Any,
     y: Array,
     inputs: tuple[Array, ...],
     scale: Array | None,
     shadow: Array,
 ) -> Array:
-    del product, shape, inputs, scale, shadow
+    del product, like, inputs, scale, shadow
     return y
 
 
 def _forward_by(
     product: Callable[..., Array],
-    shape: tuple[int, ...],
+    like: Any,
     y: Array,
     inputs: tuple[Array, ...],
     scale: Array | None,
     shadow: Array,
 ) -> tuple[Array, tuple]:
-    return y, (inputs, scale, jnp.zeros_like(shadow, shape=(0,)))
+    del product, like, shadow
+    return y, (inputs, scale)
 
 
 def _backward_by(
-    product: Callable[..., Array],
-    shape: tuple[int, ...],
-    residuals: tuple,
-    dy: Array,
+    product: Callable[..., Array], like: Any, residuals: tuple, dy: Array
 ) -> tuple:
-    inputs, scale, empty = residuals
-    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
-    transposed = jax.linear_transpose(lambda w: product(w, *inputs), weight)
-    (dw,) = transposed(dy.astype(jnp.float32))
-    if scale is not None:
-        dw = dw * scale[..., None]
-    return dy, *_no_cotangent((inputs, scale)), dw.astype(empty.dtype)
+    weight = jax.ShapeDtypeStruct(like.shape, jnp.float32)
+
+    def gradient(inputs: tuple[Array, ...], scale: Array | None, dy: Array) -> Array:
+        transposed = jax.linear_transpose(lambda w: product(w, *inputs), weight)
+        (dw,) = transposed(dy.astype(jnp.float32))
+        return dw if scale is None else dw * scale[..., None]
+
+    dw = _like(like, gradient, *residuals, dy)
+    return dy, *_no_cotangent(residuals), dw
 
 
 def _no_cotangent(tree: Any) -> Any:
@@ -206,20 +220,27 @@ def _check(w: QTensor, shadow: Array) -> None:
         )
 
 
-# y = x W + ..., so dW = x^T dy; y itself passes through, and so does its cotangent.
-@jax.custom_vjp
-def _attach(y: Array, x: Array, shadow: Array) -> Array:
-    del x, shadow
+# y = (s x) W + ..., so dW = s x^T dy; y itself passes through, and so does its
+# cotangent. Of the shadow only the type is kept.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attach(like: Any, y: Array, x: Array, scale: Array | None, shadow: Array) -> Array:
+    del like, x, scale, shadow
     return y
 
 
-def _forward(y: Array, x: Array, shadow: Array) -> tuple[Array, tuple[Array, Array]]:
-    # Of the shadow only the dtype is kept, in an array of no elements.
-    return y, (x, jnp.zeros_like(shadow, shape=(0,)))
+def _forward(
+    like: Any, y: Array, x: Array, scale: Array | None, shadow: Array
+) -> tuple[Array, tuple]:
+    del like, shadow
+    return y, (x, scale)
 
 
-def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array, Array]:
-    x, empty = residuals
+def _backward(like: Any, residuals: tuple, dy: Array) -> tuple:
+    dw = _like(like, _outer, *residuals, dy)
+    return dy, *_no_cotangent(residuals), dw
+
+
+def _outer(x: Array, scale: Array | None, dy: Array) -> Array:
     dtype = x.dtype if x.dtype == dy.dtype else jnp.float32
     dw = jax.lax.dot_general(
         x.reshape(-1, x.shape[-1]).astype(dtype),
@@ -228,7 +249,14 @@ def _backward(residuals: tuple[Array, Array], dy: Array) -> tuple[Array, Array, 
         precision="highest",
         preferred_element_type=jnp.float32,
     )
-    return dy, jnp.zeros_like(x), dw.astype(empty.dtype)
+    # Here, as 16 bits may not hold the scaled inputs.
+    return dw if scale is None else dw * scale[:, None]
+
+
+def _like(like: Any, gradient: Callable[..., Array], *operands: Any) -> Array:
+    """Computes a gradient in the type of what it is of."""
+    of_dtype = lambda *operands: gradient(*operands).astype(like.dtype)  # noqa: E731
+    return automatically(of_dtype, *operands, specs=lambda _: like.sharding.spec)
 
 
 _attach.defvjp(_forward, _backward)

@@ -1,5 +1,6 @@
 """`qjax.training.shadow`: the gradient of integers, under every transformation."""
 
+import dataclasses
 import functools
 import json
 from pathlib import Path
@@ -197,6 +198,15 @@ def test_rows_are_those_of_the_inputs(made, as_qtensor):
         shadow.zeros(w)
     )
     close(found, scaled.T.astype(np.float64) @ np.ones((M, N)))
+
+
+def test_scaled_inputs_beyond_the_range_of_float16(as_qtensor):
+    w = as_qtensor(oracle.random(1, K, N))
+    w = dataclasses.replace(w, input_scale=jnp.full(K, 100, jnp.float16))
+    x = jnp.full((M, K), 1000, jnp.float16)
+    loss = lambda s: shadow.matmul(x, w, s).astype(jnp.float32).sum()  # noqa: E731
+    found = jax.grad(loss)(shadow.zeros(w))
+    close(found, np.full((K, N), M * 1e5))
 
 
 def test_all_other_gradients_are_those_of_matmul(as_qtensor):
