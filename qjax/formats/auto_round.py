@@ -99,6 +99,7 @@ class Config:
             raise ValueError(  # noqa: TRY004
                 f"extra_config={extra!r} must map modules to objects."
             )
+        default = _one(entry, read)
         paths, patterns = {}, []
         for name, changes in extra.items():
             where = f"extra_config[{name!r}]"
@@ -113,7 +114,6 @@ class Config:
             else:
                 check_pattern(where, anywhere := f".*{grouped(name)}")
                 patterns.append((anywhere, config))
-        default = _one(entry, read)
         return cls(
             format=format_, default=default, paths=paths, patterns=tuple(patterns)
         )
