@@ -197,7 +197,7 @@ ALONE = {
 }
 
 
-@pytest.mark.parametrize("spec", [P(None, "model"), P("model"), P("data", "model")])
+@pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")])
 @pytest.mark.parametrize("name", ALONE)
 def test_functions_of_weights(name, spec, mesh):
     w, dense = weights()["up"], draw(K, N, seed=3) / 100
