@@ -359,7 +359,8 @@ def test_models_of_all_layers():
     kinds = {name: type(getattr(adapted, name)) for name in ("embed", "up", "experts")}
     assert set(kinds.values()) == {training.nnx.LoRA}
     y = run(model, tokens)
-    chex.assert_trees_all_equal(run(adapted, tokens), y)
+    # Another program, which XLA may fuse, and so round, in another way.
+    chex.assert_trees_all_close(run(adapted, tokens), y, rtol=0, atol=1e-6)
     # Those that have shadows: embeddings have none.
     assert sorted(training.nnx.kernels(model)) == ["experts", "up"]
     merged = training.nnx.merge_lora(adapted)
