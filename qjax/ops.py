@@ -238,7 +238,7 @@ def _stored_weight(w: QTensor, dtype: DTypeLike | None) -> Array:
         ),
         (stored,),
         (sharding.names(stored),),
-        P("k0" if len(w.segments) == 1 else None, "n"),
+        sharding.dense_names(stored),
         sharding.units(stored),
     )
 

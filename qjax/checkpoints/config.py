@@ -33,12 +33,12 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
       ('llama', 'gptq')
     """
     directory = Path(path)
-    if not directory.is_dir() and (old := left_over(path)):
-        raise FileNotFoundError(
-            f"{directory} is not there: replacing it was interrupted, and what it was "
-            f"is {old[0]}. Do the same again, or rename that."
-        )
     if not directory.is_dir():
+        if old := left_over(path):
+            raise FileNotFoundError(
+                f"{directory} is not there: replacing it was interrupted, and what it "
+                f"was is {old[0]}. Do the same again, or rename that."
+            )
         raise FileNotFoundError(
             f"{directory} is not a directory; pass one that holds config.json and "
             "model.safetensors (models on a hub must be downloaded first). What a GGUF "

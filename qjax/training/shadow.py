@@ -122,12 +122,7 @@ def attach(
     Raises:
       ValueError: If ``shadow`` is not of the shape of ``w``, or not float.
     """
-    _check(w, shadow)
-    x, scale = jax.lax.stop_gradient((x, w.input_scale))
-    if scale is not None:
-        scale = scale.astype(jnp.float32)
-    y, shadow = vary_together(y, shadow)
-    return _attach(jax.typeof(shadow), y, x, scale, shadow)
+    return _attached(_outer, y, (x,), w, shadow)
 
 
 def attach_by(
@@ -153,51 +148,91 @@ def attach_by(
     Raises:
       ValueError: As `attach`.
     """
+    gradient = functools.partial(_transposed, product, w.shape)
+    return _attached(gradient, y, inputs, w, shadow)
+
+
+def _attached(
+    gradient: Callable[..., Array],
+    y: Array,
+    inputs: tuple[Array, ...],
+    w: QTensor,
+    shadow: Array,
+) -> Array:
+    """Checks a shadow, and gives it to a product whose gradient is known."""
     _check(w, shadow)
     inputs, scale = jax.lax.stop_gradient((inputs, w.input_scale))
     if scale is not None:
         scale = scale.astype(jnp.float32)
     y, shadow = vary_together(y, shadow)
-    return _attach_by(product, jax.typeof(shadow), y, inputs, scale, shadow)
+    return _attach(gradient, jax.typeof(shadow), y, inputs, scale, shadow)
 
 
+# y = (s x) W + ..., so dW = s x^T dy, or what another linear layer has; y itself passes
+# through, and so does its cotangent. Of the shadow only the type is kept.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attach_by(
-    product: Callable[..., Array],
+def _attach(
+    gradient: Callable[..., Array],
     like: Any,
     y: Array,
     inputs: tuple[Array, ...],
     scale: Array | None,
     shadow: Array,
 ) -> Array:
-    del product, like, inputs, scale, shadow
+    del gradient, like, inputs, scale, shadow
     return y
 
 
-def _forward_by(
-    product: Callable[..., Array],
+def _forward(
+    gradient: Callable[..., Array],
     like: Any,
     y: Array,
     inputs: tuple[Array, ...],
     scale: Array | None,
     shadow: Array,
 ) -> tuple[Array, tuple]:
-    del product, like, shadow
+    del gradient, like, shadow
     return y, (inputs, scale)
 
 
-def _backward_by(
-    product: Callable[..., Array], like: Any, residuals: tuple, dy: Array
+def _backward(
+    gradient: Callable[..., Array], like: Any, residuals: tuple, dy: Array
 ) -> tuple:
-    weight = jax.ShapeDtypeStruct(like.shape, jnp.float32)
+    def in_its_type(inputs: tuple[Array, ...], scale: Array | None, dy: Array) -> Array:
+        dw = gradient(inputs, dy)
+        # Here, as 16 bits may not hold the scaled inputs.
+        dw = dw if scale is None else dw * scale[..., None]
+        return dw.astype(like.dtype)
 
-    def gradient(inputs: tuple[Array, ...], scale: Array | None, dy: Array) -> Array:
-        transposed = jax.linear_transpose(lambda w: product(w, *inputs), weight)
-        (dw,) = transposed(dy.astype(jnp.float32))
-        return dw if scale is None else dw * scale[..., None]
-
-    dw = _like(like, gradient, *residuals, dy)
+    dw = automatically(in_its_type, *residuals, dy, specs=lambda _: like.sharding.spec)
     return dy, *_no_cotangent(residuals), dw
+
+
+_attach.defvjp(_forward, _backward)
+
+
+def _outer(inputs: tuple[Array], dy: Array) -> Array:
+    (x,) = inputs
+    dtype = x.dtype if x.dtype == dy.dtype else jnp.float32
+    return jax.lax.dot_general(
+        x.reshape(-1, x.shape[-1]).astype(dtype),
+        dy.reshape(-1, dy.shape[-1]).astype(dtype),
+        (((0,), (0,)), ((), ())),
+        precision="highest",
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _transposed(
+    product: Callable[..., Array],
+    shape: tuple[int, ...],
+    inputs: tuple[Array, ...],
+    dy: Array,
+) -> Array:
+    weight = jax.ShapeDtypeStruct(shape, jnp.float32)
+    transposed = jax.linear_transpose(lambda w: product(w, *inputs), weight)
+    (dw,) = transposed(dy.astype(jnp.float32))
+    return dw
 
 
 def _no_cotangent(tree: Any) -> Any:
@@ -209,54 +244,9 @@ def _no_cotangent(tree: Any) -> Any:
     return jax.tree.map(zeros, tree)
 
 
-_attach_by.defvjp(_forward_by, _backward_by)
-
-
 def _check(w: QTensor, shadow: Array) -> None:
     if shadow.shape != w.shape or not jnp.issubdtype(shadow.dtype, jnp.floating):
         raise ValueError(
             f"shadow must be float {w.shape}, as w; got {shadow.dtype}{shadow.shape}. "
             "qjax.training.shadow.zeros(w) makes one."
         )
-
-
-# y = (s x) W + ..., so dW = s x^T dy; y itself passes through, and so does its
-# cotangent. Of the shadow only the type is kept.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attach(like: Any, y: Array, x: Array, scale: Array | None, shadow: Array) -> Array:
-    del like, x, scale, shadow
-    return y
-
-
-def _forward(
-    like: Any, y: Array, x: Array, scale: Array | None, shadow: Array
-) -> tuple[Array, tuple]:
-    del like, shadow
-    return y, (x, scale)
-
-
-def _backward(like: Any, residuals: tuple, dy: Array) -> tuple:
-    dw = _like(like, _outer, *residuals, dy)
-    return dy, *_no_cotangent(residuals), dw
-
-
-def _outer(x: Array, scale: Array | None, dy: Array) -> Array:
-    dtype = x.dtype if x.dtype == dy.dtype else jnp.float32
-    dw = jax.lax.dot_general(
-        x.reshape(-1, x.shape[-1]).astype(dtype),
-        dy.reshape(-1, dy.shape[-1]).astype(dtype),
-        (((0,), (0,)), ((), ())),
-        precision="highest",
-        preferred_element_type=jnp.float32,
-    )
-    # Here, as 16 bits may not hold the scaled inputs.
-    return dw if scale is None else dw * scale[:, None]
-
-
-def _like(like: Any, gradient: Callable[..., Array], *operands: Any) -> Array:
-    """Computes a gradient in the type of what it is of."""
-    of_dtype = lambda *operands: gradient(*operands).astype(like.dtype)  # noqa: E731
-    return automatically(of_dtype, *operands, specs=lambda _: like.sharding.spec)
-
-
-_attach.defvjp(_forward, _backward)
