@@ -48,11 +48,12 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         whole = item.get_closest_marker("every_version")
         cases[item.nodeid if whole else item.nodeid.partition("[")[0]].append(item)
-    # Of each test other ones, as the first cases of all are alike.
+    # Of each test other ones, as the first cases of all are alike; and where another
+    # run takes every Mth, not the same.
     kept = {
         item
         for name, group in cases.items()
-        for item in group[zlib.crc32(name.encode()) % min(n, len(group)) :: n]
+        for item in group[zlib.crc32(f"{n} {name}".encode()) % min(n, len(group)) :: n]
     }
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]

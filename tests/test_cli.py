@@ -332,6 +332,7 @@ class TestConvert:
         assert done.stderr == ""
         assert succeeds("verify", tmp_path / "x").stdout.startswith("OK: 21 matrices")
 
+    @pytest.mark.slow
     def test_gptq_to_compressed_tensors_and_back(self, tmp_path):
         there, back = tmp_path / "ct", tmp_path / "gptq"
         succeeds("convert", SHIPPED, there, "--to", "compressed-tensors")
@@ -347,6 +348,7 @@ class TestConvert:
         assert bytes_of(there) != bytes_of(source)
         assert bytes_of(back) == bytes_of(source)
 
+    @pytest.mark.slow
     def test_awq_to_gptq_v2_and_back(self, tmp_path):
         there, back = tmp_path / "gptq", tmp_path / "awq"
         succeeds("convert", AWQ, there, "--to", "gptq_v2")
@@ -405,6 +407,7 @@ class TestConvert:
         succeeds("convert", AWQ, tmp_path / "whole", "--to", "gptq_v2")
         assert files_of(tmp_path / "x") == files_of(tmp_path / "whole")
 
+    @pytest.mark.slow
     def test_the_files_of_the_shell_survive_a_signal(self, tmp_path):
         """Ctrl-C of a real process: exit code 130, one line, nothing at DST."""
         script = (

@@ -135,10 +135,32 @@ def test_evaluation_loss(trained):
 
 @pytest.mark.parametrize("path", RANDOM, ids=lambda path: path.name)
 def test_architectures(path):
-    """Mistral, Mixtral, Qwen, gpt-oss, scaled rotary positions against transformers."""
+    """All that `hf_config` knows, and scaled rotary positions, against transformers."""
     reference = np.load(path / "reference.npz")
     logits = forward(model.load(path, joined=True), reference["ids"])
     chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
+
+
+def test_ternary_weights(tmp_path):
+    """BitNet's, as a directory holds them: the logits of the same weights, dense."""
+    source, target = ROOT / "tests" / "reference" / "bitnet", tmp_path / "ternary"
+    how = {"bits": 2, "group_size": None, "symmetric": True}
+    spec = qjax.Spec(**how, quantizer=qjax.formats.bitnet.quantize)
+    qjax.checkpoints.quantize(source, target, format="bitnet", rules=spec)
+    packed = model.load(target)
+    tensors = {
+        f"{name}.weight" if isinstance(w, qjax.QTensor) else name: w
+        for name, w in qjax.checkpoints.load(target, prepare=False).items()
+    }
+    assert sum(isinstance(w, qjax.QTensor) for w in tensors.values()) == 14
+    for name, w in tensors.items():
+        if isinstance(w, qjax.QTensor):
+            tensors[name] = qjax.dequantize(w, jnp.float32).T
+    dense = model.Decoder(weights.Weights(tensors, packed.config, jnp.float32))
+    ids = np.load(source / "reference.npz")["ids"]
+    chex.assert_trees_all_close(
+        forward(packed, ids), forward(dense, ids), atol=1e-4, rtol=0
+    )
 
 
 @pytest.mark.parametrize(
@@ -183,6 +205,7 @@ def test_bf16_activations(shipped):
     chex.assert_trees_all_close(half, exact, atol=0.05 * float(jnp.abs(exact).max()))
 
 
+@pytest.mark.slow
 def test_decode_equals_prefill(shipped):
     """Feeding tokens one by one through the cache gives the logits of one pass."""
     decoder, _ = shipped
@@ -204,6 +227,7 @@ def test_decode_equals_prefill(shipped):
     chex.assert_trees_all_close(jnp.concatenate(steps, 1), whole, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_prefill_and_decode_compile_once(shipped, monkeypatch):
     """Prompts of other lengths reuse both programs; a step uploads nothing."""
     decoder, _ = shipped
@@ -228,6 +252,7 @@ def test_prefill_and_decode_compile_once(shipped, monkeypatch):
     chex.assert_shape(cache.keys, (1, 14, 2, 64))
 
 
+@pytest.mark.slow
 def test_padding_does_not_change_a_prompt(shipped):
     decoder, _ = shipped
     key = jax.random.key(0)
@@ -239,6 +264,7 @@ def test_padding_does_not_change_a_prompt(shipped):
 class TestMixtures:
     """Experts: their matrices are one stack, of whatever the checkpoint holds."""
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe"])
     def test_quantized(self, name, tmp_path):
         """The logits of the same weights, dense."""
@@ -290,6 +316,7 @@ class TestMixtures:
         logits = forward(decoder, where.rows(reference["ids"]))
         chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
 
+    @pytest.mark.slow
     def test_generates(self):
         """Token by token, as in one pass."""
         decoder = model.load(ROOT / "tests" / "reference" / "gpt_oss", joined=True)
@@ -299,6 +326,7 @@ class TestMixtures:
         logits = forward(decoder, np.array([ids + tokens[:-1]]))
         assert logits[0, 4:].argmax(-1).tolist() == tokens
 
+    @pytest.mark.slow
     def test_calibrated(self, tmp_path):
         """Each expert sees its own tokens: less is lost than by rounding."""
         source = ROOT / "tests" / "reference" / "qwen2_moe"
@@ -320,6 +348,7 @@ class TestMixtures:
             errors.append(float(np.square(forward(decoder, ids) - exact).mean()))
         assert errors[0] < 0.85 * errors[1]
 
+    @pytest.mark.slow
     def test_folded(self, tmp_path):
         """AWQ's factors go from each expert's last matrix into its first."""
         source = ROOT / "tests" / "reference" / "mixtral"
@@ -392,6 +421,7 @@ class TestMixtures:
             logits = forward(model.load(tmp_path), reference["ids"])
             chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
 
+    @pytest.mark.slow
     def test_an_expert_without_tokens(self, tmp_path):
         """Its rows stay in their order, which act-order gives to those of others."""
         source = ROOT / "tests" / "reference" / "mixtral"
@@ -407,6 +437,7 @@ class TestMixtures:
 class TestMesh:
     """What ``--mesh`` asks for: the same text, from pieces of the model."""
 
+    @pytest.mark.slow
     def test_same_tokens_from_rows_and_columns(self):
         """Two prompts at a time, of other lengths; each matrix on two devices."""
         path = DATA / "llama1L_hqq4_g64"
@@ -510,6 +541,7 @@ def command(name, *arguments):
     )
 
 
+@pytest.mark.slow
 def test_generate_command():
     arguments = ["--prompt", "def f(x):", "--prompt", "import ", "--max-new-tokens", 5]
     done = command("generate.py", *arguments)
@@ -611,6 +643,7 @@ def dense(tmp_path):
     return tmp_path / "dense", inspect.getsourcefile(inspect)
 
 
+@pytest.mark.slow
 def test_quantize_command(dense, tmp_path):
     """Two bits lose less than by rounding, on text that GPTQ has not seen."""
     source, text = dense
@@ -694,9 +727,10 @@ def with_all_heads(tensors, config):
     return tensors, dataclasses.replace(config, num_kv_heads=config.num_heads)
 
 
-def test_folding_leaves_a_block_as_it_is():
-    """Biases and a head of values for each of queries included."""
-    path, name = ROOT / "tests" / "reference" / "llama3_bias", "model.layers.0"
+@pytest.mark.parametrize("model_type", ["llama3_bias", "bitnet"])
+def test_folding_leaves_a_block_as_it_is(model_type):
+    """Biases, a head of values for each of queries, and norms of their own included."""
+    path, name = ROOT / "tests" / "reference" / model_type, "model.layers.0"
     config = model.Config.from_json(qjax.checkpoints.read_config(path))
     # In the dtype of the file, folding would round weights to it.
     tensors = jax.tree.map(jnp.float32, qjax.checkpoints.load(path))

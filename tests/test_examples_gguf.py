@@ -305,6 +305,7 @@ def test_gemma(tmp_path):
     chex.assert_trees_all_close(found, wanted, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_gpt_oss():
     """The same of a file by llama.cpp's converter: sinks, the codes of its experts."""
     reference = np.load(RANDOM / "gpt_oss" / "reference.npz")

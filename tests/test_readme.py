@@ -3,9 +3,12 @@
 import doctest
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.mark.slow
 def test_readme(monkeypatch):
     monkeypatch.chdir(ROOT)
     done = doctest.testfile(str(ROOT / "README.md"), module_relative=False)

@@ -32,16 +32,25 @@ class Gated(nnx.Module):
         return self.gate_proj(*inputs), self.up_proj(*inputs)
 
 
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
+    "relu2": lambda x: jax.nn.relu(x) ** 2,
+}
+
+
 class MLP(Gated):
     """The gated feed-forward layer."""
 
     def __init__(self, weights: Weights, name: str) -> None:
         super().__init__(weights, name)
-        self.activation = jax.nn.gelu if weights.config.gelu else jax.nn.silu
+        self.activation = ACTIVATIONS[weights.config.activation]
+        self.ffn_sub_norm = weights.optional_norm(f"{name}.ffn_sub_norm")  # BitNet
 
     def __call__(self, x: Array) -> Array:
         gate, up = self.gate_and_up(x)
-        return self.down_proj(self.activation(gate) * up)
+        y = self.activation(gate) * up
+        return self.down_proj(y if self.ffn_sub_norm is None else self.ffn_sub_norm(y))
 
 
 class Experts(Gated):

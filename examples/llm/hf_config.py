@@ -18,6 +18,7 @@ MODEL_TYPES = (
     "gpt_oss",
     "gemma3_text",
     "gemma3",
+    "bitnet",
 )
 # Whose chosen experts count for 1 together, whatever their config.json says.
 NORMALIZED = ("mixtral", "gpt_oss")
@@ -66,7 +67,8 @@ class Config:
     embedding_scale: float = 1.0
     score_scale: float | None = None
     norm_offset: float = 0.0
-    gelu: bool = False  # the gate's activation, where it is not silu
+    activation: str = "silu"  # of the gate: silu, gelu or relu2
+    sub_norms: bool = False  # BitNet's, before the last matrix of either part
 
     @classmethod
     def from_json(cls, config: Mapping[str, Any]) -> "Config":
@@ -78,8 +80,12 @@ class Config:
         kind = config.get("model_type")
         if kind not in MODEL_TYPES:
             raise ValueError(f"model_type={kind!r} must be one of {MODEL_TYPES}.")
-        if config.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"hidden_act={config['hidden_act']!r} must be 'silu'.")
+        is_bitnet = kind == "bitnet"
+        activation = "relu2" if is_bitnet else "silu"
+        if config.get("hidden_act", activation) != activation:
+            raise ValueError(
+                f"hidden_act={config['hidden_act']!r} must be {activation!r}."
+            )
         if kind == "gpt_oss":
             config = {"sliding_window_pattern": 2} | dict(config)
         gemma = {}
@@ -105,7 +111,8 @@ class Config:
             top_k=config.get("num_experts_per_tok") or 0,
             normalized=kind in NORMALIZED or config.get("norm_topk_prob", False),
             swiglu=swiglu if kind == "gpt_oss" else None,
-            **gemma,
+            sub_norms=is_bitnet,
+            **{"activation": activation} | gemma,
         )
 
 
@@ -127,7 +134,7 @@ def _of_gemma(config: Mapping[str, Any]) -> dict[str, Any]:
         "embedding_scale": config["hidden_size"] ** 0.5,
         "score_scale": config["query_pre_attn_scalar"] ** -0.5,
         "norm_offset": 1.0,
-        "gelu": True,
+        "activation": "gelu",
     }
 
 

@@ -1,4 +1,4 @@
-"""A decoder-only language model over quantized weights: Llama, Qwen, Gemma, gpt-oss.
+"""A language model over quantized weights: Llama, Qwen, Gemma, gpt-oss, BitNet.
 
 Read it from top to bottom: the cache, attention, the decoder, and `load`, which turns a
 Hugging Face directory or a GGUF file into a model. What it has to know of its model is
@@ -64,6 +64,7 @@ class Attention(nnx.Module):
         self.q_norm = weights.optional_norm(f"{name}.q_norm")
         self.k_norm = weights.optional_norm(f"{name}.k_norm")
         self.sinks = weights.parameter(f"{name}.sinks")  # gpt-oss
+        self.attn_sub_norm = weights.optional_norm(f"{name}.attn_sub_norm")  # BitNet
 
     def __call__(
         self, x: Array, keys: Array, values: Array, start: Array, first: Array
@@ -113,7 +114,10 @@ class Attention(nnx.Module):
             score = jnp.concatenate([score, sinks.astype(score.dtype)], -1)
         probability = jax.nn.softmax(score)[..., : keys.shape[1]].astype(x.dtype)
         y = jnp.einsum("bhgts,bshd->bthgd", probability, values, precision="highest")
-        return self.o_proj(y.reshape(b, t, -1)), keys, values
+        y = y.reshape(b, t, -1)
+        if self.attn_sub_norm is not None:
+            y = self.attn_sub_norm(y)
+        return self.o_proj(y), keys, values
 
 
 def rotate(

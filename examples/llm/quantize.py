@@ -253,6 +253,10 @@ def junctions(
             f"{name}.post_attention_layernorm",
             [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
         )
+    if config.sub_norms:
+        yield f"{attention}.attn_sub_norm", [f"{attention}.o_proj"]
+        yield f"{mlp}.ffn_sub_norm", [f"{mlp}.down_proj"]
+        return
     # Several heads of queries may share one of values, but not its factors.
     if config.num_heads == config.num_kv_heads:
         yield f"{attention}.v_proj", [f"{attention}.o_proj"]

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import DTypeLike
 
 from qjax import tensor
-from qjax.formats import awq, compressed_tensors, exl2, fp8, gptq, hqq, modelopt
+from qjax.formats import (
+    awq,
+    bitnet,
+    compressed_tensors,
+    exl2,
+    fp8,
+    gptq,
+    hqq,
+    modelopt,
+)
 from qjax.formats import compressed_tensors_floats as floats
 from qjax.formats.block_scale import BlockScale
 from qjax.formats.checks import lacks_even_groups, lacks_narrow_zeros
@@ -177,6 +186,26 @@ def _of_fp8(config: fp8.Config) -> str:
         return f"{config.scale_fmt} for columns"
     rows, columns = config.block_size
     return f"{config.scale_fmt} for blocks of {rows} x {columns}"
+
+
+def _describe_bitnet(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    del matrices  # All are of one kind.
+    return {
+        "quant_method": "bitnet",
+        "linear_class": "autobitlinear",
+        "quantization_mode": "offline",
+        "modules_to_not_convert": list(dense) or None,
+    }
+
+
+def _against_bitnet(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
+    return {
+        name: f"BitNet leaves modules dense by the ends of their paths, and {part}, "
+        "which is dense, is that of its."
+        for name in matrices
+        for part in dense
+        if ends_path(re.escape(part), name)
+    }
 
 
 def _describe_modelopt(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
@@ -419,6 +448,11 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             widths=(8,),
             quantizer=fp8.quantize,
             against=_against_fp8,
+        ),
+        "bitnet": Dialect(
+            tensors=bitnet.to_tensors,
+            describe=_describe_bitnet,
+            against=_against_bitnet,
         ),
         "modelopt": Dialect(
             tensors=modelopt.to_tensors,

@@ -9,8 +9,8 @@ A format module has a `Layout` or two. Those of `FORMATS`, which checkpoints nam
   if the shapes of its tensors do, ``config.with_tensors(tensors)``,
 * ``check(tensors, config)``: names, dtypes and shapes, without reading any value,
 * if a range of each tensor is a matrix by itself, ``axes(tensors, config)``,
-* ``from_tensors(tensors, config)``, where `exl2`, `fp8`, `mbwq` and `mxfp4` can do
-  without the configuration, and ``to_tensors(qt, ...)``.
+* ``from_tensors(tensors, config)``, where `bitnet`, `exl2`, `fp8`, `mbwq` and `mxfp4`
+  can do without the configuration, and ``to_tensors(qt, ...)``.
 
 `auto_round` is a configuration alone: its tensors are those of other formats. Each
 tensor of a `gguf` file says what it is, and no directory names that format. No
@@ -30,6 +30,7 @@ from qjax.formats import (
     auto_round,
     awq,
     awq_v2,
+    bitnet,
     bnb,
     compressed_tensors,
     exl2,
@@ -52,6 +53,7 @@ __all__ = [
     "auto_round",
     "awq",
     "awq_v2",
+    "bitnet",
     "bnb",
     "compressed_tensors",
     "exl2",
@@ -86,6 +88,7 @@ FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
         "fbgemm_fp8": fp8,
         "modelopt": modelopt,
         "modelopt_fp4": modelopt,
+        "bitnet": bitnet,
         "gguf": gguf,
     }
 )

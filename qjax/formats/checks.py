@@ -258,7 +258,7 @@ def lacks_integer_zeros(qt: QTensor) -> str | None:
 def lacks_narrow_zeros(qt: QTensor) -> str | None:
     """Whether integer zeros are codes; those of MPQ may be one more."""
     zero, bits = plain(qt.zero), qt.segments[0].bits
-    if zero is None or zero.dtype != jnp.uint8 or not _is_known(zero):
+    if zero is None or zero.dtype != jnp.uint8 or not is_known(zero):
         return None
     if (most := int(jnp.max(zero))) < 2**bits:
         return None
@@ -268,7 +268,7 @@ def lacks_narrow_zeros(qt: QTensor) -> str | None:
 def lacks_even_groups(qt: QTensor) -> str | None:
     """Whether as many rows are in each group, where a ``row_group`` says which are."""
     rows, size = qt.row_group, qt.segments[0].group_size
-    if rows is None or not _is_known(rows):
+    if rows is None or not is_known(rows):
         return None
     counts = np.bincount(np.asarray(rows))
     if counts.min() == counts.max() == (size or qt.k):
@@ -276,8 +276,8 @@ def lacks_even_groups(qt: QTensor) -> str | None:
     return f"its groups have {counts.min()} to {counts.max()} rows; GPTQ holds those"
 
 
-def _is_known(array: Any) -> bool:
-    """Whether there are values to look at."""
+def is_known(array: Any) -> bool:
+    """Whether an array has values to look at, and not only a shape and a dtype."""
     return not isinstance(array, Tracer | jax.ShapeDtypeStruct)
 
 

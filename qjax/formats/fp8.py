@@ -364,6 +364,7 @@ def quantize(
       or infinity makes the scale of its block NaN.
 
     Raises:
+      TypeError: If ``w`` is a list, say, and no array.
       ValueError: If an argument is not as described.
 
     Example:
@@ -372,6 +373,7 @@ def quantize(
       Array([[448. ,   7. ],
              [  1. ,   0.5]], dtype=float32)
     """
+    tensor.check_array(w, "w")
     if w.ndim < 2 or w.dtype not in FLOATS:
         raise ValueError(
             "w must be bfloat16, float16 or float32 [..., k, n]; got "

@@ -329,6 +329,7 @@ def quantize(w: Float[Array, "*batch k n"]) -> QTensor:
       The tensor that a file would hold.
 
     Raises:
+      TypeError: If ``w`` is a list, say, and no array.
       ValueError: If ``w`` is not as described.
 
     Example:
@@ -337,6 +338,7 @@ def quantize(w: Float[Array, "*batch k n"]) -> QTensor:
       >>> qjax.dequantize(w)[::4, 0]
       Array([0, 1, 2, 3, 4, 4, 6, 6], dtype=bfloat16)
     """
+    tensor.check_array(w, "w")
     if w.ndim < 2 or w.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(
             "w must be bfloat16, float16 or float32 [..., k, n]; got "

@@ -16,7 +16,7 @@ from jaxtyping import Array, DTypeLike, Float, Int32, Integer, Num
 from qjax import ragged
 from qjax.layers import dense
 from qjax.meshes import gathered
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_array
 
 AXES = "[num_experts, in_features, out_features]"
 # Up to so many entries are compared with each other: a sort, a scatter and a cumulative
@@ -53,6 +53,7 @@ def dispatch(
       ``t * top_k`` rows.
 
     Raises:
+      TypeError: If an argument is a list, say, and no array.
       ValueError: If shapes or dtypes do not fit.
       NotImplementedError: If t is left open for `jax.export`.
 
@@ -62,6 +63,8 @@ def dispatch(
       >>> routed.rows[:, 0].tolist(), routed.group_sizes.tolist()
       ([10.0, 11.0, 11.0, 10.0], [2, 1, 1])
     """
+    check_array(x, "x")
+    check_array(expert, "expert")
     integer = jnp.issubdtype(expert.dtype, jnp.integer)
     fits = x.ndim == expert.ndim == 2 and x.shape[0] == expert.shape[0]
     if not (fits and expert.shape[1] and integer):
@@ -118,6 +121,7 @@ def combine(
       ``[t, n]`` in the dtype of ``y``, summed in float32.
 
     Raises:
+      TypeError: If ``weight`` is a list, say, and no array.
       ValueError: If shapes do not fit.
 
     Example:
@@ -126,6 +130,7 @@ def combine(
       >>> combine(routed.rows, routed, jnp.array([[0.5, 0.5], [0.0, 2.0]])).tolist()
       [[10.0], [22.0]]
     """
+    check_array(weight, "weight")
     if weight.ndim != 2 or not len(y) == weight.size == len(routed.order):
         raise ValueError(
             f"weight.shape={weight.shape} must be [t, top_k] with t * top_k the rows "
@@ -156,9 +161,11 @@ def route(
       As `combine`.
 
     Raises:
+      TypeError: If an argument is a list, say, and no array.
       ValueError: As `dispatch`; or if ``weight`` has not the shape of ``expert``.
     """
     routed = dispatch(x, expert, num_experts)
+    check_array(weight, "weight")
     if weight.shape != expert.shape:
         raise ValueError(
             f"weight.shape={weight.shape} must be that of expert, {expert.shape}: what "

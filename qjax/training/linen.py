@@ -170,6 +170,11 @@ class LoRA(nn.Module):
 
     def setup(self) -> None:
         """Takes the base's place among the variables."""
+        if not hasattr(self.base, "factored"):
+            raise TypeError(
+                f"base is {type(self.base).__module__}.{type(self.base).__name__}, and "
+                "must be a layer of layers.linen; those of Flax hold no packed weight."
+            )
         nn.share_scope(self, self.base)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Float[Array, "..."]:
@@ -183,6 +188,7 @@ class LoRA(nn.Module):
           What the base returns, of the same shape and dtype.
 
         Raises:
+          TypeError: If ``base`` is no layer of `layers.linen`.
           ValueError: If ``rank`` is not positive, or as the base.
         """
         base: Any = self.base

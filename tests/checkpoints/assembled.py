@@ -168,6 +168,14 @@ def scales_alone(name: str, key: str) -> Assembled:
     return assemble(tensors, data["out_dequant"].T, data["meta"]["config"])
 
 
+def bitnet() -> Assembled:
+    data = golden("bitnet/bitnet_autobitlinear__32x96__s1200")
+    tensors = {name: data[name] for name in ("weight", "weight_scale")}
+    # What it is multiplied by is of the dtype of the scale, and was widened.
+    weight = data["out_identity"].astype(tensors["weight_scale"].dtype)
+    return assemble(tensors, weight, data["meta"]["config"])
+
+
 def modelopt(name: str, **changes) -> Assembled:
     """With the scale of a KV cache, as ModelOpt writes it beside the weight."""
     data = golden(f"modelopt/modelopt_{name}")
@@ -325,6 +333,7 @@ DIALECTS: dict[str, Callable[[], Assembled]] = {
         "default__float32__256x384__s914", "weight_scale_inv"
     ),
     "fbgemm_fp8": lambda: scales_alone("fbgemm__float32__32x96__s913", "weight_scale"),
+    "bitnet": bitnet,
     "modelopt fp8": lambda: modelopt("fp8__32x96__s1100"),
     "modelopt fp8_pb_wo": lambda: modelopt("fp8_pb_wo__128x384__s1102"),
     "modelopt mxfp8": lambda: modelopt("mxfp8__32x96__s1103"),

@@ -144,6 +144,7 @@ def write(path: Path, tensors: dict, kinds: dict | None = None, **more) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_every_type_and_stacks_of_experts(tmp_path):
     tensors, kinds = {}, {}
     for kind, name in GOLDEN.items():

@@ -319,6 +319,22 @@ class TestSmallFloats:
         assert checkpoints.verify(tmp_path / "x") == []
 
 
+def test_the_same_bytes_of_bitnet(tmp_path, refuses):
+    made = DIALECTS["bitnet"]().checkpoint
+    source = made.write(tmp_path / "source")
+    checkpoints.convert(source, tmp_path / "again", format="bitnet")
+    found = {k: v.read() for k, v in shards.scan(tmp_path / "again").items()}
+    same_bits(found, dict(made.tensors))
+    entry = entry_of(tmp_path / "again")
+    assert entry["modules_to_not_convert"] == ["lm_head"]
+    assert entry["linear_class"] == "autobitlinear"
+    pair = {A: load_one(source), "q_proj.weight": jnp.ones((4, 4))}
+    with refuses("BitNet leaves modules dense by the ends of their paths, and q_proj"):
+        checkpoints.save(tmp_path / "x", pair, {}, format="bitnet")
+    with refuses("BitNet cannot hold QTensor(64x32, 4 bits"):
+        checkpoints.save(tmp_path / "x", {A: quantized()}, {}, format="bitnet")
+
+
 @pytest.mark.parametrize("head", [False, True])
 def test_exl2(tmp_path, head):
     tensors = {A: mixed()} | ({"lm_head": mixed()} if head else {})

@@ -11,7 +11,7 @@ from flax import nnx
 
 import qjax
 from qjax.layers import linen
-from qjax.layers.experts import combine, dispatch
+from qjax.layers.experts import combine, dispatch, route
 from qjax.layers.linen import to_params, to_variables
 from qjax.layers.nnx import Experts, Quantized, Scale
 from tests.layers import cases
@@ -280,3 +280,13 @@ def test_tokens_are_sorted_and_come_back(t):
 def test_refuses(make, message, refuses):
     with refuses(message):
         make()
+
+
+@pytest.mark.parametrize("name", ["x", "expert", "weight"])
+def test_refuses_lists(name, refuses):
+    given = {"x": np.ones((4, K)), "expert": np.ones((4, 2), int)}
+    given |= {"weight": np.ones((4, 2), np.float32)}
+    given = {key: jnp.asarray(array) for key, array in given.items()}
+    given[name] = given[name].tolist()
+    with refuses(f"{name} is list, and must be an array", TypeError):
+        route(lambda rows, sizes: rows, 2, *given.values())

@@ -204,6 +204,7 @@ def test_gradients(case):
         assert relative_error(gradient, expected[name]) < TOLERANCE, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale", ["global", "over global"])
 def test_a_number_for_the_whole_matrix(scale):
     case = {"bits": 4, "affine": "float", "group": 16, "shape": "ragged"}
@@ -287,6 +288,7 @@ def stack(request):
 class TestStacks:
     """Matrices of a stack by index, read where they lie."""
 
+    @pytest.mark.slow
     def test_every_kernel(self, stack):
         matrices, stacked = stack
         x, dy = rows(5, 384), rows(5, 80, seed=2)
@@ -340,6 +342,7 @@ class TestStacks:
             alone = matrices[e].matmul(x[i])
             assert relative_error(y[i], alone) < allowed
 
+    @pytest.mark.slow
     def test_mixed_widths(self):
         parts = MIXES["exl2"]
         matrices = [

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import qjax
 from qjax import checkpoints
-from qjax.formats import fp8
+from qjax.formats import bitnet, fp8
 from qjax.formats import gptq as format_
 from qjax.quantizers import gptq, gram, hqq
 from tests.peers import arrays
@@ -24,17 +24,15 @@ DENSE = Path(__file__).parents[1] / "data" / "llama_bf16"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "llm" / "quantize.py"
 
 
-def logits_of(directory: Path) -> np.ndarray:
+def logits_of(directory: Path, dtype: torch.dtype = torch.float32) -> np.ndarray:
     ids = np.load(DENSE / "reference.npz")["prompt_ids"].astype(np.int64)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        directory, dtype=torch.float32
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     entry = checkpoints.read_config(directory).get("quantization_config") or {}
     if entry.get("quant_method") == "fp8":
         # On a CPU it is dequantized, each weight to the dtype of its scale.
         model = model.float()
     with torch.no_grad():
-        return model(torch.from_numpy(ids)).logits.numpy()
+        return model(torch.from_numpy(ids)).logits.float().numpy()
 
 
 def expected_of(directory: Path) -> np.ndarray:
@@ -92,6 +90,18 @@ def test_transformers_runs_a_directory(tmp_path, write):
     # A model that was loaded dense after all would be off by as much as codes are.
     off = 1e-2 if "floats" in write.__name__ else 2e-2
     assert np.abs(found - logits_of(DENSE)).max() > off * np.abs(expected).max()
+
+
+def test_transformers_runs_ternary_weights(tmp_path, monkeypatch):
+    # One function would be compiled, by a compiler that need not be there.
+    monkeypatch.setattr(torch._dynamo.config, "disable", True)
+    spec = qjax.Spec(bits=2, group_size=None, symmetric=True, quantizer=bitnet.quantize)
+    checkpoints.quantize(DENSE, tmp_path / "packed", format="bitnet", rules=spec)
+    expected = expected_of(tmp_path / "packed")
+    # Its layers are of the dtype of the scales, with activations of eight bits.
+    found = logits_of(tmp_path / "packed", torch.bfloat16)
+    assert np.abs(found - expected).max() <= 3e-2 * np.abs(expected).max()
+    assert np.abs(found - logits_of(DENSE)).max() > 0.2 * np.abs(expected).max()
 
 
 def test_hqq_reads_a_directory(tmp_path):

@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
+from qjax.formats import bitnet, fp8, mxfp4
 from qjax.quantizers import awq, calibrated, clip, gptq, gram, grams, hqq, output_error
 
 RNG = np.random.default_rng(0)
@@ -44,6 +45,13 @@ def test_an_error_that_is_not_finite_is_no_0(refuses):
     assert np.isnan(output_error(np.full_like(W, np.nan), packed))
     with refuses("w must be finite; it holds NaN or infinity"):
         awq.quantize(np.full_like(W, np.nan), 4, 32, gram=GRAM)
+
+
+@pytest.mark.parametrize("of", [*ALL.values(), bitnet, fp8, mxfp4])
+def test_a_list_is_refused(of, refuses):
+    quantize = getattr(of, "quantize", of)
+    with refuses("w is list, and must be an array", TypeError):
+        quantize(W.tolist())
 
 
 @pytest.mark.parametrize("value", [np.inf, np.nan, 3e38])

@@ -137,7 +137,8 @@ def test_hqq_in_products_stacks_and_models():
         one = matrix_of(packed, i)
         wanted = hqq.quantize(stack[i], 4, 32)
         np.testing.assert_array_equal(one.numpy(), wanted.numpy())
-        chex.assert_trees_all_close(one.zero, wanted.zero, rtol=1e-6)
+        # A mean over the group, in the order that XLA takes for a stack.
+        chex.assert_trees_all_close(one.zero, wanted.zero, rtol=1e-5)
     layer = nnx.Linear(128, 24, use_bias=False, rngs=nnx.Rngs(0))
     layer.kernel = nnx.Param(jnp.asarray(W))
     spec = qjax.Spec(bits=4, group_size=32, quantizer=hqq.quantize)

@@ -25,6 +25,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
+    BitNetForCausalLM,
     Gemma3ForCausalLM,
     GptOssForCausalLM,
     LlamaForCausalLM,
@@ -386,6 +387,19 @@ CASES = {
             ),
         },
         norm_mean=0.0,
+    ),
+    "bitnet": Case(
+        BitNetForCausalLM,
+        seed=13,
+        settings={"tie_word_embeddings": True, "rope_parameters": rope(5e5)},
+        checks=NORMS
+        | {
+            "norm in attention": bypassed("attn_sub_norm"),
+            "norm in the MLP": bypassed("ffn_sub_norm"),
+            "their weights": filled("sub_norm.weight", 1.0),
+            "activation": configured(hidden_act="silu"),
+            "rope theta (1e4)": configured(rope_parameters=rope(1e4)),
+        },
     ),
 }
 

@@ -39,6 +39,7 @@ def small_model(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "mesh"),
     [*[(method, None) for method in finetune.Method], ("scales", "1,2")],

@@ -241,6 +241,13 @@ def test_an_explicit_mesh_shards_the_sum_as_the_base_is_told(spec):
     assert cases.error(found, np.asarray(wanted, np.float64)) < 1e-5
 
 
+def test_layers_of_flax_are_refused(refuses):
+    layer = training.linen.LoRA(nn.Dense(N), RANK)
+    message = "base is flax.linen.linear.Dense, and must be a layer of layers.linen"
+    with refuses(message, TypeError):
+        layer.init(jax.random.key(0), cases.inputs())
+
+
 def test_arguments_that_the_base_does_not_take_are_refused():
     layer = training.nnx.LoRA(cases_of()["experts"].base(), RANK, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="group_sizes"):
