@@ -285,6 +285,7 @@ def quantize(
 def _quantize(w: Array) -> tuple[Array, Array]:
     wide = w.astype(jnp.float32)
     scale = jnp.maximum(jnp.abs(wide).mean(keepdims=True), _LEAST)
-    level = jnp.clip(jnp.round(wide / scale), -1, 1)
+    # As transformers rounds: once more than a quotient.
+    level = jnp.clip(jnp.round(wide * (1 / scale)), -1, 1)
     # Not a number to the backend is any code; the scale says so.
     return jnp.where(jnp.isnan(level), 0, level).astype(jnp.int32) + _ZERO, scale

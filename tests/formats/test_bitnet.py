@@ -14,7 +14,8 @@ from tests import goldens
 from tests.goldens import load, same_bits
 from tests.oracle import relative_error
 
-FILES = goldens.names("bitnet")
+ONLINE = "bitnet_online__32x96__s1203"
+FILES = [name for name in goldens.names("bitnet") if name != ONLINE]
 AUTO = "bitnet_autobitlinear__32x96__s1200"
 # What a layer that divides may round: the product of two scales, and the quotient.
 ROUNDED = {"bfloat16": 2.0**-7, "float32": 2.0**-22}
@@ -66,6 +67,15 @@ def test_packs_as_quanto_packs_two_bits():
     data = load(AUTO)
     packed = quanto.pack_weights(jnp.asarray(data["ternary"] + 1), 2)
     same_bits(packed, data["weight"])
+
+
+@pytest.mark.parametrize("name", [ONLINE])
+def test_rounds_as_a_layer_in_training(name):
+    data = load(name)
+    packed = bitnet.quantize(jnp.asarray(data["dense"].T))
+    np.testing.assert_array_equal(qjax.codes(packed), data["ternary"].T + 1)
+    found = qjax.dequantize(packed)
+    np.testing.assert_allclose(found, data["out_identity"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

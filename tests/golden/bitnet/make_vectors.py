@@ -45,27 +45,47 @@ def make(seed: int, name: str, n: int = 32, k: int = 96) -> None:
         layer.weight, layer.weight_scale = packed, scale
     with torch.no_grad():
         found = layer(torch.eye(k, dtype=dtype)).float().numpy()
-    version = importlib.metadata.version("transformers")
     kind = str(dtype).removeprefix("torch.")
-    # NumPy has no bfloat16.
-    stored = scale.numpy() if kind == "float32" else scale.view(torch.uint16).numpy()
-    meta = {
+    arrays = {
+        "weight": packed,
+        # NumPy has no bfloat16.
+        "weight_scale": (scale if kind == "float32" else scale.view(torch.uint16)),
+        "ternary": weight.numpy().astype(np.int8),
+        "out_identity": found,
+    }
+    entry = config.to_dict() | {"quant_method": "bitnet"}
+    save(name, seed, arrays, {"config": entry, "dtypes": {"weight_scale": kind}})
+
+
+def make_online(seed: int, n: int = 32, k: int = 96) -> None:
+    """A dense weight, and what a layer in training makes of the unit vectors."""
+    layer = bitnet.AutoBitLinear(k, n, bias=False, online_quant=True)
+    rng = np.random.default_rng(seed)
+    layer.weight.data = torch.from_numpy(rng.standard_normal((n, k), np.float32))
+    with torch.no_grad():
+        found = layer(torch.eye(k)).numpy()
+    arrays = {
+        "dense": layer.weight.detach().numpy(),
+        "ternary": np.sign(found.T).astype(np.int8),
+        "out_identity": found,
+    }
+    save("online", seed, arrays, {})
+
+
+def save(name: str, seed: int, arrays: dict, meta: dict) -> None:
+    """One file, which says where it is from."""
+    version = importlib.metadata.version("transformers")
+    meta |= {
         "source": f"transformers {version} (huggingface/transformers, "
         "src/transformers/integrations/bitnet.py), pack_weights and the layers",
-        "config": config.to_dict() | {"quant_method": "bitnet"},
-        "dtypes": {"weight_scale": kind},
         "torch": torch.__version__,
     }
-    np.savez_compressed(
-        FOLDER / f"bitnet_{name}__{n}x{k}__s{seed}.npz",
-        weight=packed.numpy(),
-        weight_scale=stored,
-        ternary=weight.numpy().astype(np.int8),
-        out_identity=found,
-        meta=np.asarray(json.dumps(meta)),
-    )
+    shape = "x".join(map(str, arrays["ternary"].shape))
+    file = FOLDER / f"bitnet_{name}__{shape}__s{seed}.npz"
+    np.savez_compressed(file, **arrays, meta=np.asarray(json.dumps(meta)))
 
 
 if __name__ == "__main__":
     for seed, name in enumerate(CASES, 1200):
         make(seed, name)
+    make_online(1203)
