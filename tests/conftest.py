@@ -32,7 +32,7 @@ def pytest_addoption(parser):
         type=int,
         default=1,
         metavar="N",
-        help="run every Nth case of tests that have several, but for those of "
+        help="run one in N cases of tests that have several, but all of those of "
         "pytest.mark.every_version",
     )
 
@@ -48,13 +48,16 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         whole = item.get_closest_marker("every_version")
         cases[item.nodeid if whole else item.nodeid.partition("[")[0]].append(item)
-    # Of each test other ones, as the first cases of all are alike; and where another
-    # run takes every Mth, not the same.
-    kept = {
-        item
-        for name, group in cases.items()
-        for item in group[zlib.crc32(f"{n} {name}".encode()) % min(n, len(group)) :: n]
-    }
+
+    def draw(item):
+        # By the case, so that tests of the same cases take the same, which some compile
+        # once for all; and where another run takes one in M, not those.
+        return zlib.crc32(f"{n} {item.nodeid.partition('[')[2]}".encode())
+
+    kept = set()
+    for group in cases.values():
+        drawn = {item for item in group if draw(item) % n == 0}
+        kept |= drawn or {min(group, key=draw)}
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
