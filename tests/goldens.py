@@ -30,14 +30,19 @@ def names(folder: str) -> list[str]:
 @functools.cache
 def load(name: str) -> dict[str, Any]:
     """The arrays of a file, what it says of them in "meta", and of that "config"."""
-    with np.load(FILES[name]) as file:
-        data = dict(file)
+    data = arrays(FILES[name])
     meta = json.loads(str(data["meta"]))
     # NumPy's files have none of these, only their bits.
     for key, dtype in meta.get("dtypes", {}).items():
         if dtype in ("bfloat16", "float8_e4m3fn", "float8_e8m0fnu"):
             data[key] = data[key].view(dtype)
     return data | {"meta": meta, "config": meta.get("config")}
+
+
+def arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a file that is closed: one left open may warn in another test."""
+    with np.load(path) as file:
+        return dict(file)
 
 
 def patterns(array: Any) -> np.ndarray:

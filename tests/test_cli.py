@@ -28,6 +28,7 @@ from qjax.cli import app
 from qjax.formats import exl2
 from tests.checkpoints import tiny
 from tests.checkpoints.writes import Writes
+from tests.goldens import arrays
 
 ROOT = Path(__file__).parent.parent
 SHIPPED = ROOT / "examples" / "llm" / "checkpoint"
@@ -78,7 +79,7 @@ def files_of(directory):
 def exl2_directory(path, name="exl2_b43_g128"):
     """What exllamav2 packed, as a checkpoint."""
     with np.load(ROOT / f"tests/golden/exl2/{name}.npz") as vectors:
-        names = [key for key in exl2.TENSORS if key in vectors.files]
+        names = [key for key in exl2.TENSORS if key in vectors]
         tensors = {f"{UP}.{key}": vectors[key] for key in names}
     # Derived from q_invperm when a file is read.
     tensors.pop(f"{UP}.q_perm", None)
@@ -875,7 +876,7 @@ class TestCompare:
         (head,) = (line for line in lines if line.startswith(" name"))
         sides = ["A,", "bits", "B,", "bits"]
         assert head.split() == ["name", *sides, "error", "dB", "largest", "same"]
-        reference = np.load(DATA / "llama_gptq4_g128_actorder" / "reference.npz")
+        reference = arrays(DATA / "llama_gptq4_g128_actorder" / "reference.npz")
         errors = {name: float(reference[f"relerr/{name}.weight"]) for name in rows}
         # Only matrices differ, and the worst are first.
         assert list(rows) == sorted(rows, key=lambda name: -errors[name])
@@ -892,6 +893,20 @@ class TestCompare:
         assert totals[2][:3] == ["total", "16.000", "5.589"]
         assert totals[2][-3:] == ["9", "of", "30"]
         assert done.stderr == ""
+
+    def test_of_many_the_worst_have_rows(self, tmp_path):
+        tensors = {
+            f"{i}.up": qjax.quantize(jnp.ones((32, 8)), 4, 32) for i in range(103)
+        }
+        checkpoints.save(tmp_path / "a", tensors, {}, format="gptq_v2")
+        tensors["7.up"] = qjax.quantize(2 * jnp.ones((32, 8)), 4, 32)
+        checkpoints.save(tmp_path / "b", tensors, {}, format="gptq_v2")
+        found = tmp_path / "a", tmp_path / "b"
+        done, rows = self.rows(*found)
+        assert next(iter(rows)) == "7.up"
+        assert len(rows) == 101
+        assert "and 3 more: --each" in done.stdout
+        assert len(self.rows(*found, "--each")[1]) == 103
 
     def test_dense_tensors_that_differ_have_rows(self):
         source = DATA / "llama1L_torchao_int8"
@@ -942,10 +957,10 @@ class TestCompare:
         assert total["matrices"]["relative_error"] > total["relative_error"]
 
     def test_at_most(self):
-        reference = np.load(DATA / "llama_gptq4_g128_actorder" / "reference.npz")
+        reference = arrays(DATA / "llama_gptq4_g128_actorder" / "reference.npz")
         errors = {
             name.removeprefix("relerr/").removesuffix(".weight"): float(reference[name])
-            for name in reference.files
+            for name in reference
             if name.startswith("relerr/")
         }
         above = {name for name, error in errors.items() if error > 0.155}
@@ -1101,7 +1116,7 @@ class TestProgress:
 
 def assert_same_model(directories, name):
     """The same logits, close to those of the tool that quantized the model."""
-    reference = np.load(DATA / name / "reference.npz")
+    reference = arrays(DATA / name / "reference.npz")
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         found = [logits(path, reference["prompt_ids"]) for path in directories]
     for one in found:

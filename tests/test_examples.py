@@ -24,6 +24,7 @@ from safetensors.flax import load_file, save_file
 from typer.testing import CliRunner
 
 import qjax
+from tests.goldens import arrays
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "llm"))
@@ -69,7 +70,7 @@ def jax_as_users_run_it():
 
 @pytest.fixture(scope="module", params=TRAINED, ids=str)
 def trained(request):
-    reference = np.load(DATA / request.param / "reference.npz")
+    reference = arrays(DATA / request.param / "reference.npz")
     return model.load(TRAINED[request.param], joined=True), reference
 
 
@@ -99,7 +100,7 @@ def test_prompt_logits(trained):
 def test_dialects(name):
     """Logits and loss of AWQ, compressed-tensors, NF4, HQQ and torchao checkpoints."""
     decoder = model.load(DATA / name, joined=True)
-    reference = np.load(DATA / name / "reference.npz")
+    reference = arrays(DATA / name / "reference.npz")
     logits = forward(decoder, reference["prompt_ids"])
     chex.assert_trees_all_close(logits, reference["prompt_logits"], atol=2e-4, rtol=0)
     tokenizer = generate.read_tokenizer(SHIPPED)
@@ -136,7 +137,7 @@ def test_evaluation_loss(trained):
 @pytest.mark.parametrize("path", RANDOM, ids=lambda path: path.name)
 def test_architectures(path):
     """All that `hf_config` knows, and scaled rotary positions, against transformers."""
-    reference = np.load(path / "reference.npz")
+    reference = arrays(path / "reference.npz")
     logits = forward(model.load(path, joined=True), reference["ids"])
     chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
 
@@ -157,7 +158,7 @@ def test_ternary_weights(tmp_path):
         if isinstance(w, qjax.QTensor):
             tensors[name] = qjax.dequantize(w, jnp.float32).T
     dense = model.Decoder(weights.Weights(tensors, packed.config, jnp.float32))
-    ids = np.load(source / "reference.npz")["ids"]
+    ids = arrays(source / "reference.npz")["ids"]
     chex.assert_trees_all_close(
         forward(packed, ids), forward(dense, ids), atol=1e-4, rtol=0
     )
@@ -286,7 +287,7 @@ class TestMixtures:
                 tensors[path] = w
         model.stack(tensors)
         dense = model.Decoder(weights.Weights(tensors, decoder.config, jnp.float32))
-        ids = np.load(source / "reference.npz")["ids"]
+        ids = arrays(source / "reference.npz")["ids"]
         chex.assert_trees_all_close(
             forward(decoder, ids), forward(dense, ids), atol=1e-4, rtol=0
         )
@@ -312,7 +313,7 @@ class TestMixtures:
             matrix = max(jax.tree.leaves(nnx.state(layer)), key=lambda a: a.nbytes)
             assert matrix.sharding.shard_shape(matrix.shape)[0] == 4
             assert matrix.nbytes == 2 * matrix.addressable_shards[0].data.nbytes
-        reference = np.load(path / "reference.npz")
+        reference = arrays(path / "reference.npz")
         logits = forward(decoder, where.rows(reference["ids"]))
         chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
 
@@ -803,8 +804,8 @@ def test_awq_ends_in_a_directory_that_needs_no_factors(awq):
     # Two heads of queries share one of values, and so o_proj has no factors.
     norms = ("input_layernorm", "post_attention_layernorm")
     assert changed == {f"model.layers.{i}.{n}.weight" for i in (0, 1) for n in norms}
-    logits = np.load(QWEN2 / "reference.npz")["logits"]
-    found = forward(model.load(path), np.load(QWEN2 / "reference.npz")["ids"])
+    logits = arrays(QWEN2 / "reference.npz")["logits"]
+    found = forward(model.load(path), arrays(QWEN2 / "reference.npz")["ids"])
     # Rounded without factors, it is 0.27 of random weights.
     assert np.linalg.norm(found - logits) < 0.3 * np.linalg.norm(logits)
 

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import qjax
 from qjax.checkpoints import modules
+from tests.goldens import arrays
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "examples" / "llm"))
@@ -34,7 +35,7 @@ import placement  # noqa: E402
 DATA, RANDOM = ROOT / "tests" / "data", ROOT / "tests" / "reference"
 FILE = DATA / "llama_gguf_q4_k_m" / "model.gguf"
 SHIPPED_TOKENIZER = generate.SHIPPED / "tokenizer.json"
-REFERENCE = dict(np.load(FILE.parent / "reference.npz"))
+REFERENCE = arrays(FILE.parent / "reference.npz")
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +79,7 @@ class TestModelOfLlamaCpp:
 
     def test_loss(self, decoder):
         """2.4946, as llama.cpp has it of the same weights in float32; bf16: 2.4927."""
-        ids = np.load(DATA / "llama_bf16" / "reference.npz")["eval_ids"]
+        ids = arrays(DATA / "llama_bf16" / "reference.npz")["eval_ids"]
         loss = evaluate.evaluate(decoder, generate.read_tokenizer(FILE), ids)
         assert loss.nats_per_token == pytest.approx(2.4946, abs=2e-4)
         assert abs(loss.nats_per_token - float(REFERENCE["eval_nll"])) < 1e-3
@@ -265,7 +266,7 @@ def dense_tensors(source: Path) -> Iterator[tuple[str, np.ndarray]]:
 def test_architectures(name, kind, packed, tolerance, tmp_path):
     """The logits of transformers, by way of llama.cpp's names and metadata."""
     path = write(tmp_path / "m.gguf", RANDOM / name, kind, packed)
-    reference = np.load(RANDOM / name / "reference.npz")
+    reference = arrays(RANDOM / name / "reference.npz")
     decoder = model.load(path, joined=True)
     assert decoder.config.tied == ("tied" in name)
     logits = forward(decoder, reference["ids"])
@@ -300,7 +301,7 @@ def test_gemma(tmp_path):
         for name, array in dense_tensors(source)
     }
     path = write(tmp_path / "m.gguf", source, "gemma3", {}, shifted)
-    ids = np.load(RANDOM / "gemma3" / "reference.npz")["ids"]
+    ids = arrays(RANDOM / "gemma3" / "reference.npz")["ids"]
     found, wanted = (forward(model.load(one), ids) for one in (path, source))
     chex.assert_trees_all_close(found, wanted, atol=1e-4, rtol=0)
 
@@ -308,7 +309,7 @@ def test_gemma(tmp_path):
 @pytest.mark.slow
 def test_gpt_oss():
     """The same of a file by llama.cpp's converter: sinks, the codes of its experts."""
-    reference = np.load(RANDOM / "gpt_oss" / "reference.npz")
+    reference = arrays(RANDOM / "gpt_oss" / "reference.npz")
     decoder = model.load(RANDOM / "gpt_oss" / "model.gguf", joined=True)
     experts = decoder.layers[0].mlp.experts.gate_up_proj.kernel
     assert (experts.shape, experts.segments[0].bits) == ((4, 64, 128), 4)

@@ -14,6 +14,9 @@ from qjax.checkpoints.differences import Comparison, Difference, Held, Total, to
 from qjax.cli import faults
 from qjax.cli.table import begin, show
 
+# Rows of matrices, and of dense tensors, where not each has one: those of a mixture are
+# thousands.
+_ROWS = 100
 _HELP = "Directory as Hugging Face hosts it, or a .gguf file; dense or quantized."
 
 
@@ -37,7 +40,13 @@ def run(
         ),
     ] = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of a table.")
+        bool, typer.Option("--json", help="Print JSON instead of a table, of each.")
+    ] = False,
+    each: Annotated[
+        bool,
+        typer.Option(
+            "--each", help=f"A line for each; without it, for the {_ROWS} worst."
+        ),
     ] = False,
 ) -> None:
     r"""Say how far a checkpoint is from another of the same model, tensor by tensor.
@@ -68,7 +77,7 @@ def run(
     if as_json:
         typer.echo(json.dumps(_summary(a, b, found), indent=2))
     else:
-        _print_table(found)
+        _print_table(found, None if each else _ROWS)
     wrong = _wrong(a, b, found, at_most)
     for line in wrong:
         typer.echo(f"qjax: {line}", err=True)
@@ -158,13 +167,15 @@ def _number(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _print_table(found: Comparison) -> None:
+def _print_table(found: Comparison, most: int | None) -> None:
     matrices, dense = _split(found)
     table = begin((), ("A, bits", "B, bits", "error", "dB", "largest"))
     table.add_column("same")
     for rows in (matrices, [one for one in dense if not one.same_values]):
-        for one in sorted(rows, key=lambda one: -one.relative_error):
+        for one in sorted(rows, key=lambda one: -one.relative_error)[:most]:
             _add(table, one)
+        if most is not None and len(rows) > most:
+            table.add_row(f"and {len(rows) - most} more: --each")
         if rows:
             table.add_section()
     for name, rows in (

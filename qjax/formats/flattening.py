@@ -13,11 +13,9 @@ optimum/quanto/tensor/weights/awq/packed.py, commit
 """
 
 import dataclasses
-import functools
 import inspect
-import math
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -29,24 +27,20 @@ from jaxtyping import Array
 from qjax import formats, tensor
 from qjax.formats import (
     block_scale,
-    bnb,
     compressed_tensors_floats,
-    exl2,
-    modelopt,
-    mpq,
     tiles,
 )
 from qjax.formats.checks import FLOATS
+from qjax.formats.flattening_metadata import Entries
+from qjax.formats.flattening_scales import BUILDERS, FLOAT_NAMES, check_range
 from qjax.sharding import joined
 from qjax.tensor import (
     Affine,
     Encoded,
     Grouping,
     Layout,
-    Nested,
     QTensor,
     Segment,
-    WithGlobal,
     check_packed,
     levels,
 )
@@ -55,8 +49,6 @@ FORMAT, VERSION = "qjax.QTensor", 1
 Plain = str | int
 # 64-bit numbers would lose half of their bits on the way to a device.
 _DTYPES = (*FLOATS, jnp.int8, jnp.int16, jnp.int32, jnp.uint8, jnp.uint16, jnp.uint32)
-_FLOATS = {jnp.dtype(dtype).name: jnp.dtype(dtype).name for dtype in FLOATS}
-_LARGEST = 2**31 - 1
 _VECTORS = ("order", "row_group", "codebook", "input_scale")
 
 _MODULES = [getattr(formats, name) for name in formats.__all__ if name.islower()]
@@ -184,7 +176,7 @@ def unflatten(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> QTensor
       >>> jax.tree.structure(again) == jax.tree.structure(w)
       True
     """
-    entries, held = _Entries(metadata), _arrays(arrays)
+    entries, held = Entries(metadata), _arrays(arrays)
     entries.choice("format", {FORMAT: None})
     entries.integer("version", VERSION, VERSION)
     segments = _segments(entries, held)
@@ -194,7 +186,7 @@ def unflatten(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> QTensor
         "grouping": entries.choice("grouping", Grouping.__members__),
         "rounding": entries.integer("rounding", 1, 2),
         "padding": entries.integer("padding"),
-        "weight_dtype": entries.optional("weight_dtype", _FLOATS),
+        "weight_dtype": entries.optional("weight_dtype", FLOAT_NAMES),
     }
     words = [held.pop(f"words.{i}") for i in range(len(segments))]
     scale, zero = (_parameter(name, entries, held) for name in ("scale", "zero"))
@@ -212,43 +204,6 @@ def unflatten(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> QTensor
     return qt
 
 
-class _Entries:
-    """Metadata that is taken out entry by entry, each checked."""
-
-    def __init__(self, metadata: Mapping[str, Any]):
-        self._left = dict(metadata)
-
-    def has(self, key: str) -> bool:
-        return key in self._left
-
-    def integer(self, key: str, low: int = 0, high: int = _LARGEST) -> int:
-        value = self._left.pop(key, None)
-        # JSON's true is no number.
-        if type(value) is not int or not low <= value <= high:
-            raise ValueError(
-                f"metadata[{key!r}]={value!r} must be an integer from {low} to {high}."
-            )
-        return value
-
-    def flag(self, key: str) -> bool:
-        return self.has(key) and self.integer(key, 1, 1) == 1
-
-    def choice(self, key: str, values: Mapping[str, Any]) -> Any:
-        value = self._left.pop(key, None)
-        if not isinstance(value, str) or value not in values:
-            raise ValueError(f"metadata[{key!r}]={value!r} must be in {[*values]}.")
-        return values[value]
-
-    def optional(self, key: str, values: Mapping[str, Any]) -> Any:
-        return self.choice(key, values) if self.has(key) else None
-
-    def close(self) -> None:
-        if self._left:
-            raise ValueError(
-                f"metadata has {sorted(map(str, self._left))}, which say nothing."
-            )
-
-
 def _arrays(arrays: Mapping[str, Any]) -> dict[str, Array]:
     for name, array in arrays.items():
         if not isinstance(array, jax.Array | np.ndarray) or array.dtype not in _DTYPES:
@@ -260,7 +215,7 @@ def _arrays(arrays: Mapping[str, Any]) -> dict[str, Array]:
     return {name: jnp.asarray(array) for name, array in arrays.items()}
 
 
-def _segments(entries: _Entries, held: Mapping[str, Array]) -> list[Segment]:
+def _segments(entries: Entries, held: Mapping[str, Array]) -> list[Segment]:
     # The arrays that are there bound what a wrong number of segments can ask for.
     names = [f"words.{i}" for i in range(entries.integer("segments", 1, len(held)))]
     for name in names:
@@ -269,27 +224,23 @@ def _segments(entries: _Entries, held: Mapping[str, Array]) -> list[Segment]:
     return [
         Segment(
             bits=entries.integer(f"segments.{i}.bits", 1, 8),
-            group_size=_optional(entries, f"segments.{i}.group_size"),
+            group_size=entries.extent(f"segments.{i}.group_size"),
             padding=entries.integer(f"segments.{i}.padding"),
         )
         for i in range(len(names))
     ]
 
 
-def _optional(entries: _Entries, key: str) -> int | None:
-    return entries.integer(key, 1) if entries.has(key) else None
-
-
-def _layout(entries: _Entries) -> Layout:
+def _layout(entries: Entries) -> Layout:
     kind, fields = entries.choice("layout", LAYOUTS), {}
     for field in _static(kind):
         key = f"layout.{field.name}"
         if field.name == "axis":
             fields["axis"] = entries.integer(key, 0, 1)
         elif field.type is bool:
-            fields[field.name] = entries.has(key) and entries.integer(key, 1, 1) == 1
+            fields[field.name] = entries.flag(key)
         elif field.type == int | None:
-            fields[field.name] = _optional(entries, key)
+            fields[field.name] = entries.extent(key)
         else:  # Extents, of k or of a tile.
             fields[field.name] = entries.integer(key, 1)
     return kind(**fields)
@@ -324,7 +275,7 @@ def _check_words(
 
 
 def _parameter(
-    name: str, entries: _Entries, held: dict[str, Array]
+    name: str, entries: Entries, held: dict[str, Array]
 ) -> Array | Encoded | None:
     """Takes the scale or the zero out of the arrays, plain or encoded."""
     if not entries.has(name):
@@ -332,8 +283,8 @@ def _parameter(
     kind = entries.choice(name, ENCODINGS)
     leaves = {key: held.pop(key) for key in [*held] if key.startswith(f"{name}.")}
     arrays = {key.removeprefix(f"{name}."): leaf for key, leaf in leaves.items()}
-    if kind in _BUILDERS:
-        return _BUILDERS[kind](name, arrays, entries)
+    if kind in BUILDERS:
+        return BUILDERS[kind](name, arrays, entries)
     # One array alone fits together with itself; `build` checks what it decodes to.
     (field,) = dataclasses.fields(kind)
     if [*arrays] != [field.name]:
@@ -350,162 +301,4 @@ def _check_indices(qt: QTensor) -> None:
         if (rows != np.arange(qt.k)).any():
             raise ValueError("arrays['order'] must be a permutation of the inputs.")
     if qt.row_group is not None:
-        _at_most("row_group", qt.row_group, qt.scale.shape[-2] - 1)
-
-
-def _at_most(name: str, array: Array, last: int) -> None:
-    if isinstance(array, Tracer):
-        return
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high > last:
-        raise ValueError(
-            f"arrays[{name!r}] from {low} to {high} must lie in 0 to {last}."
-        )
-
-
-def _leaves(
-    name: str, arrays: Mapping[str, Array], expected: Mapping[str, tuple]
-) -> None:
-    """Checks names, dtypes and shapes of an encoding's leaves."""
-    if arrays.keys() != expected.keys():
-        raise ValueError(
-            f"{name} has the arrays {sorted(arrays)}; it must have {sorted(expected)}."
-        )
-    for key, (dtypes, shape) in expected.items():
-        array = arrays[key]
-        if array.dtype not in dtypes or array.shape != shape:
-            wanted = " or ".join(jnp.dtype(dtype).name for dtype in dtypes)
-            raise ValueError(
-                f"arrays['{name}.{key}']={array.dtype}{list(array.shape)} must be "
-                f"{wanted}{list(shape)}."
-            )
-
-
-def _exl2_scale(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
-    del entries
-    shape = arrays["index"].shape if "index" in arrays else ()
-    expected = {
-        "index": ((jnp.uint8,), shape),
-        "maximum": ((jnp.float16,), shape[:-1]),
-    }
-    _leaves(name, arrays, expected)
-    _at_most(f"{name}.index", arrays["index"], 15)
-    return exl2.Scale(**arrays)
-
-
-def _mpq_numbers(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
-    del entries
-    shape = arrays["index"].shape if "index" in arrays else ()
-    one = (*shape[:-1], 1)
-    expected = {
-        "index": ((jnp.uint8,), shape),
-        "zero": (FLOATS, one),
-        "step": (FLOATS, one),
-    }
-    _leaves(name, arrays, expected)
-    _at_most(f"{name}.index", arrays["index"], 15)
-    return mpq.DoubleQuantized(**arrays)
-
-
-def _stored_global(
-    kind: type[Encoded], name: str, arrays: Mapping[str, Array], entries: _Entries
-) -> Encoded:
-    del entries
-    _check_global(name, arrays, jnp.uint8)
-    return kind(**arrays)
-
-
-def _with_global(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
-    divides = entries.flag(f"{name}.divides")
-    _check_global(name, arrays, jnp.float16)
-    return WithGlobal(divides=divides, **arrays)
-
-
-def _check_global(name: str, arrays: Mapping[str, Array], dtype: Any) -> None:
-    shape = arrays["local"].shape if "local" in arrays else ()
-    whole = ((jnp.float32,), shape[:-2])
-    _leaves(name, arrays, {"local": ((dtype,), shape), "whole": whole})
-
-
-def _block_scale(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
-    rows, of_k = (entries.integer(f"{name}.{key}", 1) for key in ("rows", "columns"))
-    exponents = entries.flag(f"{name}.exponents")
-    shape = arrays["values"].shape if "values" in arrays else ()
-    columns = arrays["block"].shape[-1:] if "block" in arrays else ()
-    dtypes = (jnp.uint8,) if exponents else (*FLOATS, jnp.uint8)
-    expected = {
-        "values": (dtypes, shape),
-        "block": ((jnp.int32,), (*shape[:-2], *columns)),
-    }
-    _leaves(name, arrays, expected)
-    _at_most(f"{name}.block", arrays["block"], arrays["values"].shape[-1] - 1)
-    return block_scale.BlockScale(
-        values=arrays["values"],
-        block=arrays["block"],
-        rows=rows,
-        columns=of_k,
-        exponents=exponents,
-    )
-
-
-def _bnb_absmax(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
-    fields = {
-        "nested_blocksize": entries.integer(f"{name}.nested_blocksize", 1),
-        "quant_type": entries.choice(
-            f"{name}.quant_type", {key: key for key in bnb.TABLES}
-        ),
-        "storage": entries.choice(f"{name}.storage", _FLOATS | {"uint8": "uint8"}),
-    }
-    shape = arrays["absmax"].shape if "absmax" in arrays else ()
-    batch, count = shape[:-2], math.prod(shape[-2:])
-    expected = {"absmax": ((jnp.uint8,), shape)}
-    nested = {
-        "absmax": ((jnp.float32,), (*batch, -(-count // fields["nested_blocksize"]))),
-        "table": ((jnp.float32,), (*batch, 256)),
-        "offset": ((jnp.float32,), batch),
-    }
-    if len(arrays) == 1:
-        _leaves(name, arrays, {"absmax": ((jnp.float32,), shape)})
-        return bnb.Absmax(absmax=arrays["absmax"], **fields)
-    expected |= {f"nested.{key}": value for key, value in nested.items()}
-    _leaves(name, arrays, expected)
-    leaves = {key: arrays[f"nested.{key}"] for key in nested}
-    return bnb.Absmax(absmax=arrays["absmax"], nested=bnb.Nested(**leaves), **fields)
-
-
-def _nested(name: str, arrays: Mapping[str, Array], entries: _Entries) -> Encoded:
-    negative = entries.flag(f"{name}.negative")
-    factor, step = (
-        arrays[key].shape if key in arrays else () for key in ("factor", "step")
-    )
-    blocks = step[-2:-1] or (1,)
-    expected = {
-        "factor": ((jnp.int8,), factor),
-        "step": ((jnp.float16,), (*factor[:-2], *blocks, *factor[-1:])),
-    }
-    _leaves(name, arrays, expected)
-    if len(factor) < 2 or 0 in blocks or factor[-2] % blocks[0]:
-        raise ValueError(
-            f"arrays['{name}.step'] of {blocks} blocks must have a divisor of the "
-            f"groups of arrays['{name}.factor'], whose shape is {factor}."
-        )
-    return Nested(negative=negative, **arrays)
-
-
-# Of encodings with several arrays, which must fit together.
-_BUILDERS: Mapping[type, Callable[[str, Mapping[str, Array], _Entries], Encoded]] = (
-    types.MappingProxyType(
-        {
-            exl2.Scale: _exl2_scale,
-            mpq.DoubleQuantized: _mpq_numbers,
-            bnb.Absmax: _bnb_absmax,
-            block_scale.BlockScale: _block_scale,
-            **{
-                kind: functools.partial(_stored_global, kind)
-                for kind in (compressed_tensors_floats.OverGlobal, modelopt.TimesGlobal)
-            },
-            Nested: _nested,
-            WithGlobal: _with_global,
-        }
-    )
-)
+        check_range("row_group", qt.row_group, qt.scale.shape[-2] - 1)

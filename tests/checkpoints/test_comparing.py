@@ -22,6 +22,7 @@ from tests import oracle
 from tests.checkpoints import tiny
 from tests.checkpoints.assembled import DIALECTS
 from tests.checkpoints.tiny import GROUP, MODULE, K, N
+from tests.goldens import arrays
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = ROOT / "examples" / "llm" / "checkpoint"
@@ -177,7 +178,7 @@ class TestAgainstUpstream:
     )
     def test_errors_of_whole_models(self, name, directory):
         """Each tool's own error, of the weights that it dequantized itself."""
-        reference = np.load(DATA / name / "reference.npz")
+        reference = arrays(DATA / name / "reference.npz")
         found = compare(DATA / "llama_bf16", directory or DATA / name)
         assert found.is_one_model
         matrices = [one for one in found.tensors if one.is_quantized]

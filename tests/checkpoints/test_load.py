@@ -14,6 +14,7 @@ import qjax
 from qjax import checkpoints
 from qjax.formats import gptq
 from tests.checkpoints import tiny
+from tests.goldens import arrays
 
 TESTS = Path(__file__).parents[1]
 SHIPPED = TESTS.parent / "examples/llm/checkpoint"
@@ -58,9 +59,9 @@ def test_preparing_changes_no_weight(name):
 @pytest.mark.parametrize("prepare", [True, False])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_weights_are_what_pytorch_dequantized(name, prepare):
-    reference = np.load(TESTS / "data" / name / "reference.npz")
+    reference = arrays(TESTS / "data" / name / "reference.npz")
     quantized, _ = split(checkpoints.load(QUANTIZED[name], prepare=prepare))
-    probes = [key for key in reference.files if key.startswith("probe_in/")]
+    probes = [key for key in reference if key.startswith("probe_in/")]
     assert {key.split("/")[1] for key in probes} == {f"{k}.weight" for k in quantized}
     for module, w in quantized.items():
         weight = np.asarray(qjax.dequantize(w, jnp.float32))
@@ -69,7 +70,7 @@ def test_weights_are_what_pytorch_dequantized(name, prepare):
         # The reference is float64 arithmetic on the same float32 weights, stored as
         # float32: half a unit in the last place is 6e-8 of the largest.
         assert np.abs(probe - expected).max() <= 1e-6 * np.abs(expected).max(), module
-        if f"rows4/{module}.weight" in reference.files:
+        if f"rows4/{module}.weight" in reference:
             chex.assert_trees_all_close(
                 weight.T[:4], reference[f"rows4/{module}.weight"], rtol=1e-6, atol=0
             )

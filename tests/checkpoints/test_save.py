@@ -19,7 +19,7 @@ from qjax.checkpoints import placing, shards
 from qjax.formats import awq, compressed_tensors, exl2, fp8, gptq, quanto, torchao
 from tests.checkpoints import tiny
 from tests.checkpoints.assembled import DIALECTS
-from tests.goldens import same_bits
+from tests.goldens import arrays, same_bits
 
 TESTS = Path(__file__).parents[1]
 SHIPPED = TESTS.parent / "examples/llm/checkpoint"
@@ -41,8 +41,8 @@ def act_order(seed=0):
 
 def mixed():
     """A matrix of 4 and 3 bits with EXL2's scales."""
-    vectors = np.load(TESTS / "golden/exl2/exl2_b43_g128.npz")
-    names = [name for name in exl2.TENSORS if name in vectors.files]
+    vectors = arrays(TESTS / "golden/exl2/exl2_b43_g128.npz")
+    names = [name for name in exl2.TENSORS if name in vectors]
     return exl2.from_tensors({name: vectors[name] for name in names})
 
 
@@ -50,7 +50,7 @@ def awq_directory(path):
     """What AutoAWQ packed, as a checkpoint."""
     tensors = {"model.norm.weight": np.ones(4, np.float16)}
     for i, name in enumerate(["g32__32x64__s202", "g32__32x64__s202"]):
-        vectors = np.load(TESTS / f"golden/awq/autoawq_gemm__{name}.npz")
+        vectors = arrays(TESTS / f"golden/awq/autoawq_gemm__{name}.npz")
         for key in ("qweight", "qzeros", "scales"):
             tensors[f"model.layers.{i}.q_proj.{key}"] = vectors[f"packed_{key}"]
     entry = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm"}
@@ -341,7 +341,7 @@ def test_exl2(tmp_path, head):
     checkpoints.save(tmp_path / "x", tensors, {}, format="exl2")
     checkpoints.convert(tmp_path / "x", tmp_path / "y", format="exl2")
     names = [f"{A}.{key}" for key in exl2.TENSORS if key != "q_perm"]
-    vectors = np.load(TESTS / "golden/exl2/exl2_b43_g128.npz")
+    vectors = arrays(TESTS / "golden/exl2/exl2_b43_g128.npz")
     with safe_open(tmp_path / "y/model.safetensors", "numpy") as file:
         assert file.metadata() == {"format": "pt"}
         for name in names:
