@@ -146,8 +146,8 @@ def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QT
       scale is the reciprocal in float32.
 
     Raises:
-      ValueError: As `check`; or if a code is 3, or the scale not finite, or what is
-        divided by 0.
+      ValueError: As `check`; or if a code is 3, or the scale or its reciprocal not
+        finite.
 
     Example:
       >>> tensors = {
@@ -169,9 +169,12 @@ def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QT
     given = np.asarray(tensors["weight_scale"]).reshape(1, 1)
     scale = given
     if config.divides:
-        if not given.all():
-            raise ValueError("weight_scale=0 must not be 0, as weights are over it.")
-        scale = np.float32(1) / given.astype(np.float32)
+        with np.errstate(divide="ignore", over="ignore"):
+            scale = np.float32(1) / given.astype(np.float32)
+        if not np.isfinite(scale).all():
+            raise ValueError(
+                f"weight_scale={given.item()} is too small to divide weights by."
+            )
     return _build(jnp.asarray(words), jnp.asarray(scale), given.dtype)
 
 
@@ -287,5 +290,6 @@ def _quantize(w: Array) -> tuple[Array, Array]:
     scale = jnp.maximum(jnp.abs(wide).mean(keepdims=True), _LEAST)
     # As transformers rounds: once more than a quotient.
     level = jnp.clip(jnp.round(wide * (1 / scale)), -1, 1)
-    # Not a number to the backend is any code; the scale says so.
-    return jnp.where(jnp.isnan(level), 0, level).astype(jnp.int32) + _ZERO, scale
+    # What is not a number has some code, and a scale that is none.
+    codes = jnp.where(jnp.isnan(level), 0, level).astype(jnp.int32) + _ZERO
+    return codes, jnp.where(jnp.isfinite(scale), scale, jnp.nan)

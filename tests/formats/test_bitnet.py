@@ -94,8 +94,10 @@ def test_rounds_by_the_mean(dtype):
 def test_rounds_zeros_and_what_is_not_finite():
     w = bitnet.quantize(jnp.zeros((8, 4)))
     np.testing.assert_array_equal(qjax.dequantize(w), np.zeros((8, 4)))
-    w = bitnet.quantize(jnp.ones((8, 4)).at[1, 2].set(jnp.nan))
-    assert np.isnan(qjax.dequantize(w)).all()
+    for value in (jnp.nan, jnp.inf):
+        w = bitnet.quantize(jnp.ones((8, 4)).at[1, 2].set(value))
+        assert np.isnan(w.scale).all()
+        assert np.isnan(qjax.dequantize(w)).all()
 
 
 def test_scale_dtype():
@@ -141,7 +143,8 @@ TENSORS = {
         ({"weight": np.zeros((0, 96), np.uint8)}, "weight.shape=(0, 96) must be"),
         ({"weight": np.full((8, 96), 0x30, np.uint8)}, "the code 3, which is none"),
         ({"weight_scale": np.ones(2, np.float32)}, "weight_scale.shape=(2,) must be"),
-        ({"weight_scale": np.zeros(1, np.float32)}, "weight_scale=0 must not be 0"),
+        ({"weight_scale": np.zeros(1, np.float32)}, "weight_scale=0.0 is too small"),
+        ({"weight_scale": np.full(1, 1e-39, np.float32)}, "is too small to divide"),
         ({"weight_scale": np.full(1, np.inf, np.float32)}, "weight_scale must be fini"),
         ({"scale": np.ones(1, np.float32)}, "scale is no tensor of BitNet"),
     ],
