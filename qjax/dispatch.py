@@ -28,6 +28,7 @@ IMPLEMENTATIONS: Mapping[str, _Table] = {
         "xla_tiled": xla.tiled,
         "xla_dense": xla.dense,
         "xla_int8": xla.int8,
+        "xla_float8": xla.float8,
     },
     # dy [m, n], w -> dy @ W.T
     "matmul_t": {

@@ -62,7 +62,8 @@ def matmul(
         the operands. A name takes that one and no other: "pallas" never falls back, and
         fails where there is no GPU. "pallas_bf16" does without the scaling that lets
         float16 hold rows of bfloat16, where there are more than 16 of them: it takes
-        those of any range. "xla_int8" rounds the activations to int8. Both are never
+        those of any range. "xla_int8" rounds the activations to int8, "xla_float8" to
+        E4M3 floats, for weights of such floats without groups. These three are never
         taken unless named.
 
     Returns:

@@ -19,14 +19,15 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax import dispatch, ops, tensor, xla
-from qjax.formats import gptq
+from qjax.formats import fp8, gptq, mxfp4
 from qjax.formats.tiles import Tiles
 from qjax.xla import gradients, products, tiles
 from tests import oracle, samples
 from tests.oracle import relative_error
 from tests.pairs import pairwise
 
-XLA_FORMS = [name for name in dispatch.IMPLEMENTATIONS["matmul"] if name[:4] == "xla_"]
+# But "xla_float8", which takes none of the weights here: `TestFloat8`.
+XLA_FORMS = ["xla_fused", "xla_tiled", "xla_dense", "xla_int8"]
 BF16, F16, F32 = ml_dtypes.bfloat16, np.float16, np.float32
 
 # Relative to the largest output. float32: sums of up to some thousand products, each
@@ -298,6 +299,73 @@ def test_int8_of_groups_of_zeros(as_qtensor):
     y = qjax.matmul(jnp.asarray(x), as_qtensor(matrix), implementation="xla_int8")
     assert relative_error(y, matrix.matmul(x)) < TOLERANCE["int8"]
     chex.assert_trees_all_equal(np.asarray(y[0]), np.zeros(40, F32))
+
+
+class TestFloat8:
+    """Activations of eight bits, by name."""
+
+    @staticmethod
+    def weight(columns: int | None) -> qjax.QTensor:
+        w = np.random.default_rng(0).standard_normal((96, 40)).astype(F32)
+        return qjax.prepare(fp8.quantize(jnp.asarray(w), 8, None, columns=columns))
+
+    @pytest.mark.parametrize("columns", [None, 40])
+    @pytest.mark.parametrize("layout", [tiles.NATIVE, Tiles()], ids=str)
+    def test_is_exact_of_such_floats(self, layout, columns):
+        w = qjax.relayout(self.weight(columns), layout)
+        patterns = np.random.default_rng(1).integers(0, 126, (5, 96)).astype(np.uint8)
+        x = patterns.view(ml_dtypes.float8_e4m3fn).astype(F32)
+        x[:, 0] = 448  # the largest of a row
+        x *= 2.0 ** np.arange(-2, 3)[:, None]
+        y = qjax.matmul(jnp.asarray(x), w, implementation="xla_float8")
+        dense = np.asarray(qjax.dequantize(w, jnp.float32), np.float64)
+        assert relative_error(y, x @ dense) < TOLERANCE["float32"]
+
+    @pytest.mark.parametrize("x64", [False, True])
+    def test_rounds_to_four_bits(self, x64):
+        w, x = self.weight(None), jnp.asarray(activations(64, 96))
+        with jax.enable_x64(x64):
+            y = qjax.matmul(x, w, implementation="xla_float8")
+        assert y.dtype == jnp.float32
+        expected = qjax.matmul(x, w)
+        off = float(jnp.linalg.norm(y - expected) / jnp.linalg.norm(expected))
+        # Half a unit in the last of four bits, uniformly distributed, is 0.026.
+        assert 0.02 < off < 0.03
+
+    def test_rows_of_zeros_and_what_is_not_finite(self):
+        x = activations(4, 96)
+        x[0], x[1, 3], x[2, 5] = 0, np.nan, np.inf
+        y = qjax.matmul(jnp.asarray(x), self.weight(None), implementation="xla_float8")
+        assert not np.asarray(y[0]).any()
+        assert np.isnan(y[1:3]).all()
+        assert np.isfinite(y[3]).all()
+
+    def test_gradients_are_those_of_the_product(self):
+        w, x = self.weight(None), jnp.asarray(activations(5, 96))
+
+        def loss(x, scale, name):
+            y = qjax.matmul(x, dataclasses.replace(w, scale=scale), implementation=name)
+            return (y * jnp.arange(40.0)[None]).sum()
+
+        found, expected = (
+            jax.grad(loss, (0, 1))(x, w.scale, name) for name in ("xla_float8", None)
+        )
+        chex.assert_trees_all_close(found, expected, rtol=1e-6)
+
+    @pytest.mark.parametrize("make", ["blocks", "integers", "four bits"])
+    def test_declines(self, make):
+        w = jnp.ones((64, 32))
+        made = {
+            "blocks": lambda: fp8.quantize(w, group_size=32),
+            "integers": lambda: qjax.quantize(w, 8, None),
+            "four bits": lambda: mxfp4.quantize(w),
+        }[make]()
+        with pytest.raises(
+            NotImplementedError, match="is not of E4M3 floats with a sc"
+        ):
+            qjax.matmul(
+                jnp.ones((2, 64)), qjax.prepare(made), implementation="xla_float8"
+            )
 
 
 @pytest.fixture(scope="module")
@@ -773,7 +841,8 @@ class TestDispatch:
                 "float32",
                 "triton",
                 "implementation='triton' must be one of ['pallas', 'pallas_bf16', "
-                "'pallas_dense', 'xla_fused', 'xla_tiled', 'xla_dense', 'xla_int8']",
+                "'pallas_dense', 'xla_fused', 'xla_tiled', 'xla_dense', 'xla_int8', "
+                "'xla_float8']",
             ),
         ],
     )

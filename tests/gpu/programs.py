@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 import qjax
+from qjax.formats import fp8
+from qjax.formats.tiles import Tiles
 from qjax.tensor import Affine, Layout, QTensor, Segment
 from tests.gpu.cases import NESTED, weight
 
@@ -48,6 +50,24 @@ class Product:
             levels = {"scale": NESTED, "zero": NESTED}
             w = weight(4, 32, k=SIDE, n=SIDE, affine=Affine.OFFSET, **levels)
         return (gradient, (x, x, w)) if self.gradient else (qjax.matmul, (x, w))
+
+
+@dataclasses.dataclass(frozen=True)
+class Float8:
+    """``m`` rows, rounded to floats of eight bits, by a matrix of such."""
+
+    m: int
+
+    def __str__(self) -> str:
+        return f"float8 m{self.m}"
+
+    def __call__(self) -> Source:
+        def packed(w):
+            return qjax.relayout(fp8.quantize(w, group_size=None), Tiles())
+
+        w = jax.eval_shape(packed, _struct((SIDE, SIDE), jnp.bfloat16))
+        function = functools.partial(qjax.matmul, implementation="xla_float8")
+        return function, (_struct((self.m, SIDE), jnp.bfloat16), w)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ from tests.gpu.programs import (
     SIDE,
     DecoderStep,
     Dense,
+    Float8,
     Layers,
     Mixed,
     Native,
@@ -198,6 +199,20 @@ def test_many_rows_form_the_weight_once(program):
     assert name.startswith("dequantize_4bit")
     # float16, and no wider or second copy of it; rows of x, in float16 and as ordered.
     assert DENSE <= program.temporaries < 1.6 * DENSE
+
+
+@pytest.mark.parametrize("arch", ["sm_90"])
+@pytest.mark.parametrize("case", [Float8(1024)], ids=str)
+def test_floats_of_eight_bits_are_multiplied_as_they_are(case, program):
+    # By the one kernel that multiplies, whose operands are fusions, or views of them.
+    (product,) = re.findall(r"= f32\[1024,4096\]\S* dot\((.*?)\)", program.hlo)
+    operands = re.findall(r"%[\w.]+", product)
+    for operand in operands:
+        assert re.search(rf"{re.escape(operand)} = f8e4m3fn\[", program.hlo)
+    # The weight and the rows in a byte each, the product in float32.
+    expected = DENSE // 2 + case.m * SIDE + 4 * case.m * SIDE
+    assert program.temporaries <= expected
+    assert no_dense_weight(program.hlo)
 
 
 @pytest.mark.parametrize("case", [Layers(1024)], ids=str)
