@@ -35,12 +35,15 @@ class Weight:
       nbytes: What a product has to read of it.
       columns: The `sampled` columns of the weight that it stands for, float64.
       bind: Brings ``[m, k]`` float32 rows to the device.
+      tolerance: What products may be off by, relative to the largest: bfloat16's
+        rounding of the result and of a dense weight is 2**-8 together.
     """
 
     bits: float
     nbytes: int
     columns: np.ndarray
     bind: Callable[[np.ndarray], Bound]
+    tolerance: float = 1e-2
 
 
 # The weights of a library for a shape, by name; each is made when it is called for.
@@ -219,17 +222,35 @@ def mixed_weights(k: int, n: int) -> Weights:
     return {"qjax, EXL2 mix of 4.0 bits": make}
 
 
-# By their width, groups of small floats, those of FP8 along k, and dtypes of scales.
-FLOATS = {8: ("FP8", 128, "float32"), 4: ("MXFP4", 32, "bfloat16")}
+class Floats(NamedTuple):
+    """Small floats: a name, their width, groups along k, and the dtype of scales.
+
+    Those of activations, too, where an implementation rounds them.
+    """
+
+    name: str
+    bits: int
+    group: int | None
+    dtype: str
+    implementation: str | None = None
 
 
-def float_weights(k: int, n: int, *, bits: int) -> Weights:
+FLOATS = {
+    "float8": Floats("FP8", 8, 128, "float32"),
+    "float4": Floats("MXFP4", 4, 32, "bfloat16"),
+    "float8x8": Floats("FP8 by FP8", 8, None, "float32", "xla_float8"),
+}
+
+
+def float_weights(k: int, n: int, *, floats: Floats) -> Weights:
     """Ours of small floats."""
     import jax.numpy as jnp
 
     import qjax
 
-    name, group, dtype = FLOATS[bits]
+    name, bits, group, dtype, implementation = floats
+    op = functools.partial(qjax.matmul, implementation=implementation)
+    rows = group or k
 
     def make() -> Weight:
         rng = np.random.default_rng(bits)
@@ -237,7 +258,7 @@ def float_weights(k: int, n: int, *, bits: int) -> Weights:
         numbers = qjax.tensor.numbers(bits)
         q[np.isnan(numbers[q])] = 0
         largest = qjax.tensor.SMALL_FLOATS[bits].largest
-        scale = rng.uniform(0.5, 1, (k // group, n)) / largest / 4
+        scale = rng.uniform(0.5, 1, (k // rows, n)) / largest / 4
         # Powers of two, as those of MXFP4 are; for FP8 they are as good as others.
         scale = (2.0 ** np.round(np.log2(scale))).astype(np.float32)
         w = qjax.tensor.build(
@@ -249,8 +270,11 @@ def float_weights(k: int, n: int, *, bits: int) -> Weights:
         )
         chosen = sampled(n)
         columns = numbers[q[:, chosen]].astype(np.float64)
-        columns *= np.repeat(scale[:, chosen], group, axis=0)
-        return _bind(qjax.matmul, qjax.prepare(w), bits, columns)
+        columns *= np.repeat(scale[:, chosen], rows, axis=0)
+        made = _bind(op, qjax.prepare(w), bits, columns)
+        # Activations of four significant bits.
+        rounds = implementation is not None
+        return dataclasses.replace(made, tolerance=5e-2) if rounds else made
 
     return {f"qjax, {name}": make}
 
@@ -380,7 +404,10 @@ def tokamax_weights(k: int, n: int) -> Weights:
 OURS: dict[str, Callable[[int, int], Weights]] = {
     **{f"qjax-{b}": functools.partial(our_weights, bits=b) for b in (4, 2, 3, 8)},
     "qjax-mixed": mixed_weights,
-    **{f"qjax-float{b}": functools.partial(float_weights, bits=b) for b in FLOATS},
+    **{
+        f"qjax-{k}": functools.partial(float_weights, floats=f)
+        for k, f in FLOATS.items()
+    },
     **{f"qjax-{k.lower()}": functools.partial(level_weights, kind=k) for k in LEVELS},
 }
 LIBRARIES: dict[str, Callable[[int, int], Weights]] = {

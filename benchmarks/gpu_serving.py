@@ -7,10 +7,6 @@ import gpu_engines
 import harness
 import numpy as np
 
-# What bfloat16 results may be off by, relative to the largest element: rounding of the
-# result and of a dense weight, 2**-8 together.
-TOLERANCE = 1e-2
-
 Figures = dict[str, Any]
 
 
@@ -66,7 +62,7 @@ class Server:
         weight = self._weights[name]
         x = gpu_engines.rows(m, len(weight.columns))
         bound = self._bound[name] = weight.bind(x)
-        error = checked(bound.result(), x, weight.columns)
+        error = checked(bound.result(), x, weight)
         bound.time(1)  # compiles what is timed
         return {"error": error}
 
@@ -79,12 +75,12 @@ def attempt(act: Callable[..., Figures], *arguments: Any) -> Figures:
         return {"failed": harness.reason(error)}
 
 
-def checked(found: np.ndarray, x: np.ndarray, columns: np.ndarray) -> float:
+def checked(found: np.ndarray, x: np.ndarray, weight: gpu_engines.Weight) -> float:
     """Compares the sampled part of a product; returns its relative error."""
-    expected = x[: gpu_engines.CHECKED[0]].astype(np.float64) @ columns
+    expected = x[: gpu_engines.CHECKED[0]].astype(np.float64) @ weight.columns
     error = float(np.abs(found - expected).max() / np.abs(expected).max())
     # Not >: NaN is wrong, too.
-    if not error <= TOLERANCE:
+    if not error <= weight.tolerance:
         raise ValueError(f"wrong result: relative error {error:.1e}")
     return error
 

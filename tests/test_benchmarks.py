@@ -146,10 +146,10 @@ def test_engines_multiply_by_what_they_say(name, weights):
     weight = weights[name]()
     x = gpu_engines.rows(2, 2048)
     bound = weight.bind(x)
-    assert gpu_serving.checked(bound.result(), x, weight.columns) < 1e-2
+    assert gpu_serving.checked(bound.result(), x, weight) < weight.tolerance
     assert len(bound.time(2).seconds) == 2
     wide = {"dense bf16, XLA": 16, "qjax, EXL2 mix of 4.0 bits": 4}
-    wide |= {"qjax, FP8": 8, "qjax, MXFP4": 4}
+    wide |= {f"qjax, {one.name}": one.bits for one in gpu_engines.FLOATS.values()}
     wide |= {f"qjax, {kind}": bits for kind, (bits, _) in gpu_engines.LEVELS.items()}
     bits = wide.get(name) or int(name.split()[1])
     assert weight.bits == bits
@@ -166,7 +166,7 @@ def test_wrong_results_are_not_timed(factor, weights):
     x = gpu_engines.rows(2, 2048)
     result = weight.bind(x).result()
     with pytest.raises(ValueError, match="wrong result: relative error"):
-        gpu_serving.checked(factor * result, x, weight.columns)
+        gpu_serving.checked(factor * result, x, weight)
 
 
 RATES = {"bytes": 4e12, "operations": 8e14}
