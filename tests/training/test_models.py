@@ -146,7 +146,8 @@ class TestShadows:
             assert cases.error(found[name]["kernel"], gradient) < 1e-4
         # Without the collection, and without the wrapper, the model is the same.
         plain = jax.jit(MLP().apply)(variables, X)
-        chex.assert_trees_all_equal(value, jax.jit(loss_of)(plain))
+        # XLA may sum the loss of the one in another order.
+        chex.assert_trees_all_close(value, jax.jit(loss_of)(plain), rtol=1e-6)
 
     def test_linen_scan(self):
         class Step(nn.Module):
