@@ -142,22 +142,27 @@ def test_architectures(path):
     chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
 
 
+def dense_decoder(path, config):
+    """The model of a quantized directory over its weights as they are read."""
+    tensors = {}
+    for name, w in qjax.checkpoints.load(path).items():
+        if isinstance(w, qjax.QTensor):
+            tensors[f"{name}.weight"] = qjax.dequantize(w, jnp.float32).T
+        else:
+            tensors[name] = w
+    model.stack(tensors)
+    return model.Decoder(weights.Weights(tensors, config, jnp.float32))
+
+
 def test_ternary_weights(tmp_path):
     """BitNet's, as a directory holds them: the logits of the same weights, dense."""
     source, target = ROOT / "tests" / "reference" / "bitnet", tmp_path / "ternary"
     how = {"bits": 2, "group_size": None, "symmetric": True}
     spec = qjax.Spec(**how, quantizer=qjax.formats.bitnet.quantize)
     qjax.checkpoints.quantize(source, target, format="bitnet", rules=spec)
-    packed = model.load(target)
-    tensors = {
-        f"{name}.weight" if isinstance(w, qjax.QTensor) else name: w
-        for name, w in qjax.checkpoints.load(target, prepare=False).items()
-    }
-    assert sum(isinstance(w, qjax.QTensor) for w in tensors.values()) == 14
-    for name, w in tensors.items():
-        if isinstance(w, qjax.QTensor):
-            tensors[name] = qjax.dequantize(w, jnp.float32).T
-    dense = model.Decoder(weights.Weights(tensors, packed.config, jnp.float32))
+    packed, stored = model.load(target), qjax.checkpoints.lazy(target)
+    assert sum(isinstance(w, qjax.QTensor) for w in stored.values()) == 14
+    dense = dense_decoder(target, packed.config)
     ids = arrays(source / "reference.npz")["ids"]
     chex.assert_trees_all_close(
         forward(packed, ids), forward(dense, ids), atol=1e-4, rtol=0
@@ -279,14 +284,7 @@ class TestMixtures:
         assert mixture.down_proj.kernel.batch == (4,)
         assert "quantized matrices" in generate.describe(decoder, target)
 
-        tensors = {}
-        for path, w in qjax.checkpoints.load(target).items():
-            if isinstance(w, qjax.QTensor):
-                tensors[f"{path}.weight"] = qjax.dequantize(w, jnp.float32).T
-            else:
-                tensors[path] = w
-        model.stack(tensors)
-        dense = model.Decoder(weights.Weights(tensors, decoder.config, jnp.float32))
+        dense = dense_decoder(target, decoder.config)
         ids = arrays(source / "reference.npz")["ids"]
         chex.assert_trees_all_close(
             forward(decoder, ids), forward(dense, ids), atol=1e-4, rtol=0

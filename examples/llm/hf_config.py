@@ -88,10 +88,10 @@ class Config:
             )
         if kind == "gpt_oss":
             config = {"sliding_window_pattern": 2} | dict(config)
-        gemma = {}
+        own = {"activation": activation, "sub_norms": is_bitnet}
         if kind.startswith("gemma3"):
             config = GEMMA3 | dict(config.get("text_config", config))
-            gemma = _of_gemma(config)
+            own = _of_gemma(config)
         heads, hidden = config["num_attention_heads"], config["hidden_size"]
         head_dim = config.get("head_dim") or hidden // heads
         swiglu = config.get("swiglu_limit", 7.0), config.get("swiglu_alpha", 1.702)
@@ -111,8 +111,7 @@ class Config:
             top_k=config.get("num_experts_per_tok") or 0,
             normalized=kind in NORMALIZED or config.get("norm_topk_prob", False),
             swiglu=swiglu if kind == "gpt_oss" else None,
-            sub_norms=is_bitnet,
-            **{"activation": activation} | gemma,
+            **own,
         )
 
 

@@ -173,12 +173,20 @@ def _against_fp8(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
                 "it has a scale for each output, which loaders of FP8 do not read; "
                 "compressed-tensors holds it."
             )
-        for part in (part for part in dense if ends_path(re.escape(part), name)):
-            reasons[name] = (
-                f"FP8 leaves modules dense by the ends of their paths, and {part}, "
-                "which is dense, is that of its."
-            )
-    return reasons
+    return reasons | _against_ends("FP8", matrices, dense)
+
+
+def _against_ends(
+    title: str, matrices: Matrices, dense: Sequence[str]
+) -> dict[str, str]:
+    """Names the matrices that a loader would leave dense beside those that are."""
+    return {
+        name: f"{title} leaves modules dense by the ends of their paths, and {part}, "
+        "which is dense, is that of its."
+        for name in matrices
+        for part in dense
+        if ends_path(re.escape(part), name)
+    }
 
 
 def _of_fp8(config: fp8.Config) -> str:
@@ -195,16 +203,6 @@ def _describe_bitnet(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]
         "linear_class": "autobitlinear",
         "quantization_mode": "offline",
         "modules_to_not_convert": list(dense) or None,
-    }
-
-
-def _against_bitnet(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
-    return {
-        name: f"BitNet leaves modules dense by the ends of their paths, and {part}, "
-        "which is dense, is that of its."
-        for name in matrices
-        for part in dense
-        if ends_path(re.escape(part), name)
     }
 
 
@@ -452,7 +450,7 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
         "bitnet": Dialect(
             tensors=bitnet.to_tensors,
             describe=_describe_bitnet,
-            against=_against_bitnet,
+            against=functools.partial(_against_ends, "BitNet"),
         ),
         "modelopt": Dialect(
             tensors=modelopt.to_tensors,

@@ -35,11 +35,12 @@ from qjax.formats.checks import (
     check_finite,
     check_method,
     check_tensors,
+    check_weight,
     is_known,
     lacks_input_order,
     lacks_plain_groups,
 )
-from qjax.formats.patterns import check_patterns, ends_path
+from qjax.formats.patterns import ends_any, left_dense
 from qjax.formats.quanto import Slabs
 from qjax.tensor import Affine, QTensor, Segment
 
@@ -94,11 +95,7 @@ class Config:
                 "the model runs; remove quantization_config, and round them with "
                 "formats.bitnet.quantize."
             )
-        field = "modules_to_not_convert"
-        return cls(
-            divides=kind == "bitlinear",
-            ignored=check_patterns(field, entry.get(field) or []),
-        )
+        return cls(divides=kind == "bitlinear", ignored=left_dense(entry))
 
     def of(self, module: str) -> "Config | None":
         """Returns the configuration of one matrix, or None where it is left dense.
@@ -109,7 +106,7 @@ class Config:
         Raises:
           ValueError: If a pattern may fit the path in too many ways to be tried.
         """
-        left = any(ends_path(pattern, module) for pattern in self.ignored)
+        left = ends_any(self.ignored, module)
         return None if left else dataclasses.replace(self, ignored=())
 
 
@@ -262,11 +259,11 @@ def quantize(
       >>> qjax.dequantize(w)
       Array([[0.5, 0. , 0.5, 0. ]], dtype=float32)
     """
-    tensor.check_array(w, "w")
-    if w.ndim < 2 or w.dtype not in FLOATS or 0 in w.shape or w.shape[-1] % _CODES:
+    check_weight(w)
+    if 0 in w.shape or w.shape[-1] % _CODES:
         raise ValueError(
-            "w must be bfloat16, float16 or float32 [..., k, n], not empty, n a "
-            f"multiple of {_CODES}; got {w.dtype}{w.shape}."
+            f"w must be [..., k, n], not empty, n a multiple of {_CODES}; got "
+            f"{w.dtype}{w.shape}."
         )
     if operator.index(bits) != BITS or group_size is not None or not symmetric:
         raise ValueError(

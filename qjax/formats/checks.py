@@ -10,7 +10,7 @@ from jax.core import Tracer
 from jaxtyping import Array, DTypeLike
 
 from qjax.bits import whole
-from qjax.tensor import Affine, Grouping, QTensor, plain
+from qjax.tensor import Affine, Grouping, QTensor, check_array, plain
 
 # What scales and float zeros may be.
 FLOATS = (jnp.float16, jnp.bfloat16, jnp.float32)
@@ -146,6 +146,24 @@ def check_width(bits: int, widths: Collection[int], name: str) -> None:
         wanted = f"{', '.join(others)} or {last}" if others else last
         raise ValueError(
             f"bits={bits!r} must be {wanted} in {name}; gptq.Stream() holds 1 to 8."
+        )
+
+
+def check_weight(w: Any) -> None:
+    """Checks what a format that has floats of its own is given to round.
+
+    Args:
+      w: Any argument.
+
+    Raises:
+      TypeError: If it is a list, say, and no array.
+      ValueError: If it is no dense weight ``[..., k, n]`` of a dtype of `FLOATS`.
+    """
+    check_array(w, "w")
+    if w.ndim < 2 or w.dtype not in FLOATS:
+        raise ValueError(
+            "w must be bfloat16, float16 or float32 [..., k, n]; got "
+            f"{w.dtype}{w.shape}."
         )
 
 

@@ -40,6 +40,7 @@ from qjax.formats.checks import (
     check_codes,
     check_finite,
     check_tensors,
+    check_weight,
     check_width,
     check_words,
     lacks_input_order,
@@ -373,12 +374,7 @@ def quantize(
       Array([[448. ,   7. ],
              [  1. ,   0.5]], dtype=float32)
     """
-    tensor.check_array(w, "w")
-    if w.ndim < 2 or w.dtype not in FLOATS:
-        raise ValueError(
-            "w must be bfloat16, float16 or float32 [..., k, n]; got "
-            f"{w.dtype}{w.shape}."
-        )
+    check_weight(w)
     if 0 in w.shape:
         raise ValueError(f"w.shape={w.shape} must be without an extent of 0.")
     size = None if group_size is None else operator.index(group_size)

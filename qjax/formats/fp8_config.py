@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from qjax.formats.block_scale import block_size
 from qjax.formats.checks import check_choice
-from qjax.formats.patterns import check_patterns, ends_path
+from qjax.formats.patterns import ends_any, left_dense
 
 _FBGEMM = "fbgemm_fp8"
 METHODS = ("fp8", _FBGEMM)
@@ -62,13 +62,11 @@ class Config:
         size = entry.get("weight_block_size")
         if size is not None:
             size = block_size("weight_block_size", size)
-        aliases = ("modules_to_not_convert", "ignored_layers")
-        field = next((name for name in aliases if entry.get(name)), aliases[0])
         return cls(
             block_size=size,
             columns=method == _FBGEMM,
             scale_fmt=scale_fmt,
-            ignored=check_patterns(field, entry.get(field) or []),
+            ignored=left_dense(entry, "ignored_layers"),
         )
 
     def of(self, module: str) -> "Config | None":
@@ -80,7 +78,7 @@ class Config:
         Raises:
           ValueError: If a pattern may fit the path in too many ways to be tried.
         """
-        left = any(ends_path(pattern, module) for pattern in self.ignored)
+        left = ends_any(self.ignored, module)
         return None if left else dataclasses.replace(self, ignored=())
 
     def with_tensors(self, tensors: Mapping[str, Any]) -> "Config":

@@ -39,10 +39,11 @@ from qjax.formats.checks import (
     check_method,
     check_shapes,
     check_tensors,
+    check_weight,
     check_width,
     check_words,
 )
-from qjax.formats.patterns import check_patterns, ends_path
+from qjax.formats.patterns import ends_any, left_dense
 from qjax.tensor import Affine, Cut, Digits, Encoded, Grouping, Layout, QTensor, Segment
 
 BLOCK = 32
@@ -175,8 +176,7 @@ class Config:
           ValueError: If a field has a wrong type or value.
         """
         check_method(entry, "mxfp4")
-        field = "modules_to_not_convert"
-        return cls(ignored=check_patterns(field, entry.get(field) or []))
+        return cls(ignored=left_dense(entry))
 
     def of(self, module: str) -> "Config | None":
         """Returns the configuration of one matrix, or None where it is left dense.
@@ -191,7 +191,7 @@ class Config:
           ValueError: If a pattern may fit the path in too many ways to be tried.
         """
         paths = (module, module.rpartition(".")[0])
-        left = any(ends_path(p, path) for path in paths for p in self.ignored)
+        left = any(ends_any(self.ignored, path) for path in paths)
         return None if left else self
 
 
@@ -338,12 +338,7 @@ def quantize(w: Float[Array, "*batch k n"]) -> QTensor:
       >>> qjax.dequantize(w)[::4, 0]
       Array([0, 1, 2, 3, 4, 4, 6, 6], dtype=bfloat16)
     """
-    tensor.check_array(w, "w")
-    if w.ndim < 2 or w.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
-        raise ValueError(
-            "w must be bfloat16, float16 or float32 [..., k, n]; got "
-            f"{w.dtype}{w.shape}."
-        )
+    check_weight(w)
     if w.shape[-2] % BLOCK:
         raise ValueError(
             f"w.shape[-2]={w.shape[-2]} must be a multiple of {BLOCK}; pad w with zero "

@@ -10,6 +10,7 @@ import functools
 import itertools
 import math
 import re
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from qjax.formats.checks import check_strings
@@ -140,6 +141,40 @@ def ends_path(pattern: str, path: str) -> bool:
     """
     start = rf"{grouped(pattern)}(?:(?<=\.)|(?=\.|$))"
     return path.endswith(pattern) or matches(start, path)
+
+
+def left_dense(entry: Mapping[str, Any], *aliases: str) -> tuple[str, ...]:
+    """Reads which modules a configuration of transformers leaves dense.
+
+    Args:
+      entry: The ``quantization_config``.
+      *aliases: What else than ``modules_to_not_convert`` the field may be called.
+
+    Returns:
+      Patterns, as `ends_any` takes them.
+
+    Raises:
+      ValueError: As `check_patterns`.
+    """
+    names = ("modules_to_not_convert", *aliases)
+    field = next((name for name in names if entry.get(name)), names[0])
+    return check_patterns(field, entry.get(field) or [])
+
+
+def ends_any(patterns: Iterable[str], path: str) -> bool:
+    """Whether a module is one that transformers leaves alone by some patterns.
+
+    Args:
+      patterns: As that of `ends_path`.
+      path: The path of the module.
+
+    Returns:
+      Whether it is.
+
+    Raises:
+      ValueError: As `matches`.
+    """
+    return any(ends_path(pattern, path) for pattern in patterns)
 
 
 def grouped(pattern: str) -> str:

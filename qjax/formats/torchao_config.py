@@ -10,7 +10,7 @@ from typing import Any
 
 from qjax.formats import tinygemm_config
 from qjax.formats.checks import check_strings
-from qjax.formats.patterns import check_pattern, ends_path, matches
+from qjax.formats.patterns import check_pattern, ends_any, matches
 
 _INTX = ("IntxWeightOnlyConfig",)
 _INT8 = ("Int8WeightOnlyConfig",)
@@ -82,9 +82,8 @@ class Config:
         Args:
           module: The module's path, such as "model.layers.0.mlp.up_proj".
         """
-        for pattern in self.ignored:
-            if ends_path(pattern, module):
-                return None
+        if ends_any(self.ignored, module):
+            return None
         if not self.overrides:
             return dataclasses.replace(self, ignored=())
         names, table = (f"{module}.weight", module), dict(self.overrides)

@@ -22,6 +22,7 @@ import numpy as np
 
 from tests import oracle
 from tests.checkpoints.tiny import MODULE, Checkpoint
+from tests.goldens import arrays
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BLOCK, _, NAME = MODULE.rpartition(".")
@@ -38,8 +39,7 @@ class Assembled:
 @functools.cache
 def golden(path: str) -> dict:
     """The arrays of a file, those in bfloat16 as such, and its ``meta``."""
-    with np.load(GOLDEN / f"{path}.npz") as file:
-        data = dict(file)
+    data = arrays(GOLDEN / f"{path}.npz")
     meta = json.loads(str(data.pop("meta")))
     for name, dtype in meta.get("dtypes", {}).items():
         if dtype in ("bfloat16", "float8_e4m3fn") and name in data:

@@ -18,6 +18,7 @@ import qjax
 from qjax.formats import mbwq
 from qjax.training import shadow
 from tests import oracle
+from tests.goldens import arrays
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "mbwq"
 FILES = sorted(path.stem for path in GOLDEN.glob("*.npz"))
@@ -27,8 +28,7 @@ M, K, N = 8, 64, 16
 
 @functools.cache
 def layer(name: str) -> tuple[qjax.QTensor, dict]:
-    with np.load(GOLDEN / f"{name}.npz") as file:
-        data = dict(file)
+    data = arrays(GOLDEN / f"{name}.npz")
     tensors = {key: data[key] for key in STORED if key in data}
     tensors["channel_scale"] = data["channel_scale"].reshape(1, 1, -1)
     size = json.loads(str(data["meta"])).get("group_size")
