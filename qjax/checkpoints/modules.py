@@ -295,7 +295,6 @@ def survey_file(file: Path) -> tuple[dict[str, Matrix | Stored], list[ValueError
             faults.append(ValueError(message))
         elif kind is None:
             parts[name] = stored
-            faults += _dense_faults({name: stored})
         else:
             parts[module] = Matrix(
                 name=module,
@@ -303,7 +302,29 @@ def survey_file(file: Path) -> tuple[dict[str, Matrix | Stored], list[ValueError
                 format=FORMATS["gguf"],
                 config=FORMATS["gguf"].Config(type=kind),
             )
+    faults += _join_scales(parts)
+    faults += _dense_faults(
+        {name: part for name, part in parts.items() if isinstance(part, Stored)}
+    )
     return parts, faults
+
+
+def _join_scales(parts: dict[str, Matrix | Stored]) -> list[ValueError]:
+    """Moves what llama.cpp multiplies a whole product by into its matrix."""
+    faults = []
+    for module, matrix in list(parts.items()):
+        scale = parts.get(f"{module}.scale")
+        if not isinstance(matrix, Matrix) or not isinstance(scale, Stored):
+            continue
+        tensors = {**matrix.tensors, "scale": scale}
+        parts[module] = scaled = dataclasses.replace(matrix, tensors=tensors)
+        del parts[f"{module}.scale"]
+        try:
+            scaled.check()
+        except ValueError as fault:
+            faults.append(fault)
+            del parts[module]
+    return faults
 
 
 def _group(

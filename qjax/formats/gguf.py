@@ -1,17 +1,9 @@
 """GGUF: the block types of llama.cpp, as ggml stores them.
 
-A code has a low plane of two, four or eight bits and, if it is wider than that, a high
-plane of the rest. The bytes of a plane are cut into runs. A byte holds a field of ``w``
-bits for each of ``8 / w`` codes that lie a run apart: of run ``c`` with ``r`` bytes,
-byte ``i`` with four fields is
-
-    bit 7                                                                      bit 0
-    | q[4cr + 3r + i] | q[4cr + 2r + i] | q[4cr + r + i] | q[4cr + i] |
-
-The torch weight ``[n, k]`` is cut into blocks of 32 or 256 inputs, each with the bytes
-of its codes and what its scales are made of; `gguf_blocks` draws them. With float16
-``d`` and ``m``, and small integers ``f`` and ``u`` of a group of 16 or 32 inputs in a
-block of 256, the weight is, in float32,
+The torch weight ``[n, k]`` is cut into blocks of 32 to 256 inputs, each with the bytes
+of its codes, which `gguf_planes` draws, and what its scales are made of, as
+`gguf_blocks` does. With float16 ``d`` and ``m``, and small integers ``f`` and ``u`` of
+a group of 16 or 32 inputs in a block of 256, the weight is, in float32,
 
     Q4_0  Q5_0  Q8_0    (q - 2**(bits-1)) * d
     Q4_1  Q5_1          q * d + m
@@ -20,12 +12,16 @@ block of 256, the weight is, in float32,
     IQ4_NL              table[q] * d
     IQ4_XS              table[q] * (f * d)
     MXFP4               E2M1[q] * 2**(e - 127)
+    NVFP4               E2M1[q] * E4M3[s]
 
-where all products are exact, and only the sum is rounded. Types of one to three bits,
-in `gguf_grids`, hold neighbours together; they are read, and not written.
+where all products are exact, and only the sum is rounded. ``s`` has no sign. Of NVFP4 a
+tensor ``scale`` beside the weight, float32, multiplies the whole matrix, and E2M1's
+minus zero stays one, where ggml has 0. Types of one to three bits, in `gguf_grids`, are
+read, and not written.
 
 Source: ggml-org/llama.cpp, ggml/src/ggml-common.h, ggml/src/ggml-quants.c and
-gguf-py/gguf/quants.py, as in release 0.19.0 of the package gguf.
+gguf-py/gguf/quants.py, as in release 0.19.0 of the package gguf; conversion/base.py and
+src/llama-model.cpp of llama-cpp-python 0.3.36 (``scale``).
 """
 
 import dataclasses
@@ -40,7 +36,7 @@ import numpy as np
 from jaxtyping import Array, Integer, UInt8
 
 from qjax import decode, tensor
-from qjax.formats import mxfp4
+from qjax.formats import modelopt, mxfp4
 from qjax.formats.checks import (
     Expected,
     check_choice,
@@ -58,11 +54,10 @@ from qjax.formats.gguf_blocks import (
     TYPES,
     Type,
     join_blocks,
-    pack_planes,
     split_blocks,
-    unpack_planes,
 )
 from qjax.formats.gguf_grids import GRIDS, Grid
+from qjax.formats.gguf_planes import pack_planes, unpack_planes
 from qjax.formats.gptq import Stream
 from qjax.tensor import (
     Affine,
@@ -90,10 +85,15 @@ __all__ = [
     "to_tensors",
 ]
 
-TENSORS = ("weight",)
+TENSORS = ("weight", "scale")
 # All types that are read; those of `TYPES` are written, too.
 KINDS: Mapping[str, Type | Grid] = types.MappingProxyType({**TYPES, **GRIDS})
-_EXPECTED = {"weight": Expected((jnp.uint8,), None)}
+_EXPECTED = {
+    "weight": Expected((jnp.uint8,), None),
+    "scale": Expected((jnp.float32,), None, optional=True),
+}
+# The largest number of E4M3; 127, which ggml reads as 0, is none, and 128 a sign.
+_LARGEST = 126
 # Bits of the low and the high plane, by the width of a code.
 _WIDTHS = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}
 # ggml has integers for them, of which none is -0.0.
@@ -211,11 +211,13 @@ class Config:
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:
-    """Checks name, dtype and shape of one tensor, and no values.
+    """Checks names, dtypes and shapes of one matrix, and no values.
 
     Args:
-      tensors: Under ``weight``, an array or anything with ``shape`` and ``dtype``: the
-        blocks, uint8 ``[*batch, n, k / block, size]``, as they lie in the file.
+      tensors: Arrays or anything with ``shape`` and ``dtype``: ``weight``, the blocks,
+        uint8 ``[*batch, n, k / block, size]``, as they lie in the file; of NVFP4
+        optionally ``scale``, a float32 for each matrix, ``[*batch]``, or ``[1]`` of
+        one.
       config: The type of the blocks.
 
     Raises:
@@ -229,10 +231,18 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
             f"weight.shape={shape} must be [..., n, k / {kind.block}, {kind.size}] of "
             f"{config.type}, not empty."
         )
+    if "scale" in tensors:
+        found, batch = tuple(tensors["scale"].shape), shape[:-3]
+        if config.type != "NVFP4":
+            raise ValueError(
+                f"scale beside a weight of {config.type} is not read, but of NVFP4."
+            )
+        if found not in (batch, batch or (1,)):
+            raise ValueError(f"scale.shape={found} must be {batch or (1,)}.")
 
 
 def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, ...]]:
-    """Says what runs along the axes of the tensor, so that a part can be read.
+    """Says what runs along the axes of the tensors, so that a part can be read.
 
     Args:
       tensors: As in `check`.
@@ -245,24 +255,29 @@ def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, 
     *batch, _, blocks, _ = tensors["weight"].shape
     # A block is not cut, and what has a size of 1 is taken for what all share.
     k = "k" if blocks > 1 else ""
-    return {"weight": ("",) * len(batch) + ("n", k, "")}
+    runs: dict[str, tuple[str, ...]] = {"weight": (*[""] * len(batch), "n", k, "")}
+    if "scale" in tensors:
+        runs["scale"] = ("",) * len(tensors["scale"].shape)
+    return runs
 
 
 def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     """Reads one quantized matrix, or a stack of them.
 
     Args:
-      tensors: A concrete array under ``weight``, as `check` describes it.
+      tensors: Concrete arrays, as `check` describes them.
       config: The type of the blocks.
 
     Returns:
       ``[*batch, k, n]`` tensor in a layout `Planes`; its dtype is float32. Blocks of
-      256 have `tensor.Nested` scales and minima, MXFP4 has `mxfp4.E8M0`, others plain
-      float16. Types of `gguf_grids` come in a `gptq.Stream`, with `tensor.Nested`
-      scales; the ternary ones with float16, and zeros of 1.
+      256 have `tensor.Nested` scales and minima, MXFP4 has `mxfp4.E8M0` and NVFP4
+      `modelopt.TimesGlobal` scales, others plain float16. Types of `gguf_grids` come in
+      a `gptq.Stream`, with `tensor.Nested` scales; Q1_0, Q2_0 and the ternary ones with
+      float16, and zeros of 0.5 or 1.
 
     Raises:
-      ValueError: As `check`; or if a scale or a minimum is not finite.
+      ValueError: As `check`; or if a scale or a minimum is not finite, or ``d`` of Q1_0
+        is too large to be doubled.
 
     Example:
       >>> blocks = np.zeros((8, 1, 144), np.uint8)
@@ -280,6 +295,10 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     words = np.concatenate([parts[p] for p in ("low", "high") if p in parts], axis=-1)
     if kind.bits == 8:
         words = words ^ np.uint8(128)  # Signed codes become those above 0.
+    batch = words.shape[:-3]
+    if "s" in parts:
+        whole = tensors.get("scale", np.ones(batch, np.float32))
+        parts["scale"] = np.asarray(whole).reshape(batch)
     return tensor.build(
         (jnp.asarray(words),),
         _scale(parts, kind),
@@ -287,7 +306,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         layout=_layout(kind),
         segments=(Segment(kind.bits, kind.group_size),),
         affine=kind.affine,
-        codebook=_codebook(kind, words.shape[:-3]),
+        codebook=_codebook(kind, batch),
         weight_dtype="float32",
     )
 
@@ -297,7 +316,11 @@ def _from_grid(blocks: np.ndarray, kind: Grid) -> QTensor:
     check_finite({"weight's d": parts.d})
     scale: Any = _along_k(parts.d)
     zero, codebook = None, None
-    if parts.factors is None:
+    if kind.bits == 1:
+        # What lies between its two codes, which are twice d apart.
+        scale, zero = scale * 2, jnp.full_like(scale, 0.5)
+        check_finite({"2 * d of weight": scale})
+    elif parts.factors is None:
         zero = jnp.ones_like(scale, jnp.uint8)
     else:
         scale = Nested(factor=_along_k(parts.factors), step=scale)
@@ -325,9 +348,24 @@ def _scale(parts: Mapping[str, np.ndarray], kind: Type) -> Array | Encoded:
         if (parts["e"] == 255).any():
             raise ValueError("weight's e must be finite; found 255, which is none.")
         return mxfp4.E8M0(exponent=_along_k(parts["e"]))
+    if "s" in parts:
+        _check_small(parts["s"])
+        check_finite({"scale": parts["scale"]})
+        return modelopt.TimesGlobal(
+            local=_along_k(parts["s"]), whole=jnp.asarray(parts["scale"])
+        )
     if kind.is_nested:
         return Nested(factor=_along_k(parts[FACTORS]), step=_along_k(parts["d"]))
     return _along_k(parts["d"])
+
+
+def _check_small(scales: np.ndarray) -> None:
+    """Refuses patterns of E4M3 that are no positive numbers."""
+    if scales.max() > _LARGEST:
+        raise ValueError(
+            f"scales of 8 bits must be at most {_LARGEST}, E4M3's 448; found "
+            f"{scales.max()}, which is negative or no number."
+        )
 
 
 def _zero(parts: Mapping[str, np.ndarray], kind: Type) -> Array | Encoded | None:
@@ -371,7 +409,7 @@ def to_tensors(qt: QTensor) -> dict[str, Array]:
         leaves. The type is the one that holds its width, map and scales.
 
     Returns:
-      ``weight`` as `check` describes it.
+      ``weight`` and, of NVFP4, ``scale``, as `check` describes them.
 
     Raises:
       ValueError: If no type of `TYPES` can hold ``qt``, with the reason.
@@ -383,8 +421,13 @@ def to_tensors(qt: QTensor) -> dict[str, Array]:
     low = kind.parts["low"]
     parts = {"low": words[..., :low], "high": words[..., low:]}
     scale, zero, blocks = qt.scale, qt.zero, words.shape[-2]
+    tensors = {}
     if isinstance(scale, mxfp4.E8M0):
         parts["e"] = _by_block(scale.exponent, blocks)
+    elif isinstance(scale, modelopt.TimesGlobal):
+        parts["s"] = _by_block(scale.local, blocks)
+        _check_small(parts["s"])
+        tensors["scale"] = jnp.atleast_1d(scale.whole)
     elif isinstance(scale, Nested):
         parts[FACTORS] = _by_block(scale.factor, blocks)
         parts["d"] = _by_block(scale.step, blocks)
@@ -400,7 +443,7 @@ def to_tensors(qt: QTensor) -> dict[str, Array]:
     for name in parts.keys() & {FACTORS, MINIMA}:
         if (again[name] != parts[name]).any():
             raise ValueError(f"GGUF cannot hold {qt!r}: its {name} have too many bits.")
-    return {"weight": jnp.asarray(stored)}
+    return {"weight": jnp.asarray(stored), **tensors}
 
 
 def _holding(qt: QTensor) -> Type:
@@ -432,17 +475,14 @@ def _is_of(qt: QTensor, kind: Type) -> bool:
         return False
     if (qt.zero is None) == ("m" in kind.parts):
         return False
-    encoding = Nested if kind.is_nested else None
-    if "e" in kind.parts:
-        encoding = mxfp4.E8M0
     parameters = [qt.scale] if qt.zero is None else [qt.scale, qt.zero]
-    return all(_is_like(p, encoding, kind, p is qt.zero) for p in parameters)
+    return all(_is_like(p, kind, p is qt.zero) for p in parameters)
 
 
-def _is_like(
-    parameter: Any, encoding: type[Encoded] | None, kind: Type, negative: bool
-) -> bool:
-    """Whether a scale or zero is of an encoding, or of none and float16."""
+def _is_like(parameter: Any, kind: Type, negative: bool) -> bool:
+    """Whether a scale or zero has the encoding of a type, or none and is float16."""
+    encodings = {"e": mxfp4.E8M0, "s": modelopt.TimesGlobal, "scales": Nested}
+    encoding = next((encodings[p] for p in kind.parts if p in encodings), None)
     if encoding is None:
         return not isinstance(parameter, Encoded) and parameter.dtype == jnp.float16
     if not isinstance(parameter, Nested):

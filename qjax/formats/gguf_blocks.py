@@ -1,13 +1,13 @@
 """The blocks of GGUF's types: where codes, scales and minima lie in their bytes.
 
-A block holds 32 or 256 weights of one output. These are the bytes of each type, from
-first to last; ``d`` and ``m`` are float16, ``low`` and ``high`` are the planes that
-`gguf.Planes` draws:
+A block holds 32, 64 or 256 weights of one output. These are the bytes of each type,
+from first to last; ``d`` and ``m`` are float16, ``low`` and ``high`` are the planes
+that `gguf_planes` draws:
 
     Q4_0  d low             Q2_K  scales low d m            IQ4_NL  d low
     Q4_1  d m low           Q3_K  high low scales d         IQ4_XS  d scales low
     Q5_0  d high low        Q4_K  d m scales low            MXFP4   e low
-    Q5_1  d m high low      Q5_K  d m scales high low
+    Q5_1  d m high low      Q5_K  d m scales high low       NVFP4   4 x s, low
     Q8_0  d low             Q6_K  low high scales d
 
 A group of a block of 256 has a small integer, its factor ``f``, and some types another
@@ -36,17 +36,12 @@ Source: ggml-org/llama.cpp, ggml/src/ggml-common.h, ggml/src/ggml-quants.c and
 gguf-py/gguf/quants.py, as in release 0.19.0 of the package gguf.
 """
 
-import functools
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Integer, UInt8
 
-from qjax.bits import transpose_codes
 from qjax.tensor import Affine
 
 # What the codes of IQ4_NL and IQ4_XS stand for.
@@ -66,7 +61,7 @@ class Type(NamedTuple):
       group_size: Weights that share a scale.
       affine: How a code becomes a number.
       parts: Bytes of each part of a block, in order.
-      run: Bytes of a run of the low plane, as in `gguf.Planes`.
+      run: Bytes of a run of the low plane, as in `gguf_planes.Planes`.
       high_run: Likewise of the high plane.
     """
 
@@ -117,6 +112,7 @@ TYPES: Mapping[str, Type] = types.MappingProxyType(
         "IQ4_NL": Type(20, 4, 32, _CODEBOOK, {"d": 2, "low": 16}, 16),
         "IQ4_XS": Type(23, 4, 32, _CODEBOOK, {"d": 2, "scales": 6, "low": 128}, 16),
         "MXFP4": Type(39, 4, 32, _CODEBOOK, {"e": 1, "low": 16}, 16),
+        "NVFP4": Type(40, 4, 16, Affine.FLOAT, {"s": 4, "low": 32}, 8),
     }
 )
 
@@ -126,60 +122,8 @@ OTHERS: Mapping[int, str] = types.MappingProxyType(
         **{4: "Q4_2", 5: "Q4_3", 9: "Q8_1", 15: "Q8_K"},
         **{31: "Q4_0_4_4", 32: "Q4_0_4_8", 33: "Q4_0_8_8"},
         **{36: "IQ4_NL_4_4", 37: "IQ4_NL_4_8", 38: "IQ4_NL_8_8"},
-        **{40: "NVFP4", 41: "Q1_0"},
     }
 )
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def pack_planes(
-    codes: Integer[Array, "k n"], block: int, planes: Sequence[tuple[int, int]]
-) -> UInt8[Array, "n blocks bytes"]:
-    """Packs the planes of blocks, one after another.
-
-    Args:
-      codes: ``[k, n]``, k a multiple of ``block``.
-      block: Codes of a block.
-      planes: Bits of a field and bytes of a run of each plane, the lowest bits first.
-
-    Returns:
-      The bytes of each block.
-    """
-    fields = transpose_codes(codes).reshape(codes.shape[1], -1, block)
-    parts, shift = [], 0
-    for width, run in planes:
-        part = fields >> jnp.uint8(shift) & jnp.uint8(2**width - 1)
-        parts.append(_join_plane(part, width, run))
-        shift += width
-    return jnp.concatenate(parts, axis=-1)
-
-
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def unpack_planes(
-    words: UInt8[Array, "n blocks bytes"], block: int, planes: Sequence[tuple[int, int]]
-) -> UInt8[Array, "k n"]:
-    """Inverse of `pack_planes`."""
-    codes, shift, begin = jnp.uint8(0), 0, 0
-    for width, run in planes:
-        end = begin + block * width // 8
-        codes |= _split_plane(words[..., begin:end], width, run) << jnp.uint8(shift)
-        begin, shift = end, shift + width
-    return transpose_codes(codes.reshape(words.shape[0], -1))
-
-
-def _join_plane(fields: Array, width: int, run: int) -> Array:
-    """Packs one plane: fields ``[n, blocks, block]`` into bytes."""
-    apart = fields.reshape(*fields.shape[:2], -1, 8 // width, run)
-    shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[None, None, None, :, None]
-    return (apart << shifts).sum(-2, dtype=jnp.uint8).reshape(*fields.shape[:2], -1)
-
-
-def _split_plane(words: Array, width: int, run: int) -> Array:
-    """Inverse of `_join_plane`."""
-    apart = words.reshape(*words.shape[:2], -1, 1, run)
-    shifts = jnp.arange(0, 8, width, dtype=jnp.uint8)[None, None, None, :, None]
-    fields = apart >> shifts & jnp.uint8(2**width - 1)
-    return fields.reshape(*words.shape[:2], -1)
 
 
 def split_blocks(blocks: np.ndarray, kind: Type) -> dict[str, np.ndarray]:

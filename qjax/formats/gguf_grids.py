@@ -2,7 +2,8 @@
 
 Those from IQ1_S to IQ3_S store neighbours together: an index picks a point of a grid,
 which has a size for each of eight weights (of four in IQ3_XXS and IQ3_S), and every
-weight has a sign. TQ1_0 and TQ2_0 are ternary. A block holds 256 weights of one output.
+weight has a sign. TQ1_0 and TQ2_0 are ternary. Their blocks hold 256 weights of one
+output; those of Q2_0, whose codes are 0 to 3, hold 64, and of Q1_0, signs alone, 128.
 These are the bytes of each type, from first to last; ``d`` is a float16:
 
     IQ1_S    d  low 32  high 8 x uint16           IQ3_XXS  d  low 64  signs 8 x uint32
@@ -10,7 +11,8 @@ These are the bytes of each type, from first to last; ``d`` is a float16:
     IQ2_XXS  d  8 x (low 4, signs uint32)                  scales 4
     IQ2_XS   d  low 32 x uint16  scales 8         TQ1_0    fives 48  fours 4  d
     IQ2_S    d  low 32  signs 32  high 8          TQ2_0    fields 64  d
-             scales 8
+             scales 8                        Q1_0     d  signs 16
+                                             Q2_0     d  fields 16
 
 ``low`` are the lowest eight bits of the indices. Where a point has eight weights, a
 group of 32 has four indices, else it has eight. What is left of them, the signs, and a
@@ -35,14 +37,18 @@ float32, where all products are exact,
     IQ2_XXS  IQ2_XS  IQ2_S   +- size / 8 * (2s + 1) * d         of 8, 25, 43
     IQ3_XXS                  +- size / 4 * (2s + 1) * d         of 4, 12, ..., 52, 62
     IQ3_S                    +- size * (2s + 1) * d             of 1, 3, ..., 15
-    TQ1_0  TQ2_0             (q - 1) * d
+    TQ1_0  TQ2_0  Q2_0       (q - 1) * d
+    Q1_0                     +- d
 
+where a bit of Q1_0 is set for +, the lowest for the first weight, as of four in a byte
+of Q2_0.
 A byte of ``fives`` holds five ternary digits and one of ``fours`` four: they are those
 behind the point of a number below one, in 256ths, rounded up. ``gguf_grids.json`` has
 the points: fields of a 16-bit number in hexadecimal, that of the first weight lowest.
 
 Source: ggml-org/llama.cpp, ggml/src/ggml-common.h, ggml/src/ggml-quants.c and
-gguf-py/gguf/quants.py, as in release 0.19.0 of the package gguf.
+gguf-py/gguf/quants.py, as in release 0.19.0 of the package gguf; of Q1_0 and Q2_0 the
+first two, as in release 0.3.36 of the package llama-cpp-python.
 """
 
 import functools
@@ -54,15 +60,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Weights of a block.
-_BLOCK = 256
-
 
 class Parts(NamedTuple):
     """What blocks hold, ``[..., n, blocks, x]``.
 
     Attributes:
-      codes: uint8, 256 a block.
+      codes: uint8, as many as a block has weights.
       d: float16, one a block.
       factors: int8 ``2s + 1`` of the groups; None where all of a block has one scale.
     """
@@ -80,7 +83,9 @@ class Grid(NamedTuple):
       size: Bytes of a block.
       group_size: Weights that share a scale.
       read: Takes blocks ``[..., n, blocks, size]`` apart.
-      table: What the codes stand for, sixteen numbers; None if it is one less each.
+      table: What the codes stand for, sixteen numbers; None if codes count steps.
+      bits: Width of a code as it is read.
+      block: Weights of a block.
     """
 
     number: int
@@ -88,16 +93,8 @@ class Grid(NamedTuple):
     group_size: int
     read: Callable[[np.ndarray], Parts]
     table: np.ndarray | None = None
-
-    @property
-    def block(self) -> int:
-        """Weights of a block."""
-        return _BLOCK
-
-    @property
-    def bits(self) -> int:
-        """Width of a code as it is read."""
-        return 2 if self.table is None else 4
+    bits: int = 4
+    block: int = 256
 
 
 # A sign, or the direction of that eighth, is the highest bit of a code.
@@ -220,6 +217,16 @@ def _tq2_0(blocks: np.ndarray) -> Parts:
     return Parts(codes.reshape(*fields.shape[:-1], -1), d.view("<f2"))
 
 
+def _q1_0(blocks: np.ndarray) -> Parts:
+    d, signs = _split(blocks, 2, 16)
+    return Parts(_apart(signs, 1), d.view("<f2"))
+
+
+def _q2_0(blocks: np.ndarray) -> Parts:
+    d, fields = _split(blocks, 2, 16)
+    return Parts(_apart(fields, 2), d.view("<f2"))
+
+
 def _signed(*sizes: float) -> np.ndarray:
     """A table of these and, from `_SIGN` on, their negatives."""
     half = np.zeros(8, np.float32)
@@ -243,7 +250,9 @@ GRIDS: Mapping[str, Grid] = types.MappingProxyType(
         "IQ3_S": Grid(21, 110, 32, _iq3_s, _IQ3_S),
         "IQ2_S": Grid(22, 82, 16, _iq2_s, _IQ2),
         "IQ1_M": Grid(29, 56, 16, _iq1_m, _IQ1),
-        "TQ1_0": Grid(34, 54, 256, _tq1_0),
-        "TQ2_0": Grid(35, 66, 256, _tq2_0),
+        "TQ1_0": Grid(34, 54, 256, _tq1_0, bits=2),
+        "TQ2_0": Grid(35, 66, 256, _tq2_0, bits=2),
+        "Q1_0": Grid(41, 18, 128, _q1_0, bits=1, block=128),
+        "Q2_0": Grid(42, 18, 64, _q2_0, bits=2, block=64),
     }
 )

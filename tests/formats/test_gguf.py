@@ -17,9 +17,9 @@ from tests.goldens import load, same_bits
 
 FILES = goldens.names("gguf")
 GRIDS = [name for name in FILES if load(name)["meta"]["type"] in gguf.GRIDS]
-Q4_K, Q8_0, MXFP4 = (
+Q4_K, Q8_0, MXFP4, NVFP4, Q1_0 = (
     next(name for name in FILES if f"__{kind}__" in name)
-    for kind in ("q4_k", "q8_0", "mxfp4")
+    for kind in ("q4_k", "q8_0", "mxfp4", "nvfp4", "q1_0")
 )
 
 
@@ -37,6 +37,13 @@ def config_of(data: dict) -> gguf.Config:
     return gguf.Config(type=data["meta"]["type"])
 
 
+def same_weight(qt: qjax.QTensor, data: dict, factor: float = 1) -> None:
+    """The same bits; of NVFP4 the same numbers, as its floats have a minus zero."""
+    is_float = qt.affine is tensor.Affine.FLOAT
+    same = chex.assert_trees_all_equal if is_float else same_bits
+    same(qjax.dequantize(qt), jnp.asarray(data["out_dequant"].T * np.float32(factor)))
+
+
 def test_every_type_has_a_golden_file():
     assert {load(name)["meta"]["type"] for name in FILES} == gguf.KINDS.keys()
     assert len(FILES) == len(gguf.KINDS)
@@ -44,7 +51,7 @@ def test_every_type_has_a_golden_file():
 
 @pytest.mark.parametrize("name", GRIDS)
 def test_reads_points_of_a_grid(name, refuses):
-    """Every point of it, four bits a code; there is no way back."""
+    """Every point of it, in four bits a code, or one or two; there is no way back."""
     data = load(name)
     kind, qt = gguf.KINDS[data["meta"]["type"]], read(name)
     n, blocks, size = data["raw"].shape
@@ -54,6 +61,7 @@ def test_reads_points_of_a_grid(name, refuses):
     for layout in (None, gptq.Stream(), pallas.layout_of(qt)):
         same = qt if layout is None else qjax.prepare(qt, layout=layout)
         same_bits(qjax.dequantize(same), data["out_dequant"].T)
+    assert qt.nbytes < (kind.bits + 0.6) / 8 * n * 512 + 64
     # Kernels read them as they read IQ4_XS, or other codes of two bits.
     assert isinstance(qjax.prepare(qt, layout=pallas.layout_of(qt)).layout, Tiles)
     stack = gguf.from_tensors({"weight": data["raw"][None]}, config_of(data))
@@ -79,21 +87,21 @@ def test_reads_dequantizes_and_writes(name):
     assert (qt.shape, qt.dtype) == ((512, n), jnp.float32)
     assert (qt.segments[0].group_size, qt.bits) == (kind.group_size, kind.bits)
     assert qt.nbytes < 1.2 * data["raw"].nbytes + 64
-    same_bits(qjax.dequantize(qt), data["out_dequant"].T)
+    same_weight(qt, data)
     same_bits(np.asarray(gguf.to_tensors(qt)["weight"]), data["raw"])
 
     # Prepared it is another layout with plain scales, and the same weight.
     prepared = qjax.prepare(qt)
     assert prepared.layout == gptq.Stream()
     assert not isinstance(prepared.scale, tensor.Encoded)
-    same_bits(qjax.dequantize(prepared), data["out_dequant"].T)
+    same_weight(prepared, data)
     moved = qjax.relayout(qt, gptq.Stream())
     same_bits(np.asarray(gguf.to_tensors(moved)["weight"]), data["raw"])
 
     # For a GPU, scales of blocks of 256 stay in two levels, and can be written again.
     for_gpu = qjax.prepare(qt, layout=pallas.layout_of(qt))
     assert isinstance(for_gpu.layout, Tiles)
-    same_bits(qjax.dequantize(for_gpu), data["out_dequant"].T)
+    same_weight(for_gpu, data)
     if kind.is_nested:
         assert isinstance(for_gpu.scale, tensor.Nested)
         same_bits(np.asarray(gguf.to_tensors(for_gpu)["weight"]), data["raw"])
@@ -136,6 +144,7 @@ PLACES = [
     ("Q6_K", 65, 0x21, {129: 1, 193: 2}),
     ("Q6_K", 128 + 33, 0b11100100, {161: 16, 193: 32, 225: 48}),
     ("IQ4_XS", 8 + 17, 0x21, {33: 1, 49: 2}),
+    ("NVFP4", 4 + 9, 0x21, {17: 1, 25: 2}),
 ]
 
 
@@ -164,6 +173,43 @@ def test_stacks():
     raw = np.stack([iq4["raw"], iq4["raw"]])
     qt = qjax.prepare(gguf.from_tensors({"weight": raw}, config_of(iq4)))
     same_bits(qjax.dequantize(qt)[1], iq4["out_dequant"].T)
+
+
+def test_one_number_for_all_of_a_matrix():
+    """Beside NVFP4: it multiplies, and is written again; a stack has one for each."""
+    data = load(NVFP4)
+    whole = np.array([0.5], np.float32)
+    qt = read(NVFP4, scale=whole)
+    same_weight(qt, data, 0.5)
+    same_weight(qjax.prepare(qt), data, 0.5)
+    written = gguf.to_tensors(qt)
+    same_bits(np.asarray(written["weight"]), data["raw"])
+    same_bits(np.asarray(written["scale"]), whole)
+    raw, each = np.stack([data["raw"]] * 2), np.array([2, 0.25], np.float32)
+    tensors = {"weight": raw, "scale": each}
+    stack = gguf.from_tensors(tensors, config_of(data))
+    chex.assert_trees_all_equal(qjax.dequantize(stack)[1], data["out_dequant"].T / 4)
+    same_bits(np.asarray(gguf.to_tensors(stack)["scale"]), each)
+    runs = {"weight": ("", "n", "k", ""), "scale": ("",)}
+    assert gguf.axes(tensors, config_of(data)) == runs
+
+
+def test_modelopt_has_the_same_numbers():
+    """Its NVFP4 in GGUF's blocks, and back."""
+    words = np.random.default_rng(0).integers(0, 256, (3, 64), np.uint8)
+    scale = np.random.default_rng(1).integers(0, 127, (3, 8), np.uint8)
+    tensors = {
+        "weight": words,
+        "weight_scale": scale.view(jnp.float8_e4m3fn),
+        "weight_scale_2": np.float32(0.25),
+    }
+    config = qjax.formats.modelopt.Config(algorithm="NVFP4")
+    qt = qjax.formats.modelopt.from_tensors(tensors, config)
+    again = gguf.from_tensors(gguf.to_tensors(qt), gguf.Config(type="NVFP4"))
+    chex.assert_trees_all_equal(
+        qjax.dequantize(again), qjax.dequantize(qt, jnp.float32)
+    )
+    assert again.shape == (128, 3)
 
 
 def test_pieces_are_matrices():
@@ -196,7 +242,7 @@ def test_shards():
         (
             Q4_K,
             {"bias": np.zeros(3)},
-            "bias is no tensor of GGUF; those are ['weight']",
+            "bias is no tensor of GGUF; those are ['weight', 'scale']",
         ),
         (
             Q4_K,
@@ -220,6 +266,28 @@ def test_shards():
             {"weight": np.full((3, 2, 17), 255, np.uint8)},
             "weight's e must be finite; found 255",
         ),
+        (
+            NVFP4,
+            {"weight": np.full((3, 2, 36), 127, np.uint8)},
+            "scales of 8 bits must be at most 126, E4M3's 448; found 127",
+        ),
+        (
+            NVFP4,
+            {"scale": np.array([np.inf], np.float32)},
+            "scale must be finite; found NaN or infinity",
+        ),
+        (NVFP4, {"scale": np.ones(3, np.float32)}, "scale.shape=(3,) must be (1,)"),
+        (NVFP4, {"scale": np.ones(1, np.float16)}, "scale.dtype=float16 must be float"),
+        (
+            Q8_0,
+            {"scale": np.ones(1, np.float32)},
+            "scale beside a weight of Q8_0 is not read, but of NVFP4",
+        ),
+        (
+            Q1_0,
+            {"weight": np.full((3, 2, 18), 123, np.uint8)},
+            "2 * d of weight must be finite",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(name, changes, message, refuses):
@@ -228,7 +296,7 @@ def test_tensors_that_do_not_fit_are_refused(name, changes, message, refuses):
 
 
 def test_types_that_are_not_read(refuses):
-    for name in ("NVFP4", "Q8_K", "q4_0"):
+    for name in ("Q4_2", "Q8_K", "q4_0"):
         with refuses(f"type={name!r} must be one of ('Q4_0', 'Q4_1'"):
             gguf.check({}, gguf.Config(type=name))
     numbers = [kind.number for kind in gguf.KINDS.values()]

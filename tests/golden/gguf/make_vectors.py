@@ -2,10 +2,18 @@
 
 Run by hand: ``pip install gguf==0.19.0 && python tests/golden/gguf/make_vectors.py``.
 Of the types that are points of a grid, there are as many blocks as all points need.
+
+The package cannot read Q1_0 and Q2_0. ggml can: with the source distribution of
+llama-cpp-python 0.3.36 unpacked, in vendor/llama.cpp/ggml/src, ``gcc -O2 -shared -fPIC
+-I../include -I. ggml-quants.c -Wl,--unresolved-symbols=ignore-all -lm -o
+libquants.so``, and its path is an argument of this script, which then makes these two.
 """
 
+import ctypes
 import importlib.metadata
 import json
+import os
+import sys
 from pathlib import Path
 
 import gguf
@@ -27,6 +35,7 @@ FLOATS = {
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
     "MXFP4": (),
+    "NVFP4": (),
 }
 N, K = 3, 512
 # The same of grids, with how many rows of K weights there are.
@@ -41,6 +50,8 @@ GRIDS = {
     "TQ1_0": (52, 3),
     "TQ2_0": (64, 3),
 }
+# Weights and bytes of a block.
+OF_GGML = {"Q1_0": (128, 18), "Q2_0": (64, 18)}
 
 
 def put(raw: np.ndarray, begin: int | None, values: np.ndarray) -> None:
@@ -108,6 +119,9 @@ def make(number: int, name: str, begins: tuple[int | None, ...], n: int) -> None
     if name == "MXFP4":  # 255 is no number; float32 holds all others but the largest
         raw[..., 0] = rng.integers(100, 140, raw.shape[:2])
         raw[0, :4, 0] = 0, 1, 2, 252
+    if name == "NVFP4":  # without a sign, and 127 is no number
+        raw[..., :4] = rng.integers(0, 127, (*raw.shape[:2], 4))
+        raw[0, 0, :4] = 0, 1, 7, 126
     version = importlib.metadata.version("gguf")
     meta = {
         "source": f"gguf {version} (ggml-org/llama.cpp, gguf-py/gguf/quants.py), "
@@ -124,7 +138,38 @@ def make(number: int, name: str, begins: tuple[int | None, ...], n: int) -> None
     )
 
 
+def make_by_ggml(number: int, name: str, library: ctypes.CDLL) -> None:
+    """Writes the file of a type that the package does not read."""
+    rng = np.random.default_rng(number)
+    block, size = OF_GGML[name]
+    raw = rng.integers(0, 256, (N, K // block, size), dtype=np.uint8)
+    values = rng.standard_normal(raw.shape[:2]).astype(np.float16)
+    values[0, :3] = 2.0**-24, 0, -32752
+    put(raw, 0, values)
+    out = np.empty((N, K), np.float32)
+    read = getattr(library, f"dequantize_row_{name.lower()}")
+    pointer = ctypes.c_void_p
+    read(pointer(raw.ctypes.data), pointer(out.ctypes.data), ctypes.c_int64(out.size))
+    meta = {
+        "source": f"llama-cpp-python 0.3.36 (ggml-org/llama.cpp, ggml/src/"
+        f"ggml-quants.c), dequantize_row_{name.lower()}",
+        "type": name,
+        "numpy": np.__version__,
+    }
+    np.savez_compressed(
+        FOLDER / f"gguf__{name.lower()}__{N}x{K}__s{number}.npz",
+        raw=raw,
+        out_dequant=out,
+        meta=json.dumps(meta),
+    )
+
+
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        library = ctypes.CDLL(sys.argv[1], mode=os.RTLD_LAZY)
+        for number, name in enumerate(OF_GGML):
+            make_by_ggml(1030 + number, name, library)
+        sys.exit()
     for number, name in enumerate(FLOATS):
         make(1000 + number, name, FLOATS[name], N)
     for number, (name, (begin, n)) in enumerate(GRIDS.items()):
