@@ -35,29 +35,34 @@ def pytest_addoption(parser):
         help="run one in N cases of tests that have several, but all of those of "
         "pytest.mark.every_version",
     )
+    parser.addoption(
+        "--sparse",
+        type=int,
+        default=1,
+        metavar="N",
+        help="run one in N tests, but all of pytest.mark.every_version",
+    )
 
 
 # After -k and -m have chosen.
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config, items):
-    if (n := config.getoption("--thin", default=1)) == 1:
-        return
-    if n < 1:
-        raise pytest.UsageError(f"--thin {n} must be 1 or more.")
+    n, sparse = (config.getoption(name, default=1) for name in ("--thin", "--sparse"))
+    if min(n, sparse) < 1:
+        raise pytest.UsageError(f"--thin {n} --sparse {sparse}: both must be positive.")
+    kept = set()
     cases = collections.defaultdict(list)
     for item in items:
-        whole = item.get_closest_marker("every_version")
-        cases[item.nodeid if whole else item.nodeid.partition("[")[0]].append(item)
-
-    def draw(item):
-        # By the case, so that tests of the same cases take the same, which some compile
-        # once for all; and where another run takes one in M, not those.
-        return zlib.crc32(f"{n} {item.nodeid.partition('[')[2]}".encode())
-
-    kept = set()
-    for group in cases.values():
-        drawn = {item for item in group if draw(item) % n == 0}
-        kept |= drawn or {min(group, key=draw)}
+        test, _, case = item.nodeid.partition("[")
+        if item.get_closest_marker("every_version"):
+            kept.add(item)
+        elif zlib.crc32(test.encode()) % sparse == 0:
+            # By the case, so that tests of the same cases take the same, which some
+            # compile once for all; and where another run takes one in M, not those.
+            cases[test].append((zlib.crc32(f"{n} {case}".encode()), item))
+    for drawn in cases.values():
+        lot = [item for number, item in drawn if number % n == 0]
+        kept.update(lot or [min(drawn, key=lambda pair: pair[0])[1]])
     config.hook.pytest_deselected(items=[item for item in items if item not in kept])
     items[:] = [item for item in items if item in kept]
 
