@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import gpu_engines
 import gpu_report
 import gpu_serving
+import gpu_weights
 import harness
 from gpu_report import Figures
 from harness import Worker
@@ -315,7 +316,7 @@ def head(arguments: argparse.Namespace, worker: Worker, within: float) -> Figure
         "versions": harness.versions(sys.executable, PACKAGES)
         | harness.versions(arguments.peer_python, PEERS),
         "rates": rates,
-        "group_size": gpu_engines.GROUP,
+        "group_size": gpu_weights.GROUP,
         "repeats": arguments.repeats,
         "results": [],
     }

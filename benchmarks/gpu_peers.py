@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gpu_engines import CHECKED, GROUP, Bound, Codes, Times, Weight, Weights, sampled
+from gpu_weights import CHECKED, GROUP, Bound, Codes, Times, Weight, Weights, sampled
 
 CACHE = 256 * 2**20  # copies of a weight exceed this many bytes together
 LASTS = 0.02  # seconds of a measurement, at least

@@ -4,7 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import gpu_engines
+import gpu_weights
 
 OURS, DENSE = "qjax", "dense"
 
@@ -103,7 +103,7 @@ def draw(report: Figures, file: Path) -> None:
         ms = [r["shape"][0] for r in of_shape]
         for bits, style in ((16, "k--"), (4, "k:")):
             nbytes = int(
-                k * n * (bits + (24 / gpu_engines.GROUP if bits == 4 else 0)) / 8
+                k * n * (bits + (24 / gpu_weights.GROUP if bits == 4 else 0)) / 8
             )
             roof = [
                 2e-6 * m * k * n / floor(nbytes, m, k, n, report["rates"]) for m in ms

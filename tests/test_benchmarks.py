@@ -20,8 +20,10 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import gpu_decode  # noqa: E402
 import gpu_engines  # noqa: E402
 import gpu_matmul  # noqa: E402
+import gpu_ours  # noqa: E402
 import gpu_report  # noqa: E402
 import gpu_serving  # noqa: E402
+import gpu_weights  # noqa: E402
 import harness  # noqa: E402
 
 SERVER = """
@@ -116,24 +118,24 @@ def test_versions_of_what_is_there():
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_operands_stand_for_the_same_weight(bits, symmetric):
-    codes = gpu_engines.Codes.random(256, 24, bits, symmetric=symmetric)
-    w = gpu_engines.packed(codes, bits)
+    codes = gpu_weights.Codes.random(256, 24, bits, symmetric=symmetric)
+    w = gpu_ours.packed(codes, bits)
     weight = np.asarray(qjax.dequantize(w, "float32"), np.float64)
-    chosen = gpu_engines.sampled(24)
+    chosen = gpu_weights.sampled(24)
     np.testing.assert_array_equal(weight[:, chosen], codes.columns)
     if symmetric:
         assert (codes.zero == 2 ** (bits - 1)).all()
 
 
 def test_rows_are_exact_in_both_16_bit_floats():
-    x = gpu_engines.rows(3, 4096)
+    x = gpu_weights.rows(3, 4096)
     for dtype in ("float16", "bfloat16"):
         np.testing.assert_array_equal(
             np.asarray(x.astype(jax.numpy.dtype(dtype)), x.dtype), x
         )
 
 
-LIBRARIES = [gpu_engines.dense_weights, *gpu_engines.OURS.values()]
+LIBRARIES = [gpu_engines.dense_weights, *gpu_ours.OURS.values()]
 
 
 @pytest.fixture(scope="module")
@@ -144,18 +146,18 @@ def weights():
 @pytest.mark.parametrize("name", [name for of in LIBRARIES for name in of(2048, 64)])
 def test_engines_multiply_by_what_they_say(name, weights):
     weight = weights[name]()
-    x = gpu_engines.rows(2, 2048)
+    x = gpu_weights.rows(2, 2048)
     bound = weight.bind(x)
     assert gpu_serving.checked(bound.result(), x, weight) < weight.tolerance
     assert len(bound.time(2).seconds) == 2
     wide = {"dense bf16, XLA": 16, "qjax, EXL2 mix of 4.0 bits": 4}
-    wide |= {f"qjax, {one.name}": one.bits for one in gpu_engines.FLOATS.values()}
-    wide |= {f"qjax, {kind}": bits for kind, (bits, _) in gpu_engines.LEVELS.items()}
+    wide |= {f"qjax, {one.name}": one.bits for one in gpu_ours.FLOATS.values()}
+    wide |= {f"qjax, {kind}": bits for kind, (bits, _) in gpu_ours.LEVELS.items()}
     bits = wide.get(name) or int(name.split()[1])
     assert weight.bits == bits
     # Codes, and at most 24 bits of scale and zero for 128 of them.
     parameters = {"qjax, FP8": 32 / 128, "qjax, MXFP4": 16 / 32}.get(name, 24 / 128)
-    if name.split()[1] in gpu_engines.LEVELS:
+    if name.split()[1] in gpu_ours.LEVELS:
         parameters = 2  # On a CPU, as float32.
     assert 0 <= 8 * weight.nbytes / (2048 * 64) - bits <= parameters
 
@@ -163,7 +165,7 @@ def test_engines_multiply_by_what_they_say(name, weights):
 @pytest.mark.parametrize("factor", [0.9, np.nan])
 def test_wrong_results_are_not_timed(factor, weights):
     weight = weights["qjax, 4 bits"]()
-    x = gpu_engines.rows(2, 2048)
+    x = gpu_weights.rows(2, 2048)
     result = weight.bind(x).result()
     with pytest.raises(ValueError, match="wrong result: relative error"):
         gpu_serving.checked(factor * result, x, weight)
