@@ -18,6 +18,7 @@ from flax import nnx
 from typer.testing import CliRunner
 
 import qjax
+from qjax import pallas
 from qjax.checkpoints import modules
 from tests.goldens import arrays
 
@@ -138,7 +139,7 @@ def test_a_mesh(monkeypatch):
         chex.assert_trees_all_equal(*map(jax.device_get, (pieces, whole[name])))
 
 
-@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "F16", "bias"])
+@pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "NVFP4", "Q1_0", "F16", "bias"])
 def test_columns_back(kind):
     """The converter's own permutation is undone, on packed words and on arrays."""
     rng = np.random.default_rng(0)
@@ -149,13 +150,18 @@ def test_columns_back(kind):
     elif kind == "F16":
         found, wanted = gguf_file.columns_back(jnp.asarray(theirs), 3), w
     else:
-        size = qjax.formats.gguf.TYPES[kind].size
-        raw = rng.integers(0, 64, (24, 1 if kind == "Q4_K" else 8, size), np.uint8)
+        of = qjax.formats.gguf.KINDS[kind]
+        raw = rng.integers(0, 64, (24, 256 // of.block, of.size), np.uint8)
         raw[..., 1] = raw[..., 3] = 0x3C
         config = qjax.formats.gguf.Config(type=kind)
         packed = qjax.formats.gguf.from_tensors({"weight": raw}, config)
         wanted = np.asarray(qjax.dequantize(packed)).T.reshape(3, 4, 2, 256)
         wanted = wanted.swapaxes(1, 2).reshape(24, 256)
+        # As a CPU prepares it, and as a GPU does, with scales in two levels.
+        for layout in (qjax.formats.gptq.Stream(), pallas.layout_of(packed)):
+            prepared = qjax.prepare(packed, layout=layout)
+            found = qjax.dequantize(gguf_file.columns_back(prepared, 3)).T
+            chex.assert_trees_all_equal(np.asarray(found), wanted)
         found = qjax.dequantize(gguf_file.columns_back(packed, 3)).T
     chex.assert_trees_all_equal(np.asarray(found), wanted)
 

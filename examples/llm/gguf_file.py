@@ -285,13 +285,13 @@ def columns_back(weight: Any, heads: int) -> Any:
     index = np.arange(n).reshape(heads, -1, 2).swapaxes(1, 2).reshape(-1)
     if not packed:
         return _taken(weight, index, 0)
-    w = qjax.relayout(qjax.prepare(weight), qjax.formats.gptq.Stream())
-    moved = {
-        name: None if leaf is None else _taken(leaf, index, -1)
-        for name, leaf in (("scale", w.scale), ("zero", w.zero))
-    }
-    words = tuple(_taken(words, index, -1) for words in w.words)
-    return qjax.prepare(dataclasses.replace(w, words=words, **moved))
+    w = qjax.relayout(weight, qjax.formats.gptq.Stream())
+    # All that has columns, in two levels too; NVFP4's number for the whole has none.
+    words, scale, zero = jax.tree.map(
+        lambda leaf: _taken(leaf, index, -1) if leaf.ndim else leaf,
+        (w.words, w.scale, w.zero),
+    )
+    return qjax.prepare(dataclasses.replace(w, words=words, scale=scale, zero=zero))
 
 
 def _taken(array: Array, index: np.ndarray, axis: int) -> Array:
