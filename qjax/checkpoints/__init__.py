@@ -11,6 +11,7 @@ checked against each other and against the format before any weight is read, and
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -83,6 +84,8 @@ def load(
       ("model.layers.0.mlp.up_proj.bias", "model.norm.weight"), with the dtype and the
       orientation of the file: a dense ``weight`` is ``[n, k]``. GGUF has other names:
       "blk.0.ffn_up" is a matrix, "token_embd", too, "output_norm.weight" an array.
+      Integers and bools that are no weights, such as masks, are arrays as well; those
+      of 64 bits have 32 without ``jax_enable_x64``.
 
     Raises:
       FileNotFoundError: If the directory, a JSON file, a shard or the file is missing.
@@ -111,7 +114,7 @@ def load(
       >>> words.shape, [shard.data.shape for shard in words.addressable_shards]
       ((32, 640), [(32, 320), (32, 320)])
     """
-    found = _Lazy(modules.open_parts(path), prepare, sharding)
+    found = _Lazy(modules.open_parts(path), prepare, _checked(sharding))
     weights: dict[str, QTensor | Array] = {}
     total = sum(part.nbytes for part in found.parts.values())
     with progress.bar(total) as advance:
@@ -150,7 +153,16 @@ def lazy(
       >>> len(weights), weights["model.norm.weight"].shape
       (30, (256,))
     """
-    return _Lazy(modules.open_parts(path), prepare, sharding)
+    return _Lazy(modules.open_parts(path), prepare, _checked(sharding))
+
+
+def _checked(sharding: Any) -> Sharding | None:
+    if sharding is None or callable(sharding):
+        return sharding
+    raise TypeError(
+        f"sharding={sharding!r} must be a function from the name of a weight to its "
+        "sharding: lambda name: NamedSharding(mesh, spec)."
+    )
 
 
 class _Lazy(Mapping[str, QTensor | Array]):
@@ -169,11 +181,16 @@ class _Lazy(Mapping[str, QTensor | Array]):
         if self._sharding is not None:
             weight = cutting.read(name, part, self._sharding(name), self._prepare)
         else:
-            weight = jax.device_put(part.read())
+            is_dense = isinstance(part, shards.Stored)
+            weight = jax.device_put(part.narrowed() if is_dense else part.read())
             weight = ops.prepare(weight) if self._prepare else weight
         # JAX works in the background: without waiting, the next matrices would be read
         # while buffers of this one are still alive.
         return jax.block_until_ready(weight)
+
+    def __repr__(self) -> str:
+        total = sum(part.nbytes for part in self.parts.values())
+        return f"<{len(self.parts)} weights, {total} bytes in files, each read anew>"
 
     def __contains__(self, name: object) -> bool:
         # That of Mapping would read the weight.

@@ -80,11 +80,12 @@ def _array(name: str, stored: Stored, shardings: Sequence[NamedSharding]) -> Arr
 
     def part(index: Any) -> np.ndarray:
         if str(index) not in held:
-            held[str(index)] = stored.piece(index).read()
+            held[str(index)] = stored.piece(index).narrowed()
         return held[str(index)]
 
     where = _first(name, fits, shardings)
-    return jax.make_array_from_callback(stored.shape, where, part, dtype=stored.dtype)
+    dtype = jax.dtypes.canonicalize_dtype(stored.dtype)
+    return jax.make_array_from_callback(stored.shape, where, part, dtype=dtype)
 
 
 def _matrix(

@@ -27,6 +27,8 @@ BESIDE = {
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
 }
+# Names of the tensors that some format has of a matrix.
+_OF_WEIGHTS = {name for format_ in FORMATS.values() for name in format_.TENSORS}
 # Where no file does: methods by tensors that only they have in one module.
 _MARKS = (
     ("exl2", {"q_weight", "q_groups"}),
@@ -417,11 +419,19 @@ def _entry(
 
 
 def _dense_faults(tensors: Mapping[str, Stored]) -> list[ValueError]:
+    """Refuses dense weights that are no floats; a mask, say, or positions may be so."""
+
+    def is_sound(stored: Stored) -> bool:
+        if stored.dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+            return True
+        is_counted = stored.dtype.kind in "iub"
+        return is_counted and stored.name.rpartition(".")[2] not in _OF_WEIGHTS
+
     return [
         ValueError(
             f"{stored.file}: {stored.name}.dtype={stored.dtype} must be float16, "
             "bfloat16 or float32; cast it, or remove it if it is no weight."
         )
         for stored in tensors.values()
-        if stored.dtype not in (jnp.float16, jnp.bfloat16, jnp.float32)
+        if not is_sound(stored)
     ]

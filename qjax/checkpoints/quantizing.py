@@ -166,7 +166,11 @@ def _weights(
 
 def _warn_of_axes(directory: Path, parts: Mapping[str, Stored]) -> None:
     """Tells of tensors that may hold many matrices, such as all experts of a layer."""
-    stacks = {name: part.nbytes for name, part in parts.items() if len(part.shape) > 2}
+    stacks = {
+        name: part.nbytes
+        for name, part in parts.items()
+        if len(part.shape) > 2 and jnp.issubdtype(part.dtype, jnp.floating)
+    }
     if stacks:
         some = ", ".join(list(stacks)[:3]) + (" and others" if len(stacks) > 3 else "")
         total = sum(part.nbytes for part in parts.values())

@@ -7,6 +7,7 @@ import mmap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -106,6 +107,24 @@ class Stored:
         return np.frombuffer(pages, self.dtype, math.prod(self.shape)).reshape(
             self.shape
         )
+
+    def narrowed(self) -> np.ndarray:
+        """Reads the tensor, integers of 64 bits as those that JAX has here.
+
+        Raises:
+          ValueError: If one of them does not fit.
+        """
+        array = self.read()
+        dtype = jax.dtypes.canonicalize_dtype(array.dtype)
+        if dtype == array.dtype:
+            return array
+        narrow = array.astype(dtype)
+        if (narrow != array).any():
+            raise ValueError(
+                f"{self.file}: {self.name} is {array.dtype}, and has values that do "
+                f"not fit {narrow.dtype}; set jax_enable_x64, or remove it."
+            )
+        return narrow
 
     def _runs(self) -> list[int]:
         """Where in the file the runs begin, of equal length, that lie together."""

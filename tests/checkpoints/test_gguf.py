@@ -465,8 +465,8 @@ DAMAGED = {
     "other blocks": (made(infos=[info("a", kind=15)]), "a: type 15 (Q8_K) is not read"),
     "old type": (made(infos=[info("a", kind=4)]), "a: type 4 (Q4_2) is not read; th"),
     "integers": (
-        made(infos=[info("a", kind=26)]),
-        "a.dtype=int32 must be float16, bfloat16 or float32",
+        made(infos=[info("a.weight", kind=26)]),
+        "a.weight.dtype=int32 must be float16, bfloat16 or float32",
     ),
     "infinite scales": (
         made(infos=[info("a", (1, 32), Q8_0)], data=0) + b"\xff" * 64,

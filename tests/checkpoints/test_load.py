@@ -5,16 +5,18 @@ import types
 from pathlib import Path
 
 import chex
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import qjax
 from qjax import checkpoints
 from qjax.formats import gptq
 from tests.checkpoints import tiny
-from tests.goldens import arrays
+from tests.goldens import arrays, same_bits
 
 TESTS = Path(__file__).parents[1]
 SHIPPED = TESTS.parent / "examples/llm/checkpoint"
@@ -233,3 +235,74 @@ def test_read_config_keeps_both_dialects():
     five = checkpoints.read_config(str(TESTS / "reference/qwen3"))
     assert four["rope_theta"] == five["rope_parameters"]["rope_theta"] == 1e6
     assert four["torch_dtype"] == five["dtype"] == "bfloat16"
+
+
+class TestNoFloats:
+    """Masks, counts and positions, as CLIP, BERT and GPT-2 files have them."""
+
+    TABLES = types.MappingProxyType(
+        {
+            "vision.position_ids": np.arange(5)[None],
+            "vision.num_batches_tracked": np.array(2**31 - 1),
+            "h.0.attn.bias": np.tril(np.ones((1, 1, 4, 4), np.bool_)),
+            "h.0.attn.mask": np.tril(np.ones((4, 4), np.uint8)),
+        }
+    )
+
+    @pytest.fixture
+    def directory(self, tmp_path):
+        rng = np.random.default_rng(0)
+        weight = rng.standard_normal((64, 64)).astype(np.float32)
+        tensors = {"h.0.mlp.up.weight": weight, **self.TABLES}
+        return tiny.Checkpoint(tensors=tensors, config={}).write(tmp_path / "dense")
+
+    def test_come_along(self, directory, tmp_path):
+        mesh = jax.make_mesh((2,), ("a",))
+        place = lambda name: jax.NamedSharding(mesh, jax.P())  # noqa: E731
+        loaded = (
+            checkpoints.load(directory),
+            checkpoints.load(directory, sharding=place),
+        )
+        target = tmp_path / "quantized"
+        rules = qjax.Spec(bits=4, group_size=32)
+        checkpoints.quantize(directory, target, format="gptq_v2", rules=rules)
+        for weights in (*loaded, checkpoints.load(target)):
+            for name, table in self.TABLES.items():
+                narrow = table.astype(np.int32) if table.dtype == int else table
+                chex.assert_trees_all_equal(np.asarray(weights[name]), narrow)
+                assert weights[name].dtype == narrow.dtype
+        # In files they keep their 64 bits.
+        stored = load_file(target / "model.safetensors")
+        for name, table in self.TABLES.items():
+            same_bits(stored[name], table)
+        assert checkpoints.verify(directory) == checkpoints.verify(target) == []
+        compared = checkpoints.compare(directory, target)
+        assert compared.is_one_model
+        assert compared.total.same == len(self.TABLES)
+
+    def test_that_do_not_fit(self, directory):
+        tensors = load_file(directory / "model.safetensors")
+        tensors["vision.position_ids"] = np.array([2**31])
+        tiny.Checkpoint(tensors=tensors, config={}).write(directory)
+        with pytest.raises(ValueError, match="position_ids is int64, and has values"):
+            checkpoints.load(directory)
+
+    @pytest.mark.parametrize("dtype", ["int8", "uint8", "int64", "float64"])
+    def test_weights_of_them_are_refused(self, dtype, directory):
+        tensors = load_file(directory / "model.safetensors")
+        tensors["h.0.mlp.down.weight"] = np.ones((4, 4), dtype)
+        tiny.Checkpoint(tensors=tensors, config={}).write(directory)
+        with pytest.raises(ValueError, match=f"down.weight.dtype={dtype} must be"):
+            checkpoints.load(directory)
+
+
+def test_what_is_lazy_says_what_it_is():
+    weights = checkpoints.lazy(SHIPPED)
+    assert repr(weights).startswith("<30 weights, ")
+
+
+def test_a_sharding_that_is_no_function():
+    where = jax.NamedSharding(jax.make_mesh((2,), ("a",)), jax.P())
+    for read in (checkpoints.load, checkpoints.lazy):
+        with pytest.raises(TypeError, match="must be a function from the name"):
+            read(SHIPPED, sharding=where)

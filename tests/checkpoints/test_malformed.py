@@ -279,8 +279,8 @@ TENSOR_ERRORS = {
     ),
     **{
         f"plain {dtype.__name__}": Case(
-            add("model.mask", np.ones(3, dtype)),
-            (f"{SINGLE}: model.mask.dtype={np.dtype(dtype)} must be float16",),
+            add("model.up.weight", np.ones(3, dtype)),
+            (f"{SINGLE}: model.up.weight.dtype={np.dtype(dtype)} must be float16",),
         )
         for dtype in (np.int64, np.int32, np.uint8, np.bool_, np.float64)
     },
