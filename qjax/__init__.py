@@ -11,6 +11,7 @@ from qjax.rules import Spec
 from qjax.sharding import partition_specs, shard
 from qjax.tensor import QTensor, codes, concatenate, stack
 
+__version__ = "0.1.0"
 __all__ = [
     "QTensor",
     "Spec",

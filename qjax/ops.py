@@ -70,7 +70,7 @@ def matmul(
       ``[..., n]`` product in the dtype of ``x``.
 
     Raises:
-      TypeError: If ``w`` is no `QTensor`.
+      TypeError: If ``w`` is no `QTensor`, or ``x`` no array.
       ValueError: If shapes or dtypes do not fit, or the implementation is unknown.
       NotImplementedError: If the named implementation declines these operands.
 
@@ -281,6 +281,7 @@ def _(
 def check(x: Array, w: QTensor, index: Any, implementation: str | None) -> None:
     """Checks the arguments of `matmul`, and warns of what is slow."""
     tensor.check_packed(w)
+    tensor.check_array(x, "x")
     if index is not None:
         _check_index(w, index)
     elif w.batch:
@@ -288,13 +289,9 @@ def check(x: Array, w: QTensor, index: Any, implementation: str | None) -> None:
             f"w.shape={w.shape} is a stack; pass index=, or map over it: "
             "jax.vmap(qjax.matmul)(x, w)."
         )
-    if (dtype := getattr(x, "dtype", None)) not in (
-        jnp.bfloat16,
-        jnp.float16,
-        jnp.float32,
-    ):
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         raise ValueError(
-            f"x.dtype={dtype} must be bfloat16, float16 or float32; cast x."
+            f"x.dtype={x.dtype} must be bfloat16, float16 or float32; cast x."
         )
     # A device's share of ordered rows belongs to inputs anywhere, and wants all of x.
     shared = w.order is not None and jax.sharding.get_abstract_mesh().manual_axes

@@ -113,6 +113,11 @@ def check(
       ValueError: As `quantize`.
     """
     check_array(w, "w")
+    if isinstance(w, jax.ShapeDtypeStruct):
+        raise TypeError(
+            "w is abstract, a shape without values; jax.eval_shape(qjax.quantize, w) "
+            "says what becomes of it."
+        )
     if w.ndim < 2 or 0 in w.shape or not jnp.issubdtype(w.dtype, jnp.floating):
         raise ValueError(
             "w must be float [..., k, n] without an extent of 0; got "
@@ -158,7 +163,7 @@ def quantize(
     Args:
       w: ``[k, n]`` weight (``y = x @ w``), or a stack of them; finite. Where a scale,
         or codes times it, leave the range of ``scale_dtype`` (65504 in float16), the
-        weight is infinite: pass a wider one.
+        weight is infinite or NaN: pass a wider one.
       bits: Width of a code, 2 to 8. (A range that holds 0 leaves one bit no sign.)
       group_size: Rows that share a scale; None for one group a column.
       symmetric: Whether zero is the middle code, so that none is stored.
@@ -168,7 +173,7 @@ def quantize(
       Tensor in the layout that XLA reads natively (`formats.gptq.Stream`).
 
     Raises:
-      TypeError: If ``w`` is no array.
+      TypeError: If ``w`` is no array, or an abstract one.
       ValueError: If ``w`` has fewer than two axes, no elements or is not float,
         ``bits`` is not an integer from 2 to 8 or ``group_size`` not a positive one, or
         k is not a multiple of ``group_size`` and of whole words.
@@ -223,8 +228,9 @@ def cover(
     if scheme.symmetric:
         high = jnp.maximum(high, -low)
         low = -high
-    # Codes are rounded against the scale as it will be stored.
-    scale = ((high - low) / scheme.top).astype(scheme.dtype)
+    # Codes are rounded against the scale as it will be stored. The width of a range may
+    # overflow, and half of it never does.
+    scale = ((high / 2 - low / 2) / (scheme.top / 2)).astype(scheme.dtype)
     scale = jnp.maximum(scale, scheme.least)
     if scheme.symmetric:
         zero = jnp.full(scale.shape, 2 ** (scheme.bits - 1), jnp.float32)

@@ -88,6 +88,10 @@ def exl2_directory(path, name="exl2_b43_g128"):
     return tiny.Checkpoint(tensors=tensors, config=config).write(path)
 
 
+def test_version():
+    assert succeeds("--version").stdout.strip() == f"qjax {qjax.__version__}"
+
+
 class TestHelp:
     @pytest.mark.parametrize("arguments", [["--help"], ["-h"], []])
     def test_teaches_what_there_is(self, arguments):

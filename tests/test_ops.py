@@ -887,7 +887,7 @@ class TestDispatch:
             qjax.dequantize(as_qtensor(sample("whole")), dtype)
 
     def test_refuses_lists(self, as_qtensor, refuses):
-        with refuses("x.dtype=None must be bfloat16, float16 or float32"):
+        with refuses("x is list, and must be an array; jnp.asarray", TypeError):
             qjax.matmul([[1.0] * 64], as_qtensor(sample("whole")))
 
     def test_refuses_stacks(self, refuses):
@@ -1184,6 +1184,17 @@ class TestQuantize:
     @staticmethod
     def normal(*shape) -> np.ndarray:
         return np.random.default_rng(0).normal(size=shape).astype(F32)
+
+    @pytest.mark.parametrize("symmetric", [False, True])
+    def test_ranges_wider_than_the_largest_number(self, symmetric):
+        w = np.full((64, 2), 3e38, F32)
+        w[::2, 1] *= -1
+        q = qjax.quantize(jnp.asarray(w), 4, 32, symmetric)
+        np.testing.assert_allclose(qjax.dequantize(q), w, rtol=0.07)
+
+    def test_refuses_what_has_no_values(self, refuses):
+        with refuses("w is abstract, a shape without values", TypeError):
+            qjax.quantize(jax.ShapeDtypeStruct((64, 8), jnp.float32))
 
     @pytest.mark.parametrize("bits", range(2, 9))
     @pytest.mark.parametrize("symmetric", [False, True])

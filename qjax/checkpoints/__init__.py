@@ -11,7 +11,6 @@ checked against each other and against the format before any weight is read, and
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -89,6 +88,7 @@ def load(
 
     Raises:
       FileNotFoundError: If the directory, a JSON file, a shard or the file is missing.
+      TypeError: If ``sharding`` is no function.
       ValueError: If anything in the checkpoint is not sound, or is not what the
         quantization says, with the file and the tensor; or if ``sharding`` gives no
         sharding, or none that cuts a weight evenly, with its name. Nothing is
@@ -146,6 +146,7 @@ def lazy(
 
     Raises:
       FileNotFoundError: As `load`.
+      TypeError: As `load`.
       ValueError: As `load`; for values that are not sound when they are reached.
 
     Example:
@@ -156,13 +157,13 @@ def lazy(
     return _Lazy(modules.open_parts(path), prepare, _checked(sharding))
 
 
-def _checked(sharding: Any) -> Sharding | None:
-    if sharding is None or callable(sharding):
-        return sharding
-    raise TypeError(
-        f"sharding={sharding!r} must be a function from the name of a weight to its "
-        "sharding: lambda name: NamedSharding(mesh, spec)."
-    )
+def _checked(sharding: Sharding | None) -> Sharding | None:
+    if sharding is not None and not callable(sharding):
+        raise TypeError(
+            f"sharding={sharding!r} must be a function from the name of a weight to "
+            "its sharding: lambda name: NamedSharding(mesh, spec)."
+        )
+    return sharding
 
 
 class _Lazy(Mapping[str, QTensor | Array]):

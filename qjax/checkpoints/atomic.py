@@ -37,7 +37,8 @@ def check_target(path: str | os.PathLike[str], *, overwrite: bool) -> Path:
         return target
     if not overwrite:
         raise FileExistsError(
-            f"{path} is already there; choose another name, or overwrite it."
+            f"{path} is already there; choose another name, or overwrite it "
+            "(overwrite=True, --overwrite)."
         )
     # What a typing error names should survive.
     replaceable = target.is_dir() and (

@@ -272,7 +272,7 @@ def check_name(place: Path, name: str) -> None:
     if not is_path or name == "__metadata__":
         raise ValueError(
             f"{place}: {name!r} is not the name of a tensor, which is the path of its "
-            "module with dots, as 'layers.0.up.weight'."
+            "module with dots and without slashes, as 'layers.0.up.weight'."
         )
 
 

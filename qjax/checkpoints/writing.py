@@ -18,7 +18,7 @@ from qjax.checkpoints.dialects import DIALECTS, Dialect, centered
 from qjax.checkpoints.journal import Journal
 from qjax.checkpoints.shards import INDEX, SINGLE, Stored, check_name, weight_files
 from qjax.formats.checks import check_finite
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_array
 
 SHARD_BYTES = 5_000_000_000
 # Files that say how weights were quantized.
@@ -82,6 +82,7 @@ def save(
         ``model.safetensors.index.json``; a module stays in one file.
 
     Raises:
+      TypeError: If a tensor is no array, or has no values.
       ValueError: If the format cannot hold a tensor, or two beside each other: all
         modules with their reasons (of many with the same, one and their number), and
         nothing is written; or if a name is no path with dots.
@@ -97,11 +98,23 @@ def save(
       QTensor(64x64, 4 bits, group 32, Gemm(), (q - z) * s, float32 scale, 2.625 KiB)
     """
     target = check_target(path, overwrite=overwrite)
+    for name, weight in tensors.items():
+        _check_concrete(name, weight)
     looks = ((name, centered(weight)) for name, weight in tensors.items())
     plan = plan_files(target, looks, config, format, shard_bytes)
     with replacing(target, overwrite=overwrite, stale=superseded) as fresh:
         for _ in write_files(fresh, plan, lambda name: centered(tensors[name])):
             pass
+
+
+def _check_concrete(name: str, weight: Any) -> None:
+    for leaf in jax.tree.leaves(weight) if isinstance(weight, QTensor) else [weight]:
+        check_array(leaf, f"tensors[{name!r}]")
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"tensors[{name!r}] is abstract, a shape without values; load or make "
+                "it first."
+            )
 
 
 def superseded(directory: Path) -> set[str]:
@@ -381,7 +394,12 @@ def _arrays(
     dialect: Dialect, name: str, weight: Any
 ) -> Iterator[tuple[str, np.ndarray]]:
     if isinstance(weight, QTensor):
-        for key, array in dialect.tensors(weight).items():
+        try:
+            tensors = dialect.tensors(weight)
+        except ValueError as error:
+            # What no shape had told.
+            raise ValueError(f"{name}: {error}") from None
+        for key, array in tensors.items():
             yield f"{name}.{key}", np.asarray(array, order="C")
     else:
         yield name, np.asarray(weight, order="C")

@@ -2,10 +2,12 @@
 
 import os
 import sys
+from typing import Annotated
 
 import jax
 import typer
 
+import qjax
 from qjax.cli import compare, convert, inspect, quantize, tune, verify
 from qjax.cli.convert import Format
 from qjax.cli.quantize import Method
@@ -22,8 +24,24 @@ app = typer.Typer(
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"qjax {qjax.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _qjax() -> None:
+def _qjax(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the version and exit.",
+            callback=_say_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
     """Quantized checkpoints: make, inspect, check, compare and convert them.
 
     A checkpoint is a directory as Hugging Face hosts it; `inspect`, `verify` and

@@ -157,8 +157,10 @@ def unflatten(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> QTensor
     looked up in `LAYOUTS` and `ENCODINGS`.
 
     Args:
-      arrays: JAX or NumPy arrays by the names of `flatten`.
-      metadata: As `flatten` returns it, also after a way through JSON.
+      arrays: JAX or NumPy arrays by the names of `flatten`. What NumPy's files call
+        ``|V2``, two bytes, is bfloat16.
+      metadata: As `flatten` returns it, also after a way through JSON, or with texts
+        for its integers, as a safetensors file has them.
 
     Returns:
       A tensor equal to the one that was flattened. NumPy arrays are moved to the
@@ -205,14 +207,22 @@ def unflatten(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> QTensor
 
 
 def _arrays(arrays: Mapping[str, Any]) -> dict[str, Array]:
+    arrays = {
+        name: array.view(jnp.bfloat16) if _dtype(array) == np.dtype("V2") else array
+        for name, array in arrays.items()
+    }
     for name, array in arrays.items():
         if not isinstance(array, jax.Array | np.ndarray) or array.dtype not in _DTYPES:
-            found = getattr(array, "dtype", type(array).__name__)
+            found = _dtype(array) or type(array).__name__
             wanted = ", ".join(jnp.dtype(dtype).name for dtype in _DTYPES)
             raise ValueError(
                 f"arrays[{name!r}] of {found} must be an array of one of {wanted}."
             )
     return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+
+def _dtype(array: Any) -> Any:
+    return getattr(array, "dtype", None)
 
 
 def _segments(entries: Entries, held: Mapping[str, Array]) -> list[Segment]:

@@ -1,5 +1,6 @@
 """Metadata of a flattened tensor: strings and integers from anywhere, checked."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,8 +22,11 @@ class Entries:
         return key in self._left
 
     def integer(self, key: str, low: int = 0, high: int = _LARGEST) -> int:
-        """Takes an integer from ``low`` to ``high``."""
+        """Takes an integer from ``low`` to ``high``, or the text of one."""
         value = self._left.pop(key, None)
+        # The header of a safetensors file has texts alone.
+        if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
+            value = int(value)
         # JSON's true is no number.
         if type(value) is not int or not low <= value <= high:
             raise ValueError(

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import chex
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -479,6 +480,30 @@ def test_a_good_checkpoint_stays_where_its_successor_could_not_be_read(tmp_path)
     with pytest.raises(ValueError, match="31 to 33 rows"):
         checkpoints.convert(target, target, format="compressed-tensors", overwrite=True)
     assert {file: file.read_bytes() for file in target.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        ([1.0, 2.0], "tensors['b'] is list, and must be an array"),
+        (jax.eval_shape(quantized), "tensors['b'] is abstract, a shape"),
+        (jax.ShapeDtypeStruct((4,), jnp.float32), "tensors['b'] is abstract, a shape"),
+    ],
+)
+def test_what_has_no_values(weight, message, tmp_path, refuses):
+    with refuses(message, TypeError):
+        checkpoints.save(
+            tmp_path / "x", {A: quantized(), "b": weight}, {}, format="awq"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_values_tell_has_a_name(tmp_path):
+    """Scales that differ, where the format has one for all."""
+    tensors = {"layers.0.a": quantized(bits=2, group=None)}
+    with pytest.raises(ValueError, match=r"layers\.0\.a: .*it has more than one scale"):
+        checkpoints.save(tmp_path / "x", tensors, {}, format="bitnet")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_is_no_tensor_of_a_file(tmp_path, refuses):

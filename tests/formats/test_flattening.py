@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import qjax
@@ -27,7 +28,7 @@ from qjax.formats import (
     modelopt,
     mpq,
 )
-from tests import oracle
+from tests import goldens, oracle
 
 LAYOUTS = {
     "gptq.Stream": {},
@@ -417,3 +418,24 @@ def test_any_metadata_is_right_or_refused(data):
         return
     assert flattening.flatten(w)[1] == metadata | changes
     assert qjax.codes(w).shape == w.shape
+
+
+def test_a_safetensors_file_holds_it(tmp_path):
+    """Its metadata are texts."""
+    qt = four_bits()
+    arrays, metadata = flattening.flatten(qt)
+    texts = {key: str(value) for key, value in metadata.items()}
+    save_file({k: np.asarray(a) for k, a in arrays.items()}, tmp_path / "w", texts)
+    with safe_open(tmp_path / "w", framework="numpy") as file:
+        stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        again = flattening.unflatten(stored, file.metadata())
+    assert jax.tree.structure(again) == jax.tree.structure(qt)
+    chex.assert_trees_all_equal(again, qt)
+
+
+def test_a_file_of_numpy_holds_bfloat16(tmp_path):
+    qt = qjax.quantize(jnp.eye(64, dtype=jnp.bfloat16), group_size=32)
+    arrays, metadata = flattening.flatten(qt)
+    np.savez(tmp_path / "w.npz", **arrays)
+    again = flattening.unflatten(goldens.arrays(tmp_path / "w.npz"), metadata)
+    chex.assert_trees_all_equal(again, qt)
