@@ -184,6 +184,14 @@ class Quantization:
         matrix.check()
         return matrix
 
+    def leaves_dense(self, module: str, tensors: Mapping[str, Stored]) -> bool:
+        """Whether a module has a dense weight, as it should, and scales beside it."""
+        is_dense = getattr(self.format, "is_dense", lambda _: False)
+        # What is no sound pattern is refused where the module is read.
+        with contextlib.suppress(ValueError):
+            return is_dense(tensors) and self.config.of(module) is None
+        return False
+
 
 def open_parts(path: str | os.PathLike[str]) -> dict[str, Matrix | Stored]:
     """Opens a checkpoint directory or a GGUF file, and checks all headers.
@@ -251,7 +259,12 @@ def survey(
     groups = _group(tensors, quantization.format)
     grouped = {stored.name for group in groups.values() for stored in group.values()}
     rest = {name: tensors[name] for name in tensors if name not in grouped}
-    if not groups:
+    # Of these, scales are no part of the weight.
+    dense = [one for one in groups if quantization.leaves_dense(one, groups[one])]
+    for module in dense:
+        weight = groups.pop(module)["weight"]
+        rest[weight.name] = weight
+    if not groups and not getattr(quantization.config, "is_dense", False):
         raise ValueError(
             f"{quantization.source} says that the weights are quantized, but no tensor "
             "is; remove quantization_config if they are dense."
@@ -360,6 +373,8 @@ def _quantization(
         parsed = readers[method].Config.from_json(entry)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{source}: {error}") from None
     packed_as = parsed.format if readers[method] is auto_round else method
     return Quantization(source=source, format=FORMATS[packed_as], config=parsed)
 
