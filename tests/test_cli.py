@@ -26,7 +26,7 @@ from qjax import checkpoints, cli, progress
 from qjax.checkpoints import modules, placing
 from qjax.cli import app
 from qjax.formats import exl2
-from tests.checkpoints import tiny
+from tests.checkpoints import assembled, tiny
 from tests.checkpoints.writes import Writes
 from tests.goldens import arrays
 
@@ -827,6 +827,13 @@ class TestBadDirectories:
         checkpoint.config["quantization_config"]["quant_method"] = "magic"
         text = self.outcome(command, checkpoint.write(tmp_path / "m"), tmp_path)
         assert "quant_method='magic' is not supported; it must be one of" in text
+
+    def test_of_what_is_not_read(self, command, tmp_path):
+        checkpoint = assembled.DIALECTS["quark"]().checkpoint
+        said = checkpoint.config["quantization_config"]["global_quant_config"]
+        said["weight"]["dtype"] = "int3"
+        text = self.outcome(command, checkpoint.write(tmp_path / "m"), tmp_path)
+        assert "global_quant_config.weight.dtype='int3' is not read" in text
 
 
 class TestVerify:

@@ -93,6 +93,7 @@ def load(
         quantization says, with the file and the tensor; or if ``sharding`` gives no
         sharding, or none that cuts a weight evenly, with its name. Nothing is
         returned of a checkpoint of which only a part is sound.
+      NotImplementedError: If Quark wrote the checkpoint in a way that is not read.
 
     Example:
       >>> weights = load("examples/llm/checkpoint")
@@ -148,6 +149,7 @@ def lazy(
       FileNotFoundError: As `load`.
       TypeError: As `load`.
       ValueError: As `load`; for values that are not sound when they are reached.
+      NotImplementedError: As `load`.
 
     Example:
       >>> weights = lazy("examples/llm/checkpoint", prepare=False)

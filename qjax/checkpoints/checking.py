@@ -35,6 +35,7 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
     Raises:
       FileNotFoundError: If the directory, a JSON file, a shard or the file is missing.
       ValueError: If the files are so damaged that nothing in them can be told apart.
+      NotImplementedError: As `load`.
 
     Example:
       >>> verify("examples/llm/checkpoint")

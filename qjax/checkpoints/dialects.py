@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import glob
 import re
 import types
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
@@ -22,6 +23,7 @@ from qjax.formats import (
     gptq,
     hqq,
     modelopt,
+    quark,
 )
 from qjax.formats import compressed_tensors_floats as floats
 from qjax.formats.block_scale import BlockScale
@@ -229,6 +231,35 @@ def _against_modelopt(matrices: Matrices, dense: Sequence[str]) -> dict[str, str
         else f"one algorithm is for all, here {usual}, and it has {algorithm}."
         for name, algorithm in algorithms.items()
         if algorithm == "FP8" or algorithm != usual
+    }
+
+
+def _describe_quark(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    schemes = {name: quark.scheme_of(qt) for name, qt in matrices.items()}
+    usual = _usual(schemes)
+    return {
+        "quant_method": "quark",
+        "quant_mode": "eager_mode",
+        "global_quant_config": usual.to_json(),
+        "layer_type_quant_config": {},
+        "layer_quant_config": {
+            glob.escape(name): scheme.to_json()
+            for name, scheme in schemes.items()
+            if scheme != usual
+        },
+        "kv_cache_quant_config": {},
+        "softmax_quant_spec": None,
+        "algo_config": None,
+        "exclude": [glob.escape(name) for name in dense],
+        "export": {
+            "kv_cache_group": [],
+            "min_kv_scale": 0.0,
+            "pack_method": "reorder",
+            "weight_format": "real_quantized",
+            "weight_merge_groups": None,
+        },
+        # The release whose files these are like.
+        "version": "0.13",
     }
 
 
@@ -456,6 +487,12 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             tensors=modelopt.to_tensors,
             describe=_describe_modelopt,
             against=_against_modelopt,
+        ),
+        "quark": Dialect(
+            tensors=quark.to_tensors,
+            describe=_describe_quark,
+            widths=(4, 8),
+            refusal=lacks_narrow_zeros,
         ),
     }
 )

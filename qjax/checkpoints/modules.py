@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import os
 import types
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +186,14 @@ class Quantization:
         matrix.check()
         return matrix
 
+    def leaves_dense(self, module: str, tensors: Mapping[str, Stored]) -> bool:
+        """Whether a module has a dense weight, as it should, and scales beside it."""
+        is_dense = getattr(self.format, "is_dense", lambda _: False)
+        # What is no sound pattern is refused where the module is read.
+        with contextlib.suppress(ValueError):
+            return is_dense(tensors) and self.config.of(module) is None
+        return False
+
 
 def open_parts(path: str | os.PathLike[str]) -> dict[str, Matrix | Stored]:
     """Opens a checkpoint directory or a GGUF file, and checks all headers.
@@ -253,13 +261,18 @@ def survey(
     groups = _group(tensors, quantization.format)
     grouped = {stored.name for group in groups.values() for stored in group.values()}
     rest = {name: tensors[name] for name in tensors if name not in grouped}
-    if not groups:
+    # Of these, scales are no part of the weight.
+    dense = [one for one in groups if quantization.leaves_dense(one, groups[one])]
+    for module in dense:
+        weight = groups.pop(module)["weight"]
+        rest[weight.name] = weight
+    if not groups and not getattr(quantization.config, "is_dense", False):
         raise ValueError(
             f"{quantization.source} says that the weights are quantized, but no tensor "
             "is; remove quantization_config if they are dense."
         )
     parts: dict[str, Matrix | Stored] = dict(rest)
-    faults = _dense_faults(rest)
+    faults = _dense_faults(rest, groups)
     for module, group in groups.items():
         for dense in {module, f"{module}.weight"} & rest.keys():
             stored = next(iter(group.values()))
@@ -383,6 +396,8 @@ def _quantization(
         parsed = readers[method].Config.from_json(entry)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    except NotImplementedError as error:
+        raise NotImplementedError(f"{source}: {error}") from None
     packed_as = parsed.format if readers[method] is auto_round else method
     return Quantization(source=source, format=FORMATS[packed_as], config=parsed)
 
@@ -418,14 +433,20 @@ def _entry(
     )
 
 
-def _dense_faults(tensors: Mapping[str, Stored]) -> list[ValueError]:
-    """Refuses dense weights that are no floats; a mask, say, or positions may be so."""
+def _dense_faults(
+    tensors: Mapping[str, Stored], matrices: Collection[str] = ()
+) -> list[ValueError]:
+    """Refuses weights that are no floats; a mask, say, or positions may be so.
+
+    But nothing of a quantized matrix, which the format may not know.
+    """
 
     def is_sound(stored: Stored) -> bool:
         if stored.dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
             return True
-        is_counted = stored.dtype.kind in "iub"
-        return is_counted and stored.name.rpartition(".")[2] not in _OF_WEIGHTS
+        module, _, last = stored.name.rpartition(".")
+        is_of_weight = last in _OF_WEIGHTS or module in matrices
+        return stored.dtype.kind in "iub" and not is_of_weight
 
     return [
         ValueError(

@@ -74,8 +74,8 @@ def save(
         ``quantization_config`` is replaced by one that fits.
       format: "gptq" (v1), "gptq_v2", "gptq_p" (planes), "awq" (gemm),
         "compressed-tensors" (pack-quantized, or the formats of small floats), "exl2",
-        "hqq", "fp8", "bitnet" or "modelopt" (its NVFP4, MXFP8, and FP8 with several
-        scales).
+        "hqq", "fp8", "bitnet", "modelopt" (its NVFP4, MXFP8, and FP8 with several
+        scales) or "quark" (4 and 8 bits, FP8, MXFP4 and MXFP8).
       overwrite: Whether the weights and the config of a checkpoint that is there
         already may be replaced. Other files and directories in it stay.
       shard_bytes: Size above which weights are spread over several files with a

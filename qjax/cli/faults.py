@@ -17,7 +17,7 @@ def on_stderr() -> Iterator[None]:
         warnings.simplefilter("always")
         try:
             yield
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, NotImplementedError) as error:
             typer.echo(f"qjax: {error}", err=True)
             raise typer.Exit(1) from None
         finally:

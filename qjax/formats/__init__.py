@@ -9,6 +9,7 @@ A format module has a `Layout` or two. Those of `FORMATS`, which checkpoints nam
   if the shapes of its tensors do, ``config.with_tensors(tensors)``,
 * ``check(tensors, config)``: names, dtypes and shapes, without reading any value,
 * if a range of each tensor is a matrix by itself, ``axes(tensors, config)``,
+* if a dense weight may have scales beside it, ``is_dense(tensors)``,
 * ``from_tensors(tensors, config)``, where `bitnet`, `exl2`, `fp8`, `mbwq` and `mxfp4`
   can do without the configuration, and ``to_tensors(qt, ...)``.
 
@@ -44,6 +45,7 @@ from qjax.formats import (
     mpq,
     mxfp4,
     quanto,
+    quark,
     tinygemm,
     torchao,
 )
@@ -67,6 +69,7 @@ __all__ = [
     "mpq",
     "mxfp4",
     "quanto",
+    "quark",
     "tinygemm",
     "torchao",
 ]
@@ -89,6 +92,7 @@ FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
         "modelopt": modelopt,
         "modelopt_fp4": modelopt,
         "bitnet": bitnet,
+        "quark": quark,
         "gguf": gguf,
     }
 )

@@ -2,7 +2,9 @@
 
 Source: casper-hansen/AutoAWQ, awq/models/_config.py, commit
 88e4c76b20755db275574e6a03c83c84ba3bece5; huggingface/transformers,
-src/transformers/utils/quantization_config.py.
+src/transformers/utils/quantization_config.py; amd-quark,
+quark/torch/export/main_export/quant_config_parser.py, release 0.13, which writes such
+files in its mode "awq".
 """
 
 import dataclasses
@@ -58,6 +60,7 @@ class Config:
         group_size = entry.get("group_size", entry.get("q_group_size", 128))
         if type(group_size) is not int or not (group_size == -1 or group_size > 0):
             raise ValueError(f"group_size={group_size!r} must be positive or -1.")
+        _check_quark(entry)
         name = entry.get("version")
         # With llm-awq's own files transformers leaves "version" at its default.
         if name is None or entry.get("backend") == "llm-awq":
@@ -83,3 +86,15 @@ class Config:
         """
         dense = any(part in module for part in self.modules_to_not_convert)
         return None if dense else self
+
+
+def _check_quark(entry: Mapping[str, Any]) -> None:
+    """Checks Quark's files, which alone name how codes are packed."""
+    if "pack_method" not in entry:
+        return
+    order, zeros = entry["pack_method"], entry.get("zero_point")
+    if order != "reorder" or zeros is not True:
+        raise ValueError(
+            f"pack_method={order!r} and zero_point={zeros!r} must be 'reorder' and "
+            "true: the words of Quark's others are none of AWQ's."
+        )

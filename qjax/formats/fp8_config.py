@@ -3,15 +3,18 @@
 Source: huggingface/transformers, src/transformers/utils/quantization_config.py
 (``FineGrainedFP8Config``, ``FbgemmFp8Config``) and quantizers/quantizers_utils.py,
 release 5.23.0; vllm-project/vllm, vllm/model_executor/layers/quantization/fp8.py,
-commit 0071b24bf8fe8c3d1bc3516d0ff8477f07964aaf.
+commit 0071b24bf8fe8c3d1bc3516d0ff8477f07964aaf; amd-quark,
+quark/torch/export/main_export/quant_config_parser.py, release 0.13, which writes such
+files in its mode "fp8".
 """
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from qjax.formats.block_scale import block_size
-from qjax.formats.checks import check_choice
+from qjax.formats.checks import check_choice, check_strings
 from qjax.formats.patterns import ends_any, left_dense
 
 _FBGEMM = "fbgemm_fp8"
@@ -66,7 +69,7 @@ class Config:
             block_size=size,
             columns=method == _FBGEMM,
             scale_fmt=scale_fmt,
-            ignored=left_dense(entry, "ignored_layers"),
+            ignored=_ignored(entry),
         )
 
     def of(self, module: str) -> "Config | None":
@@ -103,3 +106,12 @@ class Config:
         if blocks == (1, 1) or blocks not in found:
             return self
         return dataclasses.replace(self, block_size=_BLOCK)
+
+
+def _ignored(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    """Reads what stays dense; files of Quark have the wildcards of a shell."""
+    field = "ignored_layers"
+    if "export" not in entry:
+        return left_dense(entry, field)
+    names = check_strings(field, entry.get(field) or [])
+    return tuple(".*".join(map(re.escape, name.split("*"))) for name in names)

@@ -195,6 +195,15 @@ def old_modelopt(name: str) -> Assembled:
     return made
 
 
+def quark(name: str) -> Assembled:
+    """As it is multiplied by: rounded to what the model was in."""
+    data = golden(f"quark/quark_{name}")
+    scale = data["state_weight_scale"].dtype
+    dtype = scale if scale == np.float16 else ml_dtypes.bfloat16
+    config = copy.deepcopy(data["meta"]["config"])
+    return assemble(state(data), data["out_dequant"].T.astype(dtype), config)
+
+
 def torchao_entry(kind: str, **data) -> dict:
     default = {"_type": kind, "_version": 2, "_data": data}
     return {"quant_method": "torchao", "quant_type": {"default": default}}
@@ -349,6 +358,14 @@ DIALECTS: dict[str, Callable[[], Assembled]] = {
     "modelopt fp8 with hf_quant_config.json": lambda: old_modelopt(
         "fp8_per_channel__32x96__s1101"
     ),
+    "quark": lambda: quark("uint4_group_order__16x64__s1314"),
+    "quark int4": lambda: quark("int4_channel__16x64__s1308"),
+    "quark int8": lambda: quark("int8_group__16x64__s1304"),
+    "quark uint2": lambda: quark("uint2_group_float_zero__16x64__s1318"),
+    "quark fp8": lambda: quark("fp8_channel__16x64__s1301"),
+    "quark mxfp4": lambda: quark("mxfp4__16x64__s1319"),
+    "quark mxfp6": lambda: quark("mxfp6_e3m2__16x64__s1321"),
+    "quark nvfp4": lambda: quark("nvfp4__16x64__s1324"),
     "torchao": torchao,
     "torchao tiled": torchao_tiled,
     "torchao tiled and padded": lambda: torchao_tiled((35, 200)),

@@ -1,5 +1,6 @@
 """Weights cut over devices while they are read: equal to those that are cut later."""
 
+import functools
 import io
 import pathlib
 
@@ -14,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 import qjax
 from qjax import checkpoints
 from qjax.checkpoints.shards import Stored
-from qjax.formats import awq, fp8, modelopt
+from qjax.formats import awq, fp8, modelopt, quark
+from tests import goldens
 from tests.checkpoints import assembled, tiny
 
 TESTS = pathlib.Path(__file__).parents[1]
@@ -189,6 +191,34 @@ def test_modelopt(tmp_path, mesh, counted, name, spec):
     pieces = 8 if spec[0] else 4
     size = sum(held[key].nbytes * (1 if held[key].ndim else pieces) for key in held)
     assert sum(counted.values()) == size
+
+
+@pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")], ids=str)
+@pytest.mark.parametrize(
+    ("bits", "size", "symmetric"), [(4, 16, False), (8, 32, True), (8, None, True)]
+)
+def test_quark(tmp_path, mesh, counted, bits, size, symmetric, spec):
+    dense = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
+    w = qjax.quantize(jnp.asarray(dense), bits, size, symmetric)
+    checkpoints.save(tmp_path / "x", {tiny.MODULE: w}, {}, format="quark")
+    load = functools.partial(checkpoints.load, tmp_path / "x", prepare=False)
+    whole = qjax.shard(load()[tiny.MODULE], mesh, spec)
+    held = sum(np.asarray(array).nbytes for array in quark.to_tensors(w).values())
+    counted.clear()
+    found = load(sharding=lambda _: NamedSharding(mesh, spec))[tiny.MODULE]
+    assert_same(found, whole)
+    # Those of columns are read with each piece that has them.
+    assert size is None or sum(counted.values()) == held
+
+
+@pytest.mark.parametrize("name", ["int4_channel", "mxfp6_e2m3", "nvfp4"])
+def test_what_quark_wrote(tmp_path, mesh, name):
+    (name,) = (n for n in goldens.names("quark") if n.startswith(f"quark_{name}__"))
+    made = assembled.quark(name.removeprefix("quark_"))
+    path, spec = made.checkpoint.write(tmp_path), P("data", "model")
+    where = NamedSharding(mesh, spec)
+    whole = qjax.shard(checkpoints.lazy(path)[tiny.MODULE], mesh, spec)
+    assert_same(checkpoints.lazy(path, sharding=lambda _: where)[tiny.MODULE], whole)
 
 
 @pytest.mark.parametrize("prepare", [True, False])

@@ -5,7 +5,15 @@ import pytest
 
 from tests.checkpoints import assembled
 from tests.checkpoints.assembled import checkpoint_of
-from tests.checkpoints.bending import SINGLE, Case, assert_refused, drop, put, write
+from tests.checkpoints.bending import (
+    SINGLE,
+    Case,
+    assert_refused,
+    drop,
+    put,
+    quantization,
+    write,
+)
 from tests.checkpoints.tiny import MODULE
 
 IN_FILE = f"{SINGLE}: {MODULE}: "
@@ -232,7 +240,86 @@ MODELOPT_ERRORS = {
         quantized_by(quant_algo="FP8"), IN_FILE + "weight_scale_2 is no tensor of FP8"
     ),
 }
-TABLES = (MBWQ_ERRORS, MPQ_ERRORS, TILED_ERRORS, AWQ_ERRORS, MODELOPT_ERRORS)
+
+
+def quark(bend, *pieces, name="quark", error=ValueError, reads=False):
+    make = checkpoint_of(name)
+    return Case(bend, pieces, error=error, reads=reads, make=make)
+
+
+def weights(**fields):
+    """Changes what is said of all weights."""
+    return lambda c: c.config["quantization_config"]["global_quant_config"][
+        "weight"
+    ].update(fields)
+
+
+QUARK_ERRORS = {
+    "Quark: a type of codes that is not read": quark(
+        weights(dtype="int3"),
+        "config.json: global_quant_config.weight.dtype='int3' is not read",
+        error=NotImplementedError,
+    ),
+    "Quark: no type of codes": quark(
+        weights(dtype=None), "config.json: global_quant_config.weight.dtype=None must"
+    ),
+    "Quark: a wildcard leaves it dense": quark(
+        quantization(exclude=["model.layers.0*"]), f"config.json leaves {MODULE} dense"
+    ),
+    "Quark: a layer stays dense": quark(
+        quantization(layer_quant_config={"*_proj": {"weight": None}}),
+        f"config.json leaves {MODULE} dense",
+    ),
+    "Quark: all weights stay dense": quark(
+        quantization(export={"weight_format": "fake_quantized"}),
+        f"config.json leaves {MODULE} dense",
+    ),
+    "Quark: a dense weight that should be quantized": quark(
+        put(weight=np.ones((16, 64), np.float16)),
+        IN_FILE + "weight.dtype=float16 must be int32 in uint4 per_group",
+    ),
+    "Quark: no tensor is quantized": quark(
+        drop(
+            *(f"{MODULE}.{name}" for name in ("weight_scale", "weight_zero_point")),
+        ),
+        "config.json says that the weights are quantized, but no tensor is",
+    ),
+    "Quark: a pattern that takes forever": quark(
+        quantization(exclude=["re:" + ".*" * 30 + "x"]),
+        f"config.json: {MODULE}: ",
+        "may fit a name of 21 letters in more than",
+    ),
+    "Quark: larger groups": quark(
+        weights(group_size=64), IN_FILE + "weight_scale.shape=(2, 16) must be (1, 16)"
+    ),
+    "Quark: no zero points": quark(
+        drop(f"{MODULE}.weight_zero_point"), IN_FILE + "weight_zero_point is missing"
+    ),
+    "Quark: rotated inputs": quark(
+        put(input_rotation=np.ones((4, 4), np.int8)),
+        IN_FILE + "input_rotation is no tensor of uint4 per_group",
+    ),
+    "Quark: codes with zero points are symmetric": quark(
+        weights(symmetric=True),
+        IN_FILE + "weight_zero_point must be 0",
+        name="quark int8",
+        reads=True,
+    ),
+    "Quark: a scale is not a number": quark(
+        put(weight_scale=np.full((16, 2), 255, np.uint8)),
+        IN_FILE + "weight_scale holds 255",
+        name="quark mxfp6",
+        reads=True,
+    ),
+}
+TABLES = (
+    MBWQ_ERRORS,
+    MPQ_ERRORS,
+    TILED_ERRORS,
+    AWQ_ERRORS,
+    MODELOPT_ERRORS,
+    QUARK_ERRORS,
+)
 CASES = {name: case for table in TABLES for name, case in table.items()}
 
 

@@ -259,6 +259,37 @@ class TestSmallFloats:
         assert entry["quant_algo"].startswith(weights)
         assert entry["ignore"] == ["lm_head"]
 
+    @pytest.mark.parametrize("name", ["quark fp8", "quark mxfp4"])
+    def test_the_same_bytes_of_quark(self, name, tmp_path):
+        made = DIALECTS[name]().checkpoint
+        source = made.write(tmp_path / "source")
+        checkpoints.convert(source, tmp_path / "again", format="quark")
+        found = {k: v.read() for k, v in shards.scan(tmp_path / "again").items()}
+        same_bits(found, dict(made.tensors))
+
+    def test_schemes_of_quark(self, tmp_path):
+        tensors = {
+            "model.layers[0].a": quantized(1, bits=4, group=64),
+            "model.layers[0].b": quantized(2, bits=4, group=64),
+            "c": quantized(3, bits=8, group=None),
+            "d": fp8.quantize(jnp.ones((64, 32)), group_size=32),
+        }
+        dense = {"lm_head.weight": np.ones((4, 4), np.float16)}
+        checkpoints.save(tmp_path / "x", tensors | dense, {}, format="quark")
+        entry = entry_of(tmp_path / "x")
+        assert entry["exclude"] == ["lm_head"]
+        layers = entry["layer_quant_config"]
+        assert layers.keys() == {"c", "d"}
+        assert entry["global_quant_config"]["weight"]["group_size"] == 64
+        inputs = layers["d"]["input_tensors"]
+        assert inputs["qscheme"] == "per_group"
+        assert inputs["group_size"] == 32
+        assert inputs["is_dynamic"] is True
+        weights = checkpoints.load(tmp_path / "x", prepare=False)
+        for name, w in tensors.items():
+            found = qjax.dequantize(weights[name], jnp.float32)
+            same_bits(found, qjax.dequantize(w, jnp.float32))
+
     def test_algorithms_of_modelopt(self, tmp_path, refuses):
         one = load_one(DIALECTS["modelopt fp8"]().checkpoint.write(tmp_path / "1"))
         four = load_one(DIALECTS["modelopt nvfp4"]().checkpoint.write(tmp_path / "4"))
@@ -719,7 +750,7 @@ def test_verify_finds_everything(tmp_path):
     checkpoint = tiny.checkpoint()
     checkpoint.tensors["model.norm.weight"][1] = np.nan
     checkpoint.tensors[f"{tiny.MODULE}.scales"][0, 0] = np.inf
-    checkpoint.tensors["model.step"] = np.zeros(1, np.int64)
+    checkpoint.tensors["model.step"] = np.zeros(1, np.float64)
     for i, name in enumerate([B, "model.layers.2.q_proj", "model.layers.3.q_proj"], 1):
         tensors = {f"{name}.{key}": v for key, v in tiny.matrix(i).items()}
         checkpoint.tensors |= tensors
@@ -733,7 +764,7 @@ def test_verify_finds_everything(tmp_path):
     expected = [
         "model.norm.weight holds 1 NaN or infinity",
         "scales must be finite",
-        "model.step.dtype=int64 must be float16",
+        "model.step.dtype=float64 must be float16",
         f"{B}: qzeros is missing",
         "g_idx from 0 to 9 must lie in 0 to 1",
         "model.layers.3.q_proj.bias.shape=(5,) must be (64,)",
