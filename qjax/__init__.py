@@ -1,6 +1,7 @@
 """Quantized matmul for JAX: packing formats, kernels and Flax layers."""
 
 from qjax import checkpoints, formats, layers, quantizers, sharding, tensor, training
+from qjax.formats import exporting as _  # noqa: F401  (registers)
 from qjax.formats.flattening import flatten, unflatten
 from qjax.layers.memory import memory_report
 from qjax.layers.replace import quantize_model

@@ -105,9 +105,16 @@ def flatten(qt: QTensor) -> tuple[dict[str, Array], dict[str, Plain]]:
         jax.tree_util.keystr(path, simple=True, separator="."): leaf
         for path, leaf in leaves
     }
+    metadata = {"format": FORMAT, "version": VERSION, **describe(qt)}
+    for name in ("scale", "zero"):
+        if isinstance(getattr(qt, name), Encoded):
+            metadata |= _described(name, getattr(qt, name), ENCODINGS)
+    return arrays, metadata
+
+
+def describe(qt: Any) -> dict[str, Plain]:
+    """Says what is static of a tensor, or of anything with the same attributes."""
     metadata: dict[str, Plain] = {
-        "format": FORMAT,
-        "version": VERSION,
         "affine": qt.affine.name,
         "grouping": qt.grouping.name,
         "rounding": qt.rounding,
@@ -118,10 +125,31 @@ def flatten(qt: QTensor) -> tuple[dict[str, Array], dict[str, Plain]]:
     }
     for i, segment in enumerate(qt.segments):
         metadata |= _set(f"segments.{i}", segment._asdict())
-    for name in ("scale", "zero"):
-        if isinstance(getattr(qt, name), Encoded):
-            metadata |= _described(name, getattr(qt, name), ENCODINGS)
-    return arrays, metadata
+    return metadata
+
+
+def static_fields(entries: Entries, most: int) -> dict[str, Any]:
+    """Takes what `describe` says out of metadata, as fields of a `QTensor`.
+
+    A number of segments above ``most`` is refused.
+    """
+    segments = [
+        Segment(
+            bits=entries.integer(f"segments.{i}.bits", 1, 8),
+            group_size=entries.extent(f"segments.{i}.group_size"),
+            padding=entries.integer(f"segments.{i}.padding"),
+        )
+        for i in range(entries.integer("segments", 1, most))
+    ]
+    return {
+        "segments": tuple(segments),
+        "layout": _layout(entries),
+        "affine": entries.choice("affine", Affine.__members__),
+        "grouping": entries.choice("grouping", Grouping.__members__),
+        "rounding": entries.integer("rounding", 1, 2),
+        "padding": entries.integer("padding"),
+        "weight_dtype": entries.optional("weight_dtype", FLOAT_NAMES),
+    }
 
 
 def _described(name: str, value: Any, classes: Mapping[str, type]) -> dict[str, Plain]:
@@ -181,16 +209,13 @@ def unflatten(arrays: Mapping[str, Any], metadata: Mapping[str, Any]) -> QTensor
     entries, held = Entries(metadata), _arrays(arrays)
     entries.choice("format", {FORMAT: None})
     entries.integer("version", VERSION, VERSION)
-    segments = _segments(entries, held)
-    fields = {
-        "layout": _layout(entries),
-        "affine": entries.choice("affine", Affine.__members__),
-        "grouping": entries.choice("grouping", Grouping.__members__),
-        "rounding": entries.integer("rounding", 1, 2),
-        "padding": entries.integer("padding"),
-        "weight_dtype": entries.optional("weight_dtype", FLOAT_NAMES),
-    }
-    words = [held.pop(f"words.{i}") for i in range(len(segments))]
+    # The arrays that are there bound what it can ask for.
+    fields = static_fields(entries, len(held))
+    segments = fields.pop("segments")
+    for name in (names := [f"words.{i}" for i in range(len(segments))]):
+        if name not in held:
+            raise ValueError(f"arrays[{name!r}] is missing; found {sorted(held)}.")
+    words = [held.pop(name) for name in names]
     scale, zero = (_parameter(name, entries, held) for name in ("scale", "zero"))
     if scale is None:
         raise ValueError("arrays['scale'] is missing.")
@@ -223,22 +248,6 @@ def _arrays(arrays: Mapping[str, Any]) -> dict[str, Array]:
 
 def _dtype(array: Any) -> Any:
     return getattr(array, "dtype", None)
-
-
-def _segments(entries: Entries, held: Mapping[str, Array]) -> list[Segment]:
-    # The arrays that are there bound what a wrong number of segments can ask for.
-    names = [f"words.{i}" for i in range(entries.integer("segments", 1, len(held)))]
-    for name in names:
-        if name not in held:
-            raise ValueError(f"arrays[{name!r}] is missing; found {sorted(held)}.")
-    return [
-        Segment(
-            bits=entries.integer(f"segments.{i}.bits", 1, 8),
-            group_size=entries.extent(f"segments.{i}.group_size"),
-            padding=entries.integer(f"segments.{i}.padding"),
-        )
-        for i in range(len(names))
-    ]
 
 
 def _layout(entries: Entries) -> Layout:

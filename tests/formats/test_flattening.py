@@ -290,11 +290,18 @@ WRONG = [
     ({"rounding": 3}, {}, "metadata['rounding']=3 must be an integer from 1 to 2"),
     ({"weight_dtype": "int8"}, {}, "['weight_dtype']='int8' must be in ['fl"),
     ({"padding": 32}, {}, "more than the padding of 0 rows and 32 columns"),
-    ({"segments": 2}, {}, "arrays['words.1'] is missing"),
+    ({"segments": 2}, {}, "metadata['segments.1.bits']=None must be an integer"),
+    ({"segments": 2, "segments.1.bits": 4}, {}, "metadata['segments.1.padding']=None"),
+    (
+        {"segments": 2, "segments.1.bits": 4, "segments.1.padding": 0},
+        {},
+        "arrays['words.1'] is missing",
+    ),
     ({"segments": 10**12}, {}, "must be an integer from 1 to 3"),
     ({"segments.0.bits": 9}, {}, "metadata['segments.0.bits']=9 must be an integer"),
     ({"segments.0.bits": 3}, {}, "words.shape[0]=8 must be a multiple of 3"),
-    ({"segments.0.bits": "4"}, {}, "metadata['segments.0.bits']='4' must be"),
+    ({"segments.0.bits": "four"}, {}, "metadata['segments.0.bits']='four' must be"),
+    ({"segments.0.bits": "9"}, {}, "metadata['segments.0.bits']=9 must be"),
     ({"segments.0.group_size": 0}, {}, "['segments.0.group_size']=0 must be"),
     ({"segments.0.group_size": 16}, {}, "scale.shape[:-1]=(2,) must be (4,)"),
     ({"segments.0.padding": 64}, {}, "more than the padding of 64 rows"),
@@ -326,6 +333,30 @@ WRONG = [
     ),
     ({}, {"codebook": f16(16)}, "codebook and affine=Affine.ZERO must come together"),
 ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_program_with_it_is_exported(case):
+    """`jax.export` writes down the structure of what a function takes and returns."""
+    w = CASES[case]()
+    program = jax.export.export(jax.jit(lambda w: jax.tree.map(jnp.negative, w)))(w)
+    again = jax.export.deserialize(program.serialize())
+    assert again.in_tree == program.in_tree == jax.tree.structure(((w,), {}))
+    assert again.out_tree == jax.tree.structure(w)
+    chex.assert_trees_all_equal(
+        again.call(w).words, jax.tree.map(jnp.negative, w.words)
+    )
+
+
+def test_an_exported_product(refuses):
+    x, w = jnp.ones((2, 64)), four_bits()
+    program = jax.export.export(jax.jit(qjax.matmul))(x, w)
+    blob = program.serialize()
+    y = jax.export.deserialize(blob).call(x, w)
+    chex.assert_trees_all_equal(y, jax.jit(qjax.matmul)(x, w))
+    changed = bytes(blob).replace(b"gptq.Stream", b"gptq.Scream")
+    with refuses("metadata['layout']='gptq.Scream' must be in"):
+        jax.export.deserialize(bytearray(changed))
 
 
 @pytest.mark.parametrize(("entries", "leaves", "message"), WRONG)
