@@ -153,6 +153,12 @@ class Rule:
         return re.escape(self._plain) == self.pattern.pattern
 
     @property
+    def is_for_all(self) -> bool:
+        """Whether the pattern matches whatever a weight is called, as ".*" does."""
+        # No module and no weight has such a name.
+        return self.matches("\0/\0")
+
+    @property
     def _plain(self) -> str:
         return re.sub(r"\\(.)", r"\1", self.pattern.pattern)
 

@@ -92,6 +92,22 @@ def test_a_spec_of_integers_of_numpy_is_that_of_integers():
 
 
 @pytest.mark.parametrize(
+    ("pattern", "is_for_all"),
+    [
+        (".*", True),
+        ("(?!head).*", True),
+        ("layers/.*", False),
+        (".*/kernel", False),
+        ("kernel", False),
+    ],
+)
+def test_a_rule_for_all_names_no_weight(pattern, is_for_all):
+    (rule,) = rules.read([(pattern, qjax.Spec())])
+    assert rule.is_for_all == is_for_all
+    assert rules.read(qjax.Spec())[0].is_for_all
+
+
+@pytest.mark.parametrize(
     ("options", "spec"),
     [
         ({"weight_qtype": "int4"}, qjax.Spec(group_size=None, symmetric=True)),

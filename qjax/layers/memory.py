@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array
@@ -134,11 +135,13 @@ def _is_variable(node: Any) -> bool:
 
 
 def _of_tree(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    is_qtensor = lambda leaf: isinstance(leaf, QTensor)  # noqa: E731
-    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_qtensor):
+    is_leaf = lambda leaf: isinstance(leaf, QTensor | nn.meta.AxisMetadata)  # noqa: E731
+    for keys, leaf in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf):
         path = jax.tree_util.keystr(keys, simple=True, separator="/")
-        if hasattr(leaf, "shape"):
-            yield "/".join(filter(None, (prefix, path))), leaf
+        is_box = isinstance(leaf, nn.meta.AxisMetadata)
+        value = jax.tree.leaves(leaf)[0] if is_box else leaf
+        if hasattr(value, "shape"):
+            yield "/".join(filter(None, (prefix, path))), value
 
 
 def _usage(path: str, leaf: Any, seen: set[int]) -> Usage:

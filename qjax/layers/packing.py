@@ -28,11 +28,20 @@ class Choice(NamedTuple):
       spec: How it is quantized, or None if it stays as it is.
       reason: Why it stays, or None.
       asked: Whether a rule wants it quantized.
+      named: Whether that rule is not one for all weights.
     """
 
     spec: Spec | None
     reason: str | None
     asked: bool
+    named: bool = False
+
+    def without_form(self) -> "Choice":
+        """What the rules say of a weight that was seen to be no matrix of a product.
+
+        A rule for all weights did not mean it, and one that names it did.
+        """
+        return self._replace(asked=self.named)
 
 
 def choose(rules: Sequence[Rule], path: str, weight: Any) -> Choice:
@@ -59,7 +68,7 @@ def choose(rules: Sequence[Rule], path: str, weight: Any) -> Choice:
             rule.spec.check_dtype(weight.dtype)
         except ValueError as error:
             return Choice(None, str(error), True)
-    return Choice(rule.spec, None, True)
+    return Choice(rule.spec, None, asked=True, named=not rule.is_for_all)
 
 
 def assumed(path: str, shape: Sequence[int]) -> Form | str:

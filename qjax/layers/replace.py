@@ -36,8 +36,10 @@ def quantize_model(
 
     In nnx, plain `nnx.Linear` layers become `layers.nnx.Linear`, but for those whose
     kernels other code reads in the call with ``inputs``; all other modules stay
-    instances of their classes, their packed weights in an attribute ``packed``. In
-    linen, only ``apply`` of the model itself takes the quantized variables.
+    instances of their classes, their packed weights in an attribute ``packed``. Weights
+    stay dense that the call reads in a state (`nnx.state`, `nnx.split`) outside of
+    their own modules, such as those of `nnx.WeightNorm`. In linen, only ``apply`` of
+    the model itself takes the quantized variables: ``bind`` refuses them.
 
     Args:
       model: An nnx model, which stays as it is, or a linen module. The arrays may be
@@ -48,22 +50,26 @@ def quantize_model(
         is a regular expression that must match all of the path of the weight
         ("layers/0/attn/q_proj/w"), or of its module ("layers/0/attn/q_proj"). Rules of
         qwix (`QuantizationRule`) do as well, rounded as `quantize` does.
-      *inputs: What the model is called with, arrays or shapes: from one abstract call
-        is seen which axes of a weight are summed. Without them, that is known of
-        Flax's own modules of nnx, of modules with an ``einsum_str``, and guessed of
-        weights of two axes (``[inputs, outputs]``, embeddings the other way round).
+      *inputs: What the model is called with, arrays or shapes: from one abstract call,
+        which JAX must be able to trace, is seen which axes of a weight are summed, and
+        who reads it; random keys and mutable collections of linen are made up. Without
+        them, that is known of Flax's own modules of nnx, of modules with an
+        ``einsum_str``, and guessed of weights of two axes (``[inputs, outputs]``,
+        embeddings the other way round).
       variables: Variables of a linen module; their "params" are quantized, and weights
         that qwix quantized (`QArray`) keep their codes.
       method: Name of the method that is called with the inputs (default: ``__call__``).
-      strict: Whether a matched weight that cannot be quantized is an error.
+      strict: Whether a matched weight that cannot be quantized is an error. Those that
+        the inputs show to be no matrices of products, of convolutions say, only are if
+        their rule is narrower than ``".*"``.
       report: Is called with a `layers.Report` of what was replaced, what was not, and
         why: `print`, or a list's ``append`` (default: None; then a warning tells of
         matched weights that stay dense).
       **keywords: More inputs.
 
     Warns:
-      UserWarning: If weights that rules match stay dense and no ``report`` is asked
-        for, or rules have quantizers for paths that no weight has.
+      UserWarning: If weights stay dense for which ``strict`` would be an error and no
+        ``report`` is asked for, or rules have quantizers for paths that no weight has.
 
     Returns:
       The model, with weights replaced; for linen, the module and its variables. What

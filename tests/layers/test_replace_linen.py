@@ -6,12 +6,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import traverse_util
+from flax import errors, traverse_util
+from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax.layers.linen import to_params
 from tests.layers import foreign
-from tests.layers.foreign import FLOAT32, GROUP, HEAD, HEADS, MODEL, SPEC, same, x
+from tests.layers.foreign import FLOAT32, HEAD, HEADS, MODEL, SPEC, same, x
 
 TOKENS = foreign.tokens(2, 3)
 
@@ -176,13 +177,110 @@ def test_without_inputs_weights_of_two_axes_are_guessed():
     )
 
 
-def test_boxes_of_partitioned_weights_are_taken_off():
-    init = nn.with_partitioning(nn.initializers.lecun_normal(), (None, "model"))
-    model = nn.Dense(32, kernel_init=init)
+@pytest.mark.parametrize("box", [nn.with_partitioning, nn.with_logical_partitioning])
+@pytest.mark.parametrize("inputs", [(x(3, MODEL),), ()], ids=["inputs", "none"])
+def test_boxes_of_partitioned_weights_are_kept_but_of_packed_ones(box, inputs):
+    boxed = box(nn.initializers.lecun_normal(), (None, "model"))
+    layer = functools.partial(
+        nn.Dense, 64, kernel_init=boxed, bias_init=box(nn.initializers.ones, ("model",))
+    )
+    model = nn.Sequential([layer(), layer()])
     variables = model.init(jax.random.key(0), x(3, MODEL))
-    module, packed = qjax.quantize_model(model, SPEC, x(3, MODEL), variables=variables)
-    assert flat(packed)["kernel"].scale.shape == (MODEL // GROUP, 32)
-    assert module.apply(packed, x(3, MODEL)).shape == (3, 32)
+    reports = []
+    module, packed = qjax.quantize_model(
+        model,
+        [("layers_0", SPEC), ("layers_1", None)],
+        *inputs,
+        variables=variables,
+        report=reports.append,
+    )
+    specs = nn.get_partition_spec(packed)["params"]
+    assert specs["layers_1"] == {"kernel": P(None, "model"), "bias": P("model")}
+    assert specs["layers_0"]["bias"] == P("model")
+    (entry,) = reports[0].replaced
+    assert entry.reason == "its sharding (None, 'model') is not kept"
+    paths = {entry.path for entry in qjax.memory_report(packed).entries}
+    assert "params/layers_1/kernel" in paths
+    params = {"params": foreign.dequantized_params(module, packed)}
+    found = jax.jit(module.apply)(packed, x(3, MODEL))
+    same(found, model.apply(params, x(3, MODEL)))
+
+
+class Trains(nn.Module):
+    """Writes a collection, and draws from two streams of random numbers."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        x = nn.BatchNorm(use_running_average=not train)(nn.Dense(MODEL)(x))
+        x = nn.Dropout(0.5, deterministic=not train)(x)
+        return x + jax.random.normal(self.make_rng("noise"), x.shape)
+
+
+def test_a_model_may_write_collections_and_draw():
+    streams = ("params", "dropout", "noise")
+    rngs = dict(zip(streams, jax.random.split(jax.random.key(0), 3), strict=True))
+    variables = Trains().init(rngs, x(3, MODEL))
+    module, packed = qjax.quantize_model(
+        Trains(), SPEC, x(3, MODEL), variables=variables, strict=True
+    )
+    assert list(flat(packed)) == ["Dense_0/kernel"]
+    options = {"rngs": rngs, "mutable": ["batch_stats"]}
+    found, changed = module.apply(packed, x(3, MODEL), **options)
+    dense = {**variables, "params": foreign.dequantized_params(module, packed)}
+    expected, wanted = Trains().apply(dense, x(3, MODEL), **options)
+    same(found, expected)
+    jax.tree.map(same, changed, wanted)
+
+
+def test_a_model_may_have_a_cache():
+    model = nn.MultiHeadDotProductAttention(HEADS, decode=True)
+    variables = model.init(jax.random.key(0), x(2, 5, MODEL))
+    module, packed = qjax.quantize_model(
+        model, SPEC, x(2, 1, MODEL), variables=variables, strict=True
+    )
+    assert len(flat(packed)) == 4
+    dense = {**variables, "params": foreign.dequantized_params(module, packed)}
+    found, cache = module.apply(packed, x(2, 1, MODEL), mutable=["cache"])
+    expected, wanted = model.apply(dense, x(2, 1, MODEL), mutable=["cache"])
+    same(found, expected)
+    same(cache["cache"]["cached_key"], wanted["cache"]["cached_key"])
+
+
+def test_what_a_model_may_not_write_is_its_own_error():
+    class Writes(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            self.put_variable("params", "last", x)
+            return nn.Dense(8)(x)
+
+    variables = nn.Dense(8).init(jax.random.key(0), x(3, MODEL))
+    variables = {"params": {"Dense_0": variables["params"]}}
+    with pytest.raises(errors.ModifyScopeVariableError):
+        qjax.quantize_model(Writes(), SPEC, x(3, MODEL), variables=variables)
+
+
+def test_a_quantized_model_is_not_bound(quantized):
+    module, variables = quantized
+    with pytest.raises(NotImplementedError, match="is called by its apply; pass"):
+        module.bind(variables)
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern", "inputs"),
+    [
+        (nn.WeightNorm(nn.Dense(8)), "layer_instance/kernel", x(3, MODEL)),
+        (nn.Conv(8, (1,)), "kernel", x(1, 5, MODEL)),
+    ],
+)
+def test_a_weight_that_a_rule_names_is_no_matrix(model, pattern, inputs):
+    variables = model.init(jax.random.key(0), inputs)
+    quantize = functools.partial(qjax.quantize_model, model, variables=variables)
+    message = "1 weights that rules match stay dense"
+    with pytest.raises(ValueError, match=message):
+        quantize([(pattern, SPEC)], inputs, strict=True)
+    with pytest.warns(UserWarning, match=message):
+        quantize([(pattern, SPEC)], inputs)
+    quantize([(".*", SPEC)], inputs, strict=True)
 
 
 def test_unrecognized_uses_warn_with_the_path():

@@ -370,3 +370,126 @@ def test_a_linear_whose_kernel_others_read_shows_them_the_weight():
         weight = qjax.dequantize(nnx.as_pure(packed))
         getattr(dense, name).kernel.set_value(weight)
     same(found, dense(x))
+
+
+def squared(model, x):
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    return nnx.merge(graphdef, jax.tree.map(jnp.square, params), rest)(x)
+
+
+def penalized(model, x):
+    params = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return model(x) + sum((param**2).sum() for param in params)
+
+
+class Reads(nnx.Module):
+    """Does something with the state of a module."""
+
+    def __init__(self, read, module):
+        self.read, self.module = read, module
+
+    def __call__(self, x):
+        return self.read(self.module, x)
+
+
+def linear():
+    return nnx.Linear(MODEL, MODEL, rngs=nnx.Rngs(0))
+
+
+def einsum():
+    return nnx.Einsum("bd,df->bf", (MODEL, MODEL), rngs=nnx.Rngs(0))
+
+
+def normalized():
+    three = nnx.initializers.constant(3.0)
+    return nnx.WeightNorm(linear(), scale_init=three, rngs=nnx.Rngs(0))
+
+
+def spectral():
+    return nnx.SpectralNorm(linear(), update_stats=False, rngs=nnx.Rngs(0))
+
+
+READERS = {
+    "squared": (lambda: Reads(squared, linear()), "(square)"),
+    "squared-einsum": (lambda: Reads(squared, einsum()), "(square)"),
+    "squared-own": (lambda: Reads(squared, Projection()), "(square)"),
+    "penalized": (lambda: Reads(penalized, linear()), "(integer_pow)"),
+    "normalized": (normalized, "(mul)"),
+    "spectral": (spectral, "(dot_general, div)"),
+}
+
+
+class Projection(nnx.Module):
+    """A weight of its own, and a state of its own that it reads."""
+
+    def __init__(self):
+        self.w = nnx.Param(x(MODEL, MODEL))
+
+    def __call__(self, x):
+        return x @ nnx.state(self)["w"][...]
+
+
+@pytest.mark.parametrize("name", READERS)
+def test_a_weight_that_others_read_in_a_state_stays_dense(name):
+    make, operations = READERS[name]
+    model, report = quantize(make(), x(3, MODEL))
+    assert not report.replaced
+    (reason,) = [entry.reason for entry in report.entries if len(entry.shape) > 1]
+    assert reason == f"it is read in a state {operations}, where it would be packed"
+    same(model(x(3, MODEL)), make()(x(3, MODEL)), 0)
+
+
+@pytest.mark.parametrize("make", [normalized, spectral])
+def test_without_inputs_weights_that_flax_changes_stay_dense(make):
+    model, report = quantize(make())
+    (refused,) = report.refused
+    assert refused.path == "layer_instance/kernel"
+    assert "Norm reads it in a state, where it would be packed" in refused.reason
+    same(model(x(3, MODEL)), make()(x(3, MODEL)), 0)
+
+
+def test_a_module_may_read_its_own_state():
+    model, report = quantize(Projection(), x(3, MODEL))
+    assert [entry.path for entry in report.replaced] == ["w"]
+    same(model(x(3, MODEL)), foreign.dequantized(model, Projection())(x(3, MODEL)))
+
+
+def last_of_a_stack(stack, x):
+    graphdef, state = nnx.split(stack)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[-1], state))(x)
+
+
+def test_a_layer_may_be_taken_out_of_the_state_of_a_stack():
+    @nnx.vmap
+    def make(key):
+        return nnx.Linear(MODEL, MODEL, rngs=nnx.Rngs(key))
+
+    stack = Reads(last_of_a_stack, make(jax.random.split(jax.random.key(0), 3)))
+    model, report = quantize(stack, x(3, MODEL))
+    assert [entry.path for entry in report.replaced] == ["module/kernel"]
+    same(model(x(3, MODEL)), foreign.dequantized(model, stack)(x(3, MODEL)))
+
+
+class Doubles(nnx.Module):
+    def __init__(self):
+        self.w = nnx.Param(x(MODEL, MODEL))
+
+    def __call__(self, x):
+        return x @ (self.w[...] * 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "pattern", "inputs"),
+    [
+        (Doubles(), "w", x(3, MODEL)),
+        (nnx.Conv(MODEL, 8, (3,), rngs=RNGS), "kernel", x(1, 5, MODEL)),
+    ],
+)
+def test_a_weight_that_a_rule_names_is_no_matrix(model, pattern, inputs):
+    message = "1 weights that rules match stay dense"
+    rules = [(pattern, SPEC)]
+    with pytest.raises(ValueError, match=message):
+        qjax.quantize_model(model, rules, inputs, strict=True)
+    with pytest.warns(UserWarning, match=message):
+        qjax.quantize_model(model, rules, inputs)
+    qjax.quantize_model(model, [(".*", SPEC)], inputs, strict=True)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
 import qjax
 from qjax.layers.tracing import interpreter, uses
@@ -56,6 +57,9 @@ CASES = {
         (4, 8, 24), (0, 1), (2,), lambda w: jnp.einsum("btd,nhd->bthn", x(2, 3, 24), w)
     ),
     "tied": Case((40, 32), (1,), (0,), lambda w: embed(w) @ w.T),
+    "named": Case(
+        (32, 24), (0,), (1,), lambda w: x(3, 32) @ checkpoint_name(w, "weight")
+    ),
     "row": Case((40, 32), (1,), (0,), lambda w: w[3] + w[jnp.array(4)]),
     "dynamic-row": Case(
         (40, 32), (1,), (0,), lambda w: jax.lax.dynamic_index_in_dim(w, 5, axis=0)

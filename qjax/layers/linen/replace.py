@@ -7,13 +7,14 @@ their own.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+from flax import errors, traverse_util
 from jaxtyping import Array
 
 from qjax.layers import packing, qarrays, subclasses
@@ -50,7 +51,8 @@ def quantize(
       A module of a subclass of the model's class, the variables for its ``apply``, and
       an entry for each parameter.
     """
-    variables = nn.meta.unbox(variables)
+    given, variables = variables, nn.meta.unbox(variables)
+    boxes = _by_path(given["params"])
     flat = _by_path(variables["params"])
     flat = {path: qarrays.unboxed(weight) for path, weight in flat.items()}
     choices = {p: packing.choose(rules, p, weight) for p, weight in flat.items()}
@@ -61,21 +63,22 @@ def quantize(
         forms = _found(module, variables, asked, inputs, keywords, method)
     else:
         forms = {path: packing.assumed(path, w.shape) for path, w in asked.items()}
-    entries, kinds = [], {}
+    entries, kinds, replaced = [], {}, {}
     with packing.bar(asked.values()) as advance:
         for path, weight in flat.items():
             choice, form = choices[path], forms.get(path, "")
             if traced and isinstance(form, str):
-                # What is no matrix of a product was not meant by a rule for all.
-                choice = choice._replace(asked=False)
-            packed, entry = packing.settle(path, weight, choice, form)
+                choice = choice.without_form()
+            packed, entry = packing.settle(
+                path, weight, choice, form, _note(boxes[path])
+            )
             entries.append(entry)
             if packed is not None and isinstance(form, Form):
-                flat[path], kinds[path] = packed, (form, str(weight.dtype))
+                replaced[path], kinds[path] = packed, (form, str(weight.dtype))
             if choice.spec is not None:
                 advance(entry.before)
-    params = _replaced(variables["params"], flat)
-    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    params = _replaced(given["params"], replaced)
+    rest = {name: tree for name, tree in given.items() if name != "params"}
     quantized = _as(_subclass(type(module), tuple(sorted(kinds.items()))), module)
     return quantized, {**rest, **to_variables(params)}, entries
 
@@ -84,6 +87,14 @@ def _by_path(params: Mapping[str, Any]) -> dict[str, Any]:
     """The leaves of nested dictionaries, by their names joined to paths."""
     flat = traverse_util.flatten_dict(dict(params))
     return {path_name(names): leaf for names, leaf in flat.items()}
+
+
+def _note(weight: Any) -> str | None:
+    """What a packed weight does not keep."""
+    if not isinstance(weight, nn.meta.AxisMetadata):
+        return None
+    sharding = getattr(weight, "names", type(weight).__name__)
+    return f"its sharding {sharding} is not kept"
 
 
 def _replaced(params: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,19 +131,41 @@ def _found(
         "params": {path: leaf for path, leaf in params.items() if path not in weights},
         "rest": {name: tree for name, tree in variables.items() if name != "params"},
     }
-
-    def run(weights: dict[str, Array], others: dict, passed: list) -> Any:
-        args, kwargs = arguments(passed)
-        merged = _replaced(variables["params"], {**others["params"], **weights})
-        return module.apply(
-            {"params": merged, **others["rest"]}, *args, method=method, **kwargs
-        )
-
     shapes = {
         path: jax.ShapeDtypeStruct(weight.shape, weight.dtype)
         for path, weight in weights.items()
     }
-    return uses.find(run, shapes, others, passed)
+    options: dict[str, Any] = {}
+
+    def run(weights: dict[str, Array], others: dict, passed: list) -> Any:
+        args, kwargs = arguments(passed)
+        merged = _replaced(variables["params"], {**others["params"], **weights})
+        given = {"params": merged, **others["rest"]}
+        return module.apply(given, *args, method=method, **options, **kwargs)
+
+    while True:
+        try:
+            return uses.find(run, shapes, others, passed)
+        except (errors.InvalidRngError, errors.ModifyScopeVariableError) as error:
+            if (wanted := _wanted(error, options)) is None:
+                raise
+            options = wanted
+
+
+def _wanted(error: Exception, options: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What ``apply`` is given, too, so that it does not raise an error; or None.
+
+    What a model draws or writes has no say in what it does with its weights: a caller
+    need not pass the keys, nor name the collections.
+    """
+    if isinstance(error, errors.ModifyScopeVariableError):
+        mutable = nn.DenyList("params")
+        return None if "mutable" in options else {**options, "mutable": mutable}
+    asked = re.search(r'needs PRNG for "(.*?)"', str(error))
+    rngs = options.get("rngs", {})
+    if asked is None or asked[1] in rngs:
+        return None
+    return {**options, "rngs": {**rngs, asked[1]: jax.random.key(0)}}
 
 
 @functools.cache
@@ -144,8 +177,14 @@ def _subclass(cls: type[nn.Module], forms: Forms) -> type[nn.Module]:
             functools.partial(cls.apply, self), forms, variables, args, kwargs
         )
 
+    def bind(self: nn.Module, *_: Any, **__: Any) -> nn.Module:
+        raise NotImplementedError(
+            f"{type(self).__name__}.bind: a quantized model is called by its apply; "
+            "pass method= to it for another method than __call__."
+        )
+
     apply.__doc__ = cls.apply.__doc__
-    members = {"apply": apply, "packed_forms": dict(forms)}
+    members = {"apply": apply, "bind": bind, "packed_forms": dict(forms)}
     return subclasses.subclass(_subclass, cls, forms, members)
 
 

@@ -155,7 +155,7 @@ def to_variables(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     floats: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     if isinstance(kernel := params.get("kernel"), QTensor):
-        bias = params.get("bias")
+        bias = nn.meta.unbox(params.get("bias"))
         # The axes of one of several features, such as (4, 8), its layer knows.
         shape = () if bias is None else jnp.shape(bias)
         fits = math.prod(shape) == math.prod(kernel.batch) * kernel.n

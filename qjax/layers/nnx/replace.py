@@ -1,6 +1,5 @@
 """Quantizes the weights of an nnx model: `Linear` by ours, all others wrapped."""
 
-import contextlib
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from qjax.layers import contraction, packing
-from qjax.layers.nnx import wrapped
+from qjax.layers.nnx import readers, wrapped
 from qjax.layers.nnx.linear import Linear
 from qjax.layers.nnx.packed import Scale, variables
 from qjax.layers.report import Entry, path_name
@@ -39,6 +38,20 @@ class Weight(NamedTuple):
         return self.variable.get_raw_value()
 
 
+class Finding(NamedTuple):
+    """What is found out of a weight.
+
+    Attributes:
+      form: How it is flattened, or why there is no way.
+      obstacle: Why it cannot be packed nevertheless, or None.
+      is_shown: Whether other code than its module's wants to have it as an attribute.
+    """
+
+    form: Form | str
+    obstacle: str | None = None
+    is_shown: bool = False
+
+
 def quantize(
     model: nnx.Module,
     rules: Sequence[Rule],
@@ -51,8 +64,8 @@ def quantize(
     Args:
       model: The model; its arrays may be abstract.
       rules: The rules.
-      inputs: What the model is called with, to see what it does with weights that no
-        class of Flax holds; or nothing.
+      inputs: What the model is called with, to see what it does with its weights, and
+        who reads them; or nothing.
       keywords: More of them.
       method: Name of the method that is called.
 
@@ -66,20 +79,19 @@ def quantize(
         for weight in weights
     }
     chosen = [weight for weight in weights if choices[weight.path].spec]
-    known: dict[str, Form | str | None] = {w.path: _known(w) for w in chosen}
-    unknown = [weight for weight in chosen if known[weight.path] is None]
-    if unknown and (inputs or keywords):
-        known |= _found(model, unknown, inputs, keywords, method)
+    traced = bool(inputs or keywords)
+    if traced:
+        findings = _found(model, chosen, inputs, keywords, method)
+    else:
+        findings = _assumed(model, chosen)
     entries, replaced = [], []
-    read = _read_by_others(model, inputs, keywords, method)
     with packing.bar(weight.value for weight in chosen) as advance:
         for weight in weights:
-            choice, form = choices[weight.path], known.get(weight.path)
-            if isinstance(form, str):
-                # What is no matrix of a product was not meant by a rule for all.
-                choice = choice._replace(asked=False)
-            form = _obstacle(weight) or form
-            form = form or packing.assumed(weight.path, weight.variable.shape)
+            choice = choices[weight.path]
+            finding = findings.get(weight.path, Finding(""))
+            if traced and isinstance(finding.form, str):
+                choice = choice.without_form()
+            form = _obstacle(weight) or finding.obstacle or finding.form
             packed, entry = packing.settle(
                 weight.path, weight.value, choice, form, _note(weight)
             )
@@ -88,8 +100,14 @@ def quantize(
                 replaced.append((weight, form, packed))
             if choice.spec is not None:
                 advance(entry.before)
+    shown = {
+        id(module)
+        for weight in chosen
+        if findings[weight.path].is_shown
+        for _, module, _ in weight.holders
+    }
     for module, path, packed, kinds in _by_holder(replaced):
-        if path in read or not _is_plain(module):
+        if id(module) in shown or not _is_plain(module):
             wrapped.wrap(module, path, packed, kinds)
         else:
             _become_ours(module, packed["kernel"])
@@ -146,35 +164,71 @@ def _of_equation(equation: str, shape: tuple[int, ...]) -> Form | None:
     return Form(shape, rows, columns)
 
 
+def _assumed(model: nnx.Module, weights: Sequence[Weight]) -> dict[str, Finding]:
+    """What is to be thought of weights while no call of the model is known."""
+    changed = readers.changed_by_flax(model)
+    return {
+        weight.path: Finding(
+            _known(weight) or packing.assumed(weight.path, weight.variable.shape),
+            changed.get(id(weight.variable)),
+        )
+        for weight in weights
+    }
+
+
 def _found(
     model: nnx.Module,
     weights: Sequence[Weight],
     inputs: tuple,
     keywords: Mapping[str, Any],
     method: str,
-) -> dict[str, Form | str]:
-    """The forms of weights by what a call of the model does with them."""
+) -> dict[str, Finding]:
+    """What a call of the model does with weights."""
+    found = _uses(model, weights, inputs, keywords, method)
+    return {
+        weight.path: Finding(
+            _known(weight) or uses.form(weight.variable.shape, found[weight.path]),
+            readers.of_state(found[weight.path]),
+            readers.is_shown(found[weight.path]),
+        )
+        for weight in weights
+    }
+
+
+def _uses(
+    model: nnx.Module,
+    weights: Sequence[Weight],
+    inputs: tuple,
+    keywords: Mapping[str, Any],
+    method: str,
+) -> dict[str, list[uses.Use]]:
+    """The uses of weights in a call of the model, with the names of `readers.watch`."""
     graphdef, state = nnx.split(model)
     flat = nnx.to_flat_state(state)
-    names = {id(weight.variable): weight.path for weight in weights}
-    passed, arguments = uses.arrays_of(inputs, keywords)
+    paths = {id(weight.variable): weight.path for weight in weights}
+    held: dict[str, list[str]] = {}
+    for weight in weights:
+        for path, _, name in () if _obstacle(weight) else weight.holders:
+            held.setdefault(path, []).append(name)
+    others = [_value_of(node) for _, node in flat if id(node) not in paths]
+    passed, arguments = uses.arrays_of((others, *inputs), keywords)
 
-    def run(arrays: dict[str, Array], others: list, passed: list) -> Any:
+    def run(arrays: dict[str, Array], passed: list) -> Any:
+        (others, *args), kwargs = arguments(passed)
         rest = iter(others)
         leaves = [
-            (path, _with(node, arrays.get(names.get(id(node), "")), rest))
+            (path, _with(node, arrays.get(paths.get(id(node), "")), rest))
             for path, node in flat
         ]
         merged = nnx.merge(graphdef, nnx.from_flat_state(leaves))
-        args, kwargs = arguments(passed)
+        readers.watch(merged, held)
         return getattr(merged, method)(*args, **kwargs)
 
     shapes = {
         weight.path: jax.ShapeDtypeStruct(weight.variable.shape, weight.variable.dtype)
         for weight in weights
     }
-    others = [_value_of(node) for _, node in flat if names.get(id(node)) is None]
-    return uses.find(run, shapes, others, passed)
+    return uses.collect(run, shapes, passed)
 
 
 def _value_of(leaf: Any) -> Any:
@@ -236,56 +290,3 @@ def _become_ours(module: Any, kernel: QTensor) -> None:
         delattr(module, name)
     module.__class__ = Linear
     module.implementation, module.packed = None, nnx.data(kernel)
-
-
-def _read_by_others(
-    model: nnx.Module, inputs: tuple, keywords: Mapping[str, Any], method: str
-) -> set[str]:
-    """Paths of the `nnx.Linear` whose kernel is read by code that is not theirs.
-
-    Such code wants a Variable with the dense weight, as wrapped modules show it.
-    """
-    found: set[str] = set()
-    linears = [m for _, m in nnx.iter_modules(model) if type(m) is nnx.Linear]
-    if not linears or not (inputs or keywords):
-        return found
-    watched = nnx.clone(model)
-    for path, module in list(nnx.iter_modules(watched)):
-        if type(module) is nnx.Linear:
-            module.__class__ = _watching(path_name(path), found)
-    graphdef, state = nnx.split(watched)
-    arrays, arguments = uses.arrays_of(inputs, keywords)
-
-    def run(state: Any, arrays: list[Array]) -> None:
-        args, kwargs = arguments(arrays)
-        getattr(nnx.merge(graphdef, state), method)(*args, **kwargs)
-
-    # What cannot be called so says why when it is called.
-    with contextlib.suppress(Exception):
-        jax.eval_shape(run, state, arrays)
-    return found
-
-
-def _watching(path: str, found: set[str]) -> type[nnx.Linear]:
-    """A `nnx.Linear` that notes whether others read its kernel."""
-    inside: list[None] = []
-
-    class Watched(nnx.Linear):
-        def __call__(self, *args: Any, **kwargs: Any) -> Array:
-            inside.append(None)
-            try:
-                return super().__call__(*args, **kwargs)
-            finally:
-                inside.pop()
-
-        @property
-        def kernel(self) -> nnx.Param:
-            if not inside:
-                found.add(path)
-            return vars(self)["kernel"]
-
-        @kernel.setter
-        def kernel(self, value: nnx.Param) -> None:
-            vars(self)["kernel"] = value
-
-    return Watched

@@ -113,27 +113,30 @@ def form_of(module: Any, name: str) -> Form:
 
 @functools.cache
 def _subclass(cls: type, kinds: tuple[tuple[str, Kind], ...]) -> type:
-    members: dict[str, Any] = dict(_traced(cls))
+    members = {name: _traced(name, value) for name, value in public(cls)}
     members |= {name: _outside(name) for name, _ in kinds}
     members["_kinds"] = dict(kinds)
     return subclasses.subclass(_subclass, cls, kinds, members)
 
 
-def _traced(cls: type) -> Iterator[tuple[str, Any]]:
-    """The public methods and properties of a class, and `__call__`, traced."""
+def public(cls: type) -> Iterator[tuple[str, Any]]:
+    """The public methods and properties of a class, and `__call__`, by name."""
     own = cls.__mro__[: cls.__mro__.index(nnx.Module)]
     names = {name: klass for klass in reversed(own) for name in vars(klass)}
     for name, klass in names.items():
         value = vars(klass)[name]
         if name.startswith("_") and name != "__call__":
             continue
-        if isinstance(value, property):
-            yield (
-                name,
-                property(_getter(name), value.fset, value.fdel, value.__doc__),
-            )
-        elif callable(value) and not isinstance(value, type | staticmethod):
-            yield name, _method(name, value)
+        is_method = callable(value) and not isinstance(value, type | staticmethod)
+        if is_method or isinstance(value, property):
+            yield name, value
+
+
+def _traced(name: str, value: Any) -> Any:
+    """A method or a property that runs with the packed weights."""
+    if isinstance(value, property):
+        return property(_getter(name), value.fset, value.fdel, value.__doc__)
+    return _method(name, value)
 
 
 def _method(name: str, original: Any) -> Callable[..., Any]:

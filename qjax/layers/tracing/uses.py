@@ -13,6 +13,9 @@ from jax.extend.core import primitives
 
 from qjax.layers.tracing.views import Atom, Form, Side, View, follow
 
+# The operation that gives an array a name, and nothing else.
+NAMING = "name"
+
 
 class Use(NamedTuple):
     """One use of a weight, by the axes that it has as a whole.
@@ -23,12 +26,14 @@ class Use(NamedTuple):
         sums only a part of an axis.
       stack: The axes that count matrices, as each is multiplied by rows of its own.
       indexed: The axes of which a part was taken before.
+      names: What `jax.ad_checkpoint.checkpoint_name` called it before.
     """
 
     operation: str
     summed: frozenset[Side] | None
     stack: frozenset[Side]
     indexed: frozenset[Side]
+    names: frozenset[str]
 
 
 class _Seen(NamedTuple):
@@ -38,6 +43,11 @@ class _Seen(NamedTuple):
     view: View
     stack: frozenset[Side]
     indexed: frozenset[Side]
+    names: frozenset[str]
+
+    def used(self, operation: str, summed: frozenset[Side] | None = None) -> Use:
+        """A use of the weight as it is here."""
+        return Use(operation, summed, self.stack, self.indexed, self.names)
 
 
 def find(
@@ -55,6 +65,25 @@ def find(
     Returns:
       The form of each weight, or the reason why there is none.
     """
+    found = collect(function, weights, *others)
+    return {name: form(weights[name].shape, found[name]) for name in weights}
+
+
+def collect(
+    function: Callable[..., Any],
+    weights: Mapping[str, jax.ShapeDtypeStruct],
+    *others: Any,
+) -> dict[str, list[Use]]:
+    """Collects the uses that a function has for its weights, with those of their names.
+
+    Args:
+      function: As in `find`.
+      weights: As in `find`.
+      *others: As in `find`.
+
+    Returns:
+      The uses of each weight, in the order of the program.
+    """
     closed = jax.make_jaxpr(lambda *args: _arrays(function(*args)))(weights, *others)
     uses: dict[str, list[Use]] = {name: [] for name in weights}
     seen: list[_Seen | None] = [None] * len(closed.jaxpr.invars)
@@ -62,11 +91,11 @@ def find(
         sizes = enumerate(weights[name].shape)
         dims = tuple((Atom(axis, 1, n),) if n > 1 else () for axis, n in sizes)
         view = View(dims, weights[name].dtype)
-        seen[i] = _Seen(name, view, frozenset(), frozenset())
+        seen[i] = _Seen(name, view, frozenset(), frozenset(), frozenset())
     shapes = {name: weight.shape for name, weight in weights.items()}
     for name, use in _walk(closed.jaxpr, seen, shapes):
         uses[name].append(use)
-    return {name: _form(weights[name].shape, uses[name]) for name in weights}
+    return uses
 
 
 class Arguments(NamedTuple):
@@ -113,8 +142,17 @@ def _arrays(tree: Any) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
 
 
-def _form(shape: tuple[int, ...], uses: Sequence[Use]) -> Form | str:
-    """Decides on the form; a product with all of the weight counts more than others."""
+def form(shape: tuple[int, ...], uses: Sequence[Use]) -> Form | str:
+    """Decides on the form; a product with all of the weight counts more than others.
+
+    Args:
+      shape: Shape of the weight.
+      uses: Its uses, as `collect` returns them.
+
+    Returns:
+      The form, or the reason why there is none.
+    """
+    uses = [use for use in uses if use.operation != NAMING]
     if not uses:
         return "it is not used in the call that was traced"
     axes = range(len(shape))
@@ -172,14 +210,18 @@ def _through(
         part = _part(eqn, one)
         # Several neighbours are still a matrix.
         if part is None or part.indexed != one.indexed:
-            use = Use("gather" if part else name, None, one.stack, one.indexed)
+            use = one.used("gather" if part else name)
             yield one.name, use._replace(indexed=(part or one).indexed)
         return [part]
+    if name == NAMING and one:
+        named = one._replace(names=one.names | {eqn.params["name"]})
+        yield one.name, named.used(name)
+        return [named]
     view = follow(name, eqn.params, one.view) if one and len(operands) == 1 else None
     if one and view is not None:
         return [one._replace(view=view)]
     for seen in filter(None, operands):
-        yield seen.name, Use(name, None, seen.stack, seen.indexed)
+        yield seen.name, seen.used(name)
     return []
 
 
@@ -192,7 +234,7 @@ def _product(eqn: jex.JaxprEqn, seen: _Seen, place: int, shape: tuple[int, ...])
     whole = all(shape[axis] == size for axis, size in extents.items())
     alone = frozenset(atom.side for atom in seen.view.pick(batch))
     axes = frozenset(extents) if whole and extents else None
-    return Use("dot_general", axes, seen.stack | alone, seen.indexed)
+    return seen._replace(stack=seen.stack | alone).used("dot_general", axes)
 
 
 def _ragged_product(eqn: jex.JaxprEqn, seen: _Seen) -> Use:
@@ -201,7 +243,7 @@ def _ragged_product(eqn: jex.JaxprEqn, seen: _Seen) -> Use:
     pick = lambda axes: frozenset(atom.side for atom in seen.view.pick(axes))  # noqa: E731
     summed = pick(numbers.dot_dimension_numbers[0][1])
     stack = seen.stack | pick(numbers.rhs_group_dimensions)
-    return Use(eqn.primitive.name, summed or None, stack, seen.indexed)
+    return seen._replace(stack=stack).used(eqn.primitive.name, summed or None)
 
 
 def _part(eqn: jex.JaxprEqn, seen: _Seen) -> _Seen | None:

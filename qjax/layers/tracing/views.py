@@ -204,7 +204,8 @@ def follow(primitive: str, params: dict[str, Any], view: View) -> View | None:
         floating = jnp.issubdtype(dtype, jnp.floating)
         return view._replace(dtype=np.dtype(dtype)) if floating else None
     # An annotation of the dense array has no meaning for the packed one.
-    return view if primitive in ("copy", "copy_p", "sharding_constraint") else None
+    annotations = ("copy", "copy_p", "sharding_constraint", "name")
+    return view if primitive in annotations else None
 
 
 def _spread(view: View, shape: Sequence[int], where: Sequence[int]) -> View | None:
