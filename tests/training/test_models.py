@@ -313,11 +313,9 @@ class TestShadows:
 
     def test_layers_that_are_not_there(self, refuses):
         model = Model(params())
-        with refuses(
-            "shadows has ['gate'], which are no quantized layers of the model"
-        ):
+        with refuses("shadows has ['gate'], which are no packed weights of the model"):
             training.nnx.with_shadows(model, {"gate": jnp.zeros((K, N))})
-        with refuses("kernels has ['gate'], which are no quantized layers"):
+        with refuses("kernels has ['gate'], which are no packed weights"):
             training.nnx.load_kernels(model, {"gate": cases.kernel("4bit")})
         with refuses("must have the format of the layer's own"):
             training.nnx.load_kernels(model, {"up": cases.kernel("4bit")})

@@ -108,17 +108,25 @@ def beside(module: Any, name: str) -> tuple[Beside, ...]:
     return vars(module).get(BESIDE, {}).get(name, ())
 
 
-def put_beside(module: Any, name: str, beside: tuple[Beside, ...]) -> None:
-    """Says what is added to all that a wrapped module makes of a packed weight.
+def put_beside(module: Any, name: str, one: Beside) -> None:
+    """Has something added to all that a wrapped module makes of a packed weight.
 
     Args:
       module: The module.
       name: One of the names in `packed_weights`.
-      beside: What is beside that weight from now on: its arrays are Variables, or
+      one: What is beside that weight, too, from now on: its arrays are Variables, or
         arrays that the module keeps no longer than a step.
     """
-    others = {**vars(module).get(BESIDE, {}), name: beside}
-    setattr(module, BESIDE, nnx.data({key: one for key, one in others.items() if one}))
+    both = {**vars(module).get(BESIDE, {}), name: (*beside(module, name), one)}
+    setattr(module, BESIDE, nnx.data(both))
+
+
+def clear_beside(module: Any, name: str) -> None:
+    """Takes away all that is beside a packed weight of a wrapped module."""
+    left = {key: ones for key, ones in getattr(module, BESIDE).items() if key != name}
+    delattr(module, BESIDE)
+    if left:
+        setattr(module, BESIDE, nnx.data(left))
 
 
 def form_of(module: Any, name: str) -> Form:

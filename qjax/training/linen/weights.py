@@ -76,7 +76,8 @@ def accompanied(
 
 def packed_weights(variables: Mapping[str, Any]) -> dict[tuple[str, ...], QTensor]:
     """The collection "quantized", by the names on the way to each weight."""
-    return traverse_util.flatten_dict(dict(variables.get(QUANTIZED, {})))
+    flat: Any = traverse_util.flatten_dict(dict(variables.get(QUANTIZED, {})))
+    return flat
 
 
 def _paths(names: Any) -> list[str]:

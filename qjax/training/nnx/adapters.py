@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Integer, Num
 
 from qjax.layers import contraction, experts
 from qjax.layers.nnx import wrapped
-from qjax.layers.nnx.packed import Packed, variables
+from qjax.layers.nnx.packed import variables
 from qjax.tensor import QTensor
 from qjax.training import calls, lora
 from qjax.training.beside import Adapters
@@ -187,35 +187,32 @@ def add_lora(
     paths = list(places(model))
     if not any(map(where, paths)):
         raise ValueError(f"where picks none of the packed weights: {paths}.")
-    drawn: dict[str, Adapters] = {}  # those of a weight that modules share are shared
+    lora.scaling(rank, alpha)
+    drawn: dict[str, Adapters] = {}  # modules that share a weight share them
 
-    def adapters(path: str, shape: Sequence[int]) -> Adapters:
-        if path not in drawn:
-            a, b = lora.start(
-                rngs.params(),
-                tuple(shape),
-                rank,
-                a_init=None,
-                b_init=zeros,
-                param_dtype=param_dtype,
-            )
-            drawn[path] = Adapters(a=nnx.LoRAParam(a), b=nnx.LoRAParam(b), alpha=alpha)
-        return drawn[path]
+    def adapters(shape: tuple[int, ...]) -> Adapters:
+        a, b = lora.start(
+            rngs.params(),
+            shape,
+            rank,
+            a_init=None,
+            b_init=zeros,
+            param_dtype=param_dtype,
+        )
+        return Adapters(a=nnx.LoRAParam(a), b=nnx.LoRAParam(b), alpha=alpha)
 
     def change(module: Any, paths: dict[str, str]) -> Any:
-        for name, path in paths.items():
-            if not where(path):
-                continue
-            if isinstance(module, Packed):
+        picked = {name: path for name, path in paths.items() if where(path)}
+        for name, path in picked.items():
+            if isinstance(module, Layer):
                 return LoRA(
                     module, rank, alpha=alpha, param_dtype=param_dtype, rngs=rngs
                 )
-            weight = wrapped.packed_weights(module)[name]
-            one = adapters(path, nnx.as_pure(weight).shape)
-            wrapped.put_beside(module, name, (*wrapped.beside(module, name), one))
+            if path not in drawn:
+                drawn[path] = adapters(wrapped.packed_weights(module)[name].shape)
+            wrapped.put_beside(module, name, drawn[path])
         return module
 
-    lora.scaling(rank, alpha)
     return replaced(model, change)
 
 
@@ -236,30 +233,27 @@ def merge_lora(model: nnx.Module) -> Any:
       >>> type(merged[0]).__name__
       'Linear'
     """
-    merged: dict[str, QTensor] = {}  # those that modules share stay shared
+    merged: dict[str, QTensor] = {}  # what modules share they share merged
 
-    def merge(_: tuple, node: Any) -> Any:
+    def of_layer(_: tuple, node: Any) -> Any:
         return node.merge_quantized() if isinstance(node, LoRA) else node
 
     def change(module: Any, paths: dict[str, str]) -> Any:
         for name, path in paths.items():
-            beside = () if isinstance(module, Packed) else wrapped.beside(module, name)
-            if not beside:
+            if not (beside := wrapped.beside(module, name)):
                 continue
             if path not in merged:
-                merged[path] = variables(
-                    _merged(nnx.as_pure(wrapped.packed_weights(module)[name]), beside)
-                )
+                weight = wrapped.packed_weights(module)[name]
+                merged[path] = variables(_merged(nnx.as_pure(weight), beside))
             wrapped.put(module, name, merged[path])
-            wrapped.put_beside(module, name, ())
+            wrapped.clear_beside(module, name)
         return module
 
-    return nnx.recursive_map(merge, replaced(model, change))
+    return nnx.recursive_map(of_layer, replaced(model, change))
 
 
 def _merged(weight: QTensor, beside: Sequence[Any]) -> QTensor:
     """A weight with all adapters in it that are beside it."""
-    for one in beside:
-        a, b = one.a[...], one.b[...]
-        weight = lora.merge_quantized(weight, a, b, alpha=one.alpha)
+    for one in nnx.as_pure(beside):
+        weight = lora.merge_quantized(weight, one.a, one.b, alpha=one.alpha)
     return weight

@@ -9,7 +9,6 @@ from jaxtyping import Array, Float, Integer, Num
 
 from qjax.layers import experts
 from qjax.layers.nnx import wrapped
-from qjax.layers.nnx.packed import Packed
 from qjax.training import calls, shadow
 from qjax.training.beside import Shadow
 from qjax.training.nnx.layers import Layer, Matrix
@@ -81,10 +80,9 @@ def with_shadows(model: nnx.Module, shadows: Mapping[str, Array]) -> Any:
 
     Returns:
       A model of the same Variables, to be called while the gradient of ``shadows`` is
-      taken. Where the model has transformations of Flax in it, such as `nnx.scan` or
-      `nnx.remat`, it must be an argument of the differentiated function, too, and that
-      of `nnx.grad`, not of `jax.grad`: Flax lets none of them use Variables from
-      outside.
+      taken: by `nnx.grad` of a function that has the model as an argument, too. One
+      that closes over it, which `jax.grad` would do for, cannot change its Variables,
+      nor use it inside `nnx.scan`, `nnx.remat` and other transformations of Flax.
 
     Raises:
       ValueError: If there is no such weight.
@@ -102,14 +100,11 @@ def with_shadows(model: nnx.Module, shadows: Mapping[str, Array]) -> Any:
     check_paths(shadows, places(model), "shadows")
 
     def change(module: Any, paths: dict[str, str]) -> Any:
-        for name, path in paths.items():
-            if path not in shadows:
-                continue
-            if isinstance(module, Packed):
+        picked = {name: path for name, path in paths.items() if path in shadows}
+        for name, path in picked.items():
+            if isinstance(module, Layer):
                 return Shadowed(module, shadows[path])
-            beside = wrapped.beside(module, name)
-            one = Shadow(zeros=shadows[path])
-            wrapped.put_beside(module, name, (*beside, one))
+            wrapped.put_beside(module, name, Shadow(zeros=shadows[path]))
         return module
 
     return replaced(model, change)
