@@ -19,6 +19,7 @@ from qjax.tensor import QTensor
 Factored = Callable[..., Array]
 
 
+@typing.runtime_checkable
 class Beside(Protocol):
     """A pytree whose arrays have the axes of the weight's stack first."""
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import typing
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -12,10 +13,18 @@ from qjax.tensor import QTensor
 from qjax.training import lora, shadow
 
 
-def path_of(path: str, name: str) -> str:
-    """The path of a weight of the module at a path, as `training` calls it."""
-    # Most modules have one weight, by one of Flax's own names.
-    is_usual = name in ("kernel", "embedding")
+def path_of(path: str, name: str, names: Collection[str]) -> str:
+    """The path of a packed weight, as `training` calls it.
+
+    Args:
+      path: That of its module.
+      name: What the module calls it.
+      names: The names of all packed weights of the module.
+
+    Returns:
+      The path of the module where that has one weight, by one of Flax's own names.
+    """
+    is_usual = len(names) == 1 and name in ("kernel", "embedding")
     return path if is_usual else "/".join(filter(None, (path, name)))
 
 

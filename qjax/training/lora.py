@@ -25,6 +25,7 @@ from qjax.training.rounding import requantize
 
 __all__ = ["add", "merge", "merge_quantized", "scaling", "start"]
 
+
 def scaling(rank: int, alpha: float | int | None) -> float:
     """Returns ``alpha / rank``, or 1 where ``alpha`` is None.
 

@@ -217,6 +217,23 @@ class TestNnx:
         assert list(training.nnx.kernels(merged)) == ["one/w"]
         same(merged(inputs), model(inputs))
 
+    def test_modules_with_several_weights(self):
+        class Several(nnx.Module):
+            def __init__(self):
+                self.kernel = nnx.Param(x(MODEL, MODEL))
+                self.embedding = nnx.Param(x(MODEL, MODEL))
+
+            def __call__(self, x):
+                return x @ self.kernel[...] + x @ self.embedding[...].T
+
+        model = qjax.quantize_model(nnx.List([Several()]), SPEC, method="__len__")
+        assert sorted(training.nnx.kernels(model)) == ["0/embedding", "0/kernel"]
+        picked = training.nnx.add_lora(
+            model, RANK, where=lambda path: path == "0/kernel", rngs=nnx.Rngs(0)
+        )
+        assert wrapped.beside(picked[0], "kernel")
+        assert not wrapped.beside(picked[0], "embedding")
+
     def test_a_scan_over_layers(self):
         class Layer(nnx.Module):
             def __init__(self, rngs):
@@ -261,6 +278,31 @@ class TestNnx:
             same(found[path], wanted[path], TOLERANCE)
         adapted = training.nnx.add_lora(model, RANK, rngs=nnx.Rngs(0))
         same(nnx.jit(lambda model: model(inputs))(adapted), model(inputs))
+
+    def test_weights_that_are_dense_while_they_run(self):
+        class Unusual(nnx.Module):
+            """Looks at values, and reads the weight of another module."""
+
+            def __init__(self):
+                self.w = nnx.Param(x(MODEL, MODEL))
+                self.inner = foreign.Einsum("BD,DF->BF", (MODEL, MODEL), nnx.Rngs(0))
+
+            def __call__(self, x):
+                y = x @ self.w[...]
+                return y * int(y.sum() != 0) + x @ self.inner.w[...]
+
+        model, inputs = qjax.quantize_model(Unusual(), SPEC), x(3, MODEL)
+        adapted = training.nnx.add_lora(model, RANK, rngs=nnx.Rngs(0))
+        dense = 0
+        for path, weight in training.nnx.kernels(model).items():
+            pair = adapters({path: weight.shape})[path]
+            module = adapted if path == "w" else adapted.inner
+            (beside,) = wrapped.beside(module, "w")
+            beside.a[...], beside.b[...] = pair["a"], pair["b"]
+            dense += training.lora.merge(weight, **pair)
+        with pytest.warns(UserWarning, match="is (run on|made) dense"):
+            found = adapted(inputs)
+        same(found, inputs @ dense)
 
     def test_paths_that_are_not_there(self, refuses):
         model = by_nnx()
@@ -327,6 +369,39 @@ class TestLinen:
         wanted = jax.jit(Model().apply)(dense, TOKENS)
         same(jax.jit(apply)({**given, "lora": tree}, TOKENS), wanted, TOLERANCE)
         assert cases.error(y, wanted) > 1e-2
+
+    def test_steps_lower_the_loss(self):
+        model, inputs = nn.MultiHeadDotProductAttention(4), x(2, 3, MODEL)
+        variables = model.init(jax.random.key(0), inputs)
+        model, variables = qjax.quantize_model(model, SPEC, inputs, variables=variables)
+        optimizer, apply = (
+            training.diode_mix(1e-2),
+            training.linen.shadowed(model.apply),
+        )
+
+        @jax.jit
+        def step(variables, state, residual):
+            def loss(shadows):
+                y = apply({**variables, "shadow": shadows}, inputs)
+                return ((y - 1) ** 2).mean()
+
+            kernels = to_params(variables)
+            value, gradient = jax.value_and_grad(loss)(shadow.zeros(kernels))
+            updates, state = optimizer.update(gradient, state)
+            kernels, residual = training.apply_with_residual(kernels, updates, residual)
+            return (
+                training.linen.with_kernels(variables, kernels),
+                state,
+                residual,
+                value,
+            )
+
+        residual = shadow.zeros(to_params(variables))
+        held, losses = (variables, optimizer.init(residual), residual), []
+        for _ in range(10):
+            *held, value = step(*held)
+            losses.append(float(value))
+        assert losses[-1] < losses[0]
 
     def test_adapters_are_trained_and_merged(self):
         model, inputs = nn.MultiHeadDotProductAttention(4), x(2, 3, MODEL)

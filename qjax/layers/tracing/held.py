@@ -154,7 +154,7 @@ def _in_range(index: Array, size: int) -> tuple[Array, Array]:
     return nearest.astype(jnp.int32), nearest == index
 
 
-def _filled(array: Array, axis: int, exists: Array, value: float) -> Array:
+def _filled(array: Array, axis: int, exists: Array, value: float | int) -> Array:
     """Fills the slices that do not exist, from an axis on."""
     exists = jnp.expand_dims(exists, range(exists.ndim, array.ndim - axis))
     return jnp.where(exists, array, jnp.asarray(value, array.dtype))
@@ -191,7 +191,7 @@ def _of_stack(
     index: Array,
     axis: int,
     where: tuple[Sequence[int], Sequence[int]],
-    fill: tuple[Array, float] | None,
+    fill: tuple[Array, float | int] | None,
 ) -> Held | None:
     """Matrices of a stack, by an array of indices."""
     taken, names = held.restack(place, index)

@@ -152,8 +152,8 @@ def add_lora(
       rank: As in `LoRA`.
       key: Key of the draws.
       where: Says of the path of a weight, such as "layers_0/mlp/up_proj", whether it is
-        adapted. Weights that are called "kernel" or "embedding" have the paths of their
-        modules, others have their names at the end.
+        adapted. The one weight of a module that is called "kernel" or "embedding" has
+        the path of the module, others have their names at the end.
       param_dtype: As in `LoRA`.
 
     Returns:
@@ -183,7 +183,14 @@ def add_lora(
             f"variables[{LORA!r}] is there already; leave it out, or merge_lora it."
         )
     weights = packed_weights(variables)
-    paths = {names: path_of("/".join(names[:-1]), names[-1]) for names in weights}
+    modules: dict[tuple[str, ...], list[str]] = {}
+    for *module, name in weights:
+        modules.setdefault(tuple(module), []).append(name)
+    paths = {
+        (*module, name): path_of("/".join(module), name, held)
+        for module, held in modules.items()
+        for name in held
+    }
     picked = [names for names in weights if where(paths[names])]
     if not picked:
         raise ValueError(

@@ -19,7 +19,8 @@ def shadowed(apply: Callable[..., Any]) -> Callable[..., Any]:
     Returns:
       The same function, of variables that may hold "shadow": what `shadow.zeros` makes
       of `layers.linen.to_params`, or of a part of it. Its gradient is that of the
-      integer weights. It raises a ValueError if there is a shadow of no packed weight.
+      integer weights, zero for one that the call does not use. It raises a ValueError
+      if there is a shadow of no packed weight.
       Lifted transformations such as `nn.scan` need not know of the collection: shadows
       go with "quantized".
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +23,9 @@ from qjax.layers.linen import (
 from qjax.tensor import QTensor, replace_floats
 from qjax.training import calls, shadow
 from qjax.training.beside import Shadow
+
+# The names on the way to a weight.
+Names = tuple[str, ...]
 
 _LAYERS = Dense | DenseGeneral | Einsum | Embed | Experts | MBWQDense
 
@@ -47,21 +50,11 @@ def accompanied(
         if collection not in variables:
             return apply(variables, *args, **kwargs)
         weights = packed_weights(variables)
-        given = traverse_util.flatten_dict(
-            dict(variables[collection]), is_leaf=lambda names, _: names in weights
-        )
-        given = {names: leaf for names, leaf in given.items() if leaf is not None}
-        if unknown := given.keys() - weights.keys():
-            raise ValueError(
-                f"variables[{collection!r}] has {_paths(sorted(unknown))}, which are "
-                f"no packed weights of the model; it has {_paths(weights)}."
-            )
+        given = _given(variables[collection], weights, collection)
         # Weights bring it along, whatever transformations of Flax they go through.
-        joined = {
-            names: beside.accompany(weight, make(given[names]))
-            if names in given
-            else weight
-            for names, weight in weights.items()
+        joined = weights | {
+            names: beside.accompany(weights[names], make(leaf))
+            for names, leaf in given.items()
         }
         rest = {name: tree for name, tree in variables.items() if name != collection}
         rest[QUANTIZED] = traverse_util.unflatten_dict(joined)
@@ -74,13 +67,33 @@ def accompanied(
     return applied
 
 
-def packed_weights(variables: Mapping[str, Any]) -> dict[tuple[str, ...], QTensor]:
+def _given(
+    tree: Mapping[str, Any], weights: Mapping[Names, QTensor], collection: str
+) -> dict[Names, Any]:
+    """What a collection has for each weight.
+
+    Raises:
+      ValueError: If it has something else.
+    """
+    flat: dict[Any, Any] = traverse_util.flatten_dict(
+        dict(tree), is_leaf=lambda names, _: names in weights
+    )
+    given = {names: leaf for names, leaf in flat.items() if leaf is not None}
+    if unknown := given.keys() - weights.keys():
+        raise ValueError(
+            f"variables[{collection!r}] has {_paths(sorted(unknown))}, which are no "
+            f"packed weights of the model; it has {_paths(weights)}."
+        )
+    return given
+
+
+def packed_weights(variables: Mapping[str, Any]) -> dict[Names, QTensor]:
     """The collection "quantized", by the names on the way to each weight."""
     flat: Any = traverse_util.flatten_dict(dict(variables.get(QUANTIZED, {})))
     return flat
 
 
-def _paths(names: Any) -> list[str]:
+def _paths(names: Iterable[Names]) -> list[str]:
     return ["/".join(one) for one in names]
 
 

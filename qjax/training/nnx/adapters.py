@@ -74,7 +74,7 @@ class LoRA(nnx.Module):
         if not isinstance(base, Layer):
             raise TypeError(
                 f"base is {type(base).__module__}.{type(base).__name__}, and must be a "
-                "quantized layer of layers.nnx; qjax.quantize_model makes them."
+                "quantized layer of layers.nnx; add_lora adapts whole models."
             )
         self.base: Any = base  # which methods there are, its class says
         self.rank = rank

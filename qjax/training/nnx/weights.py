@@ -44,8 +44,8 @@ def kernels(model: nnx.Module) -> dict[str, QTensor]:
 
     Returns:
       The weights of `layers.nnx` by the path of their layers, such as
-      "layers/0/mlp/up_proj". So are those that other modules call "kernel" or
-      "embedding"; all others have their names at the end of the path
+      "layers/0/mlp/up_proj". So is the one weight of another module that is called
+      "kernel" or "embedding"; all others have their names at the end of the path
       ("layers/0/attention/w_q"). One that is shared has the first of its paths, and the
       weight of the model itself the path "".
 
@@ -104,10 +104,10 @@ def places(model: nnx.Module) -> dict[str, list[Place]]:
     """Finds the packed weights of a model, and the modules that share each."""
     found: dict[int, tuple[str, list[Place]]] = {}
     for path, module in nnx.iter_modules(model):
-        for name, packed in wrapped.packed_weights(module).items():
-            _, held = found.setdefault(
-                id(packed.words[0]), (path_of(path_name(path), name), [])
-            )
+        weights = wrapped.packed_weights(module)
+        for name, packed in weights.items():
+            first = path_of(path_name(path), name, weights)
+            _, held = found.setdefault(id(packed.words[0]), (first, []))
             held.append(Place(module, name))
     return dict(found.values())
 
