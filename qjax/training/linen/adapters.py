@@ -16,6 +16,7 @@ from qjax.tensor import QTensor
 from qjax.training import calls, lora
 from qjax.training.beside import Adapters, path_of
 from qjax.training.linen.weights import (
+    Names,
     accompanied,
     name_of_weight,
     packed_weights,
@@ -183,10 +184,10 @@ def add_lora(
             f"variables[{LORA!r}] is there already; leave it out, or merge_lora it."
         )
     weights = packed_weights(variables)
-    modules: dict[tuple[str, ...], list[str]] = {}
+    modules: dict[Names, list[str]] = {}
     for *module, name in weights:
         modules.setdefault(tuple(module), []).append(name)
-    paths = {
+    paths: dict[Names, str] = {
         (*module, name): path_of("/".join(module), name, held)
         for module, held in modules.items()
         for name in held

@@ -80,9 +80,9 @@ def with_shadows(model: nnx.Module, shadows: Mapping[str, Array]) -> Any:
 
     Returns:
       A model of the same Variables, to be called while the gradient of ``shadows`` is
-      taken: by `nnx.grad` of a function that has the model as an argument, too. One
-      that closes over it, which `jax.grad` would do for, cannot change its Variables,
-      nor use it inside `nnx.scan`, `nnx.remat` and other transformations of Flax.
+      taken: by `nnx.grad` of a function that has the model as an argument, too. A
+      function that closes over the model, as `jax.grad` needs it, can neither change
+      Variables nor have `nnx.scan`, `nnx.remat` and the like in the model.
 
     Raises:
       ValueError: If there is no such weight.
