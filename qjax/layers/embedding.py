@@ -107,20 +107,24 @@ def lookup(
 
 def factored(
     a: Float[Array, "features rank"],
-    b: Float[Array, "rank num_embeddings"],
+    b: Float[Array, "rank num_embeddings"] | None,
     inputs: Integer[Array, "*batch"],
 ) -> Float[Array, "*batch features"]:
     """Looks up rows of the table ``(a @ b).T``, and computes no others.
 
     Args:
       a: ``[features, rank]``.
-      b: ``[rank, num_embeddings]`` of the dtype of ``a``.
+      b: ``[rank, num_embeddings]`` of the dtype of ``a``; None where the table is
+        ``a.T``.
       inputs: As in `lookup`; indices without a row give some row.
 
     Returns:
       ``[..., features]`` in the dtype of ``a``.
     """
-    index, _ = _in_range(jnp.asarray(inputs), b.shape[-1])
+    last = a if b is None else b
+    index, _ = _in_range(jnp.asarray(inputs), last.shape[-1])
+    if b is None:
+        return a.T[index]
     return jnp.matmul(b.T[index], a.T, precision="highest")
 
 

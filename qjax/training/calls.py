@@ -6,7 +6,10 @@ from typing import Any
 
 
 def inputs_of(
-    layer: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    layer: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    method: str = "__call__",
 ) -> tuple[Any, ...]:
     """Finds the inputs among the arguments of a call, whatever way they were passed.
 
@@ -16,6 +19,7 @@ def inputs_of(
         say what becomes of the product.
       args: What the layer is called with.
       kwargs: More of it, by name.
+      method: What of the layer is called.
 
     Returns:
       The inputs, in the order of ``factored``.
@@ -29,4 +33,4 @@ def inputs_of(
       (1,)
     """
     count = len(inspect.signature(layer.factored).parameters) - len(("a", "b"))
-    return inspect.signature(layer.__call__).bind(*args, **kwargs).args[:count]
+    return inspect.signature(getattr(layer, method)).bind(*args, **kwargs).args[:count]

@@ -23,6 +23,8 @@ from qjax.meshes import explicitly_like
 from qjax.tensor import QTensor, check_packed
 from qjax.training.rounding import requantize
 
+__all__ = ["add", "merge", "merge_quantized", "scaling", "start"]
+
 
 def scaling(rank: int, alpha: float | int | None) -> float:
     """Returns ``alpha / rank``, or 1 where ``alpha`` is None.

@@ -195,6 +195,13 @@ def _over_tensors(step: Callable, params: Any, *trees: Any) -> Any:
             with jax.numpy_dtype_promotion("standard"):
                 return optax.apply_updates(param, arrays[0])
         for array in arrays:
+            if _is_tensor(array):
+                raise ValueError(
+                    f"the step or residual of {param!r} must be float {param.shape}; "
+                    "got a QTensor, such as the gradient of its scales and zeros. That "
+                    "of its codes is the gradient of qjax.training.shadow.zeros(params)"
+                    " by shadow.matmul, linen.shadowed or nnx.with_shadows."
+                )
             shape, dtype = getattr(array, "shape", None), getattr(array, "dtype", None)
             floating = dtype is not None and jnp.issubdtype(dtype, jnp.floating)
             if shape != param.shape or not floating:

@@ -169,7 +169,7 @@ def test_where_picks_layers(refuses):
     assert isinstance(found.again, LoRALinear)
     assert found.layers[0] is found.again
     assert isinstance(found.layers[1], Linear)
-    with refuses("where picks none of the quantized layers: ['again', 'layers/1']"):
+    with refuses("where picks none of the packed weights: ['again', 'layers/1']"):
         training.nnx.add_lora(model, 2, where=lambda p: "attn" in p, rngs=rngs)
 
 

@@ -368,8 +368,7 @@ def test_models_of_all_layers():
     y = run(model, tokens)
     # Another program, which XLA may fuse, and so round, in another way.
     chex.assert_trees_all_close(run(adapted, tokens), y, rtol=0, atol=1e-6)
-    # Those that have shadows: embeddings have none.
-    assert sorted(training.nnx.kernels(model)) == ["experts", "up"]
+    assert sorted(training.nnx.kernels(model)) == ["embed", "experts", "up"]
     merged = training.nnx.merge_lora(adapted)
     assert type(merged.experts) is layers.Experts
     chex.assert_trees_all_equal(run(merged, tokens), y)

@@ -41,10 +41,22 @@ def plan(wrt, add):
     return sum(sizes), compiled.memory_analysis()
 
 
-@pytest.mark.parametrize("method", ["lora", "scales"])
+def traced(_):
+    """The same model of layers that run on traced code of Flax."""
+    layers = [
+        nnx.LinearGeneral(K, N, use_bias=False, rngs=nnx.Rngs(0)) for _ in range(2)
+    ]
+    return qjax.quantize_model(nnx.List(layers), qjax.Spec(bits=4, group_size=128))
+
+
+@pytest.mark.parametrize("method", ["lora", "lora-traced", "scales"])
 def test_no_dense_weight(method, optax_promotion):
-    if method == "lora":
-        add = lambda model: training.nnx.add_lora(model, RANK, rngs=nnx.Rngs(0))  # noqa: E731
+    if method.startswith("lora"):
+        others = traced if method == "lora-traced" else lambda model: model
+
+        def add(model):
+            return training.nnx.add_lora(others(model), RANK, rngs=nnx.Rngs(0))
+
         held, found = plan(nnx.LoRAParam, add)
         trained = 2 * RANK * (K + N) * 4
     else:

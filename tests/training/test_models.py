@@ -1,5 +1,7 @@
 """Whole models: what is trained in them, under which transformation, and resumed."""
 
+import inspect
+
 import chex
 import flax.linen as nn
 import jax
@@ -149,7 +151,8 @@ class TestShadows:
         # XLA may sum the loss of the one in another order.
         chex.assert_trees_all_close(value, jax.jit(loss_of)(plain), rtol=1e-6)
 
-    def test_linen_scan(self):
+    @pytest.mark.parametrize("collections", [("shadow",), ()])
+    def test_linen_scan(self, collections):
         class Step(nn.Module):
             @nn.compact
             def __call__(self, x, _):
@@ -159,7 +162,7 @@ class TestShadows:
         kernels = qjax.quantize(pair, 4, GROUP)
         stacked = {"dense": {"kernel": kernels, "bias": jnp.zeros((2, K))}}
         variables = to_variables(stacked)
-        axes = dict.fromkeys(("params", "quantized", "shadow"), 0)
+        axes = dict.fromkeys(("params", "quantized", *collections), 0)
         model = nn.scan(
             Step, length=2, variable_axes=axes, split_rngs={"params": True}
         )()
@@ -311,19 +314,60 @@ class TestShadows:
             theirs = getattr(model, name).kernel
             chex.assert_trees_all_equal(found[name]["kernel"], theirs)
 
+    def test_embeddings_have_shadows(self):
+        table, tokens = cases.kernel("float-zero"), jnp.array([0, 3, -1, 3])
+        twin, layer = by_nnx.Embed.from_qtensor(table), linen.Embed(N, K)
+        variables = to_variables({"embedding": table})
+        dense = qjax.dequantize(table, jnp.float32)
+        zeros = shadow.zeros(table)
+
+        def wanted(table):
+            scores = jnp.matmul(X, table, precision="highest")
+            return (table.T[tokens] ** 2).sum() + (scores**2).sum()
+
+        def by_linen(zeros):
+            given = {**variables, "shadow": {"embedding": zeros}}
+            apply = shadowed(layer.apply)
+            scores = apply(given, query=X, method="attend")
+            return (apply(given, tokens) ** 2).sum() + (scores**2).sum()
+
+        def by_twin(zeros):
+            model = training.nnx.with_shadows(twin, {"": zeros})
+            return (model(tokens) ** 2).sum() + (model.attend(query=X) ** 2).sum()
+
+        found = jax.jit(jax.grad(by_linen))(zeros)
+        assert cases.error(found, jax.grad(wanted)(dense)) < 1e-5
+        chex.assert_trees_all_equal(jax.jit(jax.grad(by_twin))(zeros), found)
+        assert list(training.nnx.kernels(twin)) == [""]
+
     def test_layers_that_are_not_there(self, refuses):
+        wrong = {"up": {"kernle": jnp.zeros((K, N))}}
+        message = "variables['shadow'] has ['up/kernle'], which are no packed weights"
+        with refuses(f"{message} of the model; it has ['up/kernel', 'down/kernel']"):
+            shadowed(MLP().apply)({**to_variables(params()), "shadow": wrong}, X)
         model = Model(params())
-        with refuses(
-            "shadows has ['gate'], which are no quantized layers of the model"
-        ):
+        with refuses("shadows has ['gate'], which are no packed weights of the model"):
             training.nnx.with_shadows(model, {"gate": jnp.zeros((K, N))})
-        with refuses("kernels has ['gate'], which are no quantized layers"):
+        with refuses("kernels has ['gate'], which are no packed weights"):
             training.nnx.load_kernels(model, {"gate": cases.kernel("4bit")})
         with refuses("must have the format of the layer's own"):
             training.nnx.load_kernels(model, {"up": cases.kernel("4bit")})
         other = qjax.quantize(cases.dense(K, N), 8, None)
         with refuses("must have the format of the layer's own"):
             training.nnx.load_kernels(model, {"down": other})
+
+
+@pytest.mark.parametrize("package", [training.nnx, training.linen, training.lora])
+def test_all_is_all(package):
+    for name in package.__all__:
+        assert getattr(package, name).__doc__
+    if package is not training.lora:  # a module, which imports what it is made of
+        visible = {
+            name
+            for name, value in vars(package).items()
+            if not name.startswith("_") and not inspect.ismodule(value)
+        }
+        assert visible == set(package.__all__)
 
 
 @pytest.mark.parametrize("name", ["float-zero", "mixed"])

@@ -473,6 +473,18 @@ def test_shapes_that_do_not_fit_are_refused(refuses):
         training.refit(w, jnp.ones((2, 32, 8)))
 
 
+def test_gradients_of_scales_are_no_steps_of_codes(refuses):
+    params = {"w": qjax.quantize(jnp.ones((32, 8)), group_size=32)}
+    loss = lambda params: qjax.matmul(jnp.ones((2, 32)), params["w"]).sum()  # noqa: E731
+    gradient = jax.grad(loss, allow_int=True)(params)
+    message = "must be float (32, 8); got a QTensor, such as the gradient of its scales"
+    for apply in (training.apply_updates, jax.jit(training.apply_updates)):
+        with refuses(message):
+            apply(params, gradient)
+    with refuses(message):
+        training.apply_with_residual(params, shadow.zeros(params), gradient)
+
+
 @pytest.mark.parametrize("name", MATRICES)
 def test_requantize_leaves_what_is_held(name, as_qtensor):
     w = as_qtensor(matrix(name))

@@ -79,7 +79,7 @@ class Embed(nn.Module):
     def factored(
         self,
         a: Float[Array, "features rank"],
-        b: Float[Array, "rank num_embeddings"],
+        b: Float[Array, "rank num_embeddings"] | None,
         inputs: Integer[Array, "*batch"],
     ) -> Float[Array, "..."]:
         """As in `Dense`; the rows are those of ``(a @ b).T``."""

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from qjax import ops
 from qjax.layers import dense
+from qjax.layers.beside import apart
 from qjax.sharding import Segmented
 from qjax.tensor import (
     Levels,
@@ -64,7 +65,8 @@ def weight(
 
         module.param(name, make)
     _check_both(module, name)
-    rest = module.get_variable(QUANTIZED, name)
+    # What is beside it is added where the layer is called.
+    rest, _ = apart(module.get_variable(QUANTIZED, name))
     whole = replace_floats(rest, module.get_variable("params", name))
     dense.check_shapes(whole, None, shape, name=name, axes=axes)
     return whole

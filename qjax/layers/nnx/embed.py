@@ -196,7 +196,7 @@ class Embed(Packed):
     def factored(
         self,
         a: Float[Array, "features rank"],
-        b: Float[Array, "rank num_embeddings"],
+        b: Float[Array, "rank num_embeddings"] | None,
         inputs: Integer[Array, "*batch"],
     ) -> Float[Array, "..."]:
         """As in `Linear`; the rows are those of ``(a @ b).T``."""

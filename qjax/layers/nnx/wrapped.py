@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jaxtyping import Array
 
 from qjax.layers import subclasses
+from qjax.layers.beside import Beside
 from qjax.layers.nnx import changes
 from qjax.layers.nnx.packed import Packed
 from qjax.layers.tracing import interpreter
@@ -25,7 +26,7 @@ from qjax.layers.tracing.views import Form
 from qjax.tensor import QTensor
 
 # What a wrapped module has beside the attributes of its own class.
-PACKED, PLACE = "packed", "packed_path"
+PACKED, PLACE, BESIDE = "packed", "packed_path", "packed_beside"
 
 
 class Kind(NamedTuple):
@@ -100,6 +101,32 @@ def put(module: Any, name: str, weight: QTensor) -> None:
         module.packed = nnx.data(weight)
     else:
         getattr(module, PACKED)[name] = weight
+
+
+def beside(module: Any, name: str) -> tuple[Beside, ...]:
+    """What is beside a packed weight of a wrapped module, as `put_beside` left it."""
+    return vars(module).get(BESIDE, {}).get(name, ())
+
+
+def put_beside(module: Any, name: str, one: Beside) -> None:
+    """Has something added to all that a wrapped module makes of a packed weight.
+
+    Args:
+      module: The module.
+      name: One of the names in `packed_weights`.
+      one: What is beside that weight, too, from now on: its arrays are Variables, or
+        arrays that the module keeps no longer than a step.
+    """
+    both = {**vars(module).get(BESIDE, {}), name: (*beside(module, name), one)}
+    setattr(module, BESIDE, nnx.data(both))
+
+
+def clear_beside(module: Any, name: str) -> None:
+    """Takes away all that is beside a packed weight of a wrapped module."""
+    left = {key: ones for key, ones in getattr(module, BESIDE).items() if key != name}
+    delattr(module, BESIDE)
+    if left:
+        setattr(module, BESIDE, nnx.data(left))
 
 
 def form_of(module: Any, name: str) -> Form:
@@ -214,7 +241,7 @@ def _call_dense(module: Any, use: Callable[[Any], Any]) -> Any:
     for name, value in vars(bare).items():
         if name not in own and vars(module).get(name) is not value:
             changes.assign(module, name, value, bare)
-    for name in vars(module).keys() - vars(bare).keys() - {PACKED, PLACE}:
+    for name in vars(module).keys() - vars(bare).keys() - {PACKED, PLACE, BESIDE}:
         delattr(module, name)
     return result
 
@@ -223,7 +250,7 @@ def _bare(module: Any) -> Any:
     """The module as its own class has it, of the same Variables, without weights."""
     (cls,) = type(module).__bases__
     bare = object.__new__(cls)
-    left = {PACKED, PLACE}
+    left = {PACKED, PLACE, BESIDE}
     vars(bare).update({k: v for k, v in vars(module).items() if k not in left})
     if nodes := vars(module).get("_pytree__nodes"):
         kept = {name: is_node for name, is_node in nodes.items() if name not in left}
@@ -246,6 +273,7 @@ def _held(module: Any) -> dict[str, Held]:
             form_of(module, name),
             jax.numpy.dtype(type(module)._kinds[name].dtype),
             "/".join(filter(None, (path, name))),
+            nnx.as_pure(beside(module, name)),
         )
         for name, packed in packed_weights(module).items()
     }

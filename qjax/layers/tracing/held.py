@@ -19,6 +19,7 @@ from jaxtyping import Array
 from qjax import ops
 from qjax.formats.tiles import SIDE, Tiles
 from qjax.layers import embedding
+from qjax.layers.beside import Beside, Factored, add
 from qjax.layers.tracing.views import COLUMN, ROW, Atom, View, in_order, sizes
 from qjax.tensor import QTensor
 
@@ -32,12 +33,28 @@ class Held:
       stack: What the view's atoms call the axes of the stack, in their order.
       view: The dense array.
       path: Where the weight is in the model, for warnings.
+      beside: What is added to whatever is made of the weight.
     """
 
     weight: QTensor
     stack: tuple[int, ...]
     view: View
     path: str
+    beside: tuple[Beside, ...] = ()
+
+    @property
+    def arrays(self) -> Any:
+        """The pytree of all that is held: its arrays have the stack's axes first."""
+        return self.weight, self.beside
+
+    def holding(self, arrays: Any) -> "Held":
+        """Holds other arrays, a tree as `arrays` is one."""
+        weight, beside = arrays
+        return dataclasses.replace(self, weight=weight, beside=beside)
+
+    def add(self, y: Array, factored: Factored, *inputs: Array) -> Array:
+        """Adds what is beside the weight to what it made, as `Beside.add` does."""
+        return add(self.beside, y, factored, inputs, self.weight)
 
     def seen(self, view: View) -> "Held":
         """The same weight in another view."""
@@ -71,19 +88,26 @@ class Held:
         take = lambda leaf: jnp.take(leaf, index, axis=axis, mode="clip")  # noqa: E731
         names = tuple(max(self.stack) + 1 + i for i in range(index.ndim))
         stack = (*self.stack[:axis], *names, *self.stack[axis + 1 :])
-        weight = jax.tree.map(take, self.weight)
-        return dataclasses.replace(self, weight=weight, stack=stack), names
+        held = self.holding(jax.tree.map(take, self.arrays))
+        return dataclasses.replace(held, stack=stack), names
 
 
 def dense(held: Held) -> Array:
     """Computes the dense array."""
     view, weight = held.view, held.weight
     dtype = None if view.dtype == weight.dtype else view.dtype
-    packed = ops.dequantize(weight, dtype)
+    packed = held.add(ops.dequantize(weight, dtype), _product)
     sides = (*held.stack, ROW, COLUMN)
     atoms = [atom for side in sides for atom in in_order(view.atoms, side)]
     order = [atoms.index(atom) for atom in view.atoms]
     return packed.reshape(sizes(atoms)).transpose(order).reshape(view.shape)
+
+
+def _product(
+    a: Array,  # [*stack, k, rank]
+    b: Array | None,  # [*stack, rank, n]
+) -> Array:
+    return a if b is None else jnp.matmul(a, b, precision="highest")
 
 
 def gather(held: Held, index: Array, params: dict[str, Any]) -> Array | Held | None:
@@ -130,7 +154,7 @@ def _in_range(index: Array, size: int) -> tuple[Array, Array]:
     return nearest.astype(jnp.int32), nearest == index
 
 
-def _filled(array: Array, axis: int, exists: Array, value: float) -> Array:
+def _filled(array: Array, axis: int, exists: Array, value: float | int) -> Array:
     """Fills the slices that do not exist, from an axis on."""
     exists = jnp.expand_dims(exists, range(exists.ndim, array.ndim - axis))
     return jnp.where(exists, array, jnp.asarray(value, array.dtype))
@@ -152,6 +176,7 @@ def lookup(held: Held, axis: int, index: Array) -> Array | None:
         rows = embedding.lookup(weight, index, dtype)
     except NotImplementedError:
         return None
+    rows = held.add(rows, embedding.factored, index)
     ordered = in_order(rest, ROW)
     rows = rows.reshape(*index.shape, *sizes(ordered))
     order = [index.ndim + ordered.index(atom) for atom in rest]
@@ -166,7 +191,7 @@ def _of_stack(
     index: Array,
     axis: int,
     where: tuple[Sequence[int], Sequence[int]],
-    fill: tuple[Array, float] | None,
+    fill: tuple[Array, float | int] | None,
 ) -> Held | None:
     """Matrices of a stack, by an array of indices."""
     taken, names = held.restack(place, index)
@@ -174,8 +199,15 @@ def _of_stack(
         # Scales of NaN or 0 make all of a matrix so; no other number has such a scale.
         if fill[1] != 0 and not np.isnan(fill[1]):
             return None
-        weight = _with_scales(taken.weight, lambda leaf: _filled(leaf, place, *fill))
-        taken = dataclasses.replace(taken, weight=weight)
+        exists, value = fill
+        weight = _with_scales(
+            taken.weight, lambda leaf: _filled(leaf, place, exists, value)
+        )
+        # What is not there has no gradient, and no adapters.
+        beside = jax.tree.map(
+            lambda leaf: _filled(leaf, place, exists, 0), taken.beside
+        )
+        taken = taken.holding((weight, beside))
     new = [_axis(name, size) for name, size in zip(names, index.shape, strict=True)]
     rest = [dim for i, dim in enumerate(held.view.dims) if i != axis]
     placed = dict(zip((*where[0], *where[1]), (*new, *rest), strict=True))
@@ -258,8 +290,9 @@ def _columns(held: Held, atom: Atom, start: int, count: int) -> Held | None:
         taken = take(weight)
     except NotImplementedError:
         return None
+    beside = tuple(one.columns(jnp.asarray(index, jnp.int32)) for one in held.beside)
     dims = tuple(tuple(a for b in dim for a in narrow(b)) for dim in held.view.dims)
-    return dataclasses.replace(held, weight=taken, view=held.view._replace(dims=dims))
+    return held.holding((taken, beside)).seen(held.view._replace(dims=dims))
 
 
 def tidy(held: Held) -> Held:
@@ -272,21 +305,21 @@ def tidy(held: Held) -> Held:
     return held
 
 
-def steps(held: Held) -> tuple[Held, QTensor] | None:
+def steps(held: Held) -> tuple[Held, Any] | None:
     """Readies a weight whose first axis a `jax.lax.scan` goes over.
 
     Returns:
-      The weight as each step sees it, whose ``weight`` is that of no step, and the
-      leaves to scan; None if the first axis is not one of the stack.
+      The weight as each step sees it, whose ``arrays`` are those of no step, and the
+      arrays to scan; None if the first axis is not one of the stack.
     """
     dims, stack = held.view.dims, held.stack
     place = held.counts(dims[0])
     if place is None and dims[0]:
         return None
     if place is None:
-        leaves = jax.tree.map(lambda leaf: leaf[None], held.weight)
+        leaves = jax.tree.map(lambda leaf: leaf[None], held.arrays)
     else:
-        leaves = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, place, 0), held.weight)
+        leaves = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, place, 0), held.arrays)
         stack = (*stack[:place], *stack[place + 1 :])
     view = held.view._replace(dims=dims[1:])
     return dataclasses.replace(held, stack=stack, view=view), leaves

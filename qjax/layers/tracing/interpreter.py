@@ -5,7 +5,6 @@ with them works; nothing of JAX or of the code is patched. The program that come
 is then run with the packed weights in their place.
 """
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,6 +15,7 @@ import jax.numpy as jnp
 from jax.extend.core import primitives
 from jaxtyping import Array
 
+from qjax.layers.beside import Beside, apart
 from qjax.layers.tracing import held as packed
 from qjax.layers.tracing.held import Held
 from qjax.layers.tracing.products import product, ragged_product
@@ -26,20 +26,28 @@ from qjax.tensor import QTensor
 _Value = Any
 
 
-def hold(weight: QTensor, form: Form, dtype: Any, path: str) -> Held:
+def hold(
+    weight: QTensor,
+    form: Form,
+    dtype: Any,
+    path: str,
+    beside: tuple[Beside, ...] = (),
+) -> Held:
     """Puts a packed weight in the place of a dense one.
 
     Args:
-      weight: ``[*outer, *stack, k, n]``.
+      weight: ``[*outer, *stack, k, n]``, which may be `Accompanied`.
       form: How the dense weight is flattened.
       dtype: Dtype of the dense weight.
       path: Where it is, for warnings.
+      beside: What else is beside it.
 
     Returns:
       What `call` takes.
     """
-    view = form.view(weight.batch, dtype)
-    return packed.tidy(Held(weight, tuple(range(len(weight.batch))), view, path))
+    weight, brought = apart(weight)
+    view, stack = form.view(weight.batch, dtype), tuple(range(len(weight.batch)))
+    return packed.tidy(Held(weight, stack, view, path, (*brought, *beside)))
 
 
 def call(function: Callable[..., Any], weights: Mapping[str, Held]) -> Any:
@@ -269,7 +277,7 @@ def _scan(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array] | None:
 
     def step(carry: list[Array], slices: list[Any]) -> tuple[list, list]:
         now = [
-            x if held is None else packed.tidy(dataclasses.replace(held, weight=x))
+            x if held is None else packed.tidy(held.holding(x))
             for held, x in zip(bare, slices, strict=True)
         ]
         results = _run(closed.jaxpr, closed.consts, [*consts, *carry, *now])
@@ -304,7 +312,7 @@ def _runner(
 
     def run(*leaves: Any) -> list[Any]:
         given = [
-            dataclasses.replace(value, weight=leaf) if isinstance(value, Held) else leaf
+            value.holding(leaf) if isinstance(value, Held) else leaf
             for value, leaf in zip(values, leaves, strict=True)
         ]
         return _dense_all(_run(jaxpr, consts, given), name)
@@ -313,4 +321,4 @@ def _runner(
 
 
 def _leaves(values: list[_Value]) -> list[Any]:
-    return [value.weight if isinstance(value, Held) else value for value in values]
+    return [value.arrays if isinstance(value, Held) else value for value in values]

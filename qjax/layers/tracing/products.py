@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from qjax import ops, watched
+from qjax.layers import contraction, experts
 from qjax.layers.tracing.held import Held
 from qjax.layers.tracing.views import COLUMN, ROW, Atom, in_order, sizes
 from qjax.ragged import ragged_matmul
@@ -50,7 +51,15 @@ def product(
     # A product narrower than its result would round twice.
     if jnp.finfo(dtype).bits > jnp.finfo(x.dtype).bits:
         rows = rows.astype(dtype)
-    y = _over_stack(held, side, own)(rows, held.weight)
+    multiply = ops.matmul if side == ROW else transposed
+    y = _over_stack(held, own, multiply)(rows, held.weight)
+    factored = _by_rows if side == ROW else _by_columns
+    # What is beside the weight is multiplied by as the weight is.
+    y = held.add(
+        y,
+        lambda a, b, rows: _over_stack(held, own, factored)(rows, (a, b)),
+        rows,
+    )
     kept = [i for i in range(len(dims)) if i not in (*w_sum, *w_batch)]
     atoms = held.view.pick(kept)
     # What the axes of y are, and in what order they are wanted: axes of x, and atoms.
@@ -100,7 +109,8 @@ def ragged_product(
         return None
     if jnp.finfo(dtype).bits > jnp.finfo(x.dtype).bits:
         x = x.astype(dtype)
-    return ragged_matmul(x, held.weight, group_sizes).astype(dtype)
+    y = ragged_matmul(x, held.weight, group_sizes)
+    return held.add(y, experts.factored, x, group_sizes).astype(dtype)
 
 
 def _rows(
@@ -121,13 +131,25 @@ def _rows(
 
 
 def _over_stack(
-    held: Held, side: str, own: Collection[int]
-) -> Callable[[Array, QTensor], Array]:
-    """The product with each matrix of a stack, where x has rows for some axes."""
-    one = ops.matmul if side == ROW else transposed
+    held: Held, own: Collection[int], one: Callable[[Array, Any], Array]
+) -> Callable[[Array, Any], Array]:
+    """A product with each matrix of a stack, where x has rows for some axes."""
     for place in reversed(range(len(held.stack))):
         one = jax.vmap(one, in_axes=(0 if place in own else None, 0))
     return one
+
+
+def _by_rows(x: Array, factors: tuple[Array, Array | None]) -> Array:
+    """The product with ``a @ b``."""
+    return contraction.low_rank(x, *factors)
+
+
+def _by_columns(x: Array, factors: tuple[Array, Array | None]) -> Array:
+    """The product with ``(a @ b).T``."""
+    a, b = factors
+    if b is None:
+        return contraction.low_rank(x, a.T, None)
+    return contraction.low_rank(x, b.T, a.T)
 
 
 def transposed(x: Array, w: QTensor) -> Array:

@@ -1,131 +1,29 @@
-"""Training with Flax linen: shadow gradients of a model, and LoRA beside its layers.
+"""LoRA beside the packed weights of a linen model."""
 
-Two more collections of variables, with the paths of the layers that they belong to:
-
-    {"params": ..., "quantized": ...,
-     "shadow": {"kernel": zeros [k, n]},
-     "lora": {"a": [k, rank], "b": [rank, n]}}
-
-`jax.grad` over one of them trains that one, and all else is frozen.
-"""
-
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
+from flax import traverse_util
 from jax.nn.initializers import Initializer, zeros
-from jaxtyping import Array, DTypeLike, Float, Integer, Num
+from jaxtyping import Array, DTypeLike, Float, Integer, Num, PRNGKeyArray
 
 from qjax.layers import contraction, experts
-from qjax.layers.linen import (
-    QUANTIZED,
-    Dense,
-    DenseGeneral,
-    Einsum,
-    Embed,
-    Experts,
-    MBWQDense,
-    to_params,
-)
+from qjax.layers.linen import QUANTIZED, to_params
 from qjax.tensor import QTensor
-from qjax.training import calls, lora, shadow
+from qjax.training import calls, lora
+from qjax.training.beside import Adapters, path_of
+from qjax.training.linen.weights import (
+    Names,
+    accompanied,
+    name_of_weight,
+    packed_weights,
+    with_kernels,
+)
 
-LORA, SHADOW = "lora", "shadow"
-_PRODUCTS = Dense | DenseGeneral | Einsum | Experts | MBWQDense
-
-
-def shadowed(apply: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets a model's ``apply`` take a collection "shadow" beside the others.
-
-    Args:
-      apply: The ``apply`` of a module with quantized layers; embeddings have no
-        shadow.
-
-    Returns:
-      The same function, of variables that may hold "shadow": what `shadow.zeros` makes
-      of `layers.linen.to_params`. Its gradient is that of the integer weights. A lifted
-      transformation such as `nn.scan` must be told of the collection as of "quantized".
-
-    Example:
-      >>> kernel = qjax.quantize(jnp.ones((64, 8)), group_size=32)
-      >>> variables = qjax.layers.linen.to_variables({"kernel": kernel})
-      >>> apply = shadowed(qjax.layers.linen.Dense(8, use_bias=False).apply)
-      >>> def loss(shadow):
-      ...     return apply({**variables, "shadow": shadow}, jnp.ones((2, 64))).sum()
-      >>> gradient = jax.grad(loss)(shadow.zeros({"kernel": kernel}))
-      >>> gradient["kernel"].shape, float(gradient["kernel"][0, 0])
-      ((64, 8), 2.0)
-    """
-
-    def applied(variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        with nn.intercept_methods(_attach):
-            return apply(variables, *args, **kwargs)
-
-    return applied
-
-
-def _attach(
-    call: Callable[..., Any],
-    args: tuple,
-    kwargs: dict,
-    context: nn.module.InterceptorContext,
-) -> Any:
-    y, layer = call(*args, **kwargs), context.module
-    is_call = isinstance(layer, _PRODUCTS) and context.method_name == "__call__"
-    if not is_call or not layer.has_variable(SHADOW, "kernel"):
-        return y
-    inputs = calls.inputs_of(layer, args, kwargs)
-    kernel = dataclasses.replace(
-        layer.get_variable(QUANTIZED, "kernel"),
-        **layer.get_variable("params", "kernel"),
-    )
-    zeros = layer.get_variable(SHADOW, "kernel")
-    if isinstance(layer, Dense | MBWQDense):
-        return shadow.attach(y, jnp.asarray(inputs[0], y.dtype), kernel, zeros)
-    product = lambda w, *inputs: layer.factored(w, None, *inputs)  # noqa: E731
-    return shadow.attach_by(product, y, inputs, kernel, zeros)
-
-
-def with_kernels(variables: Mapping[str, Any], params: Any) -> dict[str, Any]:
-    """Puts kernels that took a step back into the variables they came from.
-
-    Args:
-      variables: The variables of a model.
-      params: What `layers.linen.to_params` made of them, with other kernels of the same
-        formats, such as `apply_updates` returns. Unlike `layers.linen.to_variables`,
-        this looks at no values, and so works inside `jax.jit`.
-
-    Returns:
-      The new variables; collections beside "params" and "quantized" stay as they are.
-
-    Example:
-      >>> from qjax.layers.linen import to_params, to_variables
-      >>> kernel = qjax.quantize(jnp.ones((64, 8)), group_size=32)
-      >>> variables = to_variables({"up": {"kernel": kernel}})
-      >>> again = with_kernels(variables, to_params(variables))
-      >>> jax.tree.structure(again) == jax.tree.structure(variables)
-      True
-    """
-
-    def split(floats: Any, rest: Any, new: Any) -> tuple[Any, Any]:
-        if isinstance(rest, QTensor):
-            held = {name: getattr(new, name) for name in floats}
-            return held, dataclasses.replace(new, **dict.fromkeys(held))
-        if not isinstance(floats, Mapping):
-            return new, None
-        pairs = {
-            name: split(value, rest.get(name, {}), new[name])
-            for name, value in floats.items()
-        }
-        return (
-            {name: pair[0] for name, pair in pairs.items()},
-            {name: pairs[name][1] for name in rest},
-        )
-
-    floats, rest = split(variables["params"], variables[QUANTIZED], params)
-    return {**variables, "params": floats, QUANTIZED: rest}
+LORA = "lora"
 
 
 class LoRA(nn.Module):
@@ -218,7 +116,7 @@ class LoRA(nn.Module):
         scaling = lora.scaling(self.rank, self.alpha)
         if self.is_mutable_collection(LORA) and not self.has_variable(LORA, "a"):
             # The base has read its weight, and so made it if there was none.
-            weight = self.get_variable(QUANTIZED, _weight_of(self.base))
+            weight = self.get_variable(QUANTIZED, name_of_weight(self.base))
             a, b = lora.start(
                 self.make_rng("params"),
                 weight.shape,
@@ -239,8 +137,106 @@ class LoRA(nn.Module):
         return lora.add(y, factored, a, b, scaling)
 
 
-def _weight_of(layer: nn.Module) -> str:
-    return "embedding" if isinstance(layer, Embed) else "kernel"
+def add_lora(
+    variables: Mapping[str, Any],
+    rank: int,
+    key: PRNGKeyArray,
+    *,
+    where: Callable[[str], bool] = lambda path: True,
+    param_dtype: DTypeLike = jnp.float32,
+) -> dict[str, Any]:
+    """Draws adapters for the packed weights of a model, for `adapted` to apply.
+
+    Args:
+      variables: Those of a model that `qjax.quantize_model` made, or of one of
+        quantized layers.
+      rank: As in `LoRA`.
+      key: Key of the draws.
+      where: Says of the path of a weight, such as "layers_0/mlp/up_proj", whether it is
+        adapted. The one weight of a module that is called "kernel" or "embedding" has
+        the path of the module, others have their names at the end.
+      param_dtype: As in `LoRA`.
+
+    Returns:
+      The variables, with a collection "lora": at the path of each adapted weight
+      ``{"a": [*stack, k, rank], "b": [*stack, rank, n]}``, over the flattened
+      contraction.
+
+    Raises:
+      ValueError: If ``rank`` is not positive, there is no such weight, or the variables
+        have adapters.
+
+    Example:
+      >>> from flax import linen as nn
+      >>> model, x = nn.Dense(8), jnp.ones((2, 64))
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> spec = qjax.Spec(bits=4, group_size=32)
+      >>> model, variables = qjax.quantize_model(model, spec, x, variables=variables)
+      >>> variables = add_lora(variables, 2, jax.random.key(1))
+      >>> jax.tree.map(jnp.shape, variables["lora"])
+      {'kernel': {'a': (64, 2), 'b': (2, 8)}}
+      >>> adapted(model.apply)(variables, x).shape
+      (2, 8)
+    """
+    lora.scaling(rank, None)
+    if LORA in variables:
+        raise ValueError(
+            f"variables[{LORA!r}] is there already; leave it out, or merge_lora it."
+        )
+    weights = packed_weights(variables)
+    modules: dict[Names, list[str]] = {}
+    for *module, name in weights:
+        modules.setdefault(tuple(module), []).append(name)
+    paths: dict[Names, str] = {
+        (*module, name): path_of("/".join(module), name, held)
+        for module, held in modules.items()
+        for name in held
+    }
+    picked = [names for names in weights if where(paths[names])]
+    if not picked:
+        raise ValueError(
+            f"where picks none of the packed weights: {[*paths.values()]}."
+        )
+    drawn = {}
+    for names, one in zip(picked, jax.random.split(key, len(picked)), strict=True):
+        a, b = lora.start(
+            one,
+            weights[names].shape,
+            rank,
+            a_init=None,
+            b_init=zeros,
+            param_dtype=param_dtype,
+        )
+        drawn[names] = {"a": a, "b": b}
+    return {**variables, LORA: traverse_util.unflatten_dict(drawn)}
+
+
+def adapted(
+    apply: Callable[..., Any], *, alpha: float | int | None = None
+) -> Callable[..., Any]:
+    """Lets a model's ``apply`` take adapters beside its packed weights.
+
+    Args:
+      apply: As in `shadowed`.
+      alpha: As in `LoRA`.
+
+    Returns:
+      The same function, of variables that may hold "lora", as `add_lora` makes it.
+      Adapters count in whatever the model makes of their weights. It raises a
+      ValueError if there are some of no packed weight.
+
+    Example:
+      >>> from qjax.layers.linen import Dense, to_variables
+      >>> kernel, x = qjax.quantize(jnp.eye(64), group_size=32), jnp.ones((2, 64))
+      >>> variables = add_lora(to_variables({"kernel": kernel}), 2, jax.random.key(0))
+      >>> apply = adapted(Dense(64, use_bias=False).apply, alpha=4)
+      >>> def loss(adapters):
+      ...     return apply({**variables, "lora": adapters}, x).sum()
+      >>> gradient = jax.grad(loss)(variables["lora"])
+      >>> jax.tree.map(jnp.shape, gradient)
+      {'kernel': {'a': (64, 2), 'b': (2, 64)}}
+    """
+    return accompanied(apply, LORA, lambda pair: Adapters(**pair, alpha=alpha))
 
 
 def merge_lora(
@@ -252,7 +248,7 @@ def merge_lora(
 
     Args:
       variables: Those of a model, "lora" among them.
-      alpha: That of every `LoRA` in it.
+      alpha: That of every `LoRA` in it, or that `adapted` was told.
 
     Returns:
       Variables without "lora", for the model without a `LoRA`.
@@ -270,6 +266,8 @@ def merge_lora(
     """
 
     def merge(params: Any, adapters: Mapping[str, Any]) -> Any:
+        if isinstance(params, QTensor):
+            return lora.merge_quantized(params, **adapters, alpha=alpha)
         if isinstance(adapters.get("a", {}), Mapping):  # a module of modules
             if unknown := adapters.keys() - params.keys():
                 raise ValueError(
