@@ -15,7 +15,7 @@ optimum/quanto/tensor/weights/awq/packed.py, commit
 import dataclasses
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -266,7 +266,7 @@ def _layout(entries: Entries) -> Layout:
 
 
 def _check_words(
-    words: list[Array], segments: list[Segment], layout: Layout, padding: int
+    words: list[Array], segments: Sequence[Segment], layout: Layout, padding: int
 ) -> None:
     """Checks that the layout writes words of these shapes, with room for padding."""
     for i, (array, segment) in enumerate(zip(words, segments, strict=True)):

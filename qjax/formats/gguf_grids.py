@@ -227,7 +227,7 @@ def _q2_0(blocks: np.ndarray) -> Parts:
     return Parts(_apart(fields, 2), d.view("<f2"))
 
 
-def _signed(*sizes: float) -> np.ndarray:
+def _signed(*sizes: float | int) -> np.ndarray:
     """A table of these and, from `_SIGN` on, their negatives."""
     half = np.zeros(8, np.float32)
     half[: len(sizes)] = sizes

@@ -33,11 +33,11 @@ class Levels(Encoded):
         """The arrays that may be trained, by name."""
         return {name: getattr(self, name) for name in self.trained}
 
-    def with_floats(self, floats: Mapping[str, Any]) -> typing.Self:
+    def with_floats(self, floats: Mapping[str, Any]) -> "Levels":
         """Returns the same with other such arrays."""
         return dataclasses.replace(self, **floats)
 
-    def for_kernels(self) -> typing.Self:
+    def for_kernels(self) -> "Levels":
         """Returns itself."""
         return self
 
