@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import functools
 import inspect
 import json
@@ -1019,6 +1020,7 @@ def test_memory_holds_one_block_grams_and_the_hidden_states(tmp_path):
     ids = np.random.default_rng(0).integers(0, 96, (8, 24))
     states = ids.size * config.hidden_size * 4
     del first
+    gc.collect()
     at_matrices, at_blocks, before = [], [], live()
 
     def noted(w, *codes, gram, **options):
@@ -1027,6 +1029,8 @@ def test_memory_holds_one_block_grams_and_the_hidden_states(tmp_path):
 
     class Noted(quantize.Written):
         def __setitem__(self, i, tensors):
+            # Cycles, of traced functions say, may still hold what nobody needs.
+            gc.collect()
             at_blocks.append(live())
             super().__setitem__(i, tensors)
 
