@@ -2,8 +2,8 @@
 
 import contextlib
 import dataclasses
-import gc
 import functools
+import gc
 import inspect
 import json
 import re
