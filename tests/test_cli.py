@@ -345,6 +345,7 @@ class TestConvert:
         assert bytes_of(back) == bytes_of(SHIPPED)
         assert_same_model([SHIPPED, there, back], "llama_gptq4_g128_actorder")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("stop", ["gptq_p", "compressed-tensors"])
     def test_three_bits_and_back(self, tmp_path, stop):
         source, there, back = DATA / "llama_gptq3_g64", tmp_path / "x", tmp_path / "y"

@@ -155,6 +155,7 @@ def dense_decoder(path, config):
     return model.Decoder(weights.Weights(tensors, config, jnp.float32))
 
 
+@pytest.mark.slow
 def test_ternary_weights(tmp_path):
     """BitNet's, as a directory holds them: the logits of the same weights, dense."""
     source, target = ROOT / "tests" / "reference" / "bitnet", tmp_path / "ternary"
@@ -587,6 +588,7 @@ def test_streamed_words_are_apart(capsys, monkeypatch):
     assert capsys.readouterr().out.strip() == "def main of the tensor"
 
 
+@pytest.mark.slow
 def test_same_seed_same_text(shipped):
     decoder, _ = shipped
     run = generate.Generator(decoder, generate.Sampling(1.0, 50, 0.9), 4, 12)
@@ -787,6 +789,7 @@ def awq(tmp_path_factory):
     return folder / "awq", options
 
 
+@pytest.mark.slow
 def test_awq_ends_in_a_directory_that_needs_no_factors(awq):
     path, _ = awq
     entry = qjax.checkpoints.read_config(path)["quantization_config"]
@@ -1010,6 +1013,16 @@ def live():
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+@pytest.fixture
+def young():
+    """Collections of cycles look at no objects from before: a second each."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.mark.usefixtures("young")
 def test_memory_holds_one_block_grams_and_the_hidden_states(tmp_path):
     known = qjax.checkpoints.read_config(QWEN2)
     config = model.Config.from_json(known)
@@ -1020,7 +1033,6 @@ def test_memory_holds_one_block_grams_and_the_hidden_states(tmp_path):
     ids = np.random.default_rng(0).integers(0, 96, (8, 24))
     states = ids.size * config.hidden_size * 4
     del first
-    gc.collect()
     at_matrices, at_blocks, before = [], [], live()
 
     def noted(w, *codes, gram, **options):

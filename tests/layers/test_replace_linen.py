@@ -124,6 +124,7 @@ def test_what_is_sown_comes_out(quantized, dequantized):
     jax.tree.map(same, sown, wanted)
 
 
+@pytest.mark.slow
 def test_scales_have_the_gradients_of_the_dequantized_model(quantized):
     module, variables = quantized
 

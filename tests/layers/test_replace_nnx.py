@@ -43,6 +43,7 @@ def quantize(model, *inputs, **options):
     return model, reports[0]
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_the_dequantized_model(quantized, expected):
     same(quantized(TOKENS), expected)
     same(nnx.jit(lambda model: model(TOKENS))(quantized), expected)

@@ -149,6 +149,7 @@ class Foreign(nnx.Module):
         return self.embedder.decode(x), y
 
 
+@pytest.mark.slow
 def test_modules_of_others():
     tokens = foreign.tokens(2, 5)
     reports = []

@@ -66,6 +66,7 @@ def test_each_method_lowers_the_loss(method, mesh, small_model, tmp_path):
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "weights"])
 def test_experts_are_trained(method):
     """gpt-oss: beside its packed experts, and their four-bit floats themselves."""

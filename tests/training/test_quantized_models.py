@@ -86,6 +86,7 @@ def adapters(shapes: dict, key: int = 3) -> dict:
 
 
 class TestNnx:
+    @pytest.mark.slow
     def test_every_weight_has_a_shadow(self):
         model = by_nnx()
         dense = foreign.dequantized(model, foreign.transformer())
@@ -328,6 +329,7 @@ def by_path(tree: dict) -> dict:
 
 
 class TestLinen:
+    @pytest.mark.slow
     def test_every_weight_has_a_shadow(self):
         module, variables = by_linen()
         params = foreign.dequantized_params(module, variables)
