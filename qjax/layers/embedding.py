@@ -11,6 +11,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, DTypeLike, Float, Integer
 
@@ -71,7 +72,9 @@ def start(
 
 
 def lookup(
-    table: QTensor, inputs: Integer[Array, "*batch"], dtype: DTypeLike | None
+    table: QTensor,
+    inputs: Integer[Array | np.ndarray, "*batch"],
+    dtype: DTypeLike | None,
 ) -> Float[Array, "*batch features"]:
     """Dequantizes some rows of a table, and no others.
 
@@ -108,7 +111,7 @@ def lookup(
 def factored(
     a: Float[Array, "features rank"],
     b: Float[Array, "rank num_embeddings"] | None,
-    inputs: Integer[Array, "*batch"],
+    inputs: Integer[Array | np.ndarray, "*batch"],
 ) -> Float[Array, "*batch features"]:
     """Looks up rows of the table ``(a @ b).T``, and computes no others.
 

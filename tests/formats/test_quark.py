@@ -129,7 +129,7 @@ class TestWords:
 
     def test_outputs_that_do_not_fill_a_word(self):
         codes = np.random.default_rng(0).integers(0, 16, (32, 12))
-        padded = np.pad(codes, ((0, 0), (0, 4))).astype(np.uint8)
+        padded = jnp.pad(jnp.asarray(codes, jnp.uint8), ((0, 0), (0, 4)))
         held = {
             "weight": np.asarray(awq.pack(padded, reorder=True)),
             "weight_scale": np.full((2, 12), 0.5, np.float32),

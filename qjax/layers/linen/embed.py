@@ -2,6 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, DTypeLike, Float, Integer, Num
 
@@ -58,7 +59,9 @@ class Embed(nn.Module):
     embedding_init: Initializer | None = None
     implementation: str | None = None
 
-    def __call__(self, inputs: Integer[Array, "*batch"]) -> Float[Array, "..."]:
+    def __call__(
+        self, inputs: Integer[Array | np.ndarray, "*batch"]
+    ) -> Float[Array, "..."]:
         """Looks up rows.
 
         Args:
@@ -80,7 +83,7 @@ class Embed(nn.Module):
         self,
         a: Float[Array, "features rank"],
         b: Float[Array, "rank num_embeddings"] | None,
-        inputs: Integer[Array, "*batch"],
+        inputs: Integer[Array | np.ndarray, "*batch"],
     ) -> Float[Array, "..."]:
         """As in `Dense`; the rows are those of ``(a @ b).T``."""
         return embedding.factored(a, b, inputs)

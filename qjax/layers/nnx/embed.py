@@ -1,6 +1,7 @@
 """`Embed`: a quantized table, of which only the rows asked for are dequantized."""
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.nn.initializers import Initializer
 from jaxtyping import Array, DTypeLike, Float, Integer, Num
@@ -177,7 +178,9 @@ class Embed(Packed):
         dense.check_shapes(embedding, None, shape, name=name, axes=axes)
         self._fill(ops.prepare(embedding))
 
-    def __call__(self, inputs: Integer[Array, "*batch"]) -> Float[Array, "..."]:
+    def __call__(
+        self, inputs: Integer[Array | np.ndarray, "*batch"]
+    ) -> Float[Array, "..."]:
         """Looks up rows.
 
         Args:
@@ -197,7 +200,7 @@ class Embed(Packed):
         self,
         a: Float[Array, "features rank"],
         b: Float[Array, "rank num_embeddings"] | None,
-        inputs: Integer[Array, "*batch"],
+        inputs: Integer[Array | np.ndarray, "*batch"],
     ) -> Float[Array, "..."]:
         """As in `Linear`; the rows are those of ``(a @ b).T``."""
         return embedding.factored(a, b, inputs)
