@@ -75,12 +75,29 @@ def check_shapes(
     Raises:
       ValueError: Naming the tensor, what it has and what it should have.
     """
-    for key in (key for key in shapes if key in tensors):
+    check_shapes_among(tensors, {key: [shapes[key]] for key in shapes}, source)
+
+
+def check_shapes_among(
+    tensors: Mapping[str, Any],
+    allowed: Mapping[str, Sequence[tuple[int, ...]]],
+    source: str,
+) -> None:
+    """Does the work of `check_shapes` where a tensor may have one of several shapes.
+
+    Args:
+      tensors: As in `check_tensors`.
+      allowed: The shapes that each may have.
+      source: As in `check_shapes`.
+
+    Raises:
+      ValueError: As `check_shapes`.
+    """
+    for key in (key for key in allowed if key in tensors):
         found = tuple(tensors[key].shape)
-        if found != shapes[key]:
-            raise ValueError(
-                f"{key}.shape={found} must be {shapes[key]}, from {source}."
-            )
+        if found not in allowed[key]:
+            wanted = " or ".join(map(str, allowed[key]))
+            raise ValueError(f"{key}.shape={found} must be {wanted}, from {source}.")
 
 
 def check_finite(
@@ -216,6 +233,25 @@ def check_method(entry: Mapping[str, Any], name: str) -> None:
     """
     if entry.get("quant_method", name) != name:
         raise ValueError(f"quant_method={entry['quant_method']!r} must be {name!r}.")
+
+
+def check_object(name: str, value: Any) -> Mapping[str, Any]:
+    """Checks an object of a configuration.
+
+    Args:
+      name: Name of the field, for messages.
+      value: What it holds.
+
+    Returns:
+      The value.
+
+    Raises:
+      ValueError: If it is none.
+    """
+    if not isinstance(value, Mapping):
+        # No TypeError: the file is wrong, not the type of an argument.
+        raise ValueError(f"{name}={value!r} must be an object.")  # noqa: TRY004
+    return value
 
 
 def check_strings(name: str, value: Any) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from qjax.formats.block_scale import block_size
-from qjax.formats.checks import check_choice, check_strings
+from qjax.formats.checks import check_choice, check_object, check_strings
 from qjax.formats.patterns import check_pattern, matches
 
 Strategy = Literal["group", "channel", "tensor", "block"]
@@ -158,17 +158,11 @@ def _group(
     where = f"config_groups[{name!r}]"
     if isinstance(group, list):
         return _targets(where, group), _preset(where, name, aligned)
-    if not isinstance(group, Mapping):
-        raise ValueError(f"{where}={group!r} must be an object.")  # noqa: TRY004
-    weights = group.get("weights")
+    weights = check_object(where, group).get("weights")
     targets = _targets(f"{where}.targets", group.get("targets"))
     if weights is None:
         return targets, None
-    if not isinstance(weights, Mapping):
-        # No TypeError, here and below: the file is wrong, not the type of an argument.
-        raise ValueError(  # noqa: TRY004
-            f"{where}.weights={weights!r} must be an object."
-        )
+    check_object(f"{where}.weights", weights)
     format_ = group.get("format") or default_format
     check_choice(f"{where}.format", format_, (PACKED, *_OTHERS))
     try:
@@ -202,6 +196,7 @@ def _scheme(weights: Mapping[str, Any], format_: str, aligned: bool) -> Config:
         raise ValueError(f"dynamic={weights['dynamic']!r} must be false.")
     symmetric = weights.get("symmetric", True)
     if not isinstance(symmetric, bool):
+        # No TypeError: the file is wrong, not the type of an argument.
         raise ValueError(  # noqa: TRY004
             f"symmetric={symmetric!r} must be true or false."
         )

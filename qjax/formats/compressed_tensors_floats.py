@@ -41,6 +41,7 @@ from qjax.formats.checks import (
     Expected,
     check_codes,
     check_finite,
+    check_shapes_among,
     check_tensors,
     check_width,
     check_words,
@@ -168,14 +169,9 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     if not n or not k:
         raise ValueError(f"{codes}.shape={shape} must not be empty.")
     k *= 2 if is_packed else 1
-    allowed = _shapes_of_scales(n, k, config)
-    for name in ("weight_scale", "weight_zero_point"):
-        if name in tensors and tuple(tensors[name].shape) not in allowed:
-            wanted = " or ".join(map(str, allowed))
-            raise ValueError(
-                f"{name}.shape={tuple(tensors[name].shape)} must be {wanted}, from "
-                f"{codes}.shape={shape} and {config}."
-            )
+    scales = _shapes_of_scales(n, k, config)
+    allowed = {"weight_scale": scales, "weight_zero_point": scales}
+    check_shapes_among(tensors, allowed, f"{codes}.shape={shape} and {config}")
     whole = tensors.get("weight_global_scale")
     if whole is not None and whole.shape not in ((), (1,)):
         raise ValueError(f"weight_global_scale.shape={whole.shape} must be (1,).")

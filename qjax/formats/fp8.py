@@ -39,6 +39,7 @@ from qjax.formats.checks import (
     check_choice,
     check_codes,
     check_finite,
+    check_shapes_among,
     check_tensors,
     check_weight,
     check_width,
@@ -137,14 +138,8 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
         rows, columns = block_size("block_size", config.block_size)
         allowed = [(-(-n // rows), -(-k // columns))]
     shapes = {name: allowed} | {key: [(), (1,)] for key in _OF_ACTIVATIONS}
-    for key in shapes.keys() & tensors.keys():
-        found = tuple(tensors[key].shape)
-        if found not in shapes[key]:
-            wanted = " or ".join(map(str, shapes[key]))
-            raise ValueError(
-                f"{key}.shape={found} must be {wanted}, from weight.shape={shape} and "
-                f"weight_block_size={config.block_size}."
-            )
+    source = f"weight.shape={shape} and weight_block_size={config.block_size}"
+    check_shapes_among(tensors, shapes, source)
 
 
 def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import DTypeLike
 
-from qjax.formats.checks import check_choice, check_strings
+from qjax.formats.checks import check_choice, check_object, check_strings
 
 # Fields of a word, by the width of a code.
 FIELDS = {1: 8, 2: 4, 3: 10, 4: 2, 5: 1, 6: 1, 8: 1}
@@ -126,12 +126,7 @@ def _parameters(quant: Mapping[str, Any]) -> dict[str, Any]:
                 f"{name}={quant[name]!r} must be null: quantized scales and zeros are "
                 "not read; quantize with quant_scale=False and quant_zero=False."
             )
-    weight = quant["weight_quant_params"]
-    if not isinstance(weight, Mapping):
-        # No TypeError: the file is wrong, not the type of an argument.
-        raise ValueError(  # noqa: TRY004
-            f"weight_quant_params={weight!r} must be an object."
-        )
+    weight = check_object("weight_quant_params", quant["weight_quant_params"])
     nbits, axis = weight.get("nbits"), weight.get("axis", 0)
     group_size = weight.get("group_size")
     if type(nbits) not in (int, float) or nbits not in _WIDTHS:

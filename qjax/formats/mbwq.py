@@ -38,6 +38,7 @@ from qjax.formats.checks import (
     Expected,
     check_finite,
     check_method,
+    check_object,
     check_shapes,
     check_tensors,
     group_size_of,
@@ -119,9 +120,9 @@ class Config:
                 f"group_size={group_size!r} must be at least {_SMALLEST_GROUP}."
             )
         strategy = []
-        blocks = _mapping(entry.get("measurement", {}), "measurement")
+        blocks = check_object("measurement", entry.get("measurement", {}))
         for block, modules in blocks.items():
-            for module, one in _mapping(modules, block).items():
+            for module, one in check_object(block, modules).items():
                 bits_and_size = _strategy(one, f"{block}.{module}")
                 strategy.append((block, module, *bits_and_size))
         return cls(bits=width, group_size=group_size, strategy=tuple(strategy))
@@ -137,13 +138,6 @@ class Config:
             if path != module and name == _strategy_name(path):
                 return Config(bits=bits, group_size=group_size) if bits else None
         return dataclasses.replace(self, strategy=())
-
-
-def _mapping(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        # No TypeError: the file is wrong, not the type of an argument.
-        raise ValueError(f"{where}={value!r} must be an object.")  # noqa: TRY004
-    return value
 
 
 def _strategy(one: Any, where: str) -> tuple[int, int]:

@@ -14,7 +14,7 @@ import fnmatch
 from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
-from qjax.formats.checks import check_choice, check_strings
+from qjax.formats.checks import check_choice, check_object, check_strings
 
 Algorithm = Literal[
     "FP8",
@@ -66,7 +66,7 @@ class Config:
         """
         method = entry.get("quant_method", _METHODS[0])
         check_choice("quant_method", method, _METHODS)
-        said = _object("quantization", entry.get("quantization", entry))
+        said = check_object("quantization", entry.get("quantization", entry))
         if said.get("nvfp4_embed"):
             raise ValueError(
                 f"nvfp4_embed={said['nvfp4_embed']!r} quantizes embeddings, with other "
@@ -105,16 +105,11 @@ def _algorithm(name: str, value: Any, *others: str) -> Any:
 
 
 def _layers(value: Any) -> Mapping[str, Algorithm]:
-    layers = _object("quantized_layers", value)
+    layers = check_object("quantized_layers", value)
     return {
-        path: _algorithm(f"{where}.quant_algo", _object(where, one).get("quant_algo"))
+        path: _algorithm(
+            f"{where}.quant_algo", check_object(where, one).get("quant_algo")
+        )
         for path, one in layers.items()
         if (where := f"quantized_layers[{path!r}]")
     }
-
-
-def _object(name: str, value: Any) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        # No TypeError: the file is wrong, not the type of an argument.
-        raise ValueError(f"{name}={value!r} must be an object.")  # noqa: TRY004
-    return value

@@ -50,6 +50,7 @@ from qjax.formats.block_scale import BlockScale
 from qjax.formats.checks import (
     FLOATS,
     check_finite,
+    check_shapes_among,
     check_tensors,
     lacks_input_order,
     lacks_integer_zeros,
@@ -116,14 +117,8 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     scheme = scheme_in(config)
     check_tensors(tensors, expected(scheme), f"{scheme.dtype} {scheme.qscheme}")
     shapes = shapes_of(scheme, extents_of(tensors, config))
-    for name in (name for name in shapes if name in tensors):
-        found = tuple(tensors[name].shape)
-        if found not in shapes[name]:
-            wanted = " or ".join(map(str, shapes[name]))
-            raise ValueError(
-                f"{name}.shape={found} must be {wanted}, from "
-                f"weight.shape={tuple(tensors['weight'].shape)} and {scheme}."
-            )
+    source = f"weight.shape={tuple(tensors['weight'].shape)} and {scheme}"
+    check_shapes_among(tensors, shapes, source)
 
 
 def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, ...]]:

@@ -15,6 +15,7 @@ from qjax.formats.block_scale import block_size
 from qjax.formats.checks import (
     check_choice,
     check_method,
+    check_object,
     check_positive,
     check_strings,
 )
@@ -147,10 +148,7 @@ def _check_algorithms(value: Any) -> None:
 
 def _object(name: str, value: Any) -> Mapping[str, Any]:
     """Reads an object, which null leaves empty."""
-    if value is not None and not isinstance(value, Mapping):
-        # No TypeError: the file is wrong, not the type of an argument.
-        raise ValueError(f"{name}={value!r} must be an object.")
-    return value or {}
+    return {} if value is None else check_object(name, value)
 
 
 def _schemes(field: str, entry: Mapping[str, Any]) -> dict[str, Scheme | None]:
