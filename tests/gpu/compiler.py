@@ -229,7 +229,7 @@ def compile_for(
         hlo = compiled.as_text()
         # Written again, under a longer name, by passes that change the sequence.
         thunks = max(Path(folder).glob("*.thunk_sequence*.txt"))
-        launches = list(_launches(thunks.read_text()))
+        launches = list(read_launches(thunks.read_text()))
         texts = [path.read_text() for path in Path(folder).glob("*.ptx")]
         names = _pallas_names(hlo)
         kernels = [
@@ -278,23 +278,28 @@ def _devices(arch: str, count: int) -> Any:
     return topology.devices
 
 
-def _launches(thunks: str) -> Iterator[Launch]:
+def read_launches(thunks: str) -> Iterator[Launch]:
     """Reads a dump of XLA's thunks, one a line and indented within a sequence."""
     graph = None  # indentation of the command buffer that encloses the line
     line = re.compile(
-        r"( *)\d+: (k\w+) \[[^\]]*\] ?(\S*)"
-        r"(?: grid: \[([\d, ]+)\] threads: \[([\d, ]+)\]"
-        r"  shared_memory: (\d+) bytes)?"
+        r"( *)\d+: (k\w+) \[[^\]]*\] ?(?:kernel=)?([^\s,]*)"
+        # JAX 0.10 says it otherwise, and no bytes of shared memory.
+        r"(?:,.*=blocks: \{([\d, ]+)\}, threads/block: \{([\d, ]+)\}"
+        r"| grid: \[([\d, ]+)\] threads: \[([\d, ]+)\])?"
+        r"(?:  shared_memory: (\d+) bytes)?"
     )
-    for indent, kind, name, grid, threads, shared in line.findall(thunks):
+    for indent, kind, name, *numbers, shared in line.findall(thunks):
         if graph is not None and len(indent) <= graph:
             graph = None
         if kind == "kCommandBuffer":
             graph = len(indent)
             continue
-        counts = [tuple(map(int, s.split(", "))) if s else () for s in (grid, threads)]
-        sizes = sum(counts[1][:1]), int(shared or 0)
-        yield Launch(kind, name, counts[0], *sizes, graph is not None)
+        grid, threads = (
+            tuple(map(int, s.split(", "))) if (s := a or b) else ()
+            for a, b in zip(numbers[:2], numbers[2:], strict=True)
+        )
+        sizes = sum(threads[:1]), int(shared or 0)
+        yield Launch(kind, name, grid, *sizes, graph is not None)
 
 
 def calls(hlo: str) -> Iterator[tuple[str, str]]:

@@ -71,6 +71,24 @@ class TestThreads:
         ]
         np.testing.assert_array_equal(found, np.array(expected, U32))
 
+    @pytest.mark.parametrize("kind", ["u32", "s32"])
+    def test_fields(self, kind):
+        a, begin, count = words(), U32(rng.integers(0, 32, 32)), U32(np.arange(32) % 37)
+        begin[:5], count[:5] = (0, 0, 31, 4, 1), (0, 32, 1, 255, 31)
+        found = of_each_thread(f"bfe.{kind} $0, $1, $2, $3;", a, begin, count)
+
+        def expected(bits, b, c):
+            # Bits beyond the word are those of the field's last, or zeros.
+            last = bits >> min(b + c - 1, 31) & 1 if kind == "s32" and c else 0
+            taken = [
+                bits >> b + i & 1 if i < c and b + i < 32 else last for i in range(32)
+            ]
+            return sum(bit << i for i, bit in enumerate(taken))
+
+        np.testing.assert_array_equal(
+            found, [expected(*map(int, v)) for v in zip(a, begin, count, strict=True)]
+        )
+
     def test_registers_of_inline_assembly_are_its_own(self):
         block = "{ .reg .b32 t; not.b32 t, $1; add.u32 $0, t, 1; }"
         a = words()
@@ -104,6 +122,13 @@ class TestThreads:
         np.testing.assert_array_equal(found, s * t >> 32)
         found = of_each_thread("shr.s32 $0, $1, 5;", a, dtype=np.int32)
         np.testing.assert_array_equal(found, s >> 5)
+        found = of_each_thread(
+            "st.shared.b32 [%rd9], $1; ld.shared.s8 %rs1, [%rd9+3]; "
+            "cvt.s32.s16 $0, %rs1;",
+            np.full(32, a[0]),
+            dtype=np.int32,
+        )
+        np.testing.assert_array_equal(found, np.full(32, s[0] >> 24))
         # Bytes have a sign, whatever lies above them.
         found = of_each_thread(
             "{ .reg .b16 t; cvt.s8.s32 t, $1; cvt.s32.s8 $0, t; }", a, dtype=np.int32

@@ -68,6 +68,10 @@ REFUSED = {
         "cp.async.wait_group 0; ld.shared.b32 %r9, [%rd5];",
         "read, without a barrier after its writing",
     ),
+    "a part of a copy": (
+        "mov.b32 %r9, 2; cp.async.ca.shared.global [%rd4], [%rd0], 0x4, %r9;",
+        "of a part of its size",
+    ),
     "a copy over what is read": (
         "st.shared.b32 [%rd4], %r0; bar.sync 0; ld.shared.b32 %r9, [%rd5]; "
         "cp.async.ca.shared.global [%rd4], [%rd0], 0x4;",
@@ -113,15 +117,23 @@ def test_wgmma_needs_a_proxy_fence():
         emulate(unfenced + product, data, out=out, threads=128)
 
 
-def test_copies_arrive_when_waited_for():
+@pytest.mark.parametrize(
+    ("last", "sets"),
+    [
+        ("%p1", "setp.eq.s32 %p1, %r0, 5;"),
+        ("%r9", "setp.eq.s32 %p1, %r0, 5; selp.b32 %r9, 0, 4, %p1;"),
+    ],
+    ids=["predicate", "size"],
+)
+def test_copies_arrive_when_waited_for(last, sets):
     # Three groups, the last two of them still under way at the first load.
     body = "mad.lo.s64 %rd10, %rd8, 4, %rd0; mad.lo.s64 %rd11, %rd8, 4, %rd9;"
     for i in range(3):
         body += f"""
-          cp.async.ca.shared.global [%rd11+{128 * i}], [%rd10+{128 * i}], 0x4, %p1;
+          cp.async.ca.shared.global [%rd11+{128 * i}], [%rd10+{128 * i}], 0x4, {last};
           cp.async.commit_group;
         """
-    body = "setp.eq.s32 %p1, %r0, 5;" + body
+    body = sets + body
     load_first = "ld.shared.b32 %r10, [%rd11];"
     load_second = "ld.shared.b32 %r11, [%rd11+128];"
     data = rng.integers(0, 2**32, 96, dtype=U32)

@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from tests.gpu import conftest, ptx, sass
+from tests.gpu import compiler, conftest, ptx, sass
 
 SASS = """
 //--------------------- .text.kernel --------------------------
@@ -65,6 +65,29 @@ def test_ptx():
     assert loads.before == {1: 8}
     assert loads.loop == {0: 16, 1: 2}
     assert loads.copies == {0: [16]}
+
+
+@pytest.mark.parametrize(
+    ("text", "shared"),
+    [
+        ("mm grid: [2, 3, 1] threads: [64, 1, 1]  shared_memory: 512 bytes", 512),
+        (
+            "kernel=mm, profile_annotation=call.2, launch dimensions=blocks: {2, 3, 1},"
+            " threads/block: {64, 1, 1}, cluster_dim=nullopt",
+            0,
+        ),
+    ],
+    ids=["newest", "0.10"],
+)
+def test_launches(text, shared):
+    lines = f"""
+001: kCommandBuffer [source]
+  002: kCustomKernel [] {text}
+003: kCopy [sink]
+"""
+    found = list(compiler.read_launches(lines))
+    kernel = compiler.Launch("kCustomKernel", "mm", (2, 3, 1), 64, shared, True)
+    assert found == [kernel, compiler.Launch("kCopy", "", (), 0, 0, False)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from tests.gpu.emulator.parser import (
     Address,
     EmulationError,
     Number,
+    Operand,
     Register,
     Statement,
     Symbol,
@@ -45,7 +46,9 @@ def _load_parameter(group: Group, statement: Statement) -> None:
     group.write(destination, start)
 
 
-def _load(space: str, bits: int) -> Operation:
+def _load(space: str, bits: int, kind: str) -> Operation:
+    element = f"i{bits // 8}" if kind == "s" else f"u{bits // 8}"
+
     def operate(group: Group, statement: Statement) -> None:
         vector, address = statement.operands
         count = len(parts(vector))
@@ -60,7 +63,7 @@ def _load(space: str, bits: int) -> Operation:
             loaded = group.shared.load(who, addresses, size)
         values = np.zeros((math.prod(group.shape), size), np.uint8)
         values[here] = loaded
-        values = values.view(f"u{bits // 8}").reshape(*group.shape, count)
+        values = values.view(element).reshape(*group.shape, count)
         for i, register in enumerate(parts(vector)):
             width = getattr(register, "width", bits)
             group.write(register, values[..., i].astype(f"u{width // 8}"))
@@ -89,18 +92,13 @@ def _store(space: str, bits: int) -> Operation:
 
 def _copy(group: Group, statement: Statement) -> None:
     """cp.async: what it reads arrives when a wait says so."""
-    destination, source, size, *ignored = statement.operands
+    destination, source, size, *last = statement.operands
     assert isinstance(size, Number)
     size = size.bits(32)
     who, here = group.acting()
     to = group.addresses(destination).ravel()[here]
     values = np.zeros((len(to), size), np.uint8)
-    wanted = np.ones(len(to), bool)
-    if ignored:
-        (predicate,) = ignored
-        if not isinstance(predicate, Register) or predicate.width != 1:
-            raise EmulationError("cp.async with a size of its source")
-        wanted = ~group.read(predicate, np.bool_).ravel()[here]
+    wanted = ~_ignored(group, size, *last).ravel()[here]
     addresses = group.addresses(source).ravel()[here]
     chosen = Lanes(who.program[wanted], who.warp[wanted])
     group.traffic.load(chosen, addresses[wanted], size)
@@ -109,6 +107,18 @@ def _copy(group: Group, statement: Statement) -> None:
     copy = Copy(who, to, values)
     group.shared.begin(copy)
     group.copies[-1].append(copy)
+
+
+def _ignored(group: Group, size: int, last: Operand | None = None) -> np.ndarray:
+    """Which threads fill up with zeros: a predicate says so, or no bytes to read."""
+    if last is None:
+        return np.zeros(group.shape, bool)
+    if isinstance(last, Register) and last.width == 1:
+        return group.read(last, np.bool_)
+    sizes = group.read(last, np.uint32)
+    if not np.isin(sizes, (0, size)).all():
+        raise EmulationError("cp.async of a part of its size")
+    return sizes == 0
 
 
 def _commit_copies(group: Group, statement: Statement) -> None:
@@ -171,11 +181,11 @@ OPERATIONS: dict[str, Operation] = {
     "ld.param.u64": _load_parameter,
     "ld.param::entry.b64": _load_parameter,
     **{
-        f"ld.{space}{vector}.{t}{bits}": _load(space, bits)
+        f"ld.{space}{vector}.{t}{bits}": _load(space, bits, t)
         for space in ("global", "shared")
         for vector in _VECTORS
         for bits in (8, 16, 32, 64)
-        for t in ("b", "u", "f")
+        for t in ("b", "u", "s", "f")
     },
     **{
         f"st.{space}{vector}.{t}{bits}": _store(space, bits)

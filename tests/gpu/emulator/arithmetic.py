@@ -7,7 +7,7 @@ import ml_dtypes
 import numpy as np
 
 from tests.gpu.emulator.machine import Group, Operation
-from tests.gpu.emulator.parser import Statement
+from tests.gpu.emulator.parser import EmulationError, Statement
 
 U8, U16, U32, U64 = np.uint8, np.uint16, np.uint32, np.uint64
 S8, S16, S32, S64 = np.int8, np.int16, np.int32, np.int64
@@ -72,6 +72,20 @@ def _lop3(a: Any, b: Any, c: Any, table: Any) -> np.ndarray:
 def _funnel(low: np.ndarray, high: np.ndarray, distance: np.ndarray) -> np.ndarray:
     both = low.astype(U64) | high.astype(U64) << U64(32)
     return (both << (distance & U32(31)).astype(U64) >> U64(32)).astype(U32)
+
+
+def _field(dtype: Any) -> Callable[..., Any]:
+    """bfe: some bits of a register, with the sign of the last if there are signs."""
+
+    def field(a: np.ndarray, begin: np.ndarray, count: np.ndarray) -> np.ndarray:
+        begin, count = begin & U32(255), np.minimum(count & U32(255), U32(64))
+        if (begin >= 8 * a.itemsize).any():
+            raise EmulationError("a field that begins beyond its register")
+        above = np.minimum(U32(64) - count, U32(63)).astype(dtype)
+        found = a.astype(dtype) >> begin.astype(dtype) << above >> above
+        return np.where(count == 0, 0, found)
+
+    return field
 
 
 def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
@@ -200,6 +214,10 @@ OPERATIONS: dict[str, Operation] = {
     "shr.s64": elementwise(lambda a, n: a >> n.astype(S64), S64, S64, U32),
     "lop3.b32": elementwise(_lop3, U32, U32, U32, U32, U32),
     "prmt.b32": elementwise(_prmt, U32, U32, U32, U32),
+    **{
+        f"bfe.{t}": elementwise(_field(wide), d, d, U32, U32)
+        for t, d, wide in (("u32", U32, U64), ("u64", U64, U64), ("s32", S32, S64))
+    },
     "shf.l.wrap.b32": elementwise(_funnel, U32, U32, U32, U32),
     # Predicates.
     **{

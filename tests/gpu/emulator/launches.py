@@ -97,7 +97,8 @@ class Kernel:
         program = compiler.compile_for(launch, *avals, arch=arch)
         (kernel,) = program.kernels
         (launched,) = (i for i in program.launches if i.name == kernel.name)
-        return cls(parser.parse(kernel.ptx), launched.grid, launched.shared)
+        shared = launched.shared or compiler.DEVICES[arch].shared_per_core
+        return cls(parser.parse(kernel.ptx), launched.grid, shared)
 
     def run(
         self, operands: list[Any], out: list[Any]
