@@ -260,6 +260,18 @@ def test_prefill_and_decode_compile_once(shipped, monkeypatch):
     chex.assert_shape(cache.keys, (1, 14, 2, 64))
 
 
+def test_joined_matrices_on_a_mesh():
+    """Phi's are cut where queries end, or not; logits are those of one device."""
+    path = ROOT / "tests" / "reference" / "phi3"
+    where = placement.place(path, "2,2")
+    decoder = model.load(path, sharding=where.weight)
+    weight = decoder.layers[0].self_attn.qkv_proj.weight[...]
+    assert weight.sharding.shard_shape(weight.shape) == (64, 64)
+    reference = arrays(path / "reference.npz")
+    logits = forward(decoder, where.rows(reference["ids"]))
+    chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
+
+
 @pytest.mark.slow
 def test_padding_does_not_change_a_prompt(shipped):
     decoder, _ = shipped
@@ -722,21 +734,25 @@ def with_all_heads(tensors, config):
     """The same model with a head of keys and of values for each of queries."""
     tensors = dict(tensors)
     times = config.num_heads // config.num_kv_heads
-    for name in [n for n in tensors if "k_proj" in n or "v_proj" in n]:
+    for name in [n for n in tensors if ".k_proj" in n or ".v_proj" in n]:
         heads = tensors[name].reshape(config.num_kv_heads, config.head_dim, -1)
         shape = (config.num_heads * config.head_dim, *tensors[name].shape[1:])
         tensors[name] = jnp.repeat(heads, times, axis=0).reshape(shape)
     return tensors, dataclasses.replace(config, num_kv_heads=config.num_heads)
 
 
-@pytest.mark.parametrize("model_type", ["llama3_bias", "bitnet"])
-def test_folding_leaves_a_block_as_it_is(model_type):
+@pytest.mark.parametrize(
+    ("model_type", "left"),
+    [("llama3_bias", set()), ("bitnet", set()), ("phi3", {"o_proj", "down_proj"})],
+)
+def test_folding_leaves_a_block_as_it_is(model_type, left):
     """Biases, a head of values for each of queries, and norms of their own included."""
     path, name = ROOT / "tests" / "reference" / model_type, "model.layers.0"
     config = model.Config.from_json(qjax.checkpoints.read_config(path))
     # In the dtype of the file, folding would round weights to it.
     tensors = jax.tree.map(jnp.float32, qjax.checkpoints.load(path))
-    tensors, config = with_all_heads(tensors, config)
+    if not left:
+        tensors, config = with_all_heads(tensors, config)
     x = jax.random.normal(jax.random.key(0), (2, 8, config.hidden_size))
     places = quantize.empty(config, [x])
     spread, outputs = jax.random.normal(jax.random.key(1), (256,)), []
@@ -747,7 +763,7 @@ def test_folding_leaves_a_block_as_it_is(model_type):
     ]
     for _ in range(2):
         states = [x]
-        block, _ = quantize.block_of(tensors, config, name, None)
+        block, _ = quantize.block_of(tensors, config, name, config.layers[0])
         quantize.run(block, states, places)
         outputs += states
         recipe = quantize.Recipe(
@@ -761,7 +777,8 @@ def test_folding_leaves_a_block_as_it_is(model_type):
             factor = jnp.exp(spread[:k])
             chex.assert_trees_all_close(grams[matrices[-1]].diagonal(), 1 / factor**2)
     junctions = quantize.junctions(config, name, linear)
-    assert {m for _, ms in junctions for m in ms} == set(linear)
+    folded = {m for _, ms in junctions for m in ms}
+    assert {one.rpartition(".")[2] for one in set(linear) - folded} == left
     # Float32 weights, each rounded twice at most.
     before, after = outputs
     chex.assert_trees_all_close(after, before, atol=1e-5 * float(jnp.abs(before).max()))
@@ -1047,7 +1064,7 @@ def test_memory_holds_one_block_grams_and_the_hidden_states(tmp_path):
             super().__setitem__(i, tensors)
 
     recipe = quantize.Recipe(spec=qjax.Spec(group_size=32, quantizer=noted))
-    deep = dataclasses.replace(config, num_layers=6, windows=config.windows * 3)
+    deep = dataclasses.replace(config, layers=config.layers * 3)
     with Noted(tmp_path / "blocks", "", known, "gptq_v2") as blocks:
         quantize.quantize(Deep(dense), deep, ids, recipe, blocks, 4)
     # Beside them, the matrix that is quantized as JAX turns it, and an empty cache.
@@ -1083,8 +1100,8 @@ def test_the_text_model_of_one_that_sees(prefix, tmp_path):
     with np.load(source / "reference.npz") as reference:
         logits = forward(model.load(tmp_path), reference["ids"])
         chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
-    nested["text_config"]["final_logit_softcapping"] = 30.0
-    with pytest.raises(ValueError, match=r"final_logit_softcapping=30.0 must be None"):
+    nested["text_config"]["final_logit_softcapping"] = 0.0
+    with pytest.raises(ValueError, match=r"softcapping=0.0 must be above 0, or null"):
         model.Config.from_json(nested)
 
 
@@ -1099,6 +1116,15 @@ YARN = {"rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 32
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type='dynamic' must be"),
         ({"rope_parameters": YARN | {"factor": None}}, "factor=None of rope_type='ya"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "lacks 'factor'"),
+        (
+            {
+                "original_max_position_embeddings": 32,
+                "rope_parameters": {"long_factor": [1], "short_factor": [0] * 32},
+            },
+            "short_factor=.* must be 32 numbers above 0",
+        ),
+        ({"no_rope_layers": [1, 1]}, r"no_rope_layers=\[1, 1\] must say so of 3"),
+        ({"model_type": "granite", "logits_scaling": 0}, "scaling=0 must be above 0"),
         ({"num_hidden_layers": 2}, "the model has no place for"),
         ({"num_hidden_layers": 4}, "has no tensor 'model.layers.3"),
         ({"vocab_size": None}, "lacks 'vocab_size'"),

@@ -29,9 +29,9 @@ import evaluate  # noqa: E402
 import generate  # noqa: E402
 import gguf_file  # noqa: E402
 import gguf_tokenizer  # noqa: E402
-import hf_config  # noqa: E402
 import model  # noqa: E402
 import placement  # noqa: E402
+import rope as rotary  # noqa: E402
 
 DATA, RANDOM = ROOT / "tests" / "data", ROOT / "tests" / "reference"
 FILE = DATA / "llama_gguf_q4_k_m" / "model.gguf"
@@ -166,7 +166,8 @@ def test_columns_back(kind):
     chex.assert_trees_all_equal(np.asarray(found), wanted)
 
 
-NAMES = {new: old for old, new in (gguf_file.NAMES | gguf_file.GEMMA).items()}
+NAMES = gguf_file.NAMES | gguf_file.GEMMA
+NAMES = {new: old for old, new in [*NAMES.items(), *gguf_file.PHI.items()]}
 
 
 def write(path, source, kind, packed, tensors=None) -> Path:
@@ -195,7 +196,7 @@ def write(path, source, kind, packed, tensors=None) -> Path:
     if rope["rope_type"] == "llama3":
         plain = {"rope_theta": rope["rope_theta"]}
         wide, scaled = (
-            hf_config.rope_frequencies({"rope_parameters": one}, head_dim)
+            rotary.rope_frequencies({"rope_parameters": one}, head_dim)
             for one in (plain, rope)
         )
         writer.add_tensor("rope_freqs.weight", (wide / scaled).astype(np.float32))
@@ -206,8 +207,23 @@ def write(path, source, kind, packed, tensors=None) -> Path:
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
-    if kind == "gemma3":
-        writer.add_sliding_window(config["sliding_window"])
+    if kind in ("gemma2", "gemma3", "phi3"):
+        writer.add_sliding_window(config["sliding_window"] or 0)
+    if kind == "gemma2":
+        writer.add_attn_logit_softcapping(config["attn_logit_softcapping"])
+        writer.add_final_logit_softcapping(config["final_logit_softcapping"])
+    if kind == "granite":
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
+    if kind == "phi3":
+        turned = rotary.Rope.from_json(config, head_dim)
+        writer.add_rope_dimension_count(2 * len(turned.frequencies))
+        writer.add_rope_scaling_attn_factors(turned.scale)
+        writer.add_rope_scaling_orig_ctx_len(turned.length)
+        for ours, theirs in gguf_file.FACTORS.items():
+            writer.add_tensor(theirs, np.array(rope[ours], np.float32))
     if top_k := config.get("num_experts_per_tok"):
         count = config.get("num_experts") or config["num_local_experts"]
         writer.add_expert_count(count)
@@ -220,7 +236,7 @@ def write(path, source, kind, packed, tensors=None) -> Path:
             layer = f"blk.{number}."
         count = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads}.get(module)
         stored = array
-        if kind == "llama" and count:
+        if kind in ("llama", "granite", "smollm3") and count:
             apart = array.reshape(count, 2, head_dim // 2, -1)
             stored = apart.swapaxes(1, 2).reshape(array.shape)
         dtype = None
@@ -229,7 +245,7 @@ def write(path, source, kind, packed, tensors=None) -> Path:
                 dtype = gguf.GGMLQuantizationType[type_]
                 stored = gguf.quantize(array, dtype)
         new = NAMES.get(module, module)
-        if module == "post_attention_layernorm" and kind != "gemma3":
+        if module == "post_attention_layernorm" and "gemma" not in kind:
             new = "ffn_norm"
         writer.add_tensor(f"{layer}{new}.{leaf}", stored, raw_dtype=dtype)
     writer.write_header_to_file()
@@ -267,6 +283,11 @@ def dense_tensors(source: Path) -> Iterator[tuple[str, np.ndarray]]:
         ("qwen2_moe", "qwen2moe", {"down_proj": "Q8_0"}, 0.05),
         # A layer without experts.
         ("qwen3_moe", "qwen3moe", {}, 2e-4),
+        # Matrices that are joined, a window, half of the channels turned by factors.
+        ("phi3", "phi3", {}, 2e-4),
+        ("phi3_long", "phi3", {}, 2e-4),
+        # Scales of all kinds, rows that are moved, output tied.
+        ("granite", "granite", {}, 2e-4),
     ],
 )
 def test_architectures(name, kind, packed, tolerance, tmp_path):
@@ -274,7 +295,7 @@ def test_architectures(name, kind, packed, tolerance, tmp_path):
     path = write(tmp_path / "m.gguf", RANDOM / name, kind, packed)
     reference = arrays(RANDOM / name / "reference.npz")
     decoder = model.load(path, joined=True)
-    assert decoder.config.tied == ("tied" in name)
+    assert decoder.config.tied == ("tied" in name or name == "granite")
     logits = forward(decoder, reference["ids"])
     chex.assert_trees_all_close(logits, reference["logits"], atol=tolerance, rtol=0)
 
@@ -295,19 +316,29 @@ def test_experts_of_2023(tmp_path):
         chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
 
 
-def test_gemma(tmp_path):
+@pytest.mark.parametrize(
+    ("kind", "granted"),
+    [
+        (
+            "gemma3",
+            {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 32},
+        ),
+        ("gemma2", {"query_pre_attn_scalar": 32}),
+        ("smollm3", {"no_rope_layers": [1, 1]}),
+    ],
+)
+def test_what_is_granted(kind, granted, tmp_path):
     """Against a directory that says what llama.cpp takes for granted."""
-    source = tmp_path / "gemma3"
-    shutil.copytree(RANDOM / "gemma3", source)
+    source = tmp_path / kind
+    shutil.copytree(RANDOM / kind, source)
     config = json.loads((source / "config.json").read_text())
-    config |= {"layer_types": ["sliding_attention"] * 2, "query_pre_attn_scalar": 32}
-    (source / "config.json").write_text(json.dumps(config))
+    (source / "config.json").write_text(json.dumps(config | granted))
     shifted = {
-        name: array + 1 if name.endswith("norm.weight") else array
+        name: array + 1 if name.endswith("norm.weight") and "gemma" in kind else array
         for name, array in dense_tensors(source)
     }
-    path = write(tmp_path / "m.gguf", source, "gemma3", {}, shifted)
-    ids = arrays(RANDOM / "gemma3" / "reference.npz")["ids"]
+    path = write(tmp_path / "m.gguf", source, kind, {}, shifted)
+    ids = arrays(RANDOM / kind / "reference.npz")["ids"]
     found, wanted = (forward(model.load(one), ids) for one in (path, source))
     chex.assert_trees_all_close(found, wanted, atol=1e-4, rtol=0)
 
@@ -337,7 +368,14 @@ METADATA = {
 def test_metadata_that_are_left_out():
     config = model.Config.from_json(gguf_file.config_of(METADATA))
     assert (config.num_kv_heads, config.head_dim) == (4, 16)
-    assert config.frequencies[1] == pytest.approx(10000 ** (-2 / 16))
+    assert config.layers[0].rope.frequencies[1] == pytest.approx(10000 ** (-2 / 16))
+
+
+def test_every_fourth_layer_of_smollm3_is_not_turned():
+    metadata = {key.replace("llama", "smollm3"): one for key, one in METADATA.items()}
+    metadata |= {"general.architecture": "smollm3", "smollm3.block_count": 5}
+    config = model.Config.from_json(gguf_file.config_of(metadata))
+    assert [i for i, layer in enumerate(config.layers) if layer.rope is None] == [3]
 
 
 @pytest.mark.parametrize(
@@ -350,14 +388,14 @@ def test_metadata_that_are_left_out():
 )
 def test_linear_scaling(scaled):
     config = model.Config.from_json(gguf_file.config_of(METADATA | scaled))
-    assert config.frequencies[0] == 0.25
+    assert config.layers[0].rope.frequencies[0] == 0.25
 
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
         ("llama.expert_gating_func", 2, "gating_func=2 is not supported, but 1"),
-        ("general.architecture", "gemma2", "='gemma2' must be one of ['llama', 'qwen2"),
+        ("general.architecture", "gemma", "='gemma' must be one of ['llama', 'qwen2"),
         ("llama.expert_group_count", 8, "group_count=8 is not supported, but 0"),
         ("llama.rope.dimension_count", 8, "dimension_count=8 is not supported, but 16"),
         ("llama.attention.value_length", 8, "value_length=8 is not supported, but 16"),

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hf_config import Layer
 from jax import Array
 from jax.sharding import Sharding
 
@@ -28,12 +29,18 @@ ARCHITECTURES = {
     "qwen3": "qwen3",
     "qwen3moe": "qwen3_moe",
     "gpt-oss": "gpt_oss",
+    "gemma2": "gemma2",
     "gemma3": "gemma3_text",
+    "phi3": "phi3",
+    "granite": "granite",
+    "smollm3": "smollm3",
 }
 # Of so many layers all but the last look back on a window only.
-PATTERNS = {"gpt-oss": 2, "gemma3": 6}
+PATTERNS = {"gpt-oss": 2, "gemma2": 2, "gemma3": 6}
+# What llama.cpp knows the largest models by, whose scores have another scale.
+LARGEST = {"gemma2": 46, "gemma3": 62}
 # Those whose rows were moved.
-MOVED = ("llama", "mixtral")
+MOVED = ("llama", "mixtral", "granite", "smollm3")
 # Keys that a model cannot do without; all but the last are numbers of something.
 NEEDED = (
     "block_count",
@@ -69,8 +76,27 @@ NAMES = {
     "post_attention_norm": "post_attention_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
-# Gemma has this name for another norm than all others.
+# Gemma has this name for another norm than all others, and Phi for two matrices.
 GEMMA = {"ffn_norm": "pre_feedforward_layernorm"}
+PHI = {"attn_qkv": "self_attn.qkv_proj", "ffn_up": "mlp.gate_up_proj"}
+OWN = {"gemma2": GEMMA, "gemma3_text": GEMMA, "phi3": PHI}
+# Keys that only some architectures may have, and what a config.json calls them.
+KEYS = {
+    "gemma2": {
+        "attn_logit_softcapping": "attn_logit_softcapping",
+        "final_logit_softcapping": "final_logit_softcapping",
+    },
+    "granite": {
+        "attention.scale": "attention_multiplier",
+        "embedding_scale": "embedding_multiplier",
+        "residual_scale": "residual_multiplier",
+        "logit_scale": "logits_scaling",
+    },
+}
+# What divides Phi's frequencies, by the names of a config.json.
+FACTORS = {
+    f"{length}_factor": f"rope_factors_{length}.weight" for length in ("short", "long")
+}
 
 
 def is_gguf(path: Path) -> bool:
@@ -87,11 +113,17 @@ def read_config(path: Path) -> Mapping[str, Any]:
     if not is_gguf(path):
         return qjax.checkpoints.read_config(path)
     try:
-        return config_of(qjax.checkpoints.read_metadata(path))
+        config = config_of(qjax.checkpoints.read_metadata(path))
     except KeyError as error:
         raise ValueError(f"{path}: the metadata lack {error}.") from None
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if config["model_type"] == "phi3":
+        tensors = qjax.checkpoints.lazy(path)
+        for ours, theirs in FACTORS.items():
+            if theirs in tensors:
+                config["rope_parameters"][ours] = tensors[theirs].tolist()
+    return config
 
 
 def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,11 +145,13 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     kv_heads = own.get("attention.head_count_kv", heads)
     pattern, experts = PATTERNS.get(kind, 1), own.get("expert_used_count", 0)
     window = own["attention.sliding_window"] if pattern > 1 else 0
+    if kind == "phi3":  # In all layers, if there is one.
+        window = own.get("attention.sliding_window", 0)
     counts = {key: own[key] for key in NEEDED[:-1]}
     counts["attention.head_count_kv"] = kv_heads
     if experts:
         counts["expert_used_count"] = experts
-    if pattern > 1:
+    if pattern > 1 or window:
         counts["attention.sliding_window"] = window
     for name, count in counts.items():
         if type(count) is not int or count < 1:
@@ -128,13 +162,21 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     model_type = ARCHITECTURES[kind]
     if model_type == "llama" and experts:
         model_type = "mixtral"
-    # What llama.cpp knows Gemma 3 27B by.
-    is_largest = kind == "gemma3" and own["block_count"] == 62
+    is_largest = own["block_count"] == LARGEST.get(kind)
     scale = hidden // heads if is_largest else head_dim
+    turned = own.get("rope.dimension_count", head_dim) if kind == "phi3" else head_dim
+    known = KEYS.get(kind, {})
+    said = {name: own[key] for key, name in known.items() if own.get(key)}
+    if kind == "granite":
+        said.setdefault("attention_multiplier", scale**-0.5)
+    if kind == "gemma3":
+        said["rope_local_base_freq"] = own.get("rope.freq_base_swa", 10000.0)
+    if kind == "smollm3":
+        said["no_rope_layer_interval"] = 4  # llama.cpp says no more.
     # What the decoder does not do, and the values at which that makes no difference.
     wanted = {
         "attention.value_length": [head_dim],
-        "rope.dimension_count": [head_dim],
+        "rope.dimension_count": [turned],
         "attention.sliding_window": [window],
         "attention.sliding_window_pattern": [pattern],
         "final_logit_softcapping": [0],
@@ -150,11 +192,14 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "residual_scale": [1, 0],
         "logit_scale": [1, 0],
     }
-    check_supported(own, kind, wanted)
+    check_supported(
+        own, kind, {key: values for key, values in wanted.items() if key not in known}
+    )
     tokens = metadata.get("tokenizer.ggml.tokens", ())
     stops = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
-    kinds = ["sliding_attention"] * (pattern - 1) + ["full_attention"]
-    return {
+    last = "sliding_attention" if kind == "phi3" and window else "full_attention"
+    kinds = ["sliding_attention"] * (pattern - 1) + [last]
+    return said | {
         "model_type": model_type,
         "vocab_size": own.get("vocab_size", len(tokens)),
         "hidden_size": hidden,
@@ -171,7 +216,7 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "sliding_window": window or None,
         "layer_types": [kinds[i % pattern] for i in range(own["block_count"])],
         "query_pre_attn_scalar": scale,
-        "rope_local_base_freq": own.get("rope.freq_base_swa", 10000.0),
+        "partial_rotary_factor": turned / head_dim,
     }
 
 
@@ -195,6 +240,10 @@ def rope_of(own: Mapping[str, Any], kind: str) -> dict[str, Any]:
     scaling = own.get("rope.scaling.type", "linear")
     factor = own.get("rope.scaling.factor", own.get("rope.scale_linear", 0.0))
     rope = {"rope_type": "default", "rope_theta": own.get("rope.freq_base", 10000.0)}
+    length = own.get("rope.scaling.original_context_length", own["context_length"])
+    if kind == "phi3":
+        rope["attention_factor"] = own.get("rope.scaling.attn_factor", 1.0)
+        rope["original_max_position_embeddings"] = length
     if scaling == "none" or (scaling == "linear" and not factor):
         return rope
     rope |= {"rope_type": scaling, "factor": factor}
@@ -209,7 +258,6 @@ def rope_of(own: Mapping[str, Any], kind: str) -> dict[str, Any]:
         "rope.scaling.yarn_log_multiplier": [0],
     }
     check_supported(own, kind, wanted)
-    length = own.get("rope.scaling.original_context_length", own["context_length"])
     return rope | {
         "original_max_position_embeddings": length,
         "beta_fast": own.get("rope.scaling.yarn_beta_fast"),
@@ -241,6 +289,8 @@ def read_tensors(path: Path, sharding: Any = None) -> dict[str, Any]:
     where = None if sharding is None else lambda name: sharding(renamed(name, kind))
     tensors = {}
     for name, weight in qjax.checkpoints.lazy(path, sharding=where).items():
+        if kind == "phi3" and name in FACTORS.values():
+            continue  # `read_config` has them.
         new = renamed(name, kind)
         tensors[new] = weight
         if new.endswith("shared_expert_gate.weight"):
@@ -253,7 +303,7 @@ def read_tensors(path: Path, sharding: Any = None) -> dict[str, Any]:
 
 def renamed(name: str, kind: str) -> str:
     """The name that a directory of that ``model_type`` has for a tensor of a file."""
-    names = NAMES | GEMMA if kind == "gemma3_text" else NAMES
+    names = NAMES | OWN.get(kind, {})
     # Files of 2023 have a matrix for each expert.
     pattern = r"(?:blk\.(\d+)\.)?(\w+?)(?:\.(\d+))?((?:\.weight|\.bias)?)"
     match = re.fullmatch(pattern, name)
@@ -312,9 +362,16 @@ def completed(config: Any, tensors: dict[str, Any]) -> Any:
       tensors: As `read_tensors` gives them; "rope_freqs.weight" is taken out.
     """
     factors = np.asarray(tensors.pop("rope_freqs.weight", 1.0), np.float64)
+
+    def divided(layer: Layer) -> Layer:
+        if layer.rope is None:
+            return layer
+        frequencies = tuple((np.array(layer.rope.frequencies) / factors).tolist())
+        return layer._replace(rope=layer.rope._replace(frequencies=frequencies))
+
     return dataclasses.replace(
         config,
-        frequencies=tuple((np.array(config.frequencies) / factors).tolist()),
+        layers=tuple(map(divided, config.layers)),
         tied=tensors.keys().isdisjoint(("lm_head", "lm_head.weight")),
         norm_offset=0.0,  # llama.cpp's converter adds it to the weights.
     )

@@ -1,4 +1,4 @@
-"""A language model over quantized weights: Llama, Qwen, Gemma, gpt-oss, BitNet.
+"""A language model over quantized weights: Llama, Qwen, Gemma, Phi, gpt-oss, ...
 
 Read it from top to bottom: the cache, attention, the decoder, and `load`, which turns a
 Hugging Face directory or a GGUF file into a model. What it has to know of its model is
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from feed_forward import feed_forward
 from flax import nnx
 from gguf_file import completed, is_gguf, read_config, read_tensors
-from hf_config import Config
+from hf_config import Config, Layer
 from jax import Array
 from jax.typing import DTypeLike
 from tensors import join, stack
@@ -49,11 +49,8 @@ class Cache(NamedTuple):
 class Attention(nnx.Module):
     """Grouped-query attention with rotary positions."""
 
-    def __init__(self, weights: Weights, name: str, window: int | None) -> None:
-        self.config, self.window = weights.config, window
-        self.frequencies = self.config.frequencies
-        if window is not None and self.config.local_frequencies is not None:
-            self.frequencies = self.config.local_frequencies
+    def __init__(self, weights: Weights, name: str, layer: Layer) -> None:
+        self.config, self.layer = weights.config, layer
         self.qkv_proj = weights.optional(f"{name}.qkv_proj")
         if self.qkv_proj is None:
             self.q_proj = weights.linear(f"{name}.q_proj")
@@ -92,17 +89,19 @@ class Attention(nnx.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         places = start + jnp.arange(t)
         positions = places - first[:, None]
-        q, k = (rotate(y, positions, self.frequencies, c.rotary_scale) for y in (q, k))
+        if (rope := self.layer.rope) is not None:
+            q, k = (rope.turned(y, positions, keys.shape[1]) for y in (q, k))
         keys = jax.lax.dynamic_update_slice(keys, k, (0, start, 0, 0))
         values = jax.lax.dynamic_update_slice(values, v, (0, start, 0, 0))
 
         q = q.reshape(b, t, c.num_kv_heads, -1, c.head_dim)
         score = jnp.einsum("bthgd,bshd->bhgts", q, keys, precision="highest")
         score = score.astype(jnp.float32) * (c.score_scale or 1 / math.sqrt(c.head_dim))
+        score = capped(score, c.score_cap)
         distance = places[:, None] - jnp.arange(keys.shape[1])
         seen = distance >= 0
-        if self.window is not None:
-            seen &= distance < self.window
+        if self.layer.window is not None:
+            seen &= distance < self.layer.window
         # What stands before a sequence sees itself, as it must see something.
         begun = jnp.arange(keys.shape[1]) >= first[:, None]
         seen = (seen & begun[:, None]) | (distance == 0)
@@ -120,22 +119,18 @@ class Attention(nnx.Module):
         return self.o_proj(y), keys, values
 
 
-def rotate(
-    x: Array, positions: Array, frequencies: tuple[float, ...], scale: float = 1.0
-) -> Array:
-    """Turns channel pairs (i, i + dim / 2) of ``x[b, t, heads, dim]`` by position."""
-    angle = positions[..., None].astype(jnp.float32) * jnp.array(frequencies)
-    cos, sin = (scale * turn(angle)[:, :, None] for turn in (jnp.cos, jnp.sin))
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+def capped(x: Array, cap: float | None) -> Array:
+    """Keeps numbers smoothly between ``-cap`` and ``cap``, if there is one."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 class Block(nnx.Module):
     """Attention and feed-forward, each behind a norm and beside a residual."""
 
-    def __init__(self, weights: Weights, name: str, window: int | None) -> None:
+    def __init__(self, weights: Weights, name: str, layer: Layer) -> None:
+        self.scale = weights.config.residual_scale
         self.input_layernorm = weights.norm(f"{name}.input_layernorm")
-        self.self_attn = Attention(weights, f"{name}.self_attn", window)
+        self.self_attn = Attention(weights, f"{name}.self_attn", layer)
         self.post_attention_layernorm = weights.norm(f"{name}.post_attention_layernorm")
         # Gemma, which has norms after both parts, and means what the names say.
         self.pre_feedforward_layernorm = weights.optional_norm(
@@ -153,8 +148,9 @@ class Block(nnx.Module):
             self.input_layernorm(x), keys, values, start, first
         )
         if self.pre_feedforward_layernorm is None:
-            x = x + attended
-            return x + self.mlp(self.post_attention_layernorm(x)), keys, values
+            x = x + attended * self.scale
+            y = self.mlp(self.post_attention_layernorm(x))
+            return x + y * self.scale, keys, values
         x = x + self.post_attention_layernorm(attended)
         y = self.mlp(self.pre_feedforward_layernorm(x))
         return x + self.post_feedforward_layernorm(y), keys, values
@@ -168,8 +164,8 @@ class Decoder(nnx.Module):
         self.dtype = weights.dtype
         self.embed_tokens = weights.table("model.embed_tokens")
         self.layers = nnx.List(
-            Block(weights, f"model.layers.{i}", window)
-            for i, window in enumerate(config.windows)
+            Block(weights, f"model.layers.{i}", layer)
+            for i, layer in enumerate(config.layers)
         )
         self.norm = weights.norm("model.norm")
         self.lm_head = None if config.tied else weights.linear("lm_head")
@@ -199,13 +195,17 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Array) -> Array:
         """Scores of the next token, in float32."""
+        scores = self.scores(hidden).astype(jnp.float32) * self.config.logit_scale
+        return capped(scores, self.config.logit_cap)
+
+    def scores(self, hidden: Array) -> Array:
+        """The product with the output matrix."""
         if self.lm_head is not None:
-            return self.lm_head(hidden).astype(jnp.float32)
+            return self.lm_head(hidden)
         if not isinstance(self.embed_tokens, nnx.Param):
-            return self.embed_tokens.attend(hidden).astype(jnp.float32)
+            return self.embed_tokens.attend(hidden)
         embedding = self.embed_tokens[...].astype(self.dtype)
-        scores = jnp.einsum("...k,nk->...n", hidden, embedding, precision="highest")
-        return scores.astype(jnp.float32)
+        return jnp.einsum("...k,nk->...n", hidden, embedding, precision="highest")
 
 
 def load(

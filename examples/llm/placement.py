@@ -28,8 +28,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from model import Cache
 
-# Also Mixtral's w1, w2, w3, and gpt-oss's gate_up_proj.
-FIRST = "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3", "gate_up_proj"
+# Also Mixtral's w1, w2, w3, gpt-oss's gate_up_proj, and what Phi has joined.
+FIRST = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3")
+FIRST += ("qkv_proj", "gate_up_proj")
 LAST = "o_proj", "down_proj", "w2"
 VOCABULARY = ("embed_tokens", "lm_head")
 

@@ -30,7 +30,7 @@ from blocks import Assembled, Tensors, Written, check_unchanged, job_of
 from evaluate import encode_text, read_ids
 from flax import nnx
 from generate import read_tokenizer
-from hf_config import Config
+from hf_config import Config, Layer
 from jax import Array
 from model import Block, Cache
 from rich.console import Console
@@ -98,8 +98,8 @@ def quantize(
     if ready:
         print(f"going on after {ready} of {config.num_layers} blocks", file=sys.stderr)
     console = Console(stderr=True)
-    for i, window in track(
-        list(enumerate(config.windows)),
+    for i, layer in track(
+        list(enumerate(config.layers)),
         "blocks",
         console=console,
         disable=not console.is_terminal,
@@ -112,27 +112,27 @@ def quantize(
                     "the model is quantized already; pass the model it came from."
                 )
             inputs = [(x, *places[len(x)]) for x in states]
-            whole, origins = block_of(tensors, config, name, window)
+            whole, origins = block_of(tensors, config, name, layer)
             grams = grams_of(whole, name, origins, recipe.spec, inputs)
             del whole, inputs
             blocks[i] = recipe.quantized(tensors, config, name, grams)
             del tensors, grams
         if any(later not in blocks for later in range(i + 1, config.num_layers)):
-            run(block_of(blocks[i], config, name, window)[0], states, places)
+            run(block_of(blocks[i], config, name, layer)[0], states, places)
 
 
 def block_of(
-    tensors: Mapping[str, Any], config: Config, name: str, window: int | None
+    tensors: Mapping[str, Any], config: Config, name: str, layer: Layer
 ) -> tuple[Block, dict[str, list[str]]]:
     """A block over tensors of which it leaves all where they are, and their names."""
     tensors = dict(tensors)
     origins = stack(tensors)
-    return Block(Weights(tensors, config, jnp.float32), name, window), origins
+    return Block(Weights(tensors, config, jnp.float32), name, layer), origins
 
 
 def empty(config: Config, states: list[Array]) -> dict[int, tuple[Array, ...]]:
     """An empty cache for one layer, and where sequences begin, by their number."""
-    config = dataclasses.replace(config, num_layers=1)
+    config = dataclasses.replace(config, layers=config.layers[:1])
     places = {}
     # The last batch alone may be smaller.
     for x in (states[0], states[-1]):
@@ -208,7 +208,7 @@ class Recipe:
         if dense := sorted(linear - grams.keys()):
             print(f"left dense, as their inputs are all 0: {dense}", file=sys.stderr)
         if self.factors is not None:
-            for maker, matrices in junctions(config, name, sorted(linear)):
+            for maker, matrices in junctions(config, name, linear):
                 if grams.keys() >= set(matrices):
                     self.fold(tensors, maker, matrices, grams)
         for module in list(grams):
@@ -238,30 +238,37 @@ def junctions(
 ) -> Iterator[tuple[str, list[str]]]:
     """What in a block makes the inputs of which matrices, and of no others.
 
-    Left out are the norm before a mixture, which makes those of its router, too, and
-    norms whose weights are not their factors (Gemma's).
+    Left out are the norm before a mixture, which makes those of its router, too,
+    norms whose weights are not their factors (Gemma's), and matrices that are a part of
+    one (Phi's).
 
     Args:
       config: That of the model.
       name: Path of the block.
       linear: Paths of all its matrices.
     """
+    linear = set(linear)
     attention, mlp = f"{name}.self_attn", f"{name}.mlp"
-    if not config.norm_offset:
-        yield f"{name}.input_layernorm", [f"{attention}.{one}_proj" for one in "qkv"]
-        yield (
-            f"{name}.post_attention_layernorm",
-            [f"{mlp}.gate_proj", f"{mlp}.up_proj"],
-        )
+    first, second = f"{name}.input_layernorm", f"{name}.post_attention_layernorm"
+    after_norms = [
+        (first, [f"{attention}.{one}_proj" for one in "qkv"]),
+        (first, [f"{attention}.qkv_proj"]),
+        (second, [f"{mlp}.gate_proj", f"{mlp}.up_proj"]),
+        (second, [f"{mlp}.gate_up_proj"]),
+    ]
+    for norm, matrices in after_norms:
+        if linear.issuperset(matrices) and not config.norm_offset:
+            yield norm, matrices
     if config.sub_norms:
         yield f"{attention}.attn_sub_norm", [f"{attention}.o_proj"]
         yield f"{mlp}.ffn_sub_norm", [f"{mlp}.down_proj"]
         return
     # Several heads of queries may share one of values, but not its factors.
-    if config.num_heads == config.num_kv_heads:
-        yield f"{attention}.v_proj", [f"{attention}.o_proj"]
+    values = f"{attention}.v_proj"
+    if values in linear and config.num_heads == config.num_kv_heads:
+        yield values, [f"{attention}.o_proj"]
     for up, down in (("up_proj", "down_proj"), ("w3", "w2")):
-        for path in linear:
+        for path in sorted(linear):
             if path.endswith(f".{up}"):
                 yield path, [path.removesuffix(up) + down]
 

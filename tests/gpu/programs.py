@@ -19,6 +19,7 @@ from tests.gpu.cases import NESTED, weight
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "llm"))
 import model
+from rope import Rope
 from weights import Weights
 
 # A function to compile, and its arguments as structs.
@@ -224,17 +225,16 @@ class DecoderStep:
 
     @property
     def config(self) -> model.Config:
+        rope = Rope(tuple(1e4 ** (-i / 64) for i in range(64)))
         return model.Config(
             vocab_size=self.vocabulary,
             hidden_size=self.hidden,
-            num_layers=self.layers,
             num_heads=8,
             num_kv_heads=2,
             head_dim=128,
             max_length=self.positions,
             norm_eps=1e-5,
-            frequencies=tuple(1e4 ** (-i / 64) for i in range(64)),
-            windows=(None,) * self.layers,
+            layers=(model.Layer(None, rope),) * self.layers,
             tied=False,
             top_k=2,
         )

@@ -26,17 +26,21 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import (
     BitNetForCausalLM,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     GptOssForCausalLM,
+    GraniteForCausalLM,
     LlamaForCausalLM,
     MistralForCausalLM,
     MixtralForCausalLM,
     Mxfp4Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Qwen2ForCausalLM,
     Qwen2MoeForCausalLM,
     Qwen3ForCausalLM,
     Qwen3MoeForCausalLM,
+    SmolLM3ForCausalLM,
 )
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
@@ -93,6 +97,18 @@ def yarn_rope(theta: float, original: int, **more: object) -> dict[str, Any]:
     """YaRN scaling; ``original`` puts both ends of its ramp within reach."""
     scaling = {"rope_type": "yarn", "rope_theta": theta, "factor": 4.0}
     return {**scaling, "original_max_position_embeddings": original, **more}
+
+
+def long_rope(**more: object) -> dict[str, Any]:
+    """LongRoPE over half the channels of a head of 16."""
+    return {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.5,
+        "short_factor": [1.0, 1.5, 2.0, 3.0],
+        "long_factor": [2.0, 4.0, 6.0, 8.0],
+        **more,
+    }
 
 
 def configured(**settings: object) -> Change:
@@ -387,6 +403,109 @@ CASES = {
             ),
         },
         norm_mean=0.0,
+    ),
+    "gemma2": Case(
+        Gemma2ForCausalLM,
+        seed=14,
+        settings={
+            "head_dim": 32,
+            "query_pre_attn_scalar": 20,
+            "sliding_window": WINDOW,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "rope_parameters": rope(1e4),
+        },
+        checks={
+            "layer norm weights": filled("layernorm.weight", 0.0),
+            "norm after attention": bypassed("post_attention_layernorm"),
+            "norm after the MLP": bypassed("post_feedforward_layernorm"),
+            "scale of scores": configured(query_pre_attn_scalar=32),
+            "cap of scores": configured(attn_logit_softcapping=None),
+            "cap of logits": configured(final_logit_softcapping=None),
+            "activation": configured(hidden_activation="silu"),
+            "sliding window": configured(layer_types=["full_attention"] * 2),
+            "window of the other layer": configured(
+                layer_types=["full_attention", "sliding_attention"]
+            ),
+        },
+        norm_mean=0.0,
+        version4={"head_dim": 32},
+    ),
+    "phi3": Case(
+        Phi3ForCausalLM,
+        seed=15,
+        settings={
+            "pad_token_id": None,
+            "sliding_window": WINDOW,
+            "original_max_position_embeddings": 64,
+            "rope_parameters": long_rope(),
+        },
+        checks=NORMS
+        | {
+            "all channels": configured(rope_parameters=rope(1e4)),
+            "factors": configured(rope_parameters=long_rope(short_factor=[1.0] * 4)),
+            "length of what is turned": configured(
+                rope_parameters=long_rope(attention_factor=1.0)
+            ),
+            "long factors": configured(original_max_position_embeddings=16),
+            "sliding window": configured(sliding_window=None),
+        },
+    ),
+    "phi3_long": Case(
+        Phi3ForCausalLM,
+        seed=16,
+        settings={
+            "pad_token_id": None,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": long_rope(),
+        },
+        checks=NORMS
+        | {
+            "short factors": configured(original_max_position_embeddings=64),
+            "length of what is turned": configured(
+                rope_parameters=long_rope(attention_factor=1.0)
+            ),
+        },
+        # Files of that time say beside the scaling what it starts from.
+        version4={
+            "rope_scaling": {"type": "longrope"}
+            | {name: long_rope()[name] for name in ("short_factor", "long_factor")},
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "granite": Case(
+        GraniteForCausalLM,
+        seed=17,
+        settings={
+            "tie_word_embeddings": True,
+            "embedding_multiplier": 3.0,
+            "residual_multiplier": 0.5,
+            "attention_multiplier": 0.5,
+            "logits_scaling": 2.0,
+            "rope_parameters": rope(1e4),
+        },
+        checks=NORMS
+        | {
+            "scale of embeddings": configured(embedding_multiplier=1.0),
+            "scale of what is added": configured(residual_multiplier=1.0),
+            "scale of scores": configured(attention_multiplier=0.25),
+            "scale of logits": configured(logits_scaling=1.0),
+        },
+    ),
+    "smollm3": Case(
+        SmolLM3ForCausalLM,
+        seed=18,
+        settings={
+            "pad_token_id": None,
+            "no_rope_layers": [1, 0],
+            "rope_parameters": rope(1e4),
+        },
+        checks=NORMS
+        | {
+            "rotation of no layer": configured(no_rope_layers=[0, 0]),
+            "rotation of both": configured(no_rope_layers=[1, 1]),
+            "rotation of the other": configured(no_rope_layers=[0, 1]),
+        },
     ),
     "bitnet": Case(
         BitNetForCausalLM,
