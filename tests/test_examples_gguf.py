@@ -465,6 +465,8 @@ class TestTokenizers:
             ("llama-bpe", ["Don", "'t", "Ġx", "=", "123", "4", "!ĊĊ", "Ġy"]),
             ("qwen2", ["Don", "'t", "Ġx", "=", "1", "2", "3", "4", "!ĊĊ", "Ġy"]),
             ("gpt-4o", ["Don't", "Ġx", "=", "123", "4", "!ĊĊ", "Ġy"]),
+            ("dbrx", ["Don", "'t", "Ġx", "=", "123", "4", "!ĊĊ", "Ġy"]),
+            ("refact", ["Don", "'t", "Ġx", "=", *"1234", "!", "ĊĊ", "Ġy"]),
         ],
     )
     def test_cuts_texts(self, pre, words, read):

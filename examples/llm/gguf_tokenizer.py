@@ -1,8 +1,9 @@
 """The tokenizer that a GGUF file describes: byte-level BPE, or SentencePiece's BPE.
 
 The first by tokens and merges; its patterns are those in the tokenizer.json of Llama 3,
-of Qwen2 and of gpt-oss, which llama.cpp knows by the names in "tokenizer.ggml.pre". The
-second, of Llama 2, Mistral and Mixtral, by pieces and their scores.
+Phi-4, SmolLM3, Qwen2, Granite 3 and gpt-oss, which llama.cpp knows by the names in
+"tokenizer.ggml.pre". The second, of Llama 2, Mistral, Phi-3 and Gemma, by pieces and
+their scores.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,12 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
-from tokenizers.pre_tokenizers import ByteLevel, Sequence, Split
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
 from tokenizers.processors import TemplateProcessing
 
 import qjax
 
-# How texts are cut into words, by "tokenizer.ggml.pre"; None: as GPT-2 does.
+# How texts are cut into words, by "tokenizer.ggml.pre"; None: as GPT-2 does, and those
+# of DIGITS so, but with each digit apart.
 _ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+"
 _OTHERS = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,10 +38,17 @@ PATTERNS = {
     "llama-bpe": _LLAMA3,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
+    "dbrx": _LLAMA3,
+    "smaug-bpe": _LLAMA3,
+    "refact": None,
+    "smollm": None,
     "qwen2": _QWEN2,
     "deepseek-r1-qwen": _QWEN2,
     "gpt-4o": _O200K,
 }
+DIGITS = ("refact", "smollm")
+# A word that is a token needs no merges, and texts begin with a token.
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 # What "tokenizer.ggml.token_type" says of a token.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED = 1, 2, 3, 4
 _OTHERWISE = "pass --tokenizer and the tokenizer.json of the original model."
@@ -112,7 +121,7 @@ def _byte_level(
     if (pre := own.get("pre")) not in PATTERNS:
         raise ValueError(f"pre={pre!r} must be one of {[*PATTERNS]}; {_OTHERWISE}")
     merges = [tuple(merge.split(" ")) for merge in own.get("merges", [])]
-    is_llama3 = PATTERNS[pre] is _LLAMA3
+    is_llama3 = pre in LLAMA3
     if any(len(merge) != 2 or "".join(merge) not in vocabulary for merge in merges):
         raise ValueError("merges has one that makes no token.")
     tokenizer = Tokenizer(models.BPE(vocabulary, merges, ignore_merges=is_llama3))
@@ -122,6 +131,8 @@ def _byte_level(
     if PATTERNS[pre] is not None:
         split = Split(Regex(PATTERNS[pre]), "isolated")
         words = Sequence([split, words])
+    if pre in DIGITS:
+        words = Sequence([Digits(individual_digits=True), words])
     tokenizer.pre_tokenizer = words
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer, is_llama3
