@@ -41,6 +41,7 @@ from qjax.formats import (
     gptq,
     hqq,
     mbwq,
+    mlx,
     modelopt,
     mpq,
     mxfp4,
@@ -65,6 +66,7 @@ __all__ = [
     "gptq",
     "hqq",
     "mbwq",
+    "mlx",
     "modelopt",
     "mpq",
     "mxfp4",
@@ -93,6 +95,8 @@ FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
         "modelopt_fp4": modelopt,
         "bitnet": bitnet,
         "quark": quark,
+        "mlx": mlx,
+        "metal": mlx,
         "gguf": gguf,
     }
 )
