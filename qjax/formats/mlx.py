@@ -162,7 +162,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         layout=Dense(),
         segments=(Segment(config.bits, config.group_size),),
         affine=Affine.OFFSET,
-        rounding=2 if config.method == "mlx" else 1,
+        rounding=1 if config.method == "metal" and scale.dtype.itemsize < 4 else 2,
     )
 
 
@@ -209,8 +209,8 @@ def config_of(qt: QTensor, method: Method = "mlx") -> Config:
         or lacks_whole_groups(qt)
         or lacks_own_columns(qt)
     )
-    if reason is None and size not in MODES[mode].group_sizes:
-        sizes = tuple(sorted(MODES[mode].group_sizes))
+    sizes = tuple(sorted(MODES[mode].group_sizes))
+    if reason is None and method == "mlx" and size not in sizes:
         reason = f"it has groups of {size}, and with mode={mode!r} there are {sizes}"
     if reason is None and mode != "affine":
         reason = _lacks_scales(qt, mode, method)
@@ -262,12 +262,13 @@ def lacks_exact_offsets(qt: QTensor) -> str | None:
     if not qt.affine.counts or (qt.zero is None and not is_known(qt.scale)):
         return None
     scale, zero = tensor.plain(qt.scale), tensor.plain(qt.zero)
-    advice = (
+    reason = (
         f"its offsets, -zero * scale, must be numbers in {scale.dtype}, as MLX adds "
-        "them; those of symmetric codes are, and mlx.quantize makes offsets"
+        "them, and some are not; those of symmetric codes are, or float32 scales "
+        "would hold them"
     )
     if not is_known(scale) or (zero is not None and not is_known(zero)):
-        return None if qt.affine is Affine.OFFSET else advice
+        return None if qt.affine is Affine.OFFSET else reason
     wide = np.asarray(scale).astype(np.float64)
     if zero is None:
         exact = -(2.0 ** (qt.segments[0].bits - 1)) * wide
@@ -276,8 +277,7 @@ def lacks_exact_offsets(qt: QTensor) -> str | None:
         # With 24 bits of either, float64 holds the product.
         exact = held if qt.affine is Affine.OFFSET else -held * wide
     found = np.asarray(_offset(qt)).astype(np.float64)
-    wrong = int((found != exact).sum())
-    return f"{advice}, and {wrong} of {found.size} are not" if wrong else None
+    return reason if (found != exact).any() else None
 
 
 @jax.jit
@@ -406,12 +406,15 @@ def _quantize(w: Array, top: Array, size: int) -> tuple[Array, Array, Array]:
     low, high = groups.min(1), groups.max(1)
     low = jnp.where(jnp.isnan(groups).any(1), jnp.nan, low)
     below = jnp.abs(low) > jnp.abs(high)
+    top = lax.optimization_barrier(jnp.full(low.shape, top))
     step = jnp.maximum((high - low) / top, jnp.float32(_LEAST))
     step = jnp.where(below, step, -step)
     edge = jnp.where(below, low, high)
     count = jnp.round(edge / step)
     scale = jnp.where(count == 0, step, edge / count)
     offset = jnp.where(count == 0, 0, edge)
-    codes = jnp.round((groups - offset[:, None]) / scale[:, None])
-    codes = jnp.clip(codes, 0, top).astype(jnp.uint8)
+    # Behind a barrier, or the compiler multiplies by the inverse of what is repeated.
+    divisor = lax.optimization_barrier(jnp.repeat(scale, size, 0).reshape(groups.shape))
+    codes = jnp.round((groups - offset[:, None]) / divisor)
+    codes = jnp.clip(codes, 0, top[0, 0]).astype(jnp.uint8)
     return codes.reshape(w.shape), scale, offset

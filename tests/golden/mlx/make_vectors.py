@@ -90,6 +90,27 @@ def make_affine(seed: int, case: tuple[int, int, str, int, int]) -> None:
     save(name, {"w": w} | arrays | {"out_dequant": found}, config)
 
 
+def make_ties(seed: int) -> None:
+    """Rows whose codes are others where a division becomes a product with an inverse."""
+    rng = np.random.default_rng(seed)
+    n, k, bits, top = 6, 64, 4, np.float32(15)
+    rows = mx.array(rng.standard_normal((2**15, k), np.float32)).astype(mx.bfloat16)
+    wide = np.array(rows.astype(mx.float32))
+    low, high = wide.min(1, keepdims=True), wide.max(1, keepdims=True)
+    step = np.where(np.abs(low) > np.abs(high), high - low, low - high) / top
+    edge = np.where(step > 0, low, high)
+    scale = edge / np.rint(edge / step)
+    exact = np.rint((wide - edge) / scale)
+    by_inverse = np.rint((wide - edge) * (1 / scale))
+    chosen = np.flatnonzero((exact != by_inverse).any(1))[:n]
+    w = rows[mx.array(chosen)]
+    arrays = state(mx.quantize(w, k, bits))
+    found = mx.dequantize(*arrays.values(), k, bits)
+    config = {"group_size": k, "bits": bits, "mode": "affine"}
+    name = f"ties__b{bits}_g{k}_bfloat16__{n}x{k}__s{seed}"
+    save(name, {"w": w} | arrays | {"out_dequant": found}, config)
+
+
 def make_random(seed: int, bits: int, dtype: str) -> None:
     """Any codes, and scales and biases of any size that both are finite with."""
     rng = np.random.default_rng(seed)
@@ -188,6 +209,7 @@ def make_model(seed: int) -> None:
 if __name__ == "__main__":
     for seed, case in enumerate(AFFINE, 1400):
         make_affine(seed, case)
+    make_ties(1419)
     for seed, (bits, dtype) in enumerate(
         [(2, "float32"), (4, "float16"), (5, "float16"), (8, "bfloat16")], 1420
     ):
