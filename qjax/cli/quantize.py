@@ -253,8 +253,8 @@ class _Recipe:
             return "--to=fp8 is symmetric; leave out --asymmetric."
         if self.to in _OF_OFFSETS and self.method != "rtn" and not symmetric:
             return (
-                f"--method={self.method} finds zeros, and --to={self.to} has offsets "
-                "that are not quite their products with scales; add --symmetric."
+                f"--method={self.method} finds zeros, and --to={self.to} cannot hold "
+                "all of their products with scales; add --symmetric."
             )
         widths = dialects.DIALECTS[self.to].widths
         if self.bits not in widths:

@@ -36,6 +36,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, DTypeLike, Float, UInt32
 
 from qjax import decode, tensor
@@ -295,7 +296,8 @@ def to_tensors(qt: QTensor, method: Method = "mlx") -> dict[str, Array]:
     """Writes one quantized matrix, or a stack of them, under the upstream's names.
 
     Every code stands for the same number as before, exactly. How that is rounded is for
-    MLX to choose: a float16 weight may differ in its last place.
+    MLX to choose: a float16 weight may differ in its last places. Where JAX traces
+    this, values are not looked at, and offsets are rounded.
 
     Args:
       qt: Codes with offsets, with zeros whose products with scales the dtype of these
@@ -309,7 +311,7 @@ def to_tensors(qt: QTensor, method: Method = "mlx") -> dict[str, Array]:
       ValueError: As `config_of`; or as `lacks_exact_offsets` says.
     """
     config = config_of(qt, method)
-    traced = any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(qt))
+    traced = any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(qt))
     if not traced and (reason := lacks_exact_offsets(qt)):
         raise ValueError(f"{method} cannot hold {qt!r}: {reason}.")
     if config.mode == "affine":

@@ -91,7 +91,7 @@ def make_affine(seed: int, case: tuple[int, int, str, int, int]) -> None:
 
 
 def make_ties(seed: int) -> None:
-    """Rows whose codes are others where a division becomes a product with an inverse."""
+    """Rows whose codes differ where a division becomes a product with an inverse."""
     rng = np.random.default_rng(seed)
     n, k, bits, top = 6, 64, 4, np.float32(15)
     rows = mx.array(rng.standard_normal((2**15, k), np.float32)).astype(mx.bfloat16)
