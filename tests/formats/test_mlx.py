@@ -354,8 +354,9 @@ def directory(path, tensors=None, **changes):
 class TestModel:
     """All that mlx-lm writes of one: embeddings, experts, modules that differ."""
 
-    def test_loads(self, tmp_path):
-        path, data = directory(tmp_path), load(MODEL)
+    @pytest.mark.parametrize("name", [MODEL])
+    def test_loads(self, tmp_path, name):
+        path, data = directory(tmp_path), load(name)
         weights = checkpoints.load(path, prepare=False)
         assert checkpoints.verify(path) == []
         packed = {k: w for k, w in weights.items() if isinstance(w, qjax.QTensor)}
