@@ -11,8 +11,10 @@ are floats of the model's dtype. The weight is ``q * scale + bias``. The modes "
 and "mxfp8" have E8M0 exponents for 32 inputs in ``scales``, uint8, and "nvfp4" patterns
 of E4M3 floats for 16, without a number for the whole matrix; codes are patterns of E2M1
 or E4M3 floats, and there are no ``biases``. Embeddings are quantized as matrices are,
-and all experts of a layer are one stack, with a leading axis. A ``bias`` beside these
-is that of the layer.
+and all experts of a layer are one stack, with a leading axis. (Of quantized matrices of
+single experts, as other directories have them, mlx-lm makes that stack for Mixtral,
+DeepSeek and a few others, but refuses those of Qwen.) A ``bias`` beside these is that
+of the layer.
 
 `qjax.dequantize` rounds as ``mx.dequantize`` does on a CPU: the product to the dtype of
 the scale, and then the sum. MLX's products there take the sum in float32, and its

@@ -74,6 +74,12 @@ def test_writes_the_same_bytes(name):
     assert mlx.config_of(read(name), config.method) == config
 
 
+@pytest.mark.parametrize("layout", [Tiles(), gptq.Stream()], ids=str)
+@pytest.mark.parametrize("name", [THREE, FOUR])
+def test_writes_what_was_prepared(name, layout):
+    same_bits(written(qjax.prepare(read(name), layout=layout)), tensors_of(name))
+
+
 @pytest.mark.parametrize("name", [n for n in FILES if "w" in load(n)])
 def test_quantizes_as_mlx(name):
     config, w = config_of(name), jnp.asarray(load(name)["w"].T)
