@@ -125,7 +125,7 @@ class TestHelp:
             (
                 "quantize",
                 [
-                    *("--to", "awq, compressed-tensors, hqq, fp8", "--bits"),
+                    *("--to", "awq, compressed-tensors, hqq, fp8", "mlx", "--bits"),
                     *("--group-size", "-1 for all", "--symmetric", "--asymmetric"),
                     *("--method", *cli.Method, "--rule", "PATTERN=BITS[,GROU"),
                     *("--skip", "PATTERN", "--head"),
@@ -484,6 +484,8 @@ class TestQuantize:
             (["--to=compressed-tensors", "--group-size=-1", "--head"], 4, None, None),
             (["--to=hqq", "--method=hqq", "--bits=2"], 2, 32, jnp.float16),
             (["--to=fp8"], 8, 32, None),
+            (["--to=mlx", "--bits=5"], 5, 32, "offsets"),
+            (["--to=mlx", "--symmetric", "--method=clip"], 4, 32, "offsets"),
         ],
     )
     def test_options(self, tmp_path, source, options, bits, group, zeros):
@@ -495,7 +497,10 @@ class TestQuantize:
         assert (segment.bits, segment.group_size) == (bits, group)
         # Symmetric codes are read from GPTQ with zeros of the middle code.
         zero = weights[UP].zero
-        if zeros is None:
+        if zeros == "offsets":
+            middle = -(2 ** (bits - 1)) * weights[UP].scale
+            assert (zero == middle).all() == ("--symmetric" in options)
+        elif zeros is None:
             assert zero is None or (zero == 2 ** (bits - 1)).all()
         else:
             assert zero.dtype == zeros
@@ -535,6 +540,10 @@ class TestQuantize:
                 "--method=clip finds whole numbers; --to=f",
             ),
             (["--to=fp8", "--asymmetric"], "--to=fp8 is symmetric; leave out --asymme"),
+            (
+                ["--to=mlx", "--method=clip"],
+                "their products with scales; add --symmetric",
+            ),
             (["--to=fp8", "--bits=4"], "--bits=4 must be one of 8 for --to fp8"),
             (["--to=gptq", "--skip=("], "--skip='(' is not a regular expression"),
             (["--to=gptq", "--skip=no"], "qjax: --skip='no' matches the whole path of"),

@@ -19,12 +19,13 @@ RENAMED = {
     r"^(model\.language_model|language_model\.model)\.": "model.",
     r"^language_model\.lm_head": "lm_head",
     r"\.block_sparse_moe\.": ".mlp.",
+    r"\.switch_mlp\.": ".experts.",  # MLX, which stacks them
     r"(\.experts\.\d+)\.w1\b": r"\1.gate_proj",
     r"(\.experts\.\d+)\.w2\b": r"\1.down_proj",
     r"(\.experts\.\d+)\.w3\b": r"\1.up_proj",
 }
 GPT_OSS = {
-    r"\.mlp\.router\.": ".mlp.gate.",
+    r"\.mlp\.router\b": ".mlp.gate",
     r"\.experts\.gate_up_proj": ".experts.gate_up_pairs",
     r"(\.experts\.\w+)_bias$": r"\1.bias",
 }

@@ -61,7 +61,8 @@ def load(
     Args:
       path: The directory: ``config.json`` beside ``model.safetensors``, or beside the
         shards that ``model.safetensors.index.json`` lists. Quantization is described by
-        ``quantization_config`` in ``config.json``; else by the first that is there of
+        ``quantization_config`` in ``config.json``, or by "quantization" there, which
+        MLX has and which goes first; else by the first that is there of
         green-bit-llm's ``quant_strategy.json``, AutoGPTQ's ``quantize_config.json`` and
         AutoAWQ's ``quant_config.json``; else, for EXL2, MBWQ and the float zeros of
         MPQ, by names and shapes of the tensors alone. Or a file of llama.cpp, with
@@ -72,10 +73,10 @@ def load(
       sharding: Says of a name, of those that are returned, where the weight goes: for a
         quantized matrix a spec of ``(*stack, k, n)``, as in `qjax.shard`, and for every
         other tensor one of its own axes. Of several, the first is taken that cuts the
-        weight evenly. The mesh may span processes: each reads, of GPTQ, AWQ, GGUF, FP8
-        and of dense tensors, the bytes that its devices hold. Of an act-order matrix
-        that is cut along k it reads whole columns, and of other formats, and where
-        pieces would be no whole blocks, whole matrices.
+        weight evenly. The mesh may span processes: each reads, of GPTQ, AWQ, GGUF, FP8,
+        MLX and of dense tensors, the bytes that its devices hold. Of an act-order
+        matrix that is cut along k it reads whole columns, and of other formats, and
+        where pieces would be no whole blocks, whole matrices.
 
     Returns:
       Quantized matrices, ``[k, n]``, under the paths of their modules
@@ -93,7 +94,8 @@ def load(
         quantization says, with the file and the tensor; or if ``sharding`` gives no
         sharding, or none that cuts a weight evenly, with its name. Nothing is
         returned of a checkpoint of which only a part is sound.
-      NotImplementedError: If Quark wrote the checkpoint in a way that is not read.
+      NotImplementedError: If Quark or MLX wrote the checkpoint in a way that is not
+        read.
 
     Example:
       >>> weights = load("examples/llm/checkpoint")

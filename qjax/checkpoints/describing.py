@@ -16,6 +16,7 @@ from qjax.formats import compressed_tensors_floats as floats
 from qjax.formats import (
     fp8,
     hqq,
+    mlx,
     modelopt,
     quark,
 )
@@ -134,6 +135,27 @@ def of_quark(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
         },
         # The release whose files these are like.
         "version": "0.13",
+    }
+
+
+def of_mlx(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    """MLX's "quantization", with an entry for each matrix that is not like most."""
+    del dense  # A module is quantized if it has scales.
+    configs = {name: mlx.config_of(qt).to_json() for name, qt in matrices.items()}
+    usual = dict(most_common({name: (*one.items(),) for name, one in configs.items()}))
+    return usual | {name: one for name, one in configs.items() if one != usual}
+
+
+def of_metal(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    """That of transformers for Apple's GPUs; all matrices are alike."""
+    configs = {name: mlx.config_of(qt, "metal") for name, qt in matrices.items()}
+    # Of two numbers; a `Config` has a mapping, and cannot be counted.
+    bits, size = most_common({k: (c.bits, c.group_size) for k, c in configs.items()})
+    return {
+        "quant_method": "metal",
+        "bits": bits,
+        "group_size": size,
+        "modules_to_not_convert": list(dense) or None,
     }
 
 

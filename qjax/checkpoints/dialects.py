@@ -22,11 +22,14 @@ from qjax.formats import (
     fp8,
     gptq,
     hqq,
+    mlx,
     modelopt,
     quark,
 )
 from qjax.formats.checks import lacks_even_groups, lacks_narrow_zeros
 from qjax.formats.hqq_config import FIELDS
+from qjax.formats.mlx_config import FIELDS as FIELDS_OF_MLX
+from qjax.formats.mlx_config import METAL_WIDTHS, MODES
 from qjax.formats.patterns import ends_path
 from qjax.tensor import QTensor
 
@@ -39,6 +42,7 @@ class Dialect:
       tensors: Gives a matrix under the upstream's names; a ValueError says why not.
       describe: Makes the ``quantization_config`` of all matrices and of the paths of
         modules with a dense matrix.
+      fields: Where in ``config.json`` that goes.
       widths: Bits that a code of a quantizer may have; none where the format has scales
         of its own.
       quantizer: What rounds to its codes, where these are no whole numbers.
@@ -51,6 +55,7 @@ class Dialect:
 
     tensors: Callable[[QTensor], Mapping[str, Any]]
     describe: Callable[[Matrices, Sequence[str]], dict[str, Any]]
+    fields: Collection[str] = ("quantization_config",)
     widths: Collection[int] = ()
     quantizer: Callable[..., QTensor] | None = None
     scale_dtype: DTypeLike | None = None
@@ -152,6 +157,31 @@ def _against_modelopt(matrices: Matrices, dense: Sequence[str]) -> dict[str, str
     }
 
 
+def _against_mlx(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
+    del dense
+    return {
+        name: f"MLX has paths beside {', '.join(FIELDS_OF_MLX)}, which are no paths."
+        for name in matrices.keys() & {*FIELDS_OF_MLX, "quant_method"}
+    }
+
+
+def _against_metal(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
+    configs = {name: mlx.config_of(qt, "metal") for name, qt in matrices.items()}
+    kinds = {name: (one.bits, one.group_size) for name, one in configs.items()}
+    usual = describing.most_common(kinds)
+    reasons = {
+        name: "transformers has one width and group size for all, here "
+        f"{usual[0]} bits in groups of {usual[1]}, and it has {kind[0]} and {kind[1]}."
+        for name, kind in kinds.items()
+        if kind != usual
+    }
+    if not dense:
+        # Where nothing is said to stay dense, transformers leaves the head so.
+        heads = [name for name in matrices if name.rpartition(".")[2] == "lm_head"]
+        reasons |= dict.fromkeys(heads, "transformers would leave it dense.")
+    return reasons | _against_ends("transformers", matrices, dense)
+
+
 def _odd_columns(qt: QTensor) -> str | None:
     if qt.n % 32 == 0:
         return None
@@ -246,6 +276,23 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             describe=describing.of_quark,
             widths=(4, 8),
             refusal=lacks_narrow_zeros,
+        ),
+        "mlx": Dialect(
+            tensors=mlx.to_tensors,
+            describe=describing.of_mlx,
+            fields=("quantization", "quantization_config"),
+            widths=MODES["affine"].widths,
+            quantizer=mlx.quantize,
+            refusal=mlx.lacks_exact_offsets,
+            against=_against_mlx,
+        ),
+        "metal": Dialect(
+            tensors=functools.partial(mlx.to_tensors, method="metal"),
+            describe=describing.of_metal,
+            widths=METAL_WIDTHS,
+            quantizer=mlx.quantize,
+            refusal=mlx.lacks_exact_offsets,
+            against=_against_metal,
         ),
     }
 )

@@ -406,7 +406,7 @@ def _entry(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Stored]
 ) -> tuple[Path, Mapping[str, Any] | None]:
     """Returns the JSON object that describes the quantization, if any, and its file."""
-    entry = config.get("quantization_config")
+    entry = mlx_entry(config) or config.get("quantization_config")
     if entry is not None:
         return directory / "config.json", entry
     packed = [
@@ -431,6 +431,23 @@ def _entry(
         f"{packed[0].file}: {packed[0].name} is quantized, but config.json has no "
         f"quantization_config, and there is none of {', '.join(BESIDE)}."
     )
+
+
+def mlx_entry(config: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Finds what mlx-lm goes by, whatever ``quantization_config`` says.
+
+    That may repeat it, or be left from what the model was made of.
+
+    Args:
+      config: The parsed ``config.json``.
+
+    Returns:
+      The object, with a ``quant_method``; None if there is none.
+    """
+    entry = config.get("quantization")
+    if not isinstance(entry, Mapping) or not {"group_size", "bits"} <= entry.keys():
+        return None
+    return {"quant_method": "mlx"} | dict(entry)
 
 
 def _dense_faults(

@@ -71,11 +71,13 @@ def save(
       tensors: As `load` returns them, prepared or not: quantized matrices under the
         paths of their modules, other arrays under their full names.
       config: The model's ``config.json``, as `read_config` returns it; its
-        ``quantization_config`` is replaced by one that fits.
+        ``quantization_config`` is replaced by one that fits, and so is the
+        "quantization" of MLX.
       format: "gptq" (v1), "gptq_v2", "gptq_p" (planes), "awq" (gemm),
         "compressed-tensors" (pack-quantized, or the formats of small floats), "exl2",
         "hqq", "fp8", "bitnet", "modelopt" (its NVFP4, MXFP8, and FP8 with several
-        scales) or "quark" (4 and 8 bits, FP8, MXFP4 and MXFP8).
+        scales), "quark" (4 and 8 bits, FP8, MXFP4 and MXFP8), "mlx" (codes with
+        offsets, MXFP4, MXFP8, NVFP4; stacks, too) or "metal" (2, 4 and 8 bits).
       overwrite: Whether the weights and the config of a checkpoint that is there
         already may be replaced. Other files and directories in it stay.
       shard_bytes: Size above which weights are spread over several files with a
@@ -187,7 +189,7 @@ def plan_files(
         reasons |= dialect.against(matrices, dense)
     if reasons:
         raise _refusal(format_, reasons, len(matrices | reasons), advice)
-    config = {**config, "quantization_config": dialect.describe(matrices, dense)}
+    config = _described(config, dialect, dialect.describe(matrices, dense))
     _check_readable(path, format_, config, stored)
     files = {
         file: placing.place(
@@ -196,6 +198,15 @@ def plan_files(
         for file, names in _deal(stored, shard_bytes).items()
     }
     return Plan(dialect=dialect, config=config, files=files)
+
+
+def _described(
+    config: Mapping[str, Any], dialect: Dialect, entry: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The config with a description of the quantization, and without an older one."""
+    of_mlx = ("quantization",) if modules.mlx_entry(config) else ()
+    kept = {key: value for key, value in config.items() if key not in of_mlx}
+    return kept | dict.fromkeys(dialect.fields, entry)
 
 
 def _abstract(dialect: Dialect, qt: QTensor) -> tuple[QTensor, dict[str, Any]]:

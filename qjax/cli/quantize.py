@@ -34,6 +34,8 @@ class Method(enum.StrEnum):
 
 
 _MIN_BITS = 2
+# Formats that add an offset to codes times scales.
+_OF_OFFSETS = ("mlx", "metal")
 
 # What arguments of Python are called here.
 _OPTIONS = {
@@ -83,7 +85,7 @@ def run(
             "--symmetric/--asymmetric",
             show_default=False,
             help="Whether zero is the middle code, or each group has its own. "
-            "[default: symmetric, but not for awq and hqq]",
+            "[default: symmetric, but not for awq, hqq, mlx and metal]",
         ),
     ] = None,
     method: Annotated[
@@ -138,6 +140,7 @@ def run(
       `qjax quantize llama llama-mixed --to gptq --bits 2 --group-size 64
       --rule '.*\.layers\.[01]\..*=4' --rule '.*\.(v_proj|down_proj)=3,32'`
     * HQQ: `qjax quantize llama llama-hqq --to hqq --method hqq --group-size 64`
+    * For Apple's GPUs: `qjax quantize llama llama-mlx --to mlx --group-size 64`
     * FP8 in blocks of 128 x 128: `qjax quantize llama llama-fp8 --to fp8`
     * Attention dense:
       `qjax quantize mixtral mixtral-awq --to awq --skip '.*\.self_attn\..*'`
@@ -212,16 +215,18 @@ class _Recipe:
         """How a matrix is quantized; a ValueError if options do not go together."""
         symmetric = self.symmetric
         if symmetric is None:
-            symmetric = self.to not in ("awq", "hqq")
+            symmetric = self.to not in ("awq", "hqq", *_OF_OFFSETS)
         if reason := self._against(symmetric):
             raise ValueError(reason)
         dialect = dialects.DIALECTS[self.to]
+        # Offsets are found by MLX's own rule, which has no symmetric codes.
+        own = None if self.to in _OF_OFFSETS and symmetric else dialect.quantizer
         return Spec(
             bits=self.bits,
             group_size=None if self.group_size == -1 else self.group_size,
             symmetric=symmetric,
             scale_dtype=dialect.scale_dtype,
-            quantizer=dialect.quantizer or _QUANTIZERS[self.method],
+            quantizer=own or _QUANTIZERS[self.method],
         )
 
     def _against(self, symmetric: bool) -> str | None:
@@ -246,6 +251,11 @@ class _Recipe:
             return f"--method={self.method} finds whole numbers; --to=fp8 has floats."
         if self.to == "fp8" and not symmetric:
             return "--to=fp8 is symmetric; leave out --asymmetric."
+        if self.to in _OF_OFFSETS and self.method != "rtn" and not symmetric:
+            return (
+                f"--method={self.method} finds zeros, and --to={self.to} cannot hold "
+                "all of their products with scales; add --symmetric."
+            )
         widths = dialects.DIALECTS[self.to].widths
         if self.bits not in widths:
             held = ", ".join(str(one) for one in sorted(widths) if one >= _MIN_BITS)

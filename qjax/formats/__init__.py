@@ -13,7 +13,8 @@ A format module has a `Layout` or two. Those of `FORMATS`, which checkpoints nam
 * ``from_tensors(tensors, config)``, where `bitnet`, `exl2`, `fp8`, `mbwq` and `mxfp4`
   can do without the configuration, and ``to_tensors(qt, ...)``.
 
-`auto_round` is a configuration alone: its tensors are those of other formats. Each
+`auto_round` is a configuration alone: its tensors are those of other formats. `mlx` is
+described by "quantization" in config.json, and without a ``quant_method``. Each
 tensor of a `gguf` file says what it is, and no directory names that format. No
 checkpoint names the others, and what their tensors do not say comes from elsewhere:
 
@@ -41,6 +42,7 @@ from qjax.formats import (
     gptq,
     hqq,
     mbwq,
+    mlx,
     modelopt,
     mpq,
     mxfp4,
@@ -65,6 +67,7 @@ __all__ = [
     "gptq",
     "hqq",
     "mbwq",
+    "mlx",
     "modelopt",
     "mpq",
     "mxfp4",
@@ -93,6 +96,8 @@ FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
         "modelopt_fp4": modelopt,
         "bitnet": bitnet,
         "quark": quark,
+        "mlx": mlx,
+        "metal": mlx,
         "gguf": gguf,
     }
 )

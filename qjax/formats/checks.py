@@ -276,9 +276,14 @@ def check_strings(name: str, value: Any) -> tuple[str, ...]:
 # "... cannot hold it: ", or None where nothing is lacking.
 
 
-def lacks_plain_groups(qt: QTensor, widths: Collection[int]) -> str | None:
-    """Whether a tensor is one matrix of one width, its groups runs of stored rows."""
-    if qt.batch:
+def lacks_plain_groups(
+    qt: QTensor, widths: Collection[int], *, stacks: bool = False
+) -> str | None:
+    """Whether a tensor is one matrix of one width, its groups runs of stored rows.
+
+    With ``stacks``, it may be several.
+    """
+    if qt.batch and not stacks:
         return f"it stacks {qt.batch} matrices; write them one by one"
     if len(qt.segments) != 1:
         return "its rows have several widths; EXL2 holds those"

@@ -214,7 +214,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QT
     return _build(jnp.asarray(codes), values, config.block_size, exponents=exponents)
 
 
-def patterns_of(name: str, weight: Any) -> UInt8[np.ndarray, "n k"]:
+def patterns_of(name: str, weight: Any) -> UInt8[np.ndarray, "... n k"]:
     """Takes float8_e4m3fn numbers for their patterns.
 
     Args:

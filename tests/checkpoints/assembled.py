@@ -204,6 +204,21 @@ def quark(name: str) -> Assembled:
     return assemble(state(data), data["out_dequant"].T.astype(dtype), config)
 
 
+def mlx(name: str) -> Assembled:
+    """With the configuration twice, as mlx-lm writes it."""
+    data = golden(f"mlx/mlx_{name}")
+    config = data["meta"]["config"]
+    made = assemble(state(data), data["out_dequant"].T, copy.deepcopy(config))
+    made.checkpoint.config["quantization"] = copy.deepcopy(config)
+    return made
+
+
+def metal() -> Assembled:
+    data = golden("metal/metal_b4_g64_bfloat16__5x128__s1451")
+    config = data["meta"]["config"] | {"modules_to_not_convert": ["lm_head"]}
+    return assemble(state(data), data["out_dequant"].T, config)
+
+
 def torchao_entry(kind: str, **data) -> dict:
     default = {"_type": kind, "_version": 2, "_data": data}
     return {"quant_method": "torchao", "quant_type": {"default": default}}
@@ -366,6 +381,11 @@ DIALECTS: dict[str, Callable[[], Assembled]] = {
     "quark mxfp4": lambda: quark("mxfp4__16x64__s1319"),
     "quark mxfp6": lambda: quark("mxfp6_e3m2__16x64__s1321"),
     "quark nvfp4": lambda: quark("nvfp4__16x64__s1324"),
+    "mlx": lambda: mlx("affine__b4_g64_bfloat16__7x128__s1405"),
+    "mlx 3 bits": lambda: mlx("affine__b3_g32_float16__6x96__s1402"),
+    "mlx mxfp8": lambda: mlx("mxfp8__6x96__s1431"),
+    "mlx nvfp4": lambda: mlx("nvfp4__6x96__s1432"),
+    "metal": metal,
     "torchao": torchao,
     "torchao tiled": torchao_tiled,
     "torchao tiled and padded": lambda: torchao_tiled((35, 200)),

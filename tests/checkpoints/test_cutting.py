@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import qjax
 from qjax import checkpoints
 from qjax.checkpoints.shards import Stored
-from qjax.formats import awq, fp8, modelopt, quark
+from qjax.formats import awq, fp8, mlx, modelopt, quark
 from tests import goldens
 from tests.checkpoints import assembled, tiny
 
@@ -219,6 +219,36 @@ def test_what_quark_wrote(tmp_path, mesh, name):
     where = NamedSharding(mesh, spec)
     whole = qjax.shard(checkpoints.lazy(path)[tiny.MODULE], mesh, spec)
     assert_same(checkpoints.lazy(path, sharding=lambda _: where)[tiny.MODULE], whole)
+
+
+@pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")], ids=str)
+@pytest.mark.parametrize("kind", [(4, 32), (3, 32), "nvfp4"], ids=str)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_mlx(tmp_path, mesh, counted, kind, spec, stacked):
+    shape = (2, 128, 64) if stacked else (128, 64)
+    dense = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    if kind == "nvfp4":
+        held = {
+            "weight": dense[..., ::8, :].swapaxes(-1, -2).view(np.uint32) & 0x77777777,
+            "scales": np.full((*shape[:-2], 64, 8), 60, np.uint8),
+        }
+        entry = {"group_size": 16, "bits": 4, "mode": "nvfp4"}
+    else:
+        w = mlx.quantize(jnp.asarray(dense), *kind)
+        held = {name: np.asarray(array) for name, array in mlx.to_tensors(w).items()}
+        entry = {"group_size": kind[1], "bits": kind[0]}
+    built = tiny.Checkpoint(
+        {f"{tiny.MODULE}.{k}": np.ascontiguousarray(a) for k, a in held.items()},
+        {"quantization": entry},
+    )
+    path, spec = built.write(tmp_path), P(*[None] * stacked, *spec)
+    # Prepared: scales in two levels are not cut.
+    load = functools.partial(checkpoints.load, path)
+    whole = qjax.shard(load()[tiny.MODULE], mesh, spec)
+    counted.clear()
+    found = load(sharding=lambda _: NamedSharding(mesh, spec))[tiny.MODULE]
+    assert_same(found, whole)
+    assert sum(counted.values()) == sum(array.nbytes for array in held.values())
 
 
 @pytest.mark.parametrize("prepare", [True, False])

@@ -40,8 +40,8 @@ def test_there_is_a_directory_of_each_format(tmp_path):
     for i, (name, make) in enumerate(DIALECTS.items()):
         made = make()
         directory = made.checkpoint.write(tmp_path / str(i))
-        config = made.checkpoint.config.get("quantization_config")
-        methods.add(config["quant_method"] if config else name.split()[0].strip(","))
+        config = made.checkpoint.config.get("quantization_config") or {}
+        methods.add(config.get("quant_method", name.split()[0].strip(",")))
         assert checkpoints.verify(directory) == []
     # GGUF is a file by itself: tests/checkpoints/test_gguf.py.
     assert methods == set(FORMATS) - {"gguf"}

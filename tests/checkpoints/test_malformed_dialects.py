@@ -312,6 +312,69 @@ QUARK_ERRORS = {
         reads=True,
     ),
 }
+
+
+def mlx(bend, *pieces, name="mlx", error=ValueError, reads=False):
+    make = checkpoint_of(name)
+    return Case(bend, pieces, error=error, reads=reads, make=make)
+
+
+def said(**fields):
+    """Changes what MLX goes by."""
+    return lambda c: c.config["quantization"].update(fields)
+
+
+MLX_ERRORS = {
+    "MLX: another width": mlx(
+        said(bits=8), IN_FILE + "scales.shape=(7, 2) must be (7, 1), from weight.shape"
+    ),
+    "MLX: a width that there is not": mlx(
+        said(bits=7), "config.json: quantization.bits=7 must be one of (2, 3, 4, 5, 6,"
+    ),
+    "MLX: a mode that is not read": mlx(
+        said(mode="nf4"),
+        "config.json: quantization.mode='nf4' is not read",
+        error=NotImplementedError,
+    ),
+    "MLX: a field that is not known": mlx(
+        said(rotation="hadamard"),
+        "config.json: quantization['rotation']='hadamard' is not known",
+        error=NotImplementedError,
+    ),
+    "MLX: the module has another mode": mlx(
+        said(**{MODULE: {"mode": "mxfp4"}}),
+        IN_FILE + "biases is no tensor of mlx with mode='mxfp4'",
+    ),
+    "MLX: the module stays dense": mlx(
+        said(**{MODULE: False}), f"config.json leaves {MODULE} dense"
+    ),
+    "MLX: no offsets": mlx(drop(f"{MODULE}.biases"), IN_FILE + "biases is missing"),
+    "MLX: integers that nothing scales": mlx(
+        drop(f"{MODULE}.biases", f"{MODULE}.scales"),
+        "config.json says that the weights are quantized, but no tensor is",
+    ),
+    "MLX: nothing says how": mlx(
+        lambda c: c.config.pop("quantization"),
+        "config.json: quant_method=None is not supported",
+    ),
+    "MLX: an offset is not finite": mlx(
+        put(biases=np.full((6, 3), np.inf, np.float16)),
+        IN_FILE + "biases must be finite",
+        name="mlx 3 bits",
+        reads=True,
+    ),
+    "MLX: a scale is not a number": mlx(
+        put(scales=np.full((6, 6), 127, np.uint8)),
+        IN_FILE + "scales must be finite",
+        name="mlx nvfp4",
+        reads=True,
+    ),
+    "metal: the module stays dense": mlx(
+        quantization(modules_to_not_convert=["q_proj"]),
+        f"config.json leaves {MODULE} dense",
+        name="metal",
+    ),
+}
 TABLES = (
     MBWQ_ERRORS,
     MPQ_ERRORS,
@@ -319,6 +382,7 @@ TABLES = (
     AWQ_ERRORS,
     MODELOPT_ERRORS,
     QUARK_ERRORS,
+    MLX_ERRORS,
 )
 CASES = {name: case for table in TABLES for name, case in table.items()}
 

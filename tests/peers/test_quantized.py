@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import qjax
 from qjax import checkpoints
-from qjax.formats import bitnet, fp8
+from qjax.formats import bitnet, fp8, mlx
 from qjax.formats import gptq as format_
 from qjax.quantizers import gptq, gram, hqq
 from tests.peers import arrays
@@ -26,9 +26,15 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "llm" / "quantize.py"
 
 def logits_of(directory: Path, dtype: torch.dtype = torch.float32) -> np.ndarray:
     ids = np.load(DENSE / "reference.npz")["prompt_ids"].astype(np.int64)
-    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
     entry = checkpoints.read_config(directory).get("quantization_config") or {}
-    if entry.get("quant_method") == "fp8":
+    method = entry.get("quant_method")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        # Those of "metal" would be sent to an Apple GPU.
+        directory,
+        dtype=dtype,
+        device_map="cpu" if method == "metal" else None,
+    )
+    if method in ("fp8", "metal"):
         # On a CPU it is dequantized, each weight to the dtype of its scale.
         model = model.float()
     with torch.no_grad():
@@ -78,7 +84,12 @@ def compressed_floats(target: Path) -> None:
     checkpoints.quantize(DENSE, target, format="compressed-tensors", rules=spec)
 
 
-WRITERS = [compressed, awq_by_the_example, floats, compressed_floats]
+def metal(target: Path) -> None:
+    spec = qjax.Spec(group_size=64, quantizer=mlx.quantize)
+    checkpoints.quantize(DENSE, target, format="metal", rules=spec)
+
+
+WRITERS = [compressed, awq_by_the_example, floats, compressed_floats, metal]
 
 
 @pytest.mark.parametrize("write", WRITERS)
