@@ -4,11 +4,16 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax
+from jax import Array
+
 from qjax.checkpoints import modules
-from qjax.checkpoints.dialects import centered
+from qjax.checkpoints.dialects import DIALECTS, centered
 from qjax.checkpoints.rewriting import Request, Weight, kept, rewrite
 from qjax.checkpoints.shards import Stored
-from qjax.checkpoints.writing import SHARD_BYTES
+from qjax.checkpoints.writing import SHARD_BYTES, is_table
+from qjax.decode import dequantize
+from qjax.tensor import QTensor
 
 
 def convert(
@@ -20,6 +25,9 @@ def convert(
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
     """Writes a checkpoint directory in another format, without requantizing.
+
+    Packed tables of embeddings, which MLX has, become dense where loaders of ``format``
+    read no others.
 
     Every weight is read twice, one by one: to find what cannot be held before anything
     is written, and to write it. Tokenizer, generation config and whatever other files
@@ -55,12 +63,32 @@ def convert(
     request = Request(
         target=target, format=format, overwrite=overwrite, shard_bytes=shard_bytes
     )
-    rewrite(source, request, _weights)
+    dialect = DIALECTS.get(format)  # If there is none, the plan says so.
+    has_tables = dialect is None or dialect.has_tables
+    rewrite(source, request, lambda origin: _weights(origin, has_tables))
 
 
-def _weights(directory: Path) -> Mapping[str, Weight]:
-    parts = modules.open_parts(directory)
-    return {name: _weight(part) for name, part in parts.items()}
+def _weights(directory: Path, has_tables: bool) -> Mapping[str, Weight]:
+    weights = {}
+    for name, part in modules.open_parts(directory).items():
+        if isinstance(part, modules.Matrix) and is_table(name) and not has_tables:
+            weights[f"{name}.weight"] = _table(part)
+        else:
+            weights[name] = _weight(part)
+    return weights
+
+
+def _table(part: modules.Matrix) -> Weight:
+    """A packed table that becomes dense, ``[vocabulary, hidden]``."""
+    return Weight(
+        nbytes=part.nbytes,
+        look=lambda: jax.eval_shape(_dense, part.read()),
+        read=lambda: _dense(part.read()),
+    )
+
+
+def _dense(table: QTensor) -> Array:
+    return dequantize(table).mT
 
 
 def _weight(part: modules.Matrix | Stored) -> Weight:

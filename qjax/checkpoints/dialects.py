@@ -51,6 +51,7 @@ class Dialect:
       refusal: Says what the values of a matrix have against it, beyond `tensors`; of
         abstract leaves, what they might have.
       against: Says which matrices cannot stand beside the others, and why.
+      has_tables: Whether loaders read packed tables of embeddings.
     """
 
     tensors: Callable[[QTensor], Mapping[str, Any]]
@@ -61,6 +62,7 @@ class Dialect:
     scale_dtype: DTypeLike | None = None
     refusal: Callable[[QTensor], str | None] = lambda qt: None
     against: Callable[[Matrices, Sequence[str]], dict[str, str]] = lambda m, d: {}
+    has_tables: bool = False
 
 
 def _gptq(checkpoint_format: gptq.Checkpoint) -> Dialect:
@@ -285,6 +287,7 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             quantizer=mlx.quantize,
             refusal=mlx.lacks_exact_offsets,
             against=_against_mlx,
+            has_tables=True,
         ),
         "metal": Dialect(
             tensors=functools.partial(mlx.to_tensors, method="metal"),

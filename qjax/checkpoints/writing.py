@@ -286,9 +286,13 @@ def linear_of(name: str, shape: Sequence[int]) -> str | None:
       Path of the layer; None for embeddings and whatever else it may be.
     """
     path = name.removesuffix(".weight")
-    last = path.rpartition(".")[2]
-    embeds = "embed" in last or last in _EMBEDDINGS
-    return path if path != name and len(shape) == 2 and not embeds else None
+    return path if path != name and len(shape) == 2 and not is_table(path) else None
+
+
+def is_table(module: str) -> bool:
+    """Whether a module is a table of embeddings, by its name."""
+    last = module.rpartition(".")[2]
+    return "embed" in last or last in _EMBEDDINGS
 
 
 def is_head(module: str) -> bool:

@@ -418,6 +418,18 @@ class TestModel:
         stored = checkpoints.shards.scan(tmp_path / "c")
         same_bits({k: v.read() for k, v in stored.items()}, tensors)
 
+    def test_tables_become_dense_where_others_read_none(self, tmp_path):
+        names = ("model.embed_tokens", "x")
+        tensors = {
+            f"{name}.{k}": v for name in names for k, v in tensors_of(MXFP4).items()
+        }
+        path = directory(tmp_path / "a", tensors, quantization=load(MXFP4)["config"])
+        checkpoints.convert(path, tmp_path / "b", format="compressed-tensors")
+        found = checkpoints.load(tmp_path / "b")
+        assert found.keys() == {"model.embed_tokens.weight", "x"}
+        table = checkpoints.load(path)["model.embed_tokens"]
+        same_bits(found["model.embed_tokens.weight"], qjax.dequantize(table).T)
+
     def test_other_objects_of_that_name(self, tmp_path):
         """Only what MLX could read is taken for its own, and only that is dropped."""
         w = qjax.quantize(jnp.eye(64), 4, 32, symmetric=True)
