@@ -535,6 +535,15 @@ class TestQuantize:
                 "--method=clip finds whole numbers; --to=f",
             ),
             (["--to=fp8", "--asymmetric"], "--to=fp8 is symmetric; leave out --asymme"),
+            (["--to=bitsandbytes", "--bits=5"], "--bits=5 must be one of 4, 8 for --t"),
+            (
+                ["--to=bitsandbytes", "--method=hqq"],
+                "--method=hqq finds float zeros, which --to=bitsandbytes cannot hold",
+            ),
+            (
+                ["--to=bitsandbytes", "--asymmetric"],
+                "--to=bitsandbytes is symmetric; leave out --asymmetric",
+            ),
             (["--to=fp8", "--bits=4"], "--bits=4 must be one of 8 for --to fp8"),
             (["--to=gptq", "--skip=("], "--skip='(' is not a regular expression"),
             (["--to=gptq", "--skip=no"], "qjax: --skip='no' matches the whole path of"),

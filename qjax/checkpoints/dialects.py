@@ -17,6 +17,7 @@ from qjax.checkpoints.describing import Matrices
 from qjax.formats import (
     awq,
     bitnet,
+    bnb,
     compressed_tensors,
     exl2,
     fp8,
@@ -46,6 +47,8 @@ class Dialect:
         that of the dense weights.
       refusal: Says what the values of a matrix have against it, beyond `tensors`; of
         abstract leaves, what they might have.
+      encoded: Where values decide on the shapes of tensors or on what is described:
+        gives a matrix whose values are known the scales of a file, which say so.
       against: Says which matrices cannot stand beside the others, and why.
     """
 
@@ -55,6 +58,7 @@ class Dialect:
     quantizer: Callable[..., QTensor] | None = None
     scale_dtype: DTypeLike | None = None
     refusal: Callable[[QTensor], str | None] = lambda qt: None
+    encoded: Callable[[QTensor], QTensor] | None = None
     against: Callable[[Matrices, Sequence[str]], dict[str, str]] = lambda m, d: {}
 
 
@@ -129,6 +133,18 @@ def _against_ends(
         for part in dense
         if ends_path(re.escape(part), name)
     }
+
+
+def _against_bitsandbytes(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
+    kinds = describing.kinds_of_bitsandbytes(matrices)
+    usual = describing.most_common(kinds)
+    reasons = {
+        name: "bitsandbytes has one kind of codes for all, stored alike, here "
+        f"{' in '.join(usual)}, and it has {' in '.join(kind)}."
+        for name, kind in kinds.items()
+        if kind != usual
+    }
+    return reasons | _against_ends("bitsandbytes", matrices, dense)
 
 
 def _of_fp8(config: fp8.Config) -> str:
@@ -230,6 +246,14 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             widths=(8,),
             quantizer=fp8.quantize,
             against=_against_fp8,
+        ),
+        "bitsandbytes": Dialect(
+            tensors=bnb.to_tensors,
+            describe=describing.of_bitsandbytes,
+            widths=(4, 8),
+            quantizer=bnb.quantize,
+            encoded=bnb.encoded,
+            against=_against_bitsandbytes,
         ),
         "bitnet": Dialect(
             tensors=bitnet.to_tensors,

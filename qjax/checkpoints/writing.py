@@ -17,7 +17,7 @@ from qjax.checkpoints.atomic import check_target, replacing
 from qjax.checkpoints.dialects import DIALECTS, Dialect, centered
 from qjax.checkpoints.journal import Journal
 from qjax.checkpoints.shards import INDEX, SINGLE, Stored, check_name, weight_files
-from qjax.formats.checks import check_finite
+from qjax.formats.checks import check_finite, is_known
 from qjax.tensor import QTensor, check_array
 
 SHARD_BYTES = 5_000_000_000
@@ -74,8 +74,9 @@ def save(
         ``quantization_config`` is replaced by one that fits.
       format: "gptq" (v1), "gptq_v2", "gptq_p" (planes), "awq" (gemm),
         "compressed-tensors" (pack-quantized, or the formats of small floats), "exl2",
-        "hqq", "fp8", "bitnet", "modelopt" (its NVFP4, MXFP8, and FP8 with several
-        scales) or "quark" (4 and 8 bits, FP8, MXFP4 and MXFP8).
+        "hqq", "fp8", "bitnet", "bitsandbytes" (NF4, FP4 or LLM.int8()), "modelopt" (its
+        NVFP4, MXFP8, and FP8 with several scales) or "quark" (4 and 8 bits, FP8, MXFP4
+        and MXFP8).
       overwrite: Whether the weights and the config of a checkpoint that is there
         already may be replaced. Other files and directories in it stay.
       shard_bytes: Size above which weights are spread over several files with a
@@ -205,13 +206,18 @@ def _abstract(dialect: Dialect, qt: QTensor) -> tuple[QTensor, dict[str, Any]]:
     _check_finite(qt)
     shapes: dict[str, Any] = {}
 
-    def trace(qt: QTensor) -> None:
+    def look(qt: QTensor) -> None:
         # What eval_shape returns would have int32 for NumPy's int64.
         for key, array in dialect.tensors(qt).items():
             shapes[key] = _Shaped(tuple(array.shape), np.dtype(array.dtype))
 
+    known = all(map(is_known, jax.tree.leaves(qt)))
+    if known and dialect.encoded is not None:
+        qt = dialect.encoded(qt)
+        look(qt)
     matrix = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), qt)
-    jax.eval_shape(trace, matrix)
+    if not shapes:
+        jax.eval_shape(look, matrix)
     return matrix, shapes
 
 

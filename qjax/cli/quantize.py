@@ -42,6 +42,7 @@ _OPTIONS = {
     "skip=": "--skip=",
     "(skip)": "(--skip)",
     "group_size=": "--group-size=",
+    "blocksize=": "--group-size=",
     "None for one group a column": "-1 for all inputs",
     ", or pad w": "",
     "w.shape[-2]=": "inputs k=",
@@ -139,6 +140,8 @@ def run(
       --rule '.*\.layers\.[01]\..*=4' --rule '.*\.(v_proj|down_proj)=3,32'`
     * HQQ: `qjax quantize llama llama-hqq --to hqq --method hqq --group-size 64`
     * FP8 in blocks of 128 x 128: `qjax quantize llama llama-fp8 --to fp8`
+    * NF4, or LLM.int8() with `--bits 8`:
+      `qjax quantize llama llama-nf4 --to bitsandbytes --group-size 64`
     * Attention dense:
       `qjax quantize mixtral mixtral-awq --to awq --skip '.*\.self_attn\..*'`
     """
@@ -242,10 +245,13 @@ class _Recipe:
                 f"--bits={self.bits} would take the room of 8 in HQQ's words; take "
                 "--bits 4 or 8."
             )
-        if self.to == "fp8" and self.method != "rtn":
-            return f"--method={self.method} finds whole numbers; --to=fp8 has floats."
-        if self.to == "fp8" and not symmetric:
-            return "--to=fp8 is symmetric; leave out --asymmetric."
+        if dialects.DIALECTS[self.to].quantizer and self.method != "rtn":
+            return (
+                f"--method={self.method} finds whole numbers; --to={self.to} has a "
+                "rounding of its own."
+            )
+        if self.to in ("fp8", "bitsandbytes") and not symmetric:
+            return f"--to={self.to} is symmetric; leave out --asymmetric."
         widths = dialects.DIALECTS[self.to].widths
         if self.bits not in widths:
             held = ", ".join(str(one) for one in sorted(widths) if one >= _MIN_BITS)

@@ -30,10 +30,14 @@ BLOCK, _, NAME = MODULE.rpartition(".")
 
 @dataclasses.dataclass
 class Assembled:
-    """A checkpoint of one quantized module, and the weight ``[k, n]`` upstream gets."""
+    """A checkpoint of one quantized module, and the weight ``[k, n]`` upstream gets.
+
+    And the one that it multiplies by, if that is rounded in other places.
+    """
 
     checkpoint: Checkpoint
     weight: np.ndarray
+    prepared: np.ndarray | None = None
 
 
 @functools.cache
@@ -131,6 +135,16 @@ def bnb() -> Assembled:
     config |= {"load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
     config |= {"bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "float16"}
     return assemble({"weight": data["packed"]} | tensors, data["out_dequant"].T, config)
+
+
+def bnb_int8() -> Assembled:
+    data = golden("bnb/bnb_int8__float32__7x50__s722")
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config |= {"load_in_4bit": False, "llm_int8_threshold": 6.0}
+    config |= {"llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": None}
+    made = assemble(state(data), data["out_dequant"].T, config)
+    made.prepared = data["out_identity"].T
+    return made
 
 
 def compressed_tensors() -> Assembled:
@@ -330,6 +344,7 @@ DIALECTS: dict[str, Callable[[], Assembled]] = {
     "exl2 without a config": lambda: exl2(None),
     "hqq": hqq,
     "bitsandbytes": bnb,
+    "bitsandbytes int8": bnb_int8,
     "compressed-tensors": compressed_tensors,
     "compressed-tensors fp8": lambda: compressed_floats(
         "float_quantized__channel_bfloat16__16x48__s901"

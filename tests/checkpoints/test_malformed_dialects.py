@@ -312,7 +312,44 @@ QUARK_ERRORS = {
         reads=True,
     ),
 }
+
+
+def llm_int8(bend, *pieces, reads=False):
+    make = checkpoint_of("bitsandbytes int8")
+    return Case(bend, pieces, reads=reads, make=make)
+
+
+INT8_ERRORS = {
+    "LLM.int8(): the configuration says 4 bits": llm_int8(
+        quantization(load_in_4bit=True, load_in_8bit=False),
+        IN_FILE + "weight.absmax is missing",
+    ),
+    "LLM.int8(): or both": llm_int8(
+        quantization(load_in_4bit=True),
+        "config.json: load_in_4bit=True and load_in_8bit=True: one of them must be",
+    ),
+    "LLM.int8(): weights of 16 bits": llm_int8(
+        quantization(llm_int8_has_fp16_weight=True),
+        "config.json: llm_int8_has_fp16_weight=true: such weights are dense",
+    ),
+    "LLM.int8(): it should be dense": llm_int8(
+        quantization(llm_int8_skip_modules=["layers.0"]),
+        f"config.json leaves {MODULE} dense",
+    ),
+    "LLM.int8(): no magnitudes": llm_int8(
+        drop(f"{MODULE}.SCB"), IN_FILE + "SCB is missing"
+    ),
+    "LLM.int8(): too few magnitudes": llm_int8(
+        put(SCB=np.ones(6, np.float32)), IN_FILE + "SCB.shape=(6,) must be (7,)"
+    ),
+    "LLM.int8(): bytes for tensor cores": llm_int8(
+        put(weight_format=np.array(3, np.uint8)),
+        IN_FILE + "weight_format=3 (col_ampere) must be 0",
+        reads=True,
+    ),
+}
 TABLES = (
+    INT8_ERRORS,
     MBWQ_ERRORS,
     MPQ_ERRORS,
     TILED_ERRORS,
