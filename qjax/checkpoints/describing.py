@@ -17,6 +17,7 @@ from qjax.formats import (
     fp8,
     hqq,
     modelopt,
+    quanto,
     quark,
 )
 from qjax.formats import compressed_tensors_floats as floats
@@ -146,6 +147,17 @@ def of_modelopt(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
         "group_size": size,
         "ignore": list(dense),
         "producer": {"name": "qjax"},
+    }
+
+
+def of_quanto(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    """optimum-quanto's map of modules, beside which config.json says nothing."""
+    del dense  # The map has what is quantized.
+    configs = {name: quanto.config_of(qt) for name, qt in matrices.items()}
+    return {"quant_method": "quanto"} | {
+        name: {"weights": config.weights, "activations": "none"}
+        | ({} if config.k is None else {"in_features": config.k})
+        for name, config in configs.items()
     }
 
 

@@ -24,6 +24,7 @@ from qjax.formats import (
     gptq,
     hqq,
     modelopt,
+    quanto,
     quark,
 )
 from qjax.formats.checks import lacks_even_groups, lacks_narrow_zeros
@@ -40,6 +41,8 @@ class Dialect:
       tensors: Gives a matrix under the upstream's names; a ValueError says why not.
       describe: Makes the ``quantization_config`` of all matrices and of the paths of
         modules with a dense matrix.
+      beside: The file that has this, without ``quant_method``, where config.json has
+        not.
       widths: Bits that a code of a quantizer may have; none where the format has scales
         of its own.
       quantizer: What rounds to its codes, where these are no whole numbers.
@@ -54,6 +57,7 @@ class Dialect:
 
     tensors: Callable[[QTensor], Mapping[str, Any]]
     describe: Callable[[Matrices, Sequence[str]], dict[str, Any]]
+    beside: str | None = None
     widths: Collection[int] = ()
     quantizer: Callable[..., QTensor] | None = None
     scale_dtype: DTypeLike | None = None
@@ -264,6 +268,13 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             tensors=modelopt.to_tensors,
             describe=describing.of_modelopt,
             against=_against_modelopt,
+        ),
+        "quanto": Dialect(
+            tensors=quanto.to_tensors,
+            describe=describing.of_quanto,
+            beside="quanto_qmap.json",
+            widths=(2, 4, 8),
+            refusal=quanto.unloadable,
         ),
         "quark": Dialect(
             tensors=quark.to_tensors,

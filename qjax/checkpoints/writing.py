@@ -42,11 +42,13 @@ class Plan:
     Attributes:
       dialect: How matrices are written.
       config: For ``config.json``.
+      beside: Other JSON files, by name.
       files: What each file of weights holds, and where.
     """
 
     dialect: Dialect
     config: Mapping[str, Any]
+    beside: Mapping[str, Mapping[str, Any]]
     files: Mapping[str, placing.File]
 
 
@@ -75,8 +77,8 @@ def save(
       format: "gptq" (v1), "gptq_v2", "gptq_p" (planes), "awq" (gemm),
         "compressed-tensors" (pack-quantized, or the formats of small floats), "exl2",
         "hqq", "fp8", "bitnet", "bitsandbytes" (NF4, FP4 or LLM.int8()), "modelopt" (its
-        NVFP4, MXFP8, and FP8 with several scales) or "quark" (4 and 8 bits, FP8, MXFP4
-        and MXFP8).
+        NVFP4, MXFP8, and FP8 with several scales), "quanto" (2, 4 and 8 bits, FP8) or
+        "quark" (4 and 8 bits, FP8, MXFP4 and MXFP8).
       overwrite: Whether the weights and the config of a checkpoint that is there
         already may be replaced. Other files and directories in it stay.
       shard_bytes: Size above which weights are spread over several files with a
@@ -188,15 +190,22 @@ def plan_files(
         reasons |= dialect.against(matrices, dense)
     if reasons:
         raise _refusal(format_, reasons, len(matrices | reasons), advice)
-    config = {**config, "quantization_config": dialect.describe(matrices, dense)}
-    _check_readable(path, format_, config, stored)
+    entry = dialect.describe(matrices, dense)
+    _check_readable(path, format_, {**config, "quantization_config": entry}, stored)
+    config, beside = dict(config), {}
+    if dialect.beside is None:
+        config["quantization_config"] = entry
+    else:
+        config.pop("quantization_config", None)
+        method = "quant_method"
+        beside[dialect.beside] = {k: v for k, v in entry.items() if k != method}
     files = {
         file: placing.place(
             path / file, {name: stored[name].values() for name in names}
         )
         for file, names in _deal(stored, shard_bytes).items()
     }
-    return Plan(dialect=dialect, config=config, files=files)
+    return Plan(dialect=dialect, config=config, beside=beside, files=files)
 
 
 def _abstract(dialect: Dialect, qt: QTensor) -> tuple[QTensor, dict[str, Any]]:
@@ -372,7 +381,8 @@ def write_files(
     Yields:
       The name of each weight that is in its place.
     """
-    _write_json(directory / "config.json", plan.config)
+    for name, value in {"config.json": plan.config, **plan.beside}.items():
+        _write_json(directory / name, value)
     for file_name, file in plan.files.items():
         with placing.opened(directory / file_name, file) as stream:
             for name, places in file.parts.items():

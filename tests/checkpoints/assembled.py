@@ -218,6 +218,16 @@ def quark(name: str) -> Assembled:
     return assemble(state(data), data["out_dequant"].T.astype(dtype), config)
 
 
+def quanto(name: str, **sizes) -> Assembled:
+    """With the map beside config.json, which says the sizes of its one layer."""
+    data = golden(f"quanto/quanto_linear__{name}")
+    made = assemble(state(data), data["out_dequant"].T)
+    made.checkpoint.config |= sizes
+    entry = copy.deepcopy(data["meta"]["config"])
+    made.checkpoint.files["quanto_qmap.json"] = {MODULE: entry}
+    return made
+
+
 def torchao_entry(kind: str, **data) -> dict:
     default = {"_type": kind, "_version": 2, "_data": data}
     return {"quant_method": "torchao", "quant_type": {"default": default}}
@@ -381,6 +391,13 @@ DIALECTS: dict[str, Callable[[], Assembled]] = {
     "quark mxfp4": lambda: quark("mxfp4__16x64__s1319"),
     "quark mxfp6": lambda: quark("mxfp6_e3m2__16x64__s1321"),
     "quark nvfp4": lambda: quark("nvfp4__16x64__s1324"),
+    "quanto qint4": lambda: quanto(
+        "qint4_float16__4x256__s163",
+        **{"hidden_size": 256, "num_attention_heads": 2, "head_dim": 2},
+    ),
+    "quanto qint2": lambda: quanto("qint2_float16_spread__7x50__s162"),
+    "quanto qint8": lambda: quanto("qint8_float32__7x50__s171"),
+    "quanto qfloat8": lambda: quanto("qfloat8_bfloat16_spread__16x48__s177"),
     "torchao": torchao,
     "torchao tiled": torchao_tiled,
     "torchao tiled and padded": lambda: torchao_tiled((35, 200)),

@@ -225,6 +225,21 @@ def test_llm_int8(tmp_path, mesh, counted, spec):
     assert 64 * 128 < sum(counted.values()) < 64 * 128 + 8 * 4 * 128
 
 
+@pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quanto(tmp_path, mesh, counted, bits, spec):
+    dense = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
+    w = qjax.quantize(jnp.asarray(dense), bits, None, symmetric=True)
+    checkpoints.save(tmp_path / "x", {tiny.MODULE: w}, {}, format="quanto")
+    load = functools.partial(checkpoints.load, tmp_path / "x")
+    whole = qjax.shard(load()[tiny.MODULE], mesh, spec)
+    counted.clear()
+    found = load(sharding=lambda _: NamedSharding(mesh, spec))[tiny.MODULE]
+    assert_same(found, whole)
+    # Slabs are not cut, and read whole.
+    assert bits == 4 or sum(counted.values()) < 64 * 128 + 8 * 4 * 128
+
+
 @pytest.mark.parametrize("name", ["int4_channel", "mxfp6_e2m3", "nvfp4"])
 def test_what_quark_wrote(tmp_path, mesh, name):
     (name,) = (n for n in goldens.names("quark") if n.startswith(f"quark_{name}__"))

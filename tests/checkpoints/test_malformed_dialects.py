@@ -348,8 +348,63 @@ INT8_ERRORS = {
         reads=True,
     ),
 }
+
+
+def quanto(bend, *pieces, name="quanto qint4", error=ValueError, reads=False):
+    make = checkpoint_of(name)
+    return Case(bend, pieces, error=error, reads=reads, make=make)
+
+
+def mapped(**fields):
+    """Changes what the map says of the module."""
+    return lambda c: c.files["quanto_qmap.json"][MODULE].update(fields)
+
+
+QUANTO_ERRORS = {
+    "quanto: no map": quanto(
+        lambda c: c.files.clear(), "is quantized, but config.json has no", "quanto_qmap"
+    ),
+    "quanto: the map leaves it out": quanto(
+        lambda c: c.files["quanto_qmap.json"].clear(),
+        f"quanto_qmap.json leaves {MODULE} dense",
+    ),
+    "quanto: floats that are not read": quanto(
+        mapped(weights="qfloat8_e5m2"),
+        f"quanto_qmap.json: {MODULE}.weights='qfloat8_e5m2' is not read",
+        error=NotImplementedError,
+    ),
+    "quanto: types that there are not": quanto(
+        mapped(weights="qint5"), f"{MODULE}.weights='qint5' must be one of"
+    ),
+    "quanto: as transformers' configuration has it": quanto(
+        lambda c: c.config.update(
+            quantization_config={"quant_method": "quanto", "weights": "int8"}
+        ),
+        "config.json: weights='int8' must be an object",
+    ),
+    "quanto: other bits": quanto(
+        mapped(weights="qint2"), IN_FILE + "weight._data._data.shape=(4, 128) must be"
+    ),
+    "quanto: eight bits": quanto(
+        mapped(weights="qint8"), IN_FILE + "weight._data is missing"
+    ),
+    "quanto: inputs that do not fit": quanto(
+        mapped(in_features=192), IN_FILE + "weight._data._data.shape=(4, 128) must be"
+    ),
+    "quanto: nobody says how many inputs": quanto(
+        lambda c: c.config.update(hidden_size=128),
+        f"quanto_qmap.json: {MODULE}: 8 groups of 128 do not say how many inputs",
+    ),
+    "quanto: a scale is not a number": quanto(
+        put(**{"weight._scale": np.full((7, 1), np.nan, np.float32)}),
+        IN_FILE + "weight._scale must be finite",
+        name="quanto qint8",
+        reads=True,
+    ),
+}
 TABLES = (
     INT8_ERRORS,
+    QUANTO_ERRORS,
     MBWQ_ERRORS,
     MPQ_ERRORS,
     TILED_ERRORS,
