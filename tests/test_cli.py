@@ -484,6 +484,9 @@ class TestQuantize:
             (["--to=compressed-tensors", "--group-size=-1", "--head"], 4, None, None),
             (["--to=hqq", "--method=hqq", "--bits=2"], 2, 32, jnp.float16),
             (["--to=fp8"], 8, 32, None),
+            (["--to=bitsandbytes"], 4, 32, None),
+            (["--to=bitsandbytes", "--bits=8"], 8, None, None),
+            (["--to=quanto", "--group-size=64"], 4, 64, None),
         ],
     )
     def test_options(self, tmp_path, source, options, bits, group, zeros):
