@@ -77,7 +77,7 @@ def test_kernels_take_it(kind):
     read = quanto.from_tensors(tensors, quanto.config_of(qt))
     moved = qjax.prepare(read, layout=Tiles())
     assert isinstance(moved.layout, Tiles)
-    same_bits(qjax.dequantize(moved), qjax.dequantize(qt))
+    same_bits(qjax.dequantize(moved), qjax.dequantize(read))
 
 
 def directory(name: str, path, **changes):
