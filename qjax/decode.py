@@ -12,6 +12,7 @@ from jaxtyping import Array, DTypeLike, Float
 from qjax.tensor import (
     Affine,
     Grouping,
+    InSteps,
     Layout,
     QTensor,
     columns,
@@ -87,6 +88,9 @@ def stored_weight(qt: QTensor, dtype: DTypeLike | None = None) -> Float[Array, "
     Returns:
       ``[k, n]``: row ``i`` belongs to input feature ``qt.order[i]``.
     """
+    if dtype is None and isinstance(qt.scale, InSteps):
+        first = stored_weight(dataclasses.replace(qt, scale=qt.scale.first))
+        return rounded(first, jnp.float32) * jnp.float32(qt.scale.last)
     exact = qt.dtype if dtype is None else None
     parts = [_evaluate(part, exact) for part in split(qt)]
     return jnp.concatenate(parts).astype(dtype or qt.dtype)

@@ -486,6 +486,9 @@ class TestQuantize:
             (["--to=fp8"], 8, 32, None),
             (["--to=mlx", "--bits=5"], 5, 32, "offsets"),
             (["--to=mlx", "--symmetric", "--method=clip"], 4, 32, "offsets"),
+            (["--to=bitsandbytes"], 4, 32, None),
+            (["--to=bitsandbytes", "--bits=8"], 8, None, None),
+            (["--to=quanto", "--group-size=64"], 4, 64, None),
         ],
     )
     def test_options(self, tmp_path, source, options, bits, group, zeros):
@@ -543,6 +546,15 @@ class TestQuantize:
             (
                 ["--to=mlx", "--method=clip"],
                 "their products with scales; add --symmetric",
+            ),
+            (["--to=bitsandbytes", "--bits=5"], "--bits=5 must be one of 4, 8 for --t"),
+            (
+                ["--to=bitsandbytes", "--method=hqq"],
+                "--method=hqq finds float zeros, which --to=bitsandbytes cannot hold",
+            ),
+            (
+                ["--to=bitsandbytes", "--asymmetric"],
+                "--to=bitsandbytes is symmetric; leave out --asymmetric",
             ),
             (["--to=fp8", "--bits=4"], "--bits=4 must be one of 8 for --to fp8"),
             (["--to=gptq", "--skip=("], "--skip='(' is not a regular expression"),

@@ -63,9 +63,10 @@ def load(
         shards that ``model.safetensors.index.json`` lists. Quantization is described by
         ``quantization_config`` in ``config.json``, or by "quantization" there, which
         MLX has and which goes first; else by the first that is there of
-        green-bit-llm's ``quant_strategy.json``, AutoGPTQ's ``quantize_config.json`` and
-        AutoAWQ's ``quant_config.json``; else, for EXL2, MBWQ and the float zeros of
-        MPQ, by names and shapes of the tensors alone. Or a file of llama.cpp, with
+        green-bit-llm's ``quant_strategy.json``, AutoGPTQ's ``quantize_config.json``,
+        AutoAWQ's ``quant_config.json``, ModelOpt's ``hf_quant_config.json`` and
+        optimum-quanto's ``quanto_qmap.json``; else, for EXL2, MBWQ and the float zeros
+        of MPQ, by names and shapes of the tensors alone. Or a file of llama.cpp, with
         the suffix ``.gguf``; of split ones any.
       prepare: Whether `qjax.prepare` gives each matrix the form that this device
         multiplies fastest. False keeps the layout of the file, which `qjax.formats`

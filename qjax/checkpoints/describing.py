@@ -9,17 +9,19 @@ import dataclasses
 import glob
 import re
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from qjax import tensor
-from qjax.formats import compressed_tensors_floats as floats
 from qjax.formats import (
+    bnb,
     fp8,
     hqq,
     mlx,
     modelopt,
+    quanto,
     quark,
 )
+from qjax.formats import compressed_tensors_floats as floats
 from qjax.formats.block_scale import BlockScale
 from qjax.tensor import QTensor
 
@@ -95,6 +97,47 @@ def of_bitnet(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def of_bitsandbytes(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    """bitsandbytes', as transformers has it; all matrices are of one kind."""
+    eight = any(bnb.is_int8(qt) for qt in matrices.values())
+    entry = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": not eight,
+        "load_in_8bit": eight,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": list(dense) or None,
+        # What transformers takes where nothing is said.
+        "llm_int8_threshold": 6.0,
+    }
+    if eight:
+        return entry
+    quant_type, storage = most_common(kinds_of_bitsandbytes(matrices))
+    dtypes = {name: qt.dtype.name for name, qt in matrices.items()}
+    nested = any(_absmax(qt).nested is not None for qt in matrices.values())
+    return entry | {
+        "bnb_4bit_compute_dtype": most_common(dtypes),
+        "bnb_4bit_quant_storage": storage,
+        "bnb_4bit_quant_type": quant_type,
+        "bnb_4bit_use_double_quant": nested,
+    }
+
+
+def kinds_of_bitsandbytes(matrices: Matrices) -> dict[str, tuple[str, str]]:
+    """The codes of each matrix, and the dtype as which they are stored."""
+    return {
+        name: ("LLM.int8()", "int8")
+        if bnb.is_int8(qt)
+        else (_absmax(qt).quant_type, _absmax(qt).storage)
+        for name, qt in matrices.items()
+    }
+
+
+def _absmax(qt: QTensor) -> bnb.Absmax:
+    """The scale of a matrix that `bnb.encoded` has seen."""
+    return cast(bnb.Absmax, qt.scale)
+
+
 def of_modelopt(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
     """NVIDIA ModelOpt's; one algorithm is for all."""
     algorithms = {name: modelopt.algorithm_of(qt) for name, qt in matrices.items()}
@@ -105,6 +148,17 @@ def of_modelopt(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
         "group_size": size,
         "ignore": list(dense),
         "producer": {"name": "qjax"},
+    }
+
+
+def of_quanto(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    """optimum-quanto's map of modules, beside which config.json says nothing."""
+    del dense  # The map has what is quantized.
+    configs = {name: quanto.config_of(qt) for name, qt in matrices.items()}
+    return {"quant_method": "quanto"} | {
+        name: {"weights": config.weights, "activations": "none"}
+        | ({} if config.k is None else {"in_features": config.k})
+        for name, config in configs.items()
     }
 
 

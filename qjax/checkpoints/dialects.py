@@ -17,6 +17,7 @@ from qjax.checkpoints.describing import Matrices
 from qjax.formats import (
     awq,
     bitnet,
+    bnb,
     compressed_tensors,
     exl2,
     fp8,
@@ -24,6 +25,7 @@ from qjax.formats import (
     hqq,
     mlx,
     modelopt,
+    quanto,
     quark,
 )
 from qjax.formats.checks import lacks_even_groups, lacks_narrow_zeros
@@ -43,6 +45,7 @@ class Dialect:
       describe: Makes the ``quantization_config`` of all matrices and of the paths of
         modules with a dense matrix.
       fields: Where in ``config.json`` that goes.
+      beside: A file that has it, without ``quant_method``.
       widths: Bits that a code of a quantizer may have; none where the format has scales
         of its own.
       quantizer: What rounds to its codes, where these are no whole numbers.
@@ -50,6 +53,8 @@ class Dialect:
         that of the dense weights.
       refusal: Says what the values of a matrix have against it, beyond `tensors`; of
         abstract leaves, what they might have.
+      encoded: Where values decide on the shapes of tensors or on what is described:
+        gives a matrix whose values are known the scales of a file, which say so.
       against: Says which matrices cannot stand beside the others, and why.
       has_tables: Whether loaders read packed tables of embeddings.
     """
@@ -57,10 +62,12 @@ class Dialect:
     tensors: Callable[[QTensor], Mapping[str, Any]]
     describe: Callable[[Matrices, Sequence[str]], dict[str, Any]]
     fields: Collection[str] = ("quantization_config",)
+    beside: str | None = None
     widths: Collection[int] = ()
     quantizer: Callable[..., QTensor] | None = None
     scale_dtype: DTypeLike | None = None
     refusal: Callable[[QTensor], str | None] = lambda qt: None
+    encoded: Callable[[QTensor], QTensor] | None = None
     against: Callable[[Matrices, Sequence[str]], dict[str, str]] = lambda m, d: {}
     has_tables: bool = False
 
@@ -136,6 +143,18 @@ def _against_ends(
         for part in dense
         if ends_path(re.escape(part), name)
     }
+
+
+def _against_bitsandbytes(matrices: Matrices, dense: Sequence[str]) -> dict[str, str]:
+    kinds = describing.kinds_of_bitsandbytes(matrices)
+    usual = describing.most_common(kinds)
+    reasons = {
+        name: "bitsandbytes has one kind of codes for all, stored alike, here "
+        f"{' in '.join(usual)}, and it has {' in '.join(kind)}."
+        for name, kind in kinds.items()
+        if kind != usual
+    }
+    return reasons | _against_ends("bitsandbytes", matrices, dense)
 
 
 def _of_fp8(config: fp8.Config) -> str:
@@ -263,6 +282,14 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             quantizer=fp8.quantize,
             against=_against_fp8,
         ),
+        "bitsandbytes": Dialect(
+            tensors=bnb.to_tensors,
+            describe=describing.of_bitsandbytes,
+            widths=(4, 8),
+            quantizer=bnb.quantize,
+            encoded=bnb.encoded,
+            against=_against_bitsandbytes,
+        ),
         "bitnet": Dialect(
             tensors=bitnet.to_tensors,
             describe=describing.of_bitnet,
@@ -272,6 +299,14 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             tensors=modelopt.to_tensors,
             describe=describing.of_modelopt,
             against=_against_modelopt,
+        ),
+        "quanto": Dialect(
+            tensors=quanto.to_tensors,
+            describe=describing.of_quanto,
+            fields=(),
+            beside="quanto_qmap.json",
+            widths=(2, 4, 8),
+            refusal=quanto.unloadable,
         ),
         "quark": Dialect(
             tensors=quark.to_tensors,

@@ -20,12 +20,14 @@ from qjax.formats import FORMATS, auto_round
 from qjax.tensor import QTensor
 
 # Files that describe a quantization where config.json does not, and the method of those
-# that do not name it: green-bit-llm's, AutoGPTQ's, AutoAWQ's and ModelOpt's.
+# that do not name it: green-bit-llm's, AutoGPTQ's, AutoAWQ's, ModelOpt's and
+# optimum-quanto's.
 BESIDE = {
     "quant_strategy.json": "mbwq",
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
     "hf_quant_config.json": "modelopt",
+    "quanto_qmap.json": "quanto",
 }
 # Names of the tensors that some format has of a matrix.
 _OF_WEIGHTS = {name for format_ in FORMATS.values() for name in format_.TENSORS}
@@ -398,6 +400,8 @@ def _quantization(
         raise ValueError(f"{source}: {error}") from None
     except NotImplementedError as error:
         raise NotImplementedError(f"{source}: {error}") from None
+    if hasattr(parsed, "with_model"):
+        parsed = parsed.with_model(config, tensors)
     packed_as = parsed.format if readers[method] is auto_round else method
     return Quantization(source=source, format=FORMATS[packed_as], config=parsed)
 
@@ -415,7 +419,8 @@ def _entry(
         for group in _group(tensors, format_).values()
         for stored in group.values()
         # A norm may have a "scale", too.
-        if stored.dtype.kind in "iu" or stored.dtype == jnp.float8_e4m3fn
+        if stored.dtype.kind in "iu"
+        or stored.dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2)
     ]
     if not packed:
         return directory / "config.json", None

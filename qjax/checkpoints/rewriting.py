@@ -148,6 +148,7 @@ def _job(
         "source": str(source),
         "states": states,
         "config": plan.config,
+        "beside": plan.beside,
         "headers": {name: file.header.hex() for name, file in plan.files.items()},
         "how": how,
     }

@@ -17,7 +17,7 @@ from qjax.checkpoints.atomic import check_target, replacing
 from qjax.checkpoints.dialects import DIALECTS, Dialect, centered
 from qjax.checkpoints.journal import Journal
 from qjax.checkpoints.shards import INDEX, SINGLE, Stored, check_name, weight_files
-from qjax.formats.checks import check_finite
+from qjax.formats.checks import check_finite, is_known
 from qjax.tensor import QTensor, check_array
 
 SHARD_BYTES = 5_000_000_000
@@ -42,11 +42,13 @@ class Plan:
     Attributes:
       dialect: How matrices are written.
       config: For ``config.json``.
+      beside: Other JSON files, by name.
       files: What each file of weights holds, and where.
     """
 
     dialect: Dialect
     config: Mapping[str, Any]
+    beside: Mapping[str, Mapping[str, Any]]
     files: Mapping[str, placing.File]
 
 
@@ -75,9 +77,10 @@ def save(
         "quantization" of MLX.
       format: "gptq" (v1), "gptq_v2", "gptq_p" (planes), "awq" (gemm),
         "compressed-tensors" (pack-quantized, or the formats of small floats), "exl2",
-        "hqq", "fp8", "bitnet", "modelopt" (its NVFP4, MXFP8, and FP8 with several
-        scales), "quark" (4 and 8 bits, FP8, MXFP4 and MXFP8), "mlx" (codes with
-        offsets, MXFP4, MXFP8, NVFP4; stacks, too) or "metal" (2, 4 and 8 bits).
+        "hqq", "fp8", "bitnet", "bitsandbytes" (NF4, FP4 or LLM.int8()), "modelopt" (its
+        NVFP4, MXFP8, and FP8 with several scales), "quanto" (2, 4 and 8 bits, FP8),
+        "quark" (4 and 8 bits, FP8, MXFP4 and MXFP8), "mlx" (codes with offsets, MXFP4,
+        MXFP8, NVFP4; stacks, too) or "metal" (2, 4 and 8 bits).
       overwrite: Whether the weights and the config of a checkpoint that is there
         already may be replaced. Other files and directories in it stay.
       shard_bytes: Size above which weights are spread over several files with a
@@ -189,23 +192,29 @@ def plan_files(
         reasons |= dialect.against(matrices, dense)
     if reasons:
         raise _refusal(format_, reasons, len(matrices | reasons), advice)
-    config = _described(config, dialect, dialect.describe(matrices, dense))
-    _check_readable(path, format_, config, stored)
+    entry = dialect.describe(matrices, dense)
+    config, beside = _described(config, dialect, entry), {}
+    _check_readable(path, format_, {**config, "quantization_config": entry}, stored)
+    if dialect.beside is not None:
+        method = "quant_method"
+        beside[dialect.beside] = {k: v for k, v in entry.items() if k != method}
     files = {
         file: placing.place(
             path / file, {name: stored[name].values() for name in names}
         )
         for file, names in _deal(stored, shard_bytes).items()
     }
-    return Plan(dialect=dialect, config=config, files=files)
+    return Plan(dialect=dialect, config=config, beside=beside, files=files)
 
 
 def _described(
     config: Mapping[str, Any], dialect: Dialect, entry: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The config with a description of the quantization, and without an older one."""
-    of_mlx = ("quantization",) if modules.mlx_entry(config) else ()
-    kept = {key: value for key, value in config.items() if key not in of_mlx}
+    stale = {"quantization_config"}
+    if modules.mlx_entry(config):
+        stale.add("quantization")
+    kept = {key: value for key, value in config.items() if key not in stale}
     return kept | dict.fromkeys(dialect.fields, entry)
 
 
@@ -216,13 +225,18 @@ def _abstract(dialect: Dialect, qt: QTensor) -> tuple[QTensor, dict[str, Any]]:
     _check_finite(qt)
     shapes: dict[str, Any] = {}
 
-    def trace(qt: QTensor) -> None:
+    def look(qt: QTensor) -> None:
         # What eval_shape returns would have int32 for NumPy's int64.
         for key, array in dialect.tensors(qt).items():
             shapes[key] = _Shaped(tuple(array.shape), np.dtype(array.dtype))
 
+    known = all(map(is_known, jax.tree.leaves(qt)))
+    if known and dialect.encoded is not None:
+        qt = dialect.encoded(qt)
+        look(qt)
     matrix = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), qt)
-    jax.eval_shape(trace, matrix)
+    if not shapes:
+        jax.eval_shape(look, matrix)
     return matrix, shapes
 
 
@@ -381,7 +395,8 @@ def write_files(
     Yields:
       The name of each weight that is in its place.
     """
-    _write_json(directory / "config.json", plan.config)
+    for name, value in {"config.json": plan.config, **plan.beside}.items():
+        _write_json(directory / name, value)
     for file_name, file in plan.files.items():
         with placing.opened(directory / file_name, file) as stream:
             for name, places in file.parts.items():

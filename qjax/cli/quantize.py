@@ -44,6 +44,7 @@ _OPTIONS = {
     "skip=": "--skip=",
     "(skip)": "(--skip)",
     "group_size=": "--group-size=",
+    "blocksize=": "--group-size=",
     "None for one group a column": "-1 for all inputs",
     ", or pad w": "",
     "w.shape[-2]=": "inputs k=",
@@ -142,6 +143,8 @@ def run(
     * HQQ: `qjax quantize llama llama-hqq --to hqq --method hqq --group-size 64`
     * For Apple's GPUs: `qjax quantize llama llama-mlx --to mlx --group-size 64`
     * FP8 in blocks of 128 x 128: `qjax quantize llama llama-fp8 --to fp8`
+    * NF4, or LLM.int8() with `--bits 8`:
+      `qjax quantize llama llama-nf4 --to bitsandbytes --group-size 64`
     * Attention dense:
       `qjax quantize mixtral mixtral-awq --to awq --skip '.*\.self_attn\..*'`
     """
@@ -247,10 +250,14 @@ class _Recipe:
                 f"--bits={self.bits} would take the room of 8 in HQQ's words; take "
                 "--bits 4 or 8."
             )
-        if self.to == "fp8" and self.method != "rtn":
-            return f"--method={self.method} finds whole numbers; --to=fp8 has floats."
-        if self.to == "fp8" and not symmetric:
-            return "--to=fp8 is symmetric; leave out --asymmetric."
+        own = dialects.DIALECTS[self.to].quantizer and self.to not in _OF_OFFSETS
+        if own and self.method != "rtn":
+            return (
+                f"--method={self.method} finds whole numbers; --to={self.to} has a "
+                "rounding of its own."
+            )
+        if self.to in ("fp8", "bitsandbytes") and not symmetric:
+            return f"--to={self.to} is symmetric; leave out --asymmetric."
         if self.to in _OF_OFFSETS and self.method != "rtn" and not symmetric:
             return (
                 f"--method={self.method} finds zeros, and --to={self.to} cannot hold "

@@ -6,7 +6,8 @@ A format module has a `Layout` or two. Those of `FORMATS`, which checkpoints nam
   other characters than a dot may join them to it,
 * ``Config.from_json(entry)``, and ``config.of(module)``: None where it stays dense,
 * if the header of the file says more about a weight, ``config.with_header(entry)``, and
-  if the shapes of its tensors do, ``config.with_tensors(tensors)``,
+  if the shapes of its tensors do, ``config.with_tensors(tensors)``; if the model does,
+  before ``of``, ``config.with_model(config.json, all tensors)``,
 * ``check(tensors, config)``: names, dtypes and shapes, without reading any value,
 * if a range of each tensor is a matrix by itself, ``axes(tensors, config)``,
 * if a dense weight may have scales beside it, ``is_dense(tensors)``,
@@ -20,7 +21,6 @@ checkpoint names the others, and what their tensors do not say comes from elsewh
 
 * `tinygemm` reads with the ``Config`` that `torchao` makes of a file's header,
 * ``awq_v2.from_tensors(tensors, group_size)`` is given that by `awq`,
-* ``quanto.from_tensors(tensors, *, bits, k)`` by whoever knows the model,
 * `flexgen`, of which there are no files, has ``from_compressed(packed, scale, bias)``
   and ``to_compressed(qt)``.
 """
@@ -98,6 +98,7 @@ FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
         "quark": quark,
         "mlx": mlx,
         "metal": mlx,
+        "quanto": quanto,
         "gguf": gguf,
     }
 )

@@ -13,7 +13,8 @@ had. Double quantization stores absmax itself as codes of an 8-bit table in bloc
 256, ``nested_quant_map[absmax] * nested_absmax[block] + nested_offset``, where the
 product and the sum are rounded to float32.
 
-How the codes of a weight are found is in `qjax.formats.bnb_blockwise`.
+How the codes of a weight are found is in `qjax.formats.bnb_blockwise`; what 8 bits have
+is in `qjax.formats.bnb_int8`.
 
 Source: bitsandbytes-foundation/bitsandbytes, bitsandbytes/functional.py and
 bitsandbytes/backends/default/ops.py, release 0.50.2.
@@ -24,7 +25,7 @@ import functools
 import math
 import typing
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -32,8 +33,15 @@ import numpy as np
 from jaxtyping import Array, DTypeLike, Float, Integer, UInt8
 
 from qjax import decode, tensor
-from qjax.bits import transpose_codes
-from qjax.formats.bnb_blockwise import TABLES, QuantType, quantize_blockwise
+from qjax.bits import transpose_codes, whole
+from qjax.formats import bnb_int8
+from qjax.formats.bnb_blockwise import (
+    TABLES,
+    QuantType,
+    pack_nibbles,
+    quantize_blockwise,
+    unpack_nibbles,
+)
 from qjax.formats.bnb_config import BLOCKSIZES, PREFIX, Config, State
 from qjax.formats.checks import (
     FLOATS,
@@ -48,8 +56,8 @@ from qjax.formats.checks import (
 from qjax.tensor import Affine, Digits, Encoded, Grouping, Layout, QTensor, Segment
 
 __all__ = ["TABLES", "TENSORS", "Absmax", "Config", "Flat", "Nested", "check"]
-__all__ += ["from_tensors", "pack_nibbles", "quantize_4bit", "to_tensors"]
-__all__ += ["unpack_nibbles"]
+__all__ += ["from_tensors", "pack_nibbles", "quantize", "quantize_4bit"]
+__all__ += ["to_tensors", "unpack_nibbles"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,42 +95,6 @@ class Flat(Layout):
         """Permutes them; the first field of a byte is the upper one."""
         del bits
         return Digits("n", fields="k0", width=8, flip=1)
-
-
-@jax.jit
-def pack_nibbles(codes: Integer[Array, " m"]) -> UInt8[Array, " words"]:
-    """Packs four-bit codes, the first of a pair in the high nibble.
-
-    Args:
-      codes: Any number of codes; higher bits are cut off.
-
-    Returns:
-      ``ceil(m / 2)`` bytes; an odd number of codes is filled up with a 0.
-
-    Example:
-      >>> pack_nibbles(jnp.array([1, 2, 3])).tolist() == [0x12, 0x30]
-      True
-    """
-    even = jnp.pad(codes, (0, codes.size % 2)).astype(jnp.uint8) & jnp.uint8(15)
-    return (even[::2] << 4) | even[1::2]
-
-
-@jax.jit
-def unpack_nibbles(words: UInt8[Array, " m"]) -> UInt8[Array, " codes"]:
-    """Unpacks the two codes of every byte.
-
-    Args:
-      words: Bytes.
-
-    Returns:
-      ``2 * m`` codes.
-
-    Raises:
-      ValueError: If ``words`` are no bytes.
-    """
-    if words.dtype != jnp.uint8:
-        raise ValueError(f"words.dtype={words.dtype} must be uint8.")
-    return jnp.stack([words >> 4, words & jnp.uint8(15)], axis=1).reshape(-1)
 
 
 class Nested(typing.NamedTuple):
@@ -181,7 +153,7 @@ def _decode(codes: Array, nested: Nested, blocksize: int) -> Array:
 
 _NESTED = ("weight.nested_absmax", "weight.nested_quant_map")
 TENSORS = ("weight", "weight.absmax", "weight.quant_map", *_NESTED)
-TENSORS += tuple(PREFIX + name for name in TABLES)
+TENSORS += tuple(PREFIX + name for name in TABLES) + bnb_int8.TENSORS[1:]
 
 
 def check(tensors: Mapping[str, Any], config: Config) -> None:
@@ -193,12 +165,16 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
         ``weight.absmax`` ``[blocks]`` float32, or uint8 together with
         ``weight.nested_absmax`` float32 and ``weight.nested_quant_map`` float32
         ``[256]``; ``weight.quant_map`` float32 ``[16]``; and
-        ``weight.quant_state.bitsandbytes__nf4`` (or fp4), JSON as uint8.
+        ``weight.quant_state.bitsandbytes__nf4`` (or fp4), JSON as uint8. Of 8 bits
+        those of `bnb_int8.check`.
       config: The module's configuration.
 
     Raises:
       ValueError: Naming the tensor, what it has and what it should have.
     """
+    if config.load_in_8bit:
+        bnb_int8.check(tensors)
+        return
     nested = any(name in tensors for name in _NESTED)
     expected = {
         "weight": Expected((jnp.uint8, *FLOATS), 2),
@@ -214,6 +190,21 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     check_shapes(tensors, shapes, "codes in a column and tables of 4 and 8 bits")
 
 
+def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, ...]]:
+    """Says what runs along the axes of each tensor, so that a part can be read.
+
+    Args:
+      tensors: As in `check`.
+      config: The module's configuration.
+
+    Returns:
+      Of 8 bits "n" and "k" for the axes of each tensor, by upstream name; of 4, whose
+      blocks may cross rows, nothing.
+    """
+    named = {"weight": ("n", "k"), "SCB": ("n",), "weight_format": ()}
+    return {name: named[name] for name in tensors} if config.load_in_8bit else {}
+
+
 def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     """Reads one quantized matrix.
 
@@ -224,12 +215,15 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     Returns:
       ``[k, n]`` tensor in the file's layout, of the original weight's dtype. Its scale
       is an `Absmax`. Where blocksize divides k, the grouping is
-      `Grouping.ROWS`, which is multiplied without forming the weight; else FLAT.
+      `Grouping.ROWS`, which is multiplied without forming the weight; else FLAT. Of 8
+      bits that of `bnb_int8.from_tensors`.
 
     Raises:
       ValueError: As `check`; or if the quantization state is not sound, extents do not
         fit, or a scale or table is not finite.
     """
+    if config.load_in_8bit:
+        return bnb_int8.from_tensors(tensors)
     check(tensors, config)
     held = {name: np.asarray(array) for name, array in tensors.items()}
     blob = held.pop(PREFIX + config.quant_type)
@@ -297,25 +291,29 @@ def to_tensors(
 
     Args:
       qt: A matrix of NF4 or FP4 codes in input order, its groups runs of k or of the
-        flattened weight.
+        flattened weight; or of 8-bit codes that `bnb_int8.to_tensors` takes.
       dtype: The dtype that the weight had, to be named in the file; None takes that of
-        ``qt``.
+        ``qt``. Files of 8 bits name none.
       storage: The dtype as which the bytes of ``weight`` are given; None takes that of
-        the file, or uint8.
+        the file, or uint8. Those of 8 bits are int8.
 
     Returns:
       ``weight``, ``weight.absmax``, ``weight.quant_map``, the quantization state, and
-      with double quantization the two nested tensors.
+      with double quantization the two nested tensors; of 8 bits ``weight``, ``SCB`` and
+      ``weight_format``.
 
     Raises:
       ValueError: If bitsandbytes cannot hold ``qt``, with the reason.
     """
+    if is_int8(qt):
+        return {**bnb_int8.to_tensors(qt)}
     size = _holdable(qt)
-    scale, codebook = _absmax(qt), np.asarray(qt.codebook, np.float32)
-    words = np.asarray(decode.relayout(qt, Flat(qt.k)).words[0])
-    if qt.layout != Flat(qt.k) and qt.k * qt.n % 2:
-        words = words.copy()
-        words[-1] |= np.abs(codebook).argmin().astype(np.uint8)  # the code of zero
+    qt = encoded(qt)
+    scale, codebook, layout = typing.cast(Absmax, qt.scale), qt.codebook, Flat(qt.k)
+    assert codebook is not None
+    words = decode.relayout(qt, layout).words[0].reshape(-1)
+    if qt.layout != layout and qt.k * qt.n % 2:
+        words = words.at[-1].add(jnp.abs(codebook).argmin().astype(jnp.uint8))
     stored = jnp.dtype(storage or scale.storage)
     if words.size % stored.itemsize:
         raise ValueError(
@@ -324,9 +322,9 @@ def to_tensors(
     weight_dtype = jnp.dtype(dtype or qt.dtype).name
     state = State(scale.quant_type, size, weight_dtype, [qt.n, qt.k])
     tensors: dict[str, Array | np.ndarray] = {
-        "weight": words.reshape(-1).view(stored)[:, None],
+        "weight": words.view(stored)[:, None],
         "weight.absmax": scale.absmax.T.reshape(-1),
-        "weight.quant_map": codebook,
+        "weight.quant_map": codebook.astype(jnp.float32),
     }
     if scale.nested is not None:
         offset = float(scale.nested.offset)
@@ -336,15 +334,25 @@ def to_tensors(
     return tensors
 
 
-def _absmax(qt: QTensor) -> Absmax:
-    """The scales as a file holds them."""
-    if isinstance(qt.scale, Absmax):
-        return qt.scale
+def is_int8(qt: QTensor) -> bool:
+    """Whether `to_tensors` would write a matrix as one of LLM.int8()."""
+    return qt.affine.counts and qt.segments[0].bits == 8
+
+
+def encoded(qt: QTensor) -> QTensor:
+    """Gives a matrix of 4 bits the scales of a file, if it was prepared.
+
+    Raises:
+      ValueError: If its table is none of bitsandbytes.
+    """
+    if isinstance(qt.scale, Absmax) or qt.affine is not Affine.CODEBOOK:
+        return qt
     codebook = np.asarray(qt.codebook, np.float32)
     for name, table in TABLES.items():
-        if (table == codebook).all():
+        if np.array_equal(table, codebook):
             absmax = tensor.plain(qt.scale).astype(jnp.float32)
-            return Absmax(absmax=absmax, quant_type=typing.cast(QuantType, name))
+            scale = Absmax(absmax=absmax, quant_type=typing.cast(QuantType, name))
+            return dataclasses.replace(qt, scale=scale, weight_dtype=qt.dtype.name)
     raise ValueError(
         f"bitsandbytes cannot hold {qt!r}: its codebook is neither NF4 nor FP4."
     )
@@ -417,3 +425,45 @@ def quantize_4bit(
     state = State(quant_type, blocksize, w.dtype.name, [n, k])
     scale = Absmax(absmax=absmax, quant_type=quant_type)
     return _build(words, scale, table, layout, state)
+
+
+def quantize(
+    w: Float[Array, "*batch k n"],
+    bits: SupportsIndex = 4,
+    group_size: SupportsIndex | None = 64,
+    symmetric: bool = True,
+    *,
+    scale_dtype: DTypeLike | None = None,
+) -> QTensor:
+    """Quantizes a weight to NF4 or to LLM.int8(), called as `qjax.quantize` is.
+
+    Args:
+      w: As `quantize_4bit`, and of 8 bits as `bnb_int8.quantize` takes it.
+      bits: 4 for NF4, 8 for LLM.int8().
+      group_size: Elements that share a scale, as ``blocksize`` of `quantize_4bit`; of 8
+        bits, which have one scale an output, it is not looked at.
+      symmetric: True; neither has zeros.
+      scale_dtype: None or float32.
+
+    Returns:
+      The tensor that a file would hold.
+
+    Raises:
+      ValueError: If an argument is not as described.
+
+    Example:
+      >>> quantize(jnp.eye(64)).bits, quantize(jnp.eye(64), bits=8).bits
+      (4, 8)
+    """
+    if not symmetric:
+        raise ValueError("symmetric=False: bitsandbytes has no zeros.")
+    if scale_dtype is not None and jnp.dtype(scale_dtype) != jnp.float32:
+        raise ValueError(f"scale_dtype={scale_dtype!r} must be None or float32.")
+    if (width := whole(bits)) == 8:
+        return bnb_int8.quantize(w)
+    if width != 4:
+        raise ValueError(f"bits={bits!r} must be 4 (NF4) or 8 (LLM.int8()).")
+    size = whole(group_size)
+    if size is None:
+        raise ValueError(f"blocksize={group_size!r} must be one of {BLOCKSIZES}.")
+    return quantize_4bit(w, blocksize=size)

@@ -1,4 +1,4 @@
-"""bitsandbytes' tables, and the rounding of blocks of an array to their entries.
+"""bitsandbytes' tables, the rounding of blocks to their entries, and pairs of codes.
 
 Source: bitsandbytes-foundation/bitsandbytes, bitsandbytes/functional.py and
 bitsandbytes/backends/default/ops.py, release 0.50.2.
@@ -11,7 +11,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float, Integer, UInt8
 
 QuantType = Literal["nf4", "fp4"]
 _NF4_BITS = (
@@ -110,3 +110,39 @@ def dynamic_map() -> np.ndarray:
         middles *= np.float32(10.0 ** (decade - 6))
         entries += [middles, -middles]
     return np.sort(np.concatenate(entries))
+
+
+@jax.jit
+def pack_nibbles(codes: Integer[Array, " m"]) -> UInt8[Array, " words"]:
+    """Packs four-bit codes, the first of a pair in the high nibble.
+
+    Args:
+      codes: Any number of codes; higher bits are cut off.
+
+    Returns:
+      ``ceil(m / 2)`` bytes; an odd number of codes is filled up with a 0.
+
+    Example:
+      >>> pack_nibbles(jnp.array([1, 2, 3])).tolist() == [0x12, 0x30]
+      True
+    """
+    even = jnp.pad(codes, (0, codes.size % 2)).astype(jnp.uint8) & jnp.uint8(15)
+    return (even[::2] << 4) | even[1::2]
+
+
+@jax.jit
+def unpack_nibbles(words: UInt8[Array, " m"]) -> UInt8[Array, " codes"]:
+    """Unpacks the two codes of every byte.
+
+    Args:
+      words: Bytes.
+
+    Returns:
+      ``2 * m`` codes.
+
+    Raises:
+      ValueError: If ``words`` are no bytes.
+    """
+    if words.dtype != jnp.uint8:
+        raise ValueError(f"words.dtype={words.dtype} must be uint8.")
+    return jnp.stack([words >> 4, words & jnp.uint8(15)], axis=1).reshape(-1)

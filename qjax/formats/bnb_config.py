@@ -32,11 +32,13 @@ class Config:
     Block sizes, double quantization, dtypes and the storage are in the tensors.
 
     Attributes:
-      quant_type: "nf4" or "fp4".
+      quant_type: "nf4" or "fp4", of 4 bits.
+      load_in_8bit: Whether the codes are those of LLM.int8(), and have 8 bits.
       skip_modules: Paths, or parts of them such as "lm_head", that stay dense.
     """
 
     quant_type: QuantType = "fp4"
+    load_in_8bit: bool = False
     skip_modules: tuple[str, ...] = ()
 
     @classmethod
@@ -50,15 +52,22 @@ class Config:
           The configuration of modules that are not skipped.
 
         Raises:
-          ValueError: If it is not 4-bit, or a field has a wrong type or value.
+          ValueError: If it says neither or both of 4 and 8 bits, or a field has a wrong
+            type or value.
         """
-        for name in ("load_in_8bit", "_load_in_8bit"):
-            if entry.get(name):
-                raise ValueError(
-                    f"{name}=true (LLM.int8) is not read; only load_in_4bit is."
-                )
-        if entry.get("load_in_4bit", entry.get("_load_in_4bit")) is not True:
-            raise ValueError("load_in_4bit must be true; only 4-bit weights are read.")
+        four, eight = (
+            _flag(entry, f"load_in_{bits}bit", f"_load_in_{bits}bit") for bits in (4, 8)
+        )
+        if four == eight:
+            raise ValueError(
+                f"load_in_4bit={four} and load_in_8bit={eight}: one of them must be "
+                "true."
+            )
+        if eight and _flag(entry, "llm_int8_has_fp16_weight"):
+            raise ValueError(
+                "llm_int8_has_fp16_weight=true: such weights are dense; remove "
+                "quantization_config."
+            )
         quant_type = entry.get("bnb_4bit_quant_type", "fp4")
         if not isinstance(quant_type, str) or quant_type not in TABLES:
             raise ValueError(
@@ -66,7 +75,11 @@ class Config:
             )
         name = "llm_int8_skip_modules"
         skip = check_strings(name, entry.get(name) or [])
-        return cls(quant_type=typing.cast(QuantType, quant_type), skip_modules=skip)
+        return cls(
+            quant_type=typing.cast(QuantType, quant_type),
+            load_in_8bit=eight,
+            skip_modules=skip,
+        )
 
     def of(self, module: str) -> "Config | None":
         """Returns the configuration of one module, or None where it is left dense.
@@ -76,6 +89,15 @@ class Config:
         """
         path = f".{module}."
         return None if any(f".{m}." in path for m in self.skip_modules) else self
+
+
+def _flag(entry: Mapping[str, Any], *names: str) -> bool:
+    """The first of some fields that is there; without any, false."""
+    for name in (name for name in names if name in entry):
+        if type(value := entry[name]) is not bool:
+            raise ValueError(f"{name}={value!r} must be true or false.")
+        return value
+    return False
 
 
 class State(NamedTuple):

@@ -27,6 +27,7 @@ from jaxtyping import Array
 from qjax import formats, tensor
 from qjax.formats import (
     block_scale,
+    bnb_int8,
     compressed_tensors_floats,
     tiles,
 )
@@ -52,7 +53,7 @@ _DTYPES = (*FLOATS, jnp.int8, jnp.int16, jnp.int32, jnp.uint8, jnp.uint16, jnp.u
 _VECTORS = ("order", "row_group", "codebook", "input_scale")
 
 _MODULES = [getattr(formats, name) for name in formats.__all__ if name.islower()]
-_MODULES += [block_scale, compressed_tensors_floats, levels]
+_MODULES += [block_scale, bnb_int8, compressed_tensors_floats, levels]
 _MODULES.append(tiles)  # no file holds it, but a prepared tensor does
 
 

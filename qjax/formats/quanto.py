@@ -12,6 +12,10 @@ Rows past the last are 0. (HQQ has the first slab in the high bits.) The weight 
 ``scale * q - shift`` with two roundings where the shift is a float, and
 ``(q - shift) * scale`` with one where it is an integer zero.
 
+Weights of eight bits are in `qjax.formats.quanto_bytes`. What calibration found for
+activations, ``input_scale`` and ``output_scale``, is read over: quanto would quantize
+them, and qjax multiplies them as they are. ``freeze`` comes before saving.
+
 optimum-quanto's tinygemm tensor keeps ``[groups, n, 2]`` of scale and the value of code
 8, `pack_scale_shift`; its codes lie as PyTorch's tinygemm has them.
 
@@ -34,19 +38,23 @@ from jaxtyping import Array, Float, Integer, UInt8
 from qjax import tensor
 from qjax.bits import transpose, transpose_codes, unpack_fields
 from qjax.decode import rounded
+from qjax.formats import quanto_bytes, quanto_config
 from qjax.formats.checks import (
     FLOATS,
     Expected,
+    check_choice,
     check_codes,
     check_finite,
     check_positive,
     check_shapes,
+    check_shapes_among,
     check_tensors,
     check_width,
     check_words,
     lacks_narrow_zeros,
     refusal,
 )
+from qjax.formats.quanto_config import FLOAT8, Config
 from qjax.tensor import Affine, Layout, QTensor, Segment
 
 WIDTHS = (2, 4)
@@ -196,57 +204,98 @@ def unpack_weights(packed: UInt8[Array, "d c"], bits: int) -> UInt8[Array, "r c"
 
 
 # Below a module's path; the codes are a tensor within a tensor.
+DATA, SCALE, SHIFT = quanto_config.DATA, quanto_config.SCALE, "weight._shift"
+# What calibration finds, for activations; 1 where they are not quantized.
+_OF_ACTIVATIONS = ("input_scale", "output_scale")
+_OTHERS = {name: Expected(FLOATS, None, optional=True) for name in _OF_ACTIVATIONS}
 _EXPECTED = {
-    "weight._data._data": Expected((jnp.uint8,), 2),
-    "weight._scale": Expected(FLOATS, 2),
-    "weight._shift": Expected((jnp.uint8, jnp.int8), 2, like="weight._scale"),
+    DATA: Expected((jnp.uint8,), 2),
+    SCALE: Expected(FLOATS, 2),
+    SHIFT: Expected((jnp.uint8, jnp.int8), 2, like=SCALE),
+    **_OTHERS,
 }
-TENSORS = tuple(_EXPECTED)
+TENSORS = (DATA, SCALE, SHIFT, quanto_bytes.DATA, "weight", *_OF_ACTIVATIONS)
 
 
-def check(tensors: Mapping[str, Any], *, bits: int, k: int) -> None:
+def is_dense(tensors: Mapping[str, Any]) -> bool:
+    """Whether a module's weight is dense, whatever scales stand beside it.
+
+    Args:
+      tensors: Arrays or anything with ``dtype``, by upstream name.
+    """
+    return "weight" in tensors and tensors["weight"].dtype in FLOATS
+
+
+def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, ...]]:
+    """Says what runs along the axes of each tensor, so that a part can be read.
+
+    Args:
+      tensors: As in `check`.
+      config: The module's configuration.
+
+    Returns:
+      Of 8 bits "n" and "k" for the axes of each tensor, by upstream name; of others,
+      which lie in slabs, nothing.
+    """
+    if config.bits != 8:
+        return {}
+    return {name: ("n", "k")[: len(array.shape)] for name, array in tensors.items()}
+
+
+def check(tensors: Mapping[str, Any], config: Config) -> None:
     """Checks names, dtypes and shapes of one quantized weight, and no values.
 
     Args:
       tensors: Arrays or anything with ``shape`` and ``dtype``:
         ``weight._data._data`` uint8 ``[slab, g]``, ``weight._scale`` float ``[r, 1]``
         and ``weight._shift`` like it or 8-bit integers, with r the rows of the grouped
-        weight.
-      bits: 2 (qint2) or 4 (qint4), which quanto's map of modules says.
-      k: Number of inputs, which only the model says.
+        weight; of 8 bits ``weight._data`` int8 or float8_e4m3fn ``[n, k]`` and
+        ``weight._scale`` float ``[n, 1]``. Optionally ``input_scale`` and
+        ``output_scale``, floats ``[]``.
+      config: The module's configuration.
 
     Raises:
       ValueError: Naming the tensor, what it has and what it should have.
     """
-    check_width(bits, WIDTHS, "quanto")
+    check_choice("config.weights", config.weights, quanto_config.WIDTHS)
+    if "weight" in tensors and is_dense(tensors):
+        raise ValueError(
+            f"weight is dense, and should be {config.weights}; quanto's freeze() "
+            "quantizes it for good before it is saved."
+        )
+    scalars = {name: [(), (1,)] for name in _OF_ACTIVATIONS}
+    check_shapes_among(tensors, scalars, "quanto")
+    if config.bits == 8:
+        quanto_bytes.check(tensors, config.weights or "", _OTHERS)
+        return
+    bits, k = config.bits, config.k
     check_positive("k", k)
     check_tensors(tensors, _EXPECTED, "quanto")
-    data, scale, _ = (tensors[name] for name in TENSORS)
-    (height, columns), (rows, _) = data.shape, scale.shape
+    (height, columns), (rows, _) = tensors[DATA].shape, tensors[SCALE].shape
     fit = columns and k % columns == 0 and rows and rows % (k // columns) == 0
     if not fit or height != -(-rows // (8 // bits)):
         raise ValueError(
-            f"{TENSORS[0]}.shape={(height, columns)} must be [slab, g], g a divisor of "
-            f"k={k}, with {8 // bits} slabs for the {rows} rows of {TENSORS[1]}, a "
+            f"{DATA}.shape={(height, columns)} must be [slab, g], g a divisor of "
+            f"k={k}, with {8 // bits} slabs for the {rows} rows of {SCALE}, a "
             "multiple of k / g."
         )
-    shapes = dict.fromkeys(TENSORS[1:], (rows, 1))
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys((SCALE, SHIFT), (rows, 1))
     check_shapes(tensors, shapes, f"{rows} rows of the grouped weight")
 
 
-def from_tensors(tensors: Mapping[str, Any], *, bits: int, k: int) -> QTensor:
+def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     """Reads one weight that optimum-quanto quantized along axis 0.
 
-    There is no ``Config``: neither the file nor quanto's map of modules says k.
-
     Args:
-      tensors: Concrete arrays by upstream name, as `check` lists them.
-      bits: 2 or 4.
-      k: Number of inputs, columns of the torch weight.
+      tensors: Concrete arrays by upstream name, as `check` lists them. Those of
+        activations are not looked at: quanto would multiply quantized ones.
+      config: The module's configuration. Of 2 and 4 bits, ``k`` is the number of
+        inputs, columns of the torch weight.
 
     Returns:
       ``[k, n]`` tensor in the file's layout: ``q * scale + zero`` with ``zero`` the
-      negated shift and two roundings, or ``(q - zero) * scale`` with uint8 zeros.
+      negated shift and two roundings, or ``(q - zero) * scale`` with uint8 zeros; of
+      8 bits symmetric codes or floats, with a scale for each column.
 
     Raises:
       ValueError: As `check`; or if a scale or shift is not finite, or an integer zero
@@ -254,23 +303,26 @@ def from_tensors(tensors: Mapping[str, Any], *, bits: int, k: int) -> QTensor:
 
     Example:
       >>> import qjax
-      >>> w = qjax.quantize(jnp.eye(64), bits=2, group_size=32)
-      >>> from_tensors(to_tensors(w), bits=2, k=64).layout
-      Slabs(k=64, group_size=32)
+      >>> w = qjax.quantize(jnp.eye(64), bits=2, group_size=64)
+      >>> from_tensors(to_tensors(w), Config(weights="qint2", k=64)).layout
+      Slabs(k=64, group_size=64)
     """
-    check(tensors, bits=bits, k=k)
-    data, scale, shift = (jnp.asarray(tensors[name]) for name in TENSORS)
-    check_finite({TENSORS[1]: scale})
+    check(tensors, config)
+    if config.bits == 8:
+        return quanto_bytes.from_tensors(tensors, config.weights or "")
+    bits, k = config.bits, config.k or 0
+    data, scale, shift = (jnp.asarray(tensors[name]) for name in (DATA, SCALE, SHIFT))
+    check_finite({SCALE: scale})
     size = data.shape[1]
     scale, shift = (p.reshape(-1, k // size).T for p in (scale, shift))
     if shift.dtype == scale.dtype:
-        check_finite({TENSORS[2]: shift})
+        check_finite({SHIFT: shift})
         fields = {"zero": -shift, "affine": Affine.OFFSET, "rounding": 2}
     else:
         low, high = int(np.min(shift)), int(np.max(shift))
         if low < 0 or high >= 2**bits:
             raise ValueError(
-                f"{TENSORS[2]} from {low} to {high} must lie in 0 to {2**bits - 1}."
+                f"{SHIFT} from {low} to {high} must lie in 0 to {2**bits - 1}."
             )
         fields = {"zero": shift.astype(jnp.uint8)}
     layout = Slabs(k, size)
@@ -289,34 +341,78 @@ def to_tensors(qt: QTensor) -> dict[str, Array]:
 
     Args:
       qt: Two or four bits, groups of inputs; integer zeros or none, or
-        ``q * scale + zero``.
+        ``q * scale + zero``. Or eight, symmetric or floats, with a scale for each
+        column.
 
     Returns:
-      The tensors of `check`, integer shifts as uint8.
+      The tensors of `check`; the scales of activations are 1. Shifts of integer zeros
+      and symmetric codes are uint8; but of symmetric codes with bfloat16 scales in
+      groups of 128, where quanto takes none, the same multiple of each scale.
 
     Raises:
       ValueError: If quanto's weight cannot hold ``qt``, with the reason.
     """
-    reason, (segment, *_) = refusal(qt, WIDTHS), qt.segments
-    symmetric = qt.affine is Affine.CENTERED and qt.zero is None
-    integer = qt.zero is not None and qt.zero.dtype == jnp.uint8
-    if not (symmetric or integer or qt.affine is Affine.OFFSET):
-        reason = reason or f"{qt.affine.value} here has neither integer zeros nor shift"
-    reason = reason or lacks_narrow_zeros(qt)
+    segment = qt.segments[0]
+    if segment.bits == 8:
+        _refuse(qt, quanto_bytes.lacks(qt))
+        held = quanto_bytes.to_tensors(qt)
+    else:
+        _refuse(qt, _lacks(qt))
+        scale, zero = tensor.plain(qt.scale), tensor.plain(qt.zero)
+        if zero is None and _takes_floats_alone(qt):
+            zero = -(2 ** (segment.bits - 1)) * scale
+        elif zero is None:
+            zero = jnp.full(scale.shape, 2 ** (segment.bits - 1), jnp.uint8)
+        shift = zero if zero.dtype == jnp.uint8 else -zero
+        layout = Slabs(qt.k, segment.group_size)
+        held = {
+            DATA: layout.pack(tensor.codes(qt), segment.bits),
+            SCALE: scale.T.reshape(-1, 1),
+            SHIFT: shift.T.reshape(-1, 1),
+        }
+    return held | dict.fromkeys(_OF_ACTIVATIONS, jnp.ones((), qt.scale.dtype))
+
+
+def _refuse(qt: QTensor, reason: str | None) -> None:
     if reason:
         raise ValueError(f"quanto cannot hold {qt!r}: {reason}.")
-    scale, zero = tensor.plain(qt.scale), tensor.plain(qt.zero)
-    if zero is None:
-        zero = jnp.full(scale.shape, 2 ** (segment.bits - 1), jnp.uint8)
-    shift = zero if zero.dtype == jnp.uint8 else -zero
-    words = Slabs(qt.k, segment.group_size).pack(tensor.codes(qt), segment.bits)
-    return dict(
-        zip(
-            TENSORS,
-            (words, scale.T.reshape(-1, 1), shift.T.reshape(-1, 1)),
-            strict=True,
+
+
+def _lacks(qt: QTensor) -> str | None:
+    """Why a matrix of two or four bits is none of quanto's, if so."""
+    symmetric = qt.affine is Affine.CENTERED and qt.zero is None
+    integer = qt.zero is not None and qt.zero.dtype == jnp.uint8
+    reason = refusal(qt, (*WIDTHS, 8))
+    if not (symmetric or integer or qt.affine is Affine.OFFSET):
+        reason = reason or f"{qt.affine.value} here has neither integer zeros nor shift"
+    return reason or lacks_narrow_zeros(qt)
+
+
+def _takes_floats_alone(qt: QTensor) -> bool:
+    """Whether quanto's loader turns a matrix into its tinygemm tensor, and asserts."""
+    sizes = qt.segments[0] == (4, 128, qt.segments[0].padding)
+    return sizes and qt.k > 128 and qt.scale.dtype == jnp.bfloat16
+
+
+def config_of(qt: QTensor) -> Config:
+    """Says what the map of modules has of a matrix, which may be abstract."""
+    if qt.segments[0].bits < 8:
+        return Config(weights=f"qint{qt.segments[0].bits}", k=qt.k)
+    return Config(weights=FLOAT8 if qt.affine is Affine.FLOAT else "qint8")
+
+
+def unloadable(qt: QTensor) -> str | None:
+    """Why quanto would not load a matrix, of which it can hold codes and scales."""
+    size, own = qt.segments[0].group_size or qt.k, quanto_config.group_size(qt.k)
+    if qt.segments[0].bits != 8 and size != own:
+        return f"quanto has groups of {own} for k={qt.k}, where it has {size}"
+    zero = tensor.plain(qt.zero)
+    if zero is not None and zero.dtype == jnp.uint8 and _takes_floats_alone(qt):
+        return (
+            "beside bfloat16 scales in groups of 128 quanto loads no integer zeros; "
+            "symmetric codes, or scales of another dtype, will do"
         )
-    )
+    return None
 
 
 @jax.jit

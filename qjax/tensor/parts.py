@@ -85,6 +85,26 @@ class Encoded(abc.ABC):
         return jax.eval_shape(type(self).decode, self).dtype
 
 
+class InSteps(Encoded):
+    """A scale of two factors by which upstream multiplies one after the other.
+
+    `decode` gives their product, which is what a prepared tensor has. Of others,
+    `qjax.dequantize` rounds after each factor, as upstream does.
+    """
+
+    # The factor that comes last; float32.
+    last: typing.ClassVar[float]
+
+    @property
+    @abc.abstractmethod
+    def first(self) -> Array:
+        """The factor that comes first, float32 ``[*batch, groups, n]``."""
+
+    def decode(self) -> Array:
+        """Returns the product of both."""
+        return self.first.astype(jnp.float32) * jnp.float32(self.last)
+
+
 @typing.overload
 def plain(parameter: Array | Encoded) -> Array: ...
 @typing.overload

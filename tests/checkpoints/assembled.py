@@ -30,10 +30,14 @@ BLOCK, _, NAME = MODULE.rpartition(".")
 
 @dataclasses.dataclass
 class Assembled:
-    """A checkpoint of one quantized module, and the weight ``[k, n]`` upstream gets."""
+    """A checkpoint of one quantized module, and the weight ``[k, n]`` upstream gets.
+
+    And the one that it multiplies by, if that is rounded in other places.
+    """
 
     checkpoint: Checkpoint
     weight: np.ndarray
+    prepared: np.ndarray | None = None
 
 
 @functools.cache
@@ -133,6 +137,16 @@ def bnb() -> Assembled:
     return assemble({"weight": data["packed"]} | tensors, data["out_dequant"].T, config)
 
 
+def bnb_int8() -> Assembled:
+    data = golden("bnb/bnb_int8__float32__7x50__s722")
+    config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
+    config |= {"load_in_4bit": False, "llm_int8_threshold": 6.0}
+    config |= {"llm_int8_has_fp16_weight": False, "llm_int8_skip_modules": None}
+    made = assemble(state(data), data["out_dequant"].T, config)
+    made.prepared = data["out_identity"].T
+    return made
+
+
 def compressed_tensors() -> Assembled:
     data = golden("compressed_tensors/ct_packquant__b4_g32_asym_float16__16x128__s851")
     weights = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group"}
@@ -217,6 +231,16 @@ def metal() -> Assembled:
     data = golden("metal/metal_b4_g64_bfloat16__5x128__s1451")
     config = data["meta"]["config"] | {"modules_to_not_convert": ["lm_head"]}
     return assemble(state(data), data["out_dequant"].T, config)
+
+
+def quanto(name: str, **sizes) -> Assembled:
+    """With the map beside config.json, which says the sizes of its one layer."""
+    data = golden(f"quanto/quanto_linear__{name}")
+    made = assemble(state(data), data["out_dequant"].T)
+    made.checkpoint.config |= sizes
+    entry = copy.deepcopy(data["meta"]["config"])
+    made.checkpoint.files["quanto_qmap.json"] = {MODULE: entry}
+    return made
 
 
 def torchao_entry(kind: str, **data) -> dict:
@@ -345,6 +369,7 @@ DIALECTS: dict[str, Callable[[], Assembled]] = {
     "exl2 without a config": lambda: exl2(None),
     "hqq": hqq,
     "bitsandbytes": bnb,
+    "bitsandbytes int8": bnb_int8,
     "compressed-tensors": compressed_tensors,
     "compressed-tensors fp8": lambda: compressed_floats(
         "float_quantized__channel_bfloat16__16x48__s901"
@@ -386,6 +411,13 @@ DIALECTS: dict[str, Callable[[], Assembled]] = {
     "mlx mxfp8": lambda: mlx("mxfp8__6x96__s1431"),
     "mlx nvfp4": lambda: mlx("nvfp4__6x96__s1432"),
     "metal": metal,
+    "quanto qint4": lambda: quanto(
+        "qint4_float16__4x256__s163",
+        **{"hidden_size": 256, "num_attention_heads": 2, "head_dim": 2},
+    ),
+    "quanto qint2": lambda: quanto("qint2_float16_spread__7x50__s162"),
+    "quanto qint8": lambda: quanto("qint8_float32__7x50__s171"),
+    "quanto qfloat8": lambda: quanto("qfloat8_bfloat16_spread__16x48__s177"),
     "torchao": torchao,
     "torchao tiled": torchao_tiled,
     "torchao tiled and padded": lambda: torchao_tiled((35, 200)),

@@ -204,6 +204,8 @@ class TestAgainstUpstream:
         # Upstream rounds to 16 bits; its reference of gemv_fast is of other zeros.
         close = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 2**-21}
         bound = 1e-2 if name == "awq gemv_fast" else close[made.weight.dtype.name]
+        # Upstream rounds the product first, which is larger than the weight.
+        bound *= 2 if name == "quanto qint4" else 1
         assert one.relative_error < bound
         assert one.a.bits > one.b.bits
 

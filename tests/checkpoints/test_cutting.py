@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 import qjax
 from qjax import checkpoints
 from qjax.checkpoints.shards import Stored
-from qjax.formats import awq, fp8, mlx, modelopt, quark
+from qjax.formats import awq, bnb, fp8, mlx, modelopt, quark
 from tests import goldens
 from tests.checkpoints import assembled, tiny
 
@@ -209,6 +209,35 @@ def test_quark(tmp_path, mesh, counted, bits, size, symmetric, spec):
     assert_same(found, whole)
     # Those of columns are read with each piece that has them.
     assert size is None or sum(counted.values()) == held
+
+
+@pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")], ids=str)
+def test_llm_int8(tmp_path, mesh, counted, spec):
+    dense = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
+    w = bnb.quantize(jnp.asarray(dense), bits=8)
+    checkpoints.save(tmp_path / "x", {tiny.MODULE: w}, {}, format="bitsandbytes")
+    load = functools.partial(checkpoints.load, tmp_path / "x")
+    whole = qjax.shard(load()[tiny.MODULE], mesh, spec)
+    counted.clear()
+    found = load(sharding=lambda _: NamedSharding(mesh, spec))[tiny.MODULE]
+    assert_same(found, whole)
+    # Magnitudes of columns are read with each piece that has them, and formats.
+    assert 64 * 128 < sum(counted.values()) < 64 * 128 + 8 * 4 * 128
+
+
+@pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")], ids=str)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_quanto(tmp_path, mesh, counted, bits, spec):
+    dense = np.random.default_rng(0).normal(size=(64, 128)).astype(np.float32)
+    w = qjax.quantize(jnp.asarray(dense), bits, None, symmetric=True)
+    checkpoints.save(tmp_path / "x", {tiny.MODULE: w}, {}, format="quanto")
+    load = functools.partial(checkpoints.load, tmp_path / "x")
+    whole = qjax.shard(load()[tiny.MODULE], mesh, spec)
+    counted.clear()
+    found = load(sharding=lambda _: NamedSharding(mesh, spec))[tiny.MODULE]
+    assert_same(found, whole)
+    # Slabs are not cut, and read whole.
+    assert bits == 4 or sum(counted.values()) < 64 * 128 + 8 * 4 * 128
 
 
 @pytest.mark.parametrize("name", ["int4_channel", "mxfp6_e2m3", "nvfp4"])

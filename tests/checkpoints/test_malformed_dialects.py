@@ -319,6 +319,47 @@ def mlx(bend, *pieces, name="mlx", error=ValueError, reads=False):
     return Case(bend, pieces, error=error, reads=reads, make=make)
 
 
+def llm_int8(bend, *pieces, reads=False):
+    make = checkpoint_of("bitsandbytes int8")
+    return Case(bend, pieces, reads=reads, make=make)
+
+
+INT8_ERRORS = {
+    "LLM.int8(): the configuration says 4 bits": llm_int8(
+        quantization(load_in_4bit=True, load_in_8bit=False),
+        IN_FILE + "weight.absmax is missing",
+    ),
+    "LLM.int8(): or both": llm_int8(
+        quantization(load_in_4bit=True),
+        "config.json: load_in_4bit=True and load_in_8bit=True: one of them must be",
+    ),
+    "LLM.int8(): weights of 16 bits": llm_int8(
+        quantization(llm_int8_has_fp16_weight=True),
+        "config.json: llm_int8_has_fp16_weight=true: such weights are dense",
+    ),
+    "LLM.int8(): it should be dense": llm_int8(
+        quantization(llm_int8_skip_modules=["layers.0"]),
+        f"config.json leaves {MODULE} dense",
+    ),
+    "LLM.int8(): no magnitudes": llm_int8(
+        drop(f"{MODULE}.SCB"), IN_FILE + "SCB is missing"
+    ),
+    "LLM.int8(): too few magnitudes": llm_int8(
+        put(SCB=np.ones(6, np.float32)), IN_FILE + "SCB.shape=(6,) must be (7,)"
+    ),
+    "LLM.int8(): bytes for tensor cores": llm_int8(
+        put(weight_format=np.array(3, np.uint8)),
+        IN_FILE + "weight_format=3 (col_ampere) must be 0",
+        reads=True,
+    ),
+}
+
+
+def quanto(bend, *pieces, name="quanto qint4", error=ValueError, reads=False):
+    make = checkpoint_of(name)
+    return Case(bend, pieces, error=error, reads=reads, make=make)
+
+
 def said(**fields):
     """Changes what MLX goes by."""
     return lambda c: c.config["quantization"].update(fields)
@@ -375,7 +416,58 @@ MLX_ERRORS = {
         name="metal",
     ),
 }
+
+
+def mapped(**fields):
+    """Changes what the map says of the module."""
+    return lambda c: c.files["quanto_qmap.json"][MODULE].update(fields)
+
+
+QUANTO_ERRORS = {
+    "quanto: no map": quanto(
+        lambda c: c.files.clear(), "is quantized, but config.json has no", "quanto_qmap"
+    ),
+    "quanto: the map leaves it out": quanto(
+        lambda c: c.files["quanto_qmap.json"].clear(),
+        f"quanto_qmap.json leaves {MODULE} dense",
+    ),
+    "quanto: floats that are not read": quanto(
+        mapped(weights="qfloat8_e5m2"),
+        f"quanto_qmap.json: {MODULE}.weights='qfloat8_e5m2' is not read",
+        error=NotImplementedError,
+    ),
+    "quanto: types that there are not": quanto(
+        mapped(weights="qint5"), f"{MODULE}.weights='qint5' must be one of"
+    ),
+    "quanto: as transformers' configuration has it": quanto(
+        lambda c: c.config.update(
+            quantization_config={"quant_method": "quanto", "weights": "int8"}
+        ),
+        "config.json: weights='int8' must be an object",
+    ),
+    "quanto: other bits": quanto(
+        mapped(weights="qint2"), IN_FILE + "weight._data._data.shape=(4, 128) must be"
+    ),
+    "quanto: eight bits": quanto(
+        mapped(weights="qint8"), IN_FILE + "weight._data is missing"
+    ),
+    "quanto: inputs that do not fit": quanto(
+        mapped(in_features=192), IN_FILE + "weight._data._data.shape=(4, 128) must be"
+    ),
+    "quanto: nobody says how many inputs": quanto(
+        lambda c: c.config.update(hidden_size=128),
+        f"quanto_qmap.json: {MODULE}: 8 groups of 128 do not say how many inputs",
+    ),
+    "quanto: a scale is not a number": quanto(
+        put(**{"weight._scale": np.full((7, 1), np.nan, np.float32)}),
+        IN_FILE + "weight._scale must be finite",
+        name="quanto qint8",
+        reads=True,
+    ),
+}
 TABLES = (
+    INT8_ERRORS,
+    QUANTO_ERRORS,
     MBWQ_ERRORS,
     MPQ_ERRORS,
     TILED_ERRORS,

@@ -17,7 +17,16 @@ from safetensors import safe_open
 import qjax
 from qjax import checkpoints
 from qjax.checkpoints import placing, shards
-from qjax.formats import awq, compressed_tensors, exl2, fp8, gptq, quanto, torchao
+from qjax.formats import (
+    awq,
+    bnb,
+    compressed_tensors,
+    exl2,
+    fp8,
+    gptq,
+    quanto,
+    torchao,
+)
 from tests.checkpoints import tiny
 from tests.checkpoints.assembled import DIALECTS
 from tests.goldens import arrays, same_bits
@@ -266,6 +275,42 @@ class TestSmallFloats:
         checkpoints.convert(source, tmp_path / "again", format="quark")
         found = {k: v.read() for k, v in shards.scan(tmp_path / "again").items()}
         same_bits(found, dict(made.tensors))
+
+    @pytest.mark.parametrize("name", ["bitsandbytes", "bitsandbytes int8"])
+    def test_the_same_bytes_of_bitsandbytes(self, name, tmp_path):
+        made = DIALECTS[name]().checkpoint
+        source = made.write(tmp_path / "source")
+        checkpoints.convert(source, tmp_path / "again", format="bitsandbytes")
+        found = {k: v.read() for k, v in shards.scan(tmp_path / "again").items()}
+        same_bits(found, dict(made.tensors))
+
+    def test_one_kind_of_codes_for_bitsandbytes(self, tmp_path, refuses):
+        w = jnp.eye(64, dtype=jnp.bfloat16)
+        nf4, fp4, eight = (
+            bnb.quantize_4bit(w),
+            bnb.quantize_4bit(w, "fp4", 32),
+            bnb.quantize(w, 8),
+        )
+        dense = {"lm_head.weight": np.ones((4, 4), np.float16)}
+        # Prepared, and still NF4.
+        tensors = {"a": nf4, "b": qjax.prepare(nf4)} | dense
+        checkpoints.save(tmp_path / "4", tensors, {}, format="bitsandbytes")
+        entry = entry_of(tmp_path / "4")
+        assert entry["bnb_4bit_quant_type"] == "nf4"
+        assert entry["bnb_4bit_compute_dtype"] == "bfloat16"
+        assert entry["llm_int8_skip_modules"] == ["lm_head"]
+        found = checkpoints.load(tmp_path / "4", prepare=False)
+        for name in "ab":
+            same_bits(qjax.dequantize(found[name]), qjax.dequantize(nf4))
+        for other, said in ((fp4, "fp4 in uint8"), (eight, "LLM.int8() in int8")):
+            with refuses(f"here nf4 in uint8, and it has {said}"):
+                three = {"a": nf4, "b": nf4, "c": other}
+                checkpoints.save(tmp_path / "5", three, {}, format="bitsandbytes")
+        with refuses("head: bitsandbytes leaves modules dense by the ends of their"):
+            checkpoints.save(
+                *(tmp_path / "5", {"x.lm_head": nf4} | dense, {}), format="bitsandbytes"
+            )
+        assert not (tmp_path / "5").exists()
 
     def test_schemes_of_quark(self, tmp_path):
         tensors = {

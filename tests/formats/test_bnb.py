@@ -52,7 +52,10 @@ def codes_of(packed):
 
 def test_every_golden_file_is_here():
     counts = collections.Counter(name.split("__")[0] for name in FILES)
-    assert counts == {"bnb_4bit": 12, "bnb_blockwise8": 1, "bnb_code_tables": 1}
+    assert counts == {
+        **{"bnb_4bit": 12, "bnb_blockwise8": 1, "bnb_code_tables": 1},
+        **{"bnb_int8": 6},
+    }
     assert (len(SINGLE), len(DOUBLE)) == (8, 4)
 
 
@@ -468,6 +471,11 @@ ENTRY = {"quant_method": "bitsandbytes", "load_in_4bit": True}
             bnb.Config(skip_modules=("lm_head", "mlp.gate")),
         ),
         (ENTRY | {"llm_int8_skip_modules": None}, bnb.Config()),
+        ({"load_in_8bit": True}, bnb.Config(load_in_8bit=True)),
+        (
+            {"_load_in_8bit": True, "load_in_4bit": False},
+            bnb.Config(load_in_8bit=True),
+        ),
     ],
 )
 def test_config_from_json(entry, config):
@@ -477,9 +485,16 @@ def test_config_from_json(entry, config):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({}, "load_in_4bit must be true; only 4-bit weights are read"),
-        ({"load_in_8bit": True}, "load_in_8bit=true (LLM.int8) is not read"),
-        (ENTRY | {"_load_in_8bit": True}, "_load_in_8bit=true (LLM.int8) is not read"),
+        ({}, "load_in_4bit=False and load_in_8bit=False: one of them must be true"),
+        (
+            ENTRY | {"_load_in_8bit": True},
+            "load_in_4bit=True and load_in_8bit=True: one of them must be true",
+        ),
+        (ENTRY | {"load_in_4bit": 1}, "load_in_4bit=1 must be true or false"),
+        (
+            {"load_in_8bit": True, "llm_int8_has_fp16_weight": True},
+            "llm_int8_has_fp16_weight=true: such weights are dense; remove",
+        ),
         (
             ENTRY | {"bnb_4bit_quant_type": "int4"},
             "bnb_4bit_quant_type='int4' must be one of ['nf4', 'fp4']",

@@ -36,7 +36,7 @@ def test_numbers_of_numpy_are_sizes(size):
 @pytest.mark.parametrize("k", NO_SIZES, ids=repr)
 def test_inputs_of_quanto(k, refuses):
     with refuses(f"k={k!r} must be a positive integer below 2**31"):
-        quanto.from_tensors(quanto.to_tensors(W), bits=4, k=k)
+        quanto.from_tensors(quanto.to_tensors(W), quanto.Config(weights="qint4", k=k))
 
 
 def test_blocks_of_fp8(refuses):

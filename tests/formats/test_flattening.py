@@ -20,6 +20,7 @@ from qjax import formats, tensor
 from qjax.formats import (
     block_scale,
     bnb,
+    bnb_int8,
     compressed_tensors_floats,
     exl2,
     flattening,
@@ -161,6 +162,7 @@ CASES = {
     "gguf": gguf_matrix,
     "bnb": lambda: bnb_matrix(False),
     "bnb, double": lambda: bnb_matrix(True),
+    "bnb, 8 bits": lambda: bnb_int8.quantize(jnp.eye(64)),
 } | {
     name: lambda name=name: qjax.relayout(
         matrix(8 if name == "fp8.Bytes" else 4),
@@ -237,7 +239,7 @@ def test_all_layouts_and_encodings_have_a_name():
     }
     several |= {"compressed_tensors_floats.OverGlobal", "block_scale.BlockScale"}
     several |= {"modelopt.TimesGlobal", "levels.WithGlobal"}
-    assert encodings - several == {"mxfp4.E8M0"}
+    assert encodings - several == {"mxfp4.E8M0", "bnb_int8.Maxima"}
 
 
 def test_through_a_safetensors_file(tmp_path):

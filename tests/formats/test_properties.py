@@ -288,7 +288,7 @@ class TestRefusals:
             "2 bits are not among (4,)",
             "'gptq_p' 2 to 8",
         ),
-        (quanto.to_tensors, {"bits": 8}, "8 bits are not among (2, 4)", "'gptq_p'"),
+        (quanto.to_tensors, {"bits": 3}, "bits are not among (2, 4, 8)", "'gptq_p'"),
         (tinygemm.to_tensors, {"row_group": True}, "(act-order)", "GPTQ holds those"),
         (tinygemm.to_tensors, {"order": True}, "(act-order)", "GPTQ holds those"),
         (tinygemm.to_tensors, {"bits": 3}, "3 bits are not among (4,)", "compressed-"),

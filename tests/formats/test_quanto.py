@@ -23,7 +23,11 @@ FILES = goldens.names("quanto")
 PACKED = [name for name in FILES if name.startswith("quanto_packed_u8")]
 TINYGEMM = [name for name in FILES if name.startswith("quanto_tinygemm")]
 QBITS = [n for n in goldens.names("awq_v2") if n.startswith("awq_quanto_qbits")]
-DATA, SCALE, SHIFT = quanto.TENSORS
+DATA, SCALE, SHIFT = quanto.TENSORS[:3]
+
+
+def config_of(bits: int, k: int) -> quanto.Config:
+    return quanto.Config(weights=f"qint{bits}", k=k)
 
 
 def pack_by_hand(rows: np.ndarray, bits: int) -> np.ndarray:
@@ -39,6 +43,8 @@ def test_every_golden_file_is_here():
     assert collections.Counter(name.split("__")[0] for name in FILES) == {
         "quanto_packed_u8": 4,
         "quanto_tinygemm": 2,
+        "quanto_linear": 18,
+        "quanto_model": 2,
     }
     assert (len(PACKED), len(TINYGEMM), len(QBITS)) == (4, 2, 6)
 
@@ -63,14 +69,20 @@ def tensors_of(data: dict) -> dict:
         DATA: data["generic_packed"],
         SCALE: data["in_scale"],
         SHIFT: data["in_shift"],
+        **ones(data["in_scale"].dtype),
     }
+
+
+def ones(dtype) -> dict:
+    """What a module has that quantizes no activations."""
+    return dict.fromkeys(("input_scale", "output_scale"), np.ones((), dtype))
 
 
 @pytest.mark.parametrize("name", QBITS)
 def test_reads_writes_and_dequantizes(name):
     data = load(name)
     n, k = data["in_q"].shape
-    qt = quanto.from_tensors(tensors_of(data), bits=4, k=k)
+    qt = quanto.from_tensors(tensors_of(data), config_of(4, k))
     assert (qt.shape, qt.segments[0].group_size) == ((k, n), 128)
     same_bits(qjax.codes(qt), data["in_q"].T)
     same_bits(qjax.dequantize(qt), data["out_dequant_standard"].T)
@@ -95,7 +107,7 @@ def test_tinygemm_scales_and_shifts(name):
     def weight(shift) -> jax.Array:
         words = quanto.Slabs(k, 128).pack(jnp.asarray(data["in_q"].T), 4)
         tensors = {DATA: words, SCALE: data["in_scale"], SHIFT: shift}
-        return qjax.dequantize(quanto.from_tensors(tensors, bits=4, k=k))
+        return qjax.dequantize(quanto.from_tensors(tensors, config_of(4, k)))
 
     same_bits(weight(data["in_shift"]), data["out_dequant_standard"].T)
     # The tinygemm tensor dequantizes through the shift that it has left.
@@ -218,7 +230,7 @@ def test_padded_rows(bits, affine, as_qtensor):
     qt = as_qtensor(m)
     tensors = quanto.to_tensors(qt)
     assert tensors[DATA].shape == (8 if bits == 4 else 4, 32)
-    back = quanto.from_tensors(tensors, bits=bits, k=96)
+    back = quanto.from_tensors(tensors, config_of(bits, 96))
     assert back.shape == (96, 5)
     same_bits(qjax.codes(back), m.codes)
     twice = dataclasses.replace(qt, rounding=2 if affine == "OFFSET" else 1)
@@ -229,13 +241,13 @@ def test_symmetric_zeros_are_the_middle_code():
     qt = qjax.quantize(jnp.eye(64), bits=2, group_size=32, symmetric=True)
     tensors = quanto.to_tensors(qt)
     assert (np.asarray(tensors[SHIFT]) == 2).all()
-    back = quanto.from_tensors(tensors, bits=2, k=64)
+    back = quanto.from_tensors(tensors, config_of(2, 64))
     chex.assert_trees_all_equal(qjax.dequantize(back), qjax.dequantize(qt))
 
 
 def test_matmul():
     data = load(QBITS[1])
-    qt = quanto.from_tensors(tensors_of(data), bits=4, k=data["in_q"].shape[1])
+    qt = quanto.from_tensors(tensors_of(data), config_of(4, data["in_q"].shape[1]))
     x = np.random.default_rng(0).normal(size=(5, qt.k)).astype(np.float32)
     y = qjax.matmul(jnp.asarray(x), qjax.prepare(qt))
     weight = np.asarray(qjax.dequantize(qt, jnp.float32), np.float64)
@@ -258,7 +270,7 @@ def small_tensors(**changes) -> dict:
     "shift", [np.ones((6, 1), dtype) for dtype in (np.uint8, np.int8, np.float16)]
 )
 def test_check_accepts(shift):
-    qt = quanto.from_tensors(small_tensors(_shift=shift), bits=4, k=64)
+    qt = quanto.from_tensors(small_tensors(_shift=shift), config_of(4, 64))
     integer = shift.dtype != np.float16
     assert qt.affine is (tensor.Affine.ZERO if integer else tensor.Affine.OFFSET)
     assert qt.zero.dtype == (jnp.uint8 if integer else jnp.float16)
@@ -329,18 +341,19 @@ def test_check_accepts(shift):
 )
 def test_tensors_that_do_not_fit_are_refused(changes, message, refuses):
     with refuses(message):
-        quanto.from_tensors(small_tensors(**changes), bits=4, k=64)
+        quanto.from_tensors(small_tensors(**changes), config_of(4, 64))
 
 
 def test_check_refuses_other_widths(refuses):
-    with refuses("bits=8 must be 2 or 4"):
-        quanto.check(small_tensors(), bits=8, k=64)
+    with refuses("config.weights='qint3' must be one of ('qint2', 'qint4', 'qint8'"):
+        quanto.check(small_tensors(), config_of(3, 64))
 
 
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"bits": 8}, "8 bits are not among (2, 4)"),
+        ({"bits": 3}, "3 bits are not among (2, 4, 8)"),
+        ({"bits": 8}, "(q - z) * s is not symmetric, as its 8 bits are"),
         ({"float_zero": True}, "has neither integer zeros nor shift"),
         ({"affine": "CODEBOOK"}, "has neither integer zeros nor shift"),
         ({"affine": "CENTERED", "float_zero": True}, "has neither integer zeros nor"),

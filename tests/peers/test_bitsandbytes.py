@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional
+from bitsandbytes.nn import modules
 
 import qjax
 from qjax import checkpoints
@@ -62,3 +63,18 @@ def test_quantizes_to_the_same_tensors():
             assert read[0] == read[1]
         else:
             np.testing.assert_array_equal(found, tensor.numpy())
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16, jnp.bfloat16])
+def test_llm_int8(dtype):
+    w = arrays.random(3, 80, 24, dtype)
+    qt = bnb.quantize(w, bits=8)
+    tensors = arrays.state(bnb.to_tensors(qt))
+    layer = modules.Linear8bitLt(80, 24, bias=False, has_fp16_weights=False)
+    layer.load_state_dict({"weight": arrays.to_torch(w.T)})
+    layer = layer.to("cpu")
+    for name, theirs in layer.state_dict().items():
+        np.testing.assert_array_equal(tensors[name].numpy(), theirs.numpy())
+    layer.load_state_dict(tensors)
+    dense = functional.int8_vectorwise_dequant(layer.weight.data, layer.weight.SCB)
+    arrays.same_weight(dense, qt)

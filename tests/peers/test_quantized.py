@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import qjax
 from qjax import checkpoints
-from qjax.formats import bitnet, fp8, mlx
+from qjax.formats import bitnet, bnb, fp8, mlx
 from qjax.formats import gptq as format_
 from qjax.quantizers import gptq, gram, hqq
 from tests.peers import arrays
@@ -24,7 +24,9 @@ DENSE = Path(__file__).parents[1] / "data" / "llama_bf16"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "llm" / "quantize.py"
 
 
-def logits_of(directory: Path, dtype: torch.dtype = torch.float32) -> np.ndarray:
+def logits_of(
+    directory: Path, dtype: torch.dtype = torch.float32, *, train: bool = False
+) -> np.ndarray:
     ids = np.load(DENSE / "reference.npz")["prompt_ids"].astype(np.int64)
     entry = checkpoints.read_config(directory).get("quantization_config") or {}
     method = entry.get("quant_method")
@@ -34,9 +36,12 @@ def logits_of(directory: Path, dtype: torch.dtype = torch.float32) -> np.ndarray
         dtype=dtype,
         device_map="cpu" if method == "metal" else None,
     )
-    if method in ("fp8", "metal"):
-        # On a CPU it is dequantized, each weight to the dtype of its scale.
-        model = model.float()
+    if method in ("fp8", "metal", "bitsandbytes"):
+        # On a CPU the first two are dequantized, each weight to the dtype of its scale;
+        # beside bitsandbytes' matrices all is as the file has it, and a method would
+        # refuse.
+        model = torch.nn.Module.float(model)
+    model.train(train)
     with torch.no_grad():
         return model(torch.from_numpy(ids)).logits.float().numpy()
 
@@ -101,6 +106,23 @@ def test_transformers_runs_a_directory(tmp_path, write):
     # A model that was loaded dense after all would be off by as much as codes are.
     off = 1e-2 if "floats" in write.__name__ else 2e-2
     assert np.abs(found - logits_of(DENSE)).max() > off * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_transformers_runs_bitsandbytes(tmp_path, bits):
+    spec = qjax.Spec(bits=bits, group_size=64, symmetric=True, quantizer=bnb.quantize)
+    target = tmp_path / "packed"
+    checkpoints.quantize(DENSE, target, format="bitsandbytes", rules=spec)
+    expected = expected_of(target)
+    # LLM.int8() leaves activations alone in training, and there is no dropout; those
+    # of NF4 are in bfloat16.
+    found, close = logits_of(target, train=True), 5e-3 if bits == 4 else 1e-4
+    assert np.abs(found - expected).max() <= close * np.abs(expected).max()
+    off = 2e-2 if bits == 4 else 2e-3
+    assert np.abs(found - logits_of(DENSE)).max() > off * np.abs(expected).max()
+    # Activations of eight bits cost more than weights do.
+    rounded = np.abs(logits_of(target) - expected).max()
+    assert rounded <= (2e-2 if bits == 8 else close) * np.abs(expected).max()
 
 
 def test_transformers_runs_ternary_weights(tmp_path, monkeypatch):

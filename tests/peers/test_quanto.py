@@ -2,20 +2,30 @@
 
 import dataclasses
 import inspect
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from optimum.quanto import qint2, qint4
+from optimum.quanto import (
+    QuantizedModelForCausalLM,
+    qint2,
+    qint4,
+    quantization_map,
+)
 from optimum.quanto.tensor.weights.awq import packed as awq_packed
 from optimum.quanto.tensor.weights.qbits import WeightQBitsTensor
+from transformers import AutoModelForCausalLM
 
 import qjax
-from qjax.formats import awq, awq_v2, quanto
+from qjax import checkpoints
+from qjax.formats import awq, awq_v2, fp8, quanto
+from qjax.formats.quanto_config import WIDTHS
 from qjax.tensor import Affine
 from tests.peers import arrays
 
+DENSE = Path(__file__).parents[1] / "data" / "llama_bf16"
 RNG = np.random.default_rng(0)
 
 
@@ -53,8 +63,42 @@ def test_loads_a_weight(qtype, float_shift, dtype):
         missing_keys=missing,
     )
     assert not missing
-    assert not tensors
+    assert tensors.keys() == {"input_scale", "output_scale"}
     arrays.same_weight(theirs.dequantize(), qt)
+
+
+@pytest.mark.parametrize("kind", ["qint2", "qint4", "qint8", "qfloat8_e4m3fn"])
+def test_loads_a_directory(tmp_path, kind):
+    bits = WIDTHS[kind]
+    options = {"group_size": 128 if bits < 8 else None, "symmetric": bits != 2}
+    if kind == "qfloat8_e4m3fn":
+        options |= {"quantizer": fp8.quantize, "scale_dtype": jnp.bfloat16}
+    spec = qjax.Spec(bits=bits, **options)
+    checkpoints.quantize(DENSE, tmp_path / "x", format="quanto", rules=spec)
+    weights = checkpoints.load(tmp_path / "x", prepare=False)
+    model = QuantizedModelForCausalLM.from_pretrained(tmp_path / "x")
+    found = quantization_map(model._wrapped)
+    matrices = {n: w for n, w in weights.items() if isinstance(w, qjax.QTensor)}
+    assert found.keys() == matrices.keys()
+    for name, qt in matrices.items():
+        assert found[name] == {"weights": kind, "activations": "none"}
+        weight = model._wrapped.get_submodule(name).weight
+        if hasattr(weight, "_scale_shift"):
+            # Of tinygemm, as it would be saved.
+            weight = weight.weight_qbits_tensor()
+        arrays.same_weight(weight.dequantize(), qt)
+
+
+def test_reads_what_it_saves(tmp_path):
+    """Sizes of a model are all that says how many inputs there are."""
+    dense = AutoModelForCausalLM.from_pretrained(DENSE, dtype=torch.float16)
+    model = QuantizedModelForCausalLM.quantize(dense, weights=qint4, exclude="lm_head")
+    model.save_pretrained(tmp_path)
+    assert checkpoints.verify(tmp_path) == []
+    weights = checkpoints.load(tmp_path, prepare=False)
+    for name in quantization_map(model._wrapped):
+        weight = model._wrapped.get_submodule(name).weight
+        arrays.same_weight(weight.dequantize(), weights[name])
 
 
 @pytest.mark.parametrize("reorder", [False, True])
