@@ -52,7 +52,7 @@ from qjax.formats.checks import (
     lacks_whole_groups,
 )
 from qjax.formats.torchao_config import Config
-from qjax.tensor import Affine, Cut, QTensor, Segment
+from qjax.tensor import Affine, QTensor, Segment
 
 __all__ = ["TENSORS", "Bytes", "Config", "check", "from_tensors", "to_tensors"]
 
@@ -93,11 +93,6 @@ class Bytes(tensor.Layout):
         """Returns ``(k, n)``."""
         del bits
         return shape[1], shape[0]
-
-    def cut(self, bits: int) -> Cut:
-        """Cuts anywhere."""
-        del bits
-        return Cut(k_axis=1, rows=1, n_axis=0, columns=1)
 
 
 @functools.partial(jax.jit, static_argnums=1)
