@@ -24,6 +24,7 @@ from qjax.formats import (
     hqq,
     modelopt,
     quark,
+    torchao,
 )
 from qjax.formats.checks import lacks_even_groups, lacks_narrow_zeros
 from qjax.formats.hqq_config import FIELDS
@@ -47,6 +48,7 @@ class Dialect:
       refusal: Says what the values of a matrix have against it, beyond `tensors`; of
         abstract leaves, what they might have.
       against: Says which matrices cannot stand beside the others, and why.
+      metadata: What the headers of files say of them, and of other tensors by name.
     """
 
     tensors: Callable[[QTensor], Mapping[str, Any]]
@@ -56,6 +58,7 @@ class Dialect:
     scale_dtype: DTypeLike | None = None
     refusal: Callable[[QTensor], str | None] = lambda qt: None
     against: Callable[[Matrices, Sequence[str]], dict[str, str]] = lambda m, d: {}
+    metadata: Callable[[Matrices, Sequence[str]], dict[str, str]] = lambda m, d: {}
 
 
 def _gptq(checkpoint_format: gptq.Checkpoint) -> Dialect:
@@ -246,6 +249,14 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             describe=describing.of_quark,
             widths=(4, 8),
             refusal=lacks_narrow_zeros,
+        ),
+        "torchao": Dialect(
+            tensors=torchao.to_tensors,
+            describe=describing.of_torchao,
+            widths=range(1, 9),
+            refusal=lacks_narrow_zeros,
+            against=functools.partial(_against_ends, "torchao"),
+            metadata=torchao.metadata,
         ),
     }
 )

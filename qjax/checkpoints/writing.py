@@ -75,7 +75,8 @@ def save(
       format: "gptq" (v1), "gptq_v2", "gptq_p" (planes), "awq" (gemm),
         "compressed-tensors" (pack-quantized, or the formats of small floats), "exl2",
         "hqq", "fp8", "bitnet", "modelopt" (its NVFP4, MXFP8, and FP8 with several
-        scales) or "quark" (4 and 8 bits, FP8, MXFP4 and MXFP8).
+        scales), "quark" (4 and 8 bits, FP8, MXFP4 and MXFP8) or "torchao" (1 to 8 bits
+        a byte each, 4 bits with float zeros, FP8, MXFP4, MXFP8 and NVFP4).
       overwrite: Whether the weights and the config of a checkpoint that is there
         already may be replaced. Other files and directories in it stay.
       shard_bytes: Size above which weights are spread over several files with a
@@ -188,10 +189,12 @@ def plan_files(
     if reasons:
         raise _refusal(format_, reasons, len(matrices | reasons), advice)
     config = {**config, "quantization_config": dialect.describe(matrices, dense)}
-    _check_readable(path, format_, config, stored)
+    others = [name for name in stored if name not in matrices]
+    metadata = dialect.metadata(matrices, others)
+    _check_readable(path, format_, config, stored, metadata)
     files = {
         file: placing.place(
-            path / file, {name: stored[name].values() for name in names}
+            path / file, {name: stored[name].values() for name in names}, metadata
         )
         for file, names in _deal(stored, shard_bytes).items()
     }
@@ -308,6 +311,7 @@ def _check_readable(
     format_: str,
     config: Mapping[str, Any],
     stored: Mapping[str, Mapping[str, Stored]],
+    metadata: Mapping[str, str],
 ) -> None:
     """Checks that `load` will accept the headers of what will be written."""
     tensors: dict[str, Stored] = {}
@@ -315,7 +319,7 @@ def _check_readable(
         for one in part.values():
             if one.name in tensors:
                 raise ValueError(f"{one.name} would be written twice.")
-            tensors[one.name] = one
+            tensors[one.name] = dataclasses.replace(one, metadata=metadata)
     parts, faults = modules.survey(path, config, tensors)
     if faults:
         lines = "".join(f"\n  {fault}" for fault in faults)
