@@ -17,13 +17,14 @@ from qjax.checkpoints.atomic import check_target, replacing
 from qjax.checkpoints.dialects import DIALECTS, Dialect, centered
 from qjax.checkpoints.journal import Journal
 from qjax.checkpoints.shards import INDEX, SINGLE, Stored, check_name, weight_files
+from qjax.formats import sinq
 from qjax.formats.checks import check_finite
 from qjax.tensor import QTensor, check_array
 
 SHARD_BYTES = 5_000_000_000
 # Files that say how weights were quantized.
 STALE = ("config.json", *modules.BESIDE, "quant_log.csv", "recipe.yaml")
-STALE += ("measurement.json",)
+STALE += ("measurement.json", sinq.SIDECAR)
 
 # Modules with the same fault that are listed by their names.
 _LISTED = 3

@@ -9,9 +9,11 @@ A format module has a `Layout` or two. Those of `FORMATS`, which checkpoints nam
   if the shapes of its tensors do, ``config.with_tensors(tensors)``,
 * ``check(tensors, config)``: names, dtypes and shapes, without reading any value,
 * if a range of each tensor is a matrix by itself, ``axes(tensors, config)``,
+* if a file of JSON says more about each module, its name ``SIDECAR``; the object is
+  under that name in the entry that ``from_json`` is given,
 * if a dense weight may have scales beside it, ``is_dense(tensors)``,
 * ``from_tensors(tensors, config)``, where `bitnet`, `exl2`, `fp8`, `mbwq` and `mxfp4`
-  can do without the configuration, and ``to_tensors(qt, ...)``.
+  can do without the configuration, and ``to_tensors(qt, ...)``, but of `sinq`.
 
 `auto_round` is a configuration alone: its tensors are those of other formats. Each
 tensor of a `gguf` file says what it is, and no directory names that format. No
@@ -46,6 +48,7 @@ from qjax.formats import (
     mxfp4,
     quanto,
     quark,
+    sinq,
     tinygemm,
     torchao,
 )
@@ -70,6 +73,7 @@ __all__ = [
     "mxfp4",
     "quanto",
     "quark",
+    "sinq",
     "tinygemm",
     "torchao",
 ]
@@ -93,6 +97,7 @@ FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
         "modelopt_fp4": modelopt,
         "bitnet": bitnet,
         "quark": quark,
+        "sinq": sinq,
         "gguf": gguf,
     }
 )

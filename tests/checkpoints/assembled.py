@@ -206,6 +206,19 @@ def quark(name: str) -> Assembled:
     return assemble(state(data), data["out_dequant"].T.astype(dtype), config)
 
 
+def sinq(kind: str, entry: bool = True) -> Assembled:
+    """What SINQ saves; transformers alone writes a ``quantization_config``."""
+    (path,) = GOLDEN.glob(f"sinq/sinq_{kind}__*.npz")
+    data = golden(f"sinq/{path.stem}")
+    files = {
+        "model.safetensors.index.json.meta.json": {MODULE: data["meta"]["sidecar"]}
+    }
+    config = {"quant_method": "sinq", "nbits": 4, "tiling_mode": "1D"}
+    config |= {"method": "sinq", "modules_to_not_convert": ["lm_head"]}
+    weight = data["out_dequant"].T
+    return assemble(state(data), weight, config if entry else None, files=files)
+
+
 def torchao_entry(kind: str, **data) -> dict:
     default = {"_type": kind, "_version": 2, "_data": data}
     return {"quant_method": "torchao", "quant_type": {"default": default}}
@@ -382,6 +395,9 @@ DIALECTS: dict[str, Callable[[], Assembled]] = {
     "quark mxfp4": lambda: quark("mxfp4__16x64__s1319"),
     "quark mxfp6": lambda: quark("mxfp6_e3m2__16x64__s1321"),
     "quark nvfp4": lambda: quark("nvfp4__16x64__s1324"),
+    "sinq": lambda: sinq("b4_aux"),
+    "sinq of 3 bits": lambda: sinq("b3_plain", entry=False),
+    "sinq of 6 bits": lambda: sinq("b6_plain"),
     "torchao": torchao,
     "torchao int8 awq": lambda: torchao_weight("int8_awq"),
     "torchao int4": lambda: torchao_weight("plain_int4"),
