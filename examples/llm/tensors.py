@@ -29,8 +29,8 @@ GPT_OSS = {
     r"\.experts\.gate_up_proj": ".experts.gate_up_pairs",
     r"(\.experts\.\w+)_bias$": r"\1.bias",
 }
-# What a model of text has no place for.
-SEEING = re.compile(r"(model\.)?(vision_tower|multi_modal_projector)\..*")
+# What a model of text has no place for; rotary frequencies it computes itself.
+SEEING = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|rotary_emb)\..*")
 # One of the matrices of experts, or its bias.
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\..+)")
 

@@ -20,6 +20,7 @@ from qjax.formats import (
     modelopt,
     quanto,
     quark,
+    torchao,
 )
 from qjax.formats import compressed_tensors_floats as floats
 from qjax.formats.block_scale import BlockScale
@@ -210,6 +211,27 @@ def of_metal(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
         "bits": bits,
         "group_size": size,
         "modules_to_not_convert": list(dense) or None,
+    }
+
+
+def of_torchao(matrices: Matrices, dense: Sequence[str]) -> dict[str, Any]:
+    """torchao's, as transformers has it; headers of the files say the rest."""
+    configs = {name: torchao.config_of(qt) for name, qt in matrices.items()}
+    kinds = {name: config.described_alike() for name, config in configs.items()}
+    usual = most_common(kinds)
+    default = usual.to_json()
+    if set(kinds.values()) != {usual}:
+        by_name = {name: kind.to_json() for name, kind in kinds.items()}
+        data = {"fqn_to_config": by_name}
+        default = {"_type": "FqnToConfig", "_version": 1, "_data": data}
+    return {
+        "quant_method": "torchao",
+        "quant_type": {"default": default},
+        "modules_to_not_convert": list(dense),
+        "include_input_output_embeddings": any(
+            "embed" in name.rpartition(".")[2] for name in matrices
+        ),
+        "untie_embedding_weights": False,
     }
 
 

@@ -27,6 +27,7 @@ from qjax.formats import (
     modelopt,
     quanto,
     quark,
+    torchao,
 )
 from qjax.formats.checks import lacks_even_groups, lacks_narrow_zeros
 from qjax.formats.hqq_config import FIELDS
@@ -57,6 +58,7 @@ class Dialect:
         gives a matrix whose values are known the scales of a file, which say so.
       against: Says which matrices cannot stand beside the others, and why.
       has_tables: Whether loaders read packed tables of embeddings.
+      metadata: What the headers of files say of them, and of other tensors by name.
     """
 
     tensors: Callable[[QTensor], Mapping[str, Any]]
@@ -70,6 +72,7 @@ class Dialect:
     encoded: Callable[[QTensor], QTensor] | None = None
     against: Callable[[Matrices, Sequence[str]], dict[str, str]] = lambda m, d: {}
     has_tables: bool = False
+    metadata: Callable[[Matrices, Sequence[str]], dict[str, str]] = lambda m, d: {}
 
 
 def _gptq(checkpoint_format: gptq.Checkpoint) -> Dialect:
@@ -331,6 +334,15 @@ DIALECTS: Mapping[str, Dialect] = types.MappingProxyType(
             quantizer=mlx.quantize,
             refusal=mlx.lacks_exact_offsets,
             against=_against_metal,
+        ),
+        "torchao": Dialect(
+            tensors=torchao.to_tensors,
+            describe=describing.of_torchao,
+            widths=range(1, 9),
+            refusal=lacks_narrow_zeros,
+            against=functools.partial(_against_ends, "torchao"),
+            metadata=torchao.metadata,
+            has_tables=True,
         ),
     }
 )

@@ -37,6 +37,7 @@ _MARKS = (
     ("mbwq", {"qweight", "q_perm"}),
     ("mpq", {"qweight", "zeros"}),
     ("mpq", {"qweight", "qstatistic"}),
+    ("sinq", {"W_q", "meta.scale2"}),
 )
 
 
@@ -394,6 +395,8 @@ def _quantization(
             f"{source}: quant_method={method!r} is not supported; it must be one of "
             f"{list(readers)}."
         )
+    if sidecar := getattr(readers[method], "SIDECAR", None):
+        entry = {**entry, sidecar: read_object(directory / sidecar)}
     try:
         parsed = readers[method].Config.from_json(entry)
     except ValueError as error:

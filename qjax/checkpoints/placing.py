@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,13 +39,18 @@ class File:
     parts: Mapping[str, Sequence[Stored]]
 
 
-def place(path: Path, parts: Mapping[str, Iterable[Stored]]) -> File:
+def place(
+    path: Path,
+    parts: Mapping[str, Iterable[Stored]],
+    metadata: Mapping[str, str] = types.MappingProxyType({}),
+) -> File:
     """Gives each tensor its place in a file.
 
     Args:
       path: Where the file will be.
       parts: Tensors by the weight that they make up; their file and offset do not
         count.
+      metadata: Texts that the header has.
 
     Returns:
       The file: the widest dtypes first, so that all tensors are aligned, then by name.
@@ -52,7 +58,7 @@ def place(path: Path, parts: Mapping[str, Iterable[Stored]]) -> File:
     """
     tensors = [one for part in parts.values() for one in part]
     # Transformers asks for this entry.
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     starts, end = {}, 0
     for one in sorted(tensors, key=lambda one: (-one.dtype.itemsize, one.name)):
         starts[one.name] = end

@@ -171,9 +171,15 @@ def scan(directory: Path) -> dict[str, Stored]:
         return _header(directory / SINGLE)
     if INDEX not in files:
         weights = [name for name in files if name.endswith((".safetensors", ".bin"))]
+        remedy = f"convert or rename {weights or 'yours'}"
+        if weights and not any(name.endswith(".safetensors") for name in weights):
+            remedy = (
+                f"have {weights}, pickles that may run any code, saved as safetensors "
+                "by who wrote them"
+            )
         raise FileNotFoundError(
             f"{directory} has neither {SINGLE} nor {INDEX}, and qjax reads no other "
-            f"weights; convert or rename {weights or 'yours'}."
+            f"weights; {remedy}."
         )
     index = directory / INDEX
     by_shard = _shards(index)

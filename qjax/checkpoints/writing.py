@@ -17,13 +17,14 @@ from qjax.checkpoints.atomic import check_target, replacing
 from qjax.checkpoints.dialects import DIALECTS, Dialect, centered
 from qjax.checkpoints.journal import Journal
 from qjax.checkpoints.shards import INDEX, SINGLE, Stored, check_name, weight_files
+from qjax.formats import sinq
 from qjax.formats.checks import check_finite, is_known
 from qjax.tensor import QTensor, check_array
 
 SHARD_BYTES = 5_000_000_000
 # Files that say how weights were quantized.
 STALE = ("config.json", *modules.BESIDE, "quant_log.csv", "recipe.yaml")
-STALE += ("measurement.json",)
+STALE += ("measurement.json", sinq.SIDECAR)
 
 # Modules with the same fault that are listed by their names.
 _LISTED = 3
@@ -79,8 +80,9 @@ def save(
         "compressed-tensors" (pack-quantized, or the formats of small floats), "exl2",
         "hqq", "fp8", "bitnet", "bitsandbytes" (NF4, FP4 or LLM.int8()), "modelopt" (its
         NVFP4, MXFP8, and FP8 with several scales), "quanto" (2, 4 and 8 bits, FP8),
-        "quark" (4 and 8 bits, FP8, MXFP4 and MXFP8), "mlx" (codes with offsets, MXFP4,
-        MXFP8, NVFP4; stacks, too) or "metal" (2, 4 and 8 bits).
+        "quark" (4 and 8 bits, FP8, MXFP4 and MXFP8), "torchao" (1 to 8 bits a byte
+        each, 4 bits with float zeros, FP8, MXFP4, MXFP8 and NVFP4), "mlx" (codes with
+        offsets, MXFP4, MXFP8, NVFP4; stacks, too) or "metal" (2, 4 and 8 bits).
       overwrite: Whether the weights and the config of a checkpoint that is there
         already may be replaced. Other files and directories in it stay.
       shard_bytes: Size above which weights are spread over several files with a
@@ -194,13 +196,15 @@ def plan_files(
         raise _refusal(format_, reasons, len(matrices | reasons), advice)
     entry = dialect.describe(matrices, dense)
     config, beside = _described(config, dialect, entry), {}
-    _check_readable(path, format_, {**config, "quantization_config": entry}, stored)
+    metadata = dialect.metadata(matrices, sorted(stored.keys() - matrices.keys()))
+    read_as = {**config, "quantization_config": entry}
+    _check_readable(path, format_, read_as, stored, metadata)
     if dialect.beside is not None:
         method = "quant_method"
         beside[dialect.beside] = {k: v for k, v in entry.items() if k != method}
     files = {
         file: placing.place(
-            path / file, {name: stored[name].values() for name in names}
+            path / file, {name: stored[name].values() for name in names}, metadata
         )
         for file, names in _deal(stored, shard_bytes).items()
     }
@@ -337,6 +341,7 @@ def _check_readable(
     format_: str,
     config: Mapping[str, Any],
     stored: Mapping[str, Mapping[str, Stored]],
+    metadata: Mapping[str, str],
 ) -> None:
     """Checks that `load` will accept the headers of what will be written."""
     tensors: dict[str, Stored] = {}
@@ -344,7 +349,7 @@ def _check_readable(
         for one in part.values():
             if one.name in tensors:
                 raise ValueError(f"{one.name} would be written twice.")
-            tensors[one.name] = one
+            tensors[one.name] = dataclasses.replace(one, metadata=metadata)
     parts, faults = modules.survey(path, config, tensors)
     if faults:
         lines = "".join(f"\n  {fault}" for fault in faults)

@@ -10,9 +10,11 @@ A format module has a `Layout` or two. Those of `FORMATS`, which checkpoints nam
   before ``of``, ``config.with_model(config.json, all tensors)``,
 * ``check(tensors, config)``: names, dtypes and shapes, without reading any value,
 * if a range of each tensor is a matrix by itself, ``axes(tensors, config)``,
+* if a file of JSON says more about each module, its name ``SIDECAR``; the object is
+  under that name in the entry that ``from_json`` is given,
 * if a dense weight may have scales beside it, ``is_dense(tensors)``,
 * ``from_tensors(tensors, config)``, where `bitnet`, `exl2`, `fp8`, `mbwq` and `mxfp4`
-  can do without the configuration, and ``to_tensors(qt, ...)``.
+  can do without the configuration, and ``to_tensors(qt, ...)``, but of `sinq`.
 
 `auto_round` is a configuration alone: its tensors are those of other formats. `mlx` is
 described by "quantization" in config.json, and without a ``quant_method``. Each
@@ -48,6 +50,7 @@ from qjax.formats import (
     mxfp4,
     quanto,
     quark,
+    sinq,
     tinygemm,
     torchao,
 )
@@ -73,6 +76,7 @@ __all__ = [
     "mxfp4",
     "quanto",
     "quark",
+    "sinq",
     "tinygemm",
     "torchao",
 ]
@@ -99,6 +103,7 @@ FORMATS: Mapping[str, types.ModuleType] = types.MappingProxyType(
         "mlx": mlx,
         "metal": mlx,
         "quanto": quanto,
+        "sinq": sinq,
         "gguf": gguf,
     }
 )

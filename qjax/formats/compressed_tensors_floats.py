@@ -34,7 +34,7 @@ from jax import lax
 from jaxtyping import Array, Integer, UInt8
 
 from qjax import decode, tensor
-from qjax.formats import fp8, torchao
+from qjax.formats import fp8
 from qjax.formats.block_scale import BlockScale
 from qjax.formats.checks import (
     FLOATS,
@@ -50,6 +50,7 @@ from qjax.formats.checks import (
 )
 from qjax.formats.compressed_tensors_config import Config
 from qjax.formats.mxfp4 import E8M0, pack_pairs, unpack_pairs
+from qjax.formats.torchao_bytes import Bytes
 from qjax.tensor import (
     Affine,
     Cut,
@@ -213,7 +214,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
         words = fp8.patterns_of("weight", tensors["weight"])
         layout = fp8.Bytes()
     else:
-        words, layout = np.asarray(tensors["weight"]), torchao.Bytes()
+        words, layout = np.asarray(tensors["weight"]), Bytes()
         _check_range("weight", words, config.bits)
     points, zero = tensors.get("weight_zero_point"), None
     if points is not None:

@@ -30,6 +30,7 @@ from qjax.formats import (
     bnb_int8,
     compressed_tensors_floats,
     tiles,
+    torchao_bytes,
 )
 from qjax.formats.checks import FLOATS
 from qjax.formats.flattening_metadata import Entries
@@ -73,7 +74,10 @@ def _defined(base: type) -> Mapping[str, type]:
 
 
 # What metadata may name. A name from a file is a key here, and nothing is imported.
-LAYOUTS = _defined(Layout)
+LAYOUTS: Mapping[str, type] = types.MappingProxyType(
+    # The name is older than the module.
+    {**_defined(Layout), "torchao.Bytes": torchao_bytes.Bytes}
+)
 ENCODINGS = _defined(Encoded)
 
 

@@ -20,11 +20,13 @@ class Config:
       group_size: The inputs that share a scale: 32, 64, 128 or 256.
       inner_k_tiles: 8 in torchao's tensors; gpt-fast also wrote 2 and 4.
       shape: torch's ``(N, K)`` before padding. None: nothing is padding.
+      names: The weight's tensors, factors of its inputs among them; None is not told.
     """
 
     group_size: int
     inner_k_tiles: int = 8
     shape: tuple[int, int] | None = None
+    names: tuple[str, ...] | None = None
 
     @classmethod
     def from_json(cls, entry: Mapping[str, Any]) -> "Config":

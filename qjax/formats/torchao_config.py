@@ -5,36 +5,69 @@ huggingface/transformers, src/transformers/quantizers/quantizers_utils.py.
 """
 
 import dataclasses
+import types
 from collections.abc import Mapping
 from typing import Any
 
 from qjax.formats import tinygemm_config
+from qjax.formats import torchao_header as header
 from qjax.formats.checks import check_strings
 from qjax.formats.patterns import check_pattern, ends_any, matches
+from qjax.formats.torchao_header import attributes
 
-_INTX = ("IntxWeightOnlyConfig",)
-_INT8 = ("Int8WeightOnlyConfig",)
-_INT4 = ("Int4WeightOnlyConfig",)
+# What each configuration makes of a weight.
+_CLASSES: Mapping[str, str] = types.MappingProxyType(
+    {
+        "Int8WeightOnlyConfig": header.INT8,
+        "Int8DynamicActivationInt8WeightConfig": header.INT8,
+        "Int8StaticActivationInt8WeightConfig": header.INT8,
+        "IntxWeightOnlyConfig": header.INTX,
+        "Int8DynamicActivationIntxWeightConfig": header.INTX,
+        "Int4WeightOnlyConfig": header.INT4,
+        "Float8DynamicActivationInt4WeightConfig": header.INT4,
+        "Float8WeightOnlyConfig": header.FLOAT8,
+        "Float8DynamicActivationFloat8WeightConfig": header.FLOAT8,
+        "MXDynamicActivationMXWeightConfig": header.MX,
+        "NVFP4WeightOnlyConfig": header.NVFP4,
+        "NVFP4DynamicActivationNVFP4WeightConfig": header.NVFP4,
+    }
+)
+# These quantize as another configuration does, and keep a factor of each input.
+_WITH_FACTORS = ("AWQConfig", "SmoothQuantConfig")
+_TABLES = ("FqnToConfig", "ModuleFqnToConfig")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a torchao ``quantization_config`` says about one module.
+    """What a torchao ``quantization_config``, and a file's header, say of one weight.
 
     Attributes:
+      kind: Class of torchao's tensor.
       bits: Width of a code, 1 to 8.
       group_size: Inputs that share a scale; None for one scale an output.
       per_tensor: Whether the whole weight shares one scale.
-      tiled: Whether the tensors are tinygemm's, which `with_header` has to describe.
+      block: Outputs and inputs that share a scale, where the header has told; it then
+        stands for the two before.
+      shape: torch's ``(N, K)``, where the header has told.
+      weight_dtype: Name of the dtype that the weight had, where the header has told.
+      swizzled: Whether scales lie as NVIDIA's tensor cores read them.
+      names: The tensors that there are, where the header has told.
+      described: Whether nothing else than this is needed; else `with_header` is.
       overrides: Configurations by module or ``re:`` pattern, as torchao's
         ``FqnToConfig`` has them; None leaves a module dense.
       ignored: Modules that transformers left dense (``modules_to_not_convert``).
     """
 
+    kind: str = header.INT8
     bits: int = 8
     group_size: int | None = None
     per_tensor: bool = False
-    tiled: bool = False
+    block: tuple[int, int] | None = None
+    shape: tuple[int, int] | None = None
+    weight_dtype: str | None = None
+    swizzled: bool = False
+    names: tuple[str, ...] | None = None
+    described: bool = True
     overrides: tuple[tuple[str, "Config | None"], ...] = ()
     ignored: tuple[str, ...] = ()
 
@@ -63,8 +96,8 @@ class Config:
             )
         ignored = entry.get("modules_to_not_convert") or []
         _check_patterns("modules_to_not_convert", ignored)
-        table = _data(kind["default"])
-        if kind["default"].get("_type") not in ("FqnToConfig", "ModuleFqnToConfig"):
+        table = attributes(kind["default"])
+        if kind["default"].get("_type") not in _TABLES:
             return dataclasses.replace(_one(kind["default"]), ignored=tuple(ignored))
         by_name = table.get("fqn_to_config") or table.get("module_fqn_to_config")
         if not isinstance(by_name, Mapping) or not by_name:
@@ -112,25 +145,94 @@ class Config:
           ValueError: If the header is needed and says nothing, or something else than
             the configuration.
         """
-        if not self.tiled:
+        if entry is None and self.described:
             return self
         if entry is None:
             raise ValueError(
-                "the weight is padded, and the metadata in the safetensors header, "
-                "which would tell its shape, does not name it; save the model anew."
+                f"the metadata in the safetensors header, which would tell the shape "
+                f"of {self.kind} and of its scales, does not name the weight; save the "
+                "model anew."
             )
-        if entry.get("_type") != "Int4TilePackedTo4dTensor":
+        said = header.read(entry, (self.kind,))
+        if self.kind == header.TILED:
+            config = tinygemm_config.Config.from_json(attributes(entry))
+            config = dataclasses.replace(config, names=said["names"])
+            block = (1, config.group_size)
+        else:
+            config = dataclasses.replace(self, described=True, **said)
+            block = said["block"]
+        if self.kind == header.INTX and said["bits"] != self.bits:
             raise ValueError(
-                f"_type={entry.get('_type')!r} in the safetensors header must be "
-                "'Int4TilePackedTo4dTensor', from quant_type."
+                f"target_dtype='int{said['bits']}' in the safetensors header must be "
+                f"'int{self.bits}', from quant_type."
             )
-        config = tinygemm_config.Config.from_json(_data(entry))
-        if config.group_size != self.group_size:
+        if self.group_size is not None and block != (1, self.group_size):
             raise ValueError(
-                f"block_size=[1, {config.group_size}] in the safetensors header must "
-                f"be [1, {self.group_size}], from quant_type."
+                f"block_size={list(block)} in the safetensors header must be "
+                f"[1, {self.group_size}], from quant_type."
             )
         return config
+
+    def described_alike(self) -> "Config":
+        """Returns what weights of other shapes have as well."""
+        alike = self.block if self.block == (128, 128) else None
+        return dataclasses.replace(self, block=alike, shape=None, weight_dtype=None)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the configuration by which torchao would make such weights."""
+        said: dict[str, Any] = {"set_inductor_config": True}
+        version, granularity = 2, self._granularity_to_json()
+        if self.kind == header.INT8:
+            name = "Int8WeightOnlyConfig"
+            said |= {"granularity": granularity, "group_size": None}
+        elif self.kind == header.INTX:
+            name, said = (
+                "IntxWeightOnlyConfig",
+                {
+                    "granularity": granularity,
+                    "weight_dtype": header.dtype_to_json(f"int{self.bits}"),
+                    "mapping_type": _enum("MappingType", "SYMMETRIC"),
+                    "scale_dtype": None,
+                    "intx_packing_format": _enum(
+                        "IntxPackingFormat", "UNPACKED_TO_INT8"
+                    ),
+                },
+            )
+        elif self.kind in (header.INT4, header.TILED):
+            packing = "PLAIN" if self.kind == header.INT4 else "TILE_PACKED_TO_4D"
+            name, said["group_size"] = "Int4WeightOnlyConfig", self.group_size
+            said["int4_packing_format"] = _enum("Int4PackingFormat", packing)
+        elif self.kind == header.FLOAT8 and self.block is not None:
+            name = "Float8DynamicActivationFloat8WeightConfig"
+            sizes = ([1, self.block[1]], list(self.block))
+            blocks = [_object("PerBlock", {"block_size": size}) for size in sizes]
+            said["granularity"] = blocks
+        elif self.kind == header.FLOAT8:
+            name, said["granularity"] = "Float8WeightOnlyConfig", granularity
+        elif self.kind == header.MX:
+            name, version = "MXDynamicActivationMXWeightConfig", 1
+            element = header.dtype_to_json(header.element_of(self.bits))
+            said = {"activation_dtype": element, "weight_dtype": element}
+        else:
+            name, version, said = "NVFP4WeightOnlyConfig", 1, {}
+        return _object(name, said, version)
+
+    def _granularity_to_json(self) -> dict[str, Any]:
+        if self.per_tensor and self.kind != header.INTX:
+            return _object("PerTensor", {})
+        if self.group_size is not None:
+            return _object("PerGroup", {"group_size": self.group_size})
+        if self.kind == header.INTX:
+            return _object("PerAxis", {"axis": 0})
+        return _object("PerRow", {"dim": -1})
+
+
+def _object(name: str, data: Mapping[str, Any], version: int = 1) -> dict[str, Any]:
+    return {"_type": name, "_version": version, "_data": dict(data)}
+
+
+def _enum(name: str, member: str) -> dict[str, str]:
+    return {"_type": name, "_data": member}
 
 
 def _check_patterns(name: str, patterns: Any) -> None:
@@ -138,48 +240,50 @@ def _check_patterns(name: str, patterns: Any) -> None:
         check_pattern(name, pattern)
 
 
-def _data(entry: Any) -> Mapping[str, Any]:
-    """The fields of an object that torchao wrote as ``{"_type", "_data"}``."""
-    data = entry.get("_data") if isinstance(entry, Mapping) else None
-    if not isinstance(data, Mapping):
-        raise ValueError(  # noqa: TRY004
-            f"{entry!r} must be an object with '_type' and '_data'."
-        )
-    return data
-
-
 def _one(entry: Any) -> Config:
     """Reads the configuration of one kind of tensor."""
-    data, kind = _data(entry), entry.get("_type")
-    if kind in _INT4:
-        return _int4(data)
-    if kind not in _INT8 + _INTX:
+    if isinstance(entry, Mapping) and entry.get("_type") in _WITH_FACTORS:
+        entry = attributes(entry).get("base_config")
+    data, name = attributes(entry), entry.get("_type")
+    if not isinstance(name, str) or name not in _CLASSES:
         raise ValueError(
-            f"quant_type {kind!r} is not supported; known: {[*_INT8, *_INTX, *_INT4]}, "
-            "alone or in FqnToConfig."
+            f"quant_type {name!r} is not supported; known: "
+            f"{[*_CLASSES, *_WITH_FACTORS]}, alone or in FqnToConfig."
         )
-    bits = _intx_bits(data) if kind in _INTX else 8
+    kind = _CLASSES[name]
+    if kind == header.INT4:
+        return _int4(name, data)
+    _check_packing(data, "intx_packing_format", "unpacked_to_int8", optional=True)
+    _check_packing(data, "packing_format", "plain", optional=True)
     if data.get("group_size") is not None:
         raise ValueError(
-            f"group_size={data['group_size']!r} is of version 1 of torchao's {kind}, "
+            f"group_size={data['group_size']!r} is of version 1 of torchao's {name}, "
             "which no safetensors file has; it must be null."
         )
+    bits = _intx_bits(data) if kind == header.INTX else 8
+    if not name.endswith("WeightOnlyConfig") or kind not in (header.INT8, header.INTX):
+        return Config(kind=kind, bits=bits, described=False)
+    return dataclasses.replace(_granularity(data), kind=kind, bits=bits)
+
+
+def _granularity(data: Mapping[str, Any]) -> Config:
+    """Reads what of a weight of integers shares a scale."""
     granularity = data.get("granularity", {"_type": "PerRow", "_data": {}})
-    fields, name = _data(granularity), granularity.get("_type")
+    fields, name = attributes(granularity), granularity.get("_type")
     if name == "PerGroup":
         size = fields.get("group_size")
         if type(size) is not int or size < 1:
             raise ValueError(f"group_size={size!r} must be a positive integer.")
-        return Config(bits=bits, group_size=size)
+        return Config(group_size=size)
     if name == "PerTensor":
-        return Config(bits=bits, per_tensor=True)
+        return Config(per_tensor=True)
     rows = name == "PerRow" and fields.get("dim", -1) in (-1, 1)
     if not rows and not (name == "PerAxis" and fields.get("axis", 0) == 0):
         raise ValueError(
             f"granularity={granularity!r} must be PerRow, PerAxis(0), PerGroup or "
             "PerTensor."
         )
-    return Config(bits=bits)
+    return Config()
 
 
 def _intx_bits(data: Mapping[str, Any]) -> int:
@@ -187,12 +291,20 @@ def _intx_bits(data: Mapping[str, Any]) -> int:
     name = dtype.get("_data") if isinstance(dtype, Mapping) else None
     if name not in [f"int{width}" for width in range(1, 9)]:
         raise ValueError(f"weight_dtype={dtype!r} must be torch.int1 to int8.")
-    _check_packing(data, "intx_packing_format", "unpacked_to_int8", optional=True)
     return int(name[3:])
 
 
-def _int4(data: Mapping[str, Any]) -> Config:
-    _check_packing(data, "int4_packing_format", "tile_packed_to_4d")
+def _int4(name: str, data: Mapping[str, Any]) -> Config:
+    """Reads that of int4 weights, which have several packings."""
+    packing = _member(data.get("int4_packing_format"))
+    if packing == "plain":
+        size = data.get("group_size") if name == "Int4WeightOnlyConfig" else None
+        return Config(kind=header.INT4, bits=4, group_size=size, described=False)
+    if packing != "tile_packed_to_4d":
+        raise ValueError(
+            f"int4_packing_format={packing!r} must be 'plain' or 'tile_packed_to_4d': "
+            "others are those of one device, and not of a file."
+        )
     tile, size = data.get("int4_tile_packed_ntile", 8), data.get("group_size")
     sizes = tinygemm_config.GROUP_SIZES
     if tile != 8:
@@ -202,15 +314,18 @@ def _int4(data: Mapping[str, Any]) -> Config:
         )
     if type(size) is not int or size not in sizes:
         raise ValueError(f"group_size={size!r} must be one of {sizes}, for int4.")
-    return Config(bits=4, group_size=size, tiled=True)
+    return Config(kind=header.TILED, bits=4, group_size=size, described=False)
 
 
 def _check_packing(
     data: Mapping[str, Any], name: str, wanted: str, optional: bool = False
 ) -> None:
-    """An enumeration is an object with the name of a member, or its value."""
-    packing = data.get(name)
-    packing = packing.get("_data") if isinstance(packing, Mapping) else packing
-    known = (wanted, wanted.upper(), *((None,) if optional else ()))
-    if packing not in known:
+    packing = _member(data.get(name))
+    if packing not in (wanted, *((None,) if optional else ())):
         raise ValueError(f"{name}={packing!r} must be {wanted!r}.")
+
+
+def _member(value: Any) -> Any:
+    """An enumeration is an object with the name of a member, or its value."""
+    found = value.get("_data") if isinstance(value, Mapping) else value
+    return found.lower() if isinstance(found, str) else found

@@ -26,6 +26,8 @@ from tests.goldens import arrays
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 BLOCK, _, NAME = MODULE.rpartition(".")
+# What NumPy's files hold as integers.
+_VIEWED = ("bfloat16", "float8_e4m3fn", "float8_e8m0fnu")
 
 
 @dataclasses.dataclass
@@ -46,7 +48,7 @@ def golden(path: str) -> dict:
     data = arrays(GOLDEN / f"{path}.npz")
     meta = json.loads(str(data.pop("meta")))
     for name, dtype in meta.get("dtypes", {}).items():
-        if dtype in ("bfloat16", "float8_e4m3fn") and name in data:
+        if dtype in _VIEWED and name in data:
             data[name] = data[name].view(dtype)
     if meta.get("dtype") == "bfloat16":  # widened there
         for name in ("scales", "zeros", "w_unpacked"):
@@ -243,6 +245,19 @@ def quanto(name: str, **sizes) -> Assembled:
     return made
 
 
+def sinq(kind: str, entry: bool = True) -> Assembled:
+    """What SINQ saves; transformers alone writes a ``quantization_config``."""
+    (path,) = GOLDEN.glob(f"sinq/sinq_{kind}__*.npz")
+    data = golden(f"sinq/{path.stem}")
+    files = {
+        "model.safetensors.index.json.meta.json": {MODULE: data["meta"]["sidecar"]}
+    }
+    config = {"quant_method": "sinq", "nbits": 4, "tiling_mode": "1D"}
+    config |= {"method": "sinq", "modules_to_not_convert": ["lm_head"]}
+    weight = data["out_dequant"].T
+    return assemble(state(data), weight, config if entry else None, files=files)
+
+
 def torchao_entry(kind: str, **data) -> dict:
     default = {"_type": kind, "_version": 2, "_data": data}
     return {"quant_method": "torchao", "quant_type": {"default": default}}
@@ -256,6 +271,20 @@ def torchao() -> Assembled:
         granularity={"_type": "PerGroup", "_data": {"group_size": 32}},
     )
     return assemble(state(data), data["out_dequant"].T, config)
+
+
+def torchao_weight(kind: str) -> Assembled:
+    """What torchao stored, with the header that says what it is."""
+    (path,) = GOLDEN.glob(f"torchao/torchao_weights__{kind}__*.npz")
+    data = golden(f"torchao/{path.stem}")
+    weight, meta = f"{MODULE}.weight", data["meta"]
+    texts = {weight: meta["header"], "tensor_names": json.dumps([weight])}
+    config = {"quant_method": "torchao", "quant_type": {"default": meta["quant_type"]}}
+    dense = data["out_dequant"].T
+    if (factors := data.get("state__weight_act_pre_scale")) is not None:
+        wide = dense.astype(np.float32) * factors.astype(np.float32)[:, None]
+        dense = wide.astype(dense.dtype)
+    return assemble(state(data), dense, config, metadata=texts)
 
 
 def in_header(size: int, shape: tuple[int, int]) -> dict[str, str]:
@@ -418,7 +447,17 @@ DIALECTS: dict[str, Callable[[], Assembled]] = {
     "quanto qint2": lambda: quanto("qint2_float16_spread__7x50__s162"),
     "quanto qint8": lambda: quanto("qint8_float32__7x50__s171"),
     "quanto qfloat8": lambda: quanto("qfloat8_bfloat16_spread__16x48__s177"),
+    "sinq": lambda: sinq("b4_aux"),
+    "sinq of 3 bits": lambda: sinq("b3_plain", entry=False),
+    "sinq of 6 bits": lambda: sinq("b6_plain"),
     "torchao": torchao,
+    "torchao int8 awq": lambda: torchao_weight("int8_awq"),
+    "torchao int4": lambda: torchao_weight("plain_int4"),
+    "torchao int4 awq": lambda: torchao_weight("plain_int4_awq"),
+    "torchao fp8": lambda: torchao_weight("float8_row"),
+    "torchao mxfp8": lambda: torchao_weight("mxfp8"),
+    "torchao mxfp4": lambda: torchao_weight("mxfp4"),
+    "torchao nvfp4": lambda: torchao_weight("nvfp4"),
     "torchao tiled": torchao_tiled,
     "torchao tiled and padded": lambda: torchao_tiled((35, 200)),
     "mbwq layer-mix": lambda: mbwq("mbwq_q4_g32_perm", strategy([4], [32], [1.0])),

@@ -1,5 +1,6 @@
 """Directories of every dialect load to the weights that upstream makes of them."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -171,6 +172,38 @@ def test_files_beside_are_read_in_a_fixed_order(tmp_path):
     with pytest.raises(ValueError, match=r"quantize_config\.json|must be float16"):
         checkpoints.load(directory)
     assert json.loads((directory / "quantize_config.json").read_text()) == {"bits": 3}
+
+
+class TestSinq:
+    """Huawei's SINQ, which says what each module got in a file beside the weights."""
+
+    BESIDE = "model.safetensors.index.json.meta.json"
+
+    def test_the_file_beside_must_be_there(self, tmp_path):
+        made = DIALECTS["sinq"]()
+        del made.checkpoint.files[self.BESIDE]
+        directory = made.checkpoint.write(tmp_path)
+        with pytest.raises(FileNotFoundError, match=f"{self.BESIDE} is missing"):
+            checkpoints.load(directory)
+
+    def test_the_file_beside_says_what_is_dense(self, tmp_path, refuses):
+        made = DIALECTS["sinq"]()
+        files = made.checkpoint.files
+        files[self.BESIDE] = {"other": files[self.BESIDE][MODULE]}
+        with refuses(f"leaves {MODULE} dense"):
+            checkpoints.load(made.checkpoint.write(tmp_path))
+
+    def test_scales_of_inputs_are_of_no_other_format(self, tmp_path, refuses):
+        source = DIALECTS["sinq"]().checkpoint.write(tmp_path / "source")
+        with refuses("it has an order of rows or an input scale"):
+            checkpoints.convert(source, tmp_path / "x", format="hqq")
+        weights = checkpoints.load(source, prepare=False)
+        base = dataclasses.replace(weights[MODULE], input_scale=None)
+        checkpoints.save(
+            source, weights | {MODULE: base}, {}, format="hqq", overwrite=True
+        )
+        assert not (source / self.BESIDE).exists()
+        assert checkpoints.verify(source) == []
 
 
 class TestHqq:

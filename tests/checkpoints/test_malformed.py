@@ -87,7 +87,7 @@ FILE_ERRORS = {
     "no weights": Case(remove(SINGLE), (SINGLE, INDEX, "neither"), FileNotFoundError),
     "other weights": Case(
         both(remove(SINGLE), write("pytorch_model.bin", b"")),
-        ("neither", "['pytorch_model.bin']"),
+        ("neither", "have ['pytorch_model.bin'], pickles that may run any code"),
         FileNotFoundError,
     ),
     "empty": Case(write(SINGLE, b""), (f"{SINGLE} is not a sound",)),

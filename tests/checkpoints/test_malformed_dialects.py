@@ -146,7 +146,7 @@ MPQ_ERRORS = {
 }
 TILED_ERRORS = {
     "nothing in the header": tiled(
-        metadata(None), f"config.json: {MODULE}: the weight is padded", "save the model"
+        metadata(None), f"config.json: {MODULE}: the metadata in", "save the model anew"
     ),
     "no JSON in the header": tiled(
         metadata("{"), f"{SINGLE}: metadata of {MODULE}.weight is not valid JSON"
@@ -164,9 +164,15 @@ TILED_ERRORS = {
     "a larger shape in the header": tiled(
         described(shape=(40, 257)), IN_FILE + "shape=(40, 257) does not fit the padded"
     ),
-    "scales of activations": tiled(
-        put(_weight_act_pre_scale=np.ones(4, np.float32)),
-        "_weight_act_pre_scale is no tensor of",
+    "factors that no header lists": tiled(
+        put(_weight_act_pre_scale=np.ones(256, np.float32)),
+        IN_FILE + "the tensors ['_weight_act_pre_scale', '_weight_qdata', '_weight_sc",
+    ),
+    "experts": tiled(
+        lambda c: c.tensors.update(
+            {"a.experts._down_proj_qdata": np.zeros(2, np.int8)}
+        ),
+        "a.experts: the metadata in the safetensors header, which would tell the shape",
     ),
     "scales and zeros of float16": tiled(
         put(_weight_scale_and_zero=np.ones((4, 40, 2), np.float16)), "must be bfloat16"

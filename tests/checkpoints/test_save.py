@@ -335,6 +335,66 @@ class TestSmallFloats:
             found = qjax.dequantize(weights[name], jnp.float32)
             same_bits(found, qjax.dequantize(w, jnp.float32))
 
+    @pytest.mark.parametrize(
+        "name",
+        # The padding of the one left out is no whole group.
+        [one for one in DIALECTS if "torchao" in one and "padded" not in one],
+    )
+    def test_the_same_bytes_of_torchao(self, name, tmp_path):
+        made = DIALECTS[name]().checkpoint
+        source = made.write(tmp_path / "source")
+        checkpoints.convert(source, tmp_path / "again", format="torchao")
+        assert checkpoints.verify(tmp_path / "again") == []
+        same_bits(dequantized(tmp_path / "again"), dequantized(source))
+        found = {k: v.read() for k, v in shards.scan(tmp_path / "again").items()}
+        if name != "torchao tiled":  # which torchao pads to 1024 inputs
+            same_bits(found, dict(made.tensors))
+
+    def test_weights_of_torchao_that_differ(self, tmp_path):
+        tensors = {
+            "model.layers.0.a": quantized(1, bits=4, group=32),
+            "model.layers.1.a": quantized(2, bits=4, group=32),
+            "b": quantized(3, bits=8, group=None, symmetric=True),
+            "c": fp8.quantize(jnp.ones((256, 128)), group_size=128),
+            "model.embed_tokens": quantized(4, bits=2, group=None),
+        }
+        dense = {
+            "lm_head.weight": np.ones((4, 4), np.float16),
+            "b.bias": np.ones(32, np.float16),
+            "step": np.ones(1, np.float32),
+        }
+        path = tmp_path / "x"
+        checkpoints.save(path, tensors | dense, {}, format="torchao", shard_bytes=3000)
+        entry = entry_of(path)
+        assert entry["modules_to_not_convert"] == ["lm_head"]
+        assert entry["include_input_output_embeddings"] is True
+        table = entry["quant_type"]["default"]["_data"]["fqn_to_config"]
+        kinds = {name: kind["_type"] for name, kind in table.items()}
+        assert kinds == {
+            "model.layers.0.a": "IntxWeightOnlyConfig",
+            "model.layers.1.a": "IntxWeightOnlyConfig",
+            "b": "Int8WeightOnlyConfig",
+            "c": "Float8DynamicActivationFloat8WeightConfig",
+            "model.embed_tokens": "IntxWeightOnlyConfig",
+        }
+        files = sorted(path.glob("*.safetensors"))
+        assert len(files) > 1
+        for file in files:  # each says all, as transformers keeps the last
+            with safe_open(file, framework="np") as opened:
+                said = opened.metadata()
+            listed = json.loads(said.pop("tensor_names"))
+            assert said.pop("format") == "pt"
+            assert set(listed) == said.keys()
+            assert {"b.weight", "b.bias", "lm_head.weight"} < said.keys()
+        weights = checkpoints.load(path, prepare=False)
+        for name, w in tensors.items():
+            same_bits(qjax.dequantize(weights[name]), qjax.dequantize(w))
+
+    def test_a_matrix_that_torchao_would_leave_dense(self, tmp_path, refuses):
+        pair = {"a.up": quantized(), "up.weight": np.ones((4, 4), np.float16)}
+        with refuses("torchao leaves modules dense by the ends of their paths, and up"):
+            checkpoints.save(tmp_path / "x", pair, {}, format="torchao")
+
     def test_algorithms_of_modelopt(self, tmp_path, refuses):
         one = load_one(DIALECTS["modelopt fp8"]().checkpoint.write(tmp_path / "1"))
         four = load_one(DIALECTS["modelopt nvfp4"]().checkpoint.write(tmp_path / "4"))

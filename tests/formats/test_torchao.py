@@ -22,6 +22,7 @@ FILES = goldens.names("torchao")
 AFFINE = [name for name in FILES if name.startswith("torchao_affine")]
 STORED = [name for name in FILES if name.startswith("torchao_tensors")]
 QDATA, SCALE, POINTS = torchao.TENSORS[:3]
+INTX = "IntxUnpackedToInt8Tensor"
 
 
 def rule_of(config: dict) -> dict:
@@ -41,7 +42,11 @@ def codes_rule_of(config: dict) -> dict:
 
 def test_every_golden_file_is_here():
     counts = collections.Counter(name.split("__")[0] for name in FILES)
-    assert counts == {"torchao_affine": 18, "torchao_tensors": 4}
+    assert counts == {
+        "torchao_affine": 18,
+        "torchao_tensors": 4,
+        "torchao_weights": 28,  # of test_torchao_weights.py
+    }
 
 
 @pytest.mark.parametrize("name", AFFINE)
@@ -266,9 +271,14 @@ GOOD = {
         ({}, {"group_size": None, "per_tensor": True}, "(4, 2) must be (1, 1), from"),
         ({POINTS: np.zeros((4, 1), np.int8)}, {}, "shape=(4, 1) must be (4, 2), from"),
         (
-            {"_weight_act_pre_scale": np.ones(64, np.float32)},
+            {"_weight_act_pre_scale": np.ones(32, np.float32)},
             {},
-            "_weight_act_pre_scale is no tensor of torchao's weight-only matrices",
+            "_weight_act_pre_scale.shape=(32,) must be (64,) or (1, 64), from K=64",
+        ),
+        (
+            {"_weight_per_tensor_scale": np.float32(1)},
+            {},
+            "_weight_per_tensor_scale is no tensor of torchao's Int8Tensor",
         ),
         (
             {SCALE: np.full((4, 2), np.inf, np.float32)},
@@ -422,8 +432,8 @@ def entry(kind, ignored=None) -> dict:
         (int8(ROW), torchao.Config()),
         (int8(TENSOR), torchao.Config(per_tensor=True)),
         (int8(GROUP), torchao.Config(group_size=32)),
-        (intx("int4", GROUP), torchao.Config(bits=4, group_size=32)),
-        (intx("int3", AXIS), torchao.Config(bits=3)),
+        (intx("int4", GROUP), torchao.Config(kind=INTX, bits=4, group_size=32)),
+        (intx("int3", AXIS), torchao.Config(kind=INTX, bits=3)),
     ],
 )
 def test_config_from_json(kind, config):
@@ -443,15 +453,16 @@ def test_config_of_an_int4_weight_is_in_the_header(packing):
     kind = int4(int4_packing_format=packing)
     config = torchao.Config.from_json(entry(kind)).of("model.layers.0.mlp.up_proj")
     found = config.with_header(in_header())
-    assert found == tinygemm.Config(group_size=64, shape=(12, 1000))
+    names = ("_weight_qdata", "_weight_scale_and_zero")
+    assert found == tinygemm.Config(group_size=64, shape=(12, 1000), names=names)
     # Of other weights the configuration says enough.
-    assert torchao.Config().with_header(in_header()) == torchao.Config()
+    assert torchao.Config().with_header(None) == torchao.Config()
 
 
 @pytest.mark.parametrize(
     ("header", "message"),
     [
-        (None, "the metadata in the safetensors header, which would tell its shape"),
+        (None, "the metadata in the safetensors header, which would tell the shape"),
         (
             in_header("Int4Tensor"),
             "_type='Int4Tensor' in the safetensors header must be 'Int4TilePackedTo4d",
@@ -510,8 +521,8 @@ def test_config_by_module(table):
         },
     }
     config = torchao.Config.from_json(entry(kind, ["d.q_proj"]))
-    assert config.of("c.q_proj") == torchao.Config(bits=4, group_size=32)
-    assert config.of("c.k_proj") == torchao.Config(bits=5)
+    assert config.of("c.q_proj") == torchao.Config(kind=INTX, bits=4, group_size=32)
+    assert config.of("c.k_proj") == torchao.Config(kind=INTX, bits=5)
     assert config.of("a.q_proj") is None
     assert config.of("b.q_proj") == torchao.Config(per_tensor=True)
     assert config.of("c.q_proj.x") == torchao.Config()
@@ -536,18 +547,18 @@ def test_config_by_module(table):
         (entry({"_type": "Int8WeightOnlyConfig"}), "must be an object with '_type'"),
         (
             entry({"_type": "Int4WeightOnlyConfig", "_data": {}}),
-            "int4_packing_format=None must be 'tile_packed_to_4d'",
+            "int4_packing_format=None must be 'plain' or 'tile_packed_to_4d'",
         ),
         (
-            entry(int4(int4_packing_format={"_type": "P", "_data": "PLAIN"})),
-            "int4_packing_format='PLAIN' must be 'tile_packed_to_4d'",
+            entry(int4(int4_packing_format={"_type": "P", "_data": "PLAIN_INT32"})),
+            "int4_packing_format='plain_int32' must be 'plain' or 'tile_packed_to_4d'",
         ),
         (entry(int4(int4_tile_packed_ntile=16)), "ntile=16 must be 8: AMD GPUs, which"),
         (entry(int4(48)), "group_size=48 must be one of (32, 64, 128, 256), for int4"),
         (entry(int8(ROW), ["(a+)+b"]), "'(a+)+b' repeats a group"),
         (
-            entry({"_type": "Float8WeightOnlyConfig", "_data": {}}),
-            "quant_type 'Float8WeightOnlyConfig' is not supported; known: ['Int8",
+            entry({"_type": "UIntXWeightOnlyConfig", "_data": {}}),
+            "quant_type 'UIntXWeightOnlyConfig' is not supported; known: ['Int8",
         ),
         (entry(int8(ROW, group_size=32)), "group_size=32 is of version 1"),
         (entry(int8({"_type": "PerBlock", "_data": {}})), "must be PerRow, PerAxis(0)"),

@@ -17,6 +17,9 @@ def to_torch(array: Any) -> torch.Tensor:
     array = np.array(array, order="C")
     if array.dtype == ml_dtypes.bfloat16:
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    if array.dtype.name.startswith("float8"):
+        dtype = getattr(torch, array.dtype.name)
+        return torch.from_numpy(array.view(np.uint8)).view(dtype)
     return torch.from_numpy(array.view(np.int32) if array.dtype == np.uint32 else array)
 
 

@@ -46,16 +46,14 @@ def logits_of(
         return model(torch.from_numpy(ids)).logits.float().numpy()
 
 
-def expected_of(directory: Path) -> np.ndarray:
+def expected_of(directory: Path, dtype: torch.dtype = torch.float32) -> np.ndarray:
     """Logits of the dense model with the weights that qjax reads."""
     weights = checkpoints.load(directory, prepare=False)
     dense = {
         f"{name}.weight" if isinstance(w, qjax.QTensor) else name: w
         for name, w in weights.items()
     }
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        DENSE, dtype=torch.float32
-    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(DENSE, dtype=dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             w = dense[name]
@@ -63,7 +61,7 @@ def expected_of(directory: Path) -> np.ndarray:
                 w = qjax.dequantize(w).astype(jnp.float32).T
             parameter.copy_(arrays.to_torch(w).float())
         ids = np.load(DENSE / "reference.npz")["prompt_ids"].astype(np.int64)
-        return model(torch.from_numpy(ids)).logits.numpy()
+        return model(torch.from_numpy(ids)).logits.float().numpy()
 
 
 def awq_by_the_example(target: Path) -> None:
@@ -123,6 +121,33 @@ def test_transformers_runs_bitsandbytes(tmp_path, bits):
     # Activations of eight bits cost more than weights do.
     rounded = np.abs(logits_of(target) - expected).max()
     assert rounded <= (2e-2 if bits == 8 else close) * np.abs(expected).max()
+
+
+INTEGERS = [
+    (".*down_proj", qjax.Spec(bits=8, group_size=64, symmetric=True)),
+    (".*q_proj", qjax.Spec(bits=3, group_size=64)),
+    (".*", qjax.Spec(bits=4, group_size=32, symmetric=True)),
+]
+FLOATS = [
+    (".*down_proj", qjax.Spec(bits=8, symmetric=True, quantizer=fp8.quantize)),
+    (
+        ".*",
+        qjax.Spec(bits=8, group_size=None, symmetric=True, quantizer=fp8.quantize),
+    ),
+]
+
+
+@pytest.mark.parametrize("rules", [INTEGERS, FLOATS], ids=["integers", "floats"])
+def test_transformers_runs_what_torchao_holds(tmp_path, rules):
+    """In bfloat16, as the header says that the weights were."""
+    checkpoints.quantize(
+        DENSE, tmp_path / "x", format="torchao", rules=rules, shard_bytes=1_000_000
+    )
+    assert len(list((tmp_path / "x").glob("*.safetensors"))) > 1
+    found = logits_of(tmp_path / "x", torch.bfloat16)
+    # It multiplies by the weights that qjax reads, and those of others were off.
+    np.testing.assert_array_equal(found, expected_of(tmp_path / "x", torch.bfloat16))
+    assert (found != logits_of(DENSE, torch.bfloat16)).any()
 
 
 def test_transformers_runs_ternary_weights(tmp_path, monkeypatch):

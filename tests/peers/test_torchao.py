@@ -4,6 +4,7 @@ The tensor-core tiles of tinygemm have operators on CUDA only; on a CPU, torch p
 another layout, which qjax reads and never writes.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from torchao.quantization.granularity import PerAxis, PerGroup
 
 import qjax
 from qjax import checkpoints
-from qjax.formats import mxfp4, tinygemm_cpu, torchao
+from qjax.formats import fp8, mxfp4, tinygemm_cpu, torchao
+from tests import goldens
 from tests.peers import arrays
 
 STORED = Path(__file__).parents[1] / "data" / "llama1L_torchao_int8"
@@ -56,8 +58,7 @@ def test_int8_of_a_directory():
             "tensor_names": json.dumps(["layer.weight"]),
             "layer.weight": header[f"{name}.weight"],
         }
-        # On its own it would round to bfloat16, the dtype that the model had.
-        arrays.same_weight(rebuilt(qt, metadata).dequantize(torch.float32), qt)
+        arrays.same_weight(rebuilt(qt, metadata).dequantize(), qt)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -80,6 +81,64 @@ def test_intx(bits, group_size, symmetric):
     config = IntxWeightOnlyConfig(weight_dtype=INTX[bits], granularity=granularity)
     metadata = metadata_of(config, 64, 24, torch.bfloat16)
     arrays.same_weight(rebuilt(qt, metadata).dequantize(), qt)
+
+
+def as_read(qt: qjax.QTensor) -> torch.Tensor:
+    """Their tensor, with the header that qjax writes."""
+    return rebuilt(qt, torchao.metadata({"layer": qt}, []))
+
+
+OF_HEADERS = {
+    "int8": lambda w: qjax.quantize(w, 8, None, symmetric=True),
+    "int8 in groups": lambda w: qjax.quantize(w, 8, 64, symmetric=True),
+    "int8 with zeros": lambda w: qjax.quantize(w, 8, 64),
+    "int3": lambda w: qjax.quantize(w, 3, 64),
+    "float8": lambda w: fp8.quantize(w, group_size=None),
+    "float8 in groups": lambda w: fp8.quantize(w, group_size=32, columns=1),
+    "float8 in blocks": fp8.quantize,
+    "float8 of one scale": lambda w: fp8.quantize(w, group_size=None, columns=128),
+    "mxfp4": mxfp4.quantize,
+}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", OF_HEADERS)
+def test_headers(name, dtype):
+    qt = OF_HEADERS[name](arrays.random(3, 256, 128, dtype))
+    theirs = as_read(qt)
+    assert theirs.shape == (128, 256)
+    arrays.same_weight(theirs.dequantize(), qt)
+
+
+@pytest.mark.parametrize(
+    "name", ["mxfp8", "mxfp4", "nvfp4", "float8_block", "int8_awq", "plain_int4_awq"]
+)
+def test_what_torchao_made_is_written_again(name):
+    (file,) = (n for n in goldens.names("torchao") if f"weights__{name}__" in n)
+    data = goldens.load(file)
+    tensors = {
+        k.removeprefix("state_"): v for k, v in data.items() if k[:6] == "state_"
+    }
+    config = torchao.Config.from_json(
+        {"quant_type": {"default": data["meta"].get("quant_type", BLOCKS)}}
+    ).of("layer")
+    qt = torchao.from_tensors(
+        tensors, config.with_header(json.loads(data["meta"]["header"]))
+    )
+    theirs = as_read(qt)
+    if factors := qt.input_scale is not None:
+        found = arrays.to_numpy(theirs.act_pre_scale)
+        np.testing.assert_array_equal(found, np.asarray(qt.input_scale))
+    assert factors == ("awq" in name)
+    if "int4" in name:  # which has no dequantize
+        for key in ("qdata", "scale", "zero_point"):
+            found = arrays.to_numpy(getattr(theirs, key))
+            np.testing.assert_array_equal(found, tensors[f"_weight_{key}"])
+        return
+    arrays.same_weight(theirs.dequantize(), dataclasses.replace(qt, input_scale=None))
+
+
+BLOCKS = {"_type": "Float8DynamicActivationFloat8WeightConfig", "_data": {}}
 
 
 def test_tinygemm_of_this_cpu():
