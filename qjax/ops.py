@@ -309,12 +309,23 @@ def check(x: Array, w: QTensor, index: Any, implementation: str | None) -> None:
         known = list(dispatch.IMPLEMENTATIONS["matmul"])
         raise ValueError(f"implementation={implementation!r} must be one of {known}.")
     if w.layout != xla.NATIVE and not isinstance(w.layout, Tiles):
-        _warn_once(
-            f"{w.layout!r} is moved to {xla.NATIVE!r} at every call of matmul; "
-            "`qjax.prepare` does it once."
-        )
+        _warn_once(_why_slow(w))
     if w.grouping is not Grouping.ROWS:
         _warn_once(f"Grouping {w.grouping.value!r} makes matmul form the dense weight.")
+
+
+def _why_slow(w: QTensor) -> str:
+    """What matmul has to do with a layout that no product reads."""
+    bits = w.segments[0].bits
+    if len(w.segments) == 1 and w.k % block(bits)[0]:
+        return (
+            f"{w.layout!r} of k={w.k} and {bits} bits fills no whole words of "
+            f"{xla.NATIVE!r}, so that matmul forms the dense weight."
+        )
+    return (
+        f"{w.layout!r} is moved to {xla.NATIVE!r} at every call of matmul; "
+        "`qjax.prepare` does it once."
+    )
 
 
 def _check_index(w: QTensor, index: Any) -> None:

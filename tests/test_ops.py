@@ -1032,6 +1032,13 @@ class TestDispatch:
         tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
         assert relative_error(y, matrix.matmul(x)) < tolerance
 
+    def test_what_fills_no_words_is_warned_of(self):
+        w = qjax.formats.bnb.quantize(jnp.eye(33, 4), bits=8)
+        prepared = qjax.prepare(w)
+        assert prepared.layout == w.layout
+        with pytest.warns(UserWarning, match=r"Bytes\(\) of k=33 and 8 bits fills no"):
+            qjax.matmul(jnp.ones((1, 33)), prepared)
+
     @pytest.mark.parametrize("structure", ["flat", "strided"])
     def test_foreign_groupings_are_warned_of_once(self, structure, as_qtensor):
         matrix = sample(structure)
