@@ -24,6 +24,7 @@ from qjax.checkpoints.config import read_config
 from qjax.checkpoints.converting import convert
 from qjax.checkpoints.differences import Comparison, Difference
 from qjax.checkpoints.gguf import read_metadata
+from qjax.checkpoints.matrices import Matrix
 from qjax.checkpoints.quantizing import quantize
 from qjax.checkpoints.writing import save
 from qjax.tensor import QTensor
@@ -176,7 +177,7 @@ class _Lazy(Mapping[str, QTensor | Array]):
 
     def __init__(
         self,
-        parts: Mapping[str, modules.Matrix | shards.Stored],
+        parts: Mapping[str, Matrix | shards.Stored],
         prepare: bool,
         sharding: Sharding | None,
     ):

@@ -13,6 +13,7 @@ from jaxtyping import Array
 from qjax import progress, tensor
 from qjax.checkpoints import gguf, modules
 from qjax.checkpoints.config import read_config
+from qjax.checkpoints.matrices import Matrix
 from qjax.checkpoints.shards import INDEX, SINGLE, Stored, scan
 from qjax.tensor import QTensor
 
@@ -59,7 +60,7 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
 
 
 def _look_at(
-    name: str, part: modules.Matrix | Stored, parts: Mapping[str, object]
+    name: str, part: Matrix | Stored, parts: Mapping[str, object]
 ) -> list[str]:
     """Reads one part, and says what is wrong with its values."""
     with warnings.catch_warnings(record=True) as caught:
@@ -120,7 +121,7 @@ def _orphan_files(directory: Path, tensors: Mapping[str, Stored]) -> list[str]:
     ]
 
 
-def _orphan_tensors(parts: Mapping[str, modules.Matrix | Stored]) -> list[str]:
+def _orphan_tensors(parts: Mapping[str, Matrix | Stored]) -> list[str]:
     """Biases alone in their module."""
     shared = collections.Counter(
         ".".join(path[:depth])

@@ -16,7 +16,7 @@ from qjax import ops, progress, tensor
 from qjax.checkpoints import gguf, modules
 from qjax.checkpoints.config import read_config
 from qjax.checkpoints.differences import Comparison, Difference, Held, Shape
-from qjax.checkpoints.modules import Matrix
+from qjax.checkpoints.matrices import Matrix
 from qjax.checkpoints.quantizing import conv1d
 from qjax.checkpoints.shards import Stored
 from qjax.tensor import QTensor

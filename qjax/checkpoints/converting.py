@@ -9,6 +9,7 @@ from jax import Array
 
 from qjax.checkpoints import modules
 from qjax.checkpoints.dialects import DIALECTS, centered
+from qjax.checkpoints.matrices import Matrix
 from qjax.checkpoints.rewriting import Request, Weight, kept, rewrite
 from qjax.checkpoints.shards import Stored
 from qjax.checkpoints.writing import SHARD_BYTES, is_table
@@ -71,14 +72,14 @@ def convert(
 def _weights(directory: Path, has_tables: bool) -> Mapping[str, Weight]:
     weights = {}
     for name, part in modules.open_parts(directory).items():
-        if isinstance(part, modules.Matrix) and is_table(name) and not has_tables:
+        if isinstance(part, Matrix) and is_table(name) and not has_tables:
             weights[f"{name}.weight"] = _table(part)
         else:
             weights[name] = _weight(part)
     return weights
 
 
-def _table(part: modules.Matrix) -> Weight:
+def _table(part: Matrix) -> Weight:
     """A packed table that becomes dense, ``[vocabulary, hidden]``."""
     return Weight(
         nbytes=part.nbytes,
@@ -91,7 +92,7 @@ def _dense(table: QTensor) -> Array:
     return dequantize(table).mT
 
 
-def _weight(part: modules.Matrix | Stored) -> Weight:
+def _weight(part: Matrix | Stored) -> Weight:
     """Looks at the values of matrices."""
     if isinstance(part, Stored):
         return kept(part)

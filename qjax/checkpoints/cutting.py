@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array
 
 from qjax import ops, sharding
-from qjax.checkpoints.modules import Matrix
+from qjax.checkpoints.matrices import Matrix
 from qjax.checkpoints.shards import Stored
 from qjax.sharding import P, entry_axes
 from qjax.tensor import Layout, QTensor

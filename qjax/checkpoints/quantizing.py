@@ -19,6 +19,7 @@ from qjax import rtn, tensor
 from qjax import rules as rules_
 from qjax.checkpoints import modules
 from qjax.checkpoints.config import read_config
+from qjax.checkpoints.matrices import Matrix
 from qjax.checkpoints.rewriting import Request, Weight, kept, rewrite
 from qjax.checkpoints.shards import Stored
 from qjax.checkpoints.writing import SHARD_BYTES, is_head, is_router, linear_of
@@ -139,7 +140,7 @@ def _weights(
 ) -> dict[str, Weight]:
     parts: dict[str, Stored] = {}
     for name, part in modules.open_parts(directory).items():
-        if isinstance(part, modules.Matrix):
+        if isinstance(part, Matrix):
             # No TypeError: the directory is wrong, not the type of an argument.
             raise ValueError(  # noqa: TRY004
                 f"{directory} is quantized already: {name} is {part.dialect}. `qjax "

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from qjax.checkpoints import modules, placing
+from qjax.checkpoints import methods, modules, placing
 from qjax.checkpoints.atomic import check_target, replacing
 from qjax.checkpoints.dialects import DIALECTS, Dialect, centered
 from qjax.checkpoints.journal import Journal
@@ -23,7 +23,7 @@ from qjax.tensor import QTensor, check_array
 
 SHARD_BYTES = 5_000_000_000
 # Files that say how weights were quantized.
-STALE = ("config.json", *modules.BESIDE, "quant_log.csv", "recipe.yaml")
+STALE = ("config.json", *methods.BESIDE, "quant_log.csv", "recipe.yaml")
 STALE += ("measurement.json", sinq.SIDECAR)
 
 # Modules with the same fault that are listed by their names.
@@ -216,7 +216,7 @@ def _described(
 ) -> dict[str, Any]:
     """The config with a description of the quantization, and without an older one."""
     stale = {"quantization_config"}
-    if modules.mlx_entry(config):
+    if methods.mlx_entry(config):
         stale.add("quantization")
     kept = {key: value for key, value in config.items() if key not in stale}
     return kept | dict.fromkeys(dialect.fields, entry)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from qjax import progress
 from qjax.checkpoints import modules
+from qjax.checkpoints.matrices import Matrix
 from qjax.cli import alike, faults
 from qjax.cli.arguments import Directory
 from qjax.cli.table import begin, show
@@ -96,7 +97,7 @@ def _rows(directory: Path) -> tuple[list[Row], list[Row]]:
     matrices, dense = [], []
     with progress.bar(sum(part.nbytes for part in parts.values())) as advance:
         for name, part in parts.items():
-            if isinstance(part, modules.Matrix):
+            if isinstance(part, Matrix):
                 matrices.append(_matrix_row(part, part.read()))
             else:
                 weights = max(int(np.prod(part.shape)), 1)
@@ -115,7 +116,7 @@ def _rows(directory: Path) -> tuple[list[Row], list[Row]]:
     return matrices, dense
 
 
-def _matrix_row(part: modules.Matrix, qt: QTensor) -> Row:
+def _matrix_row(part: Matrix, qt: QTensor) -> Row:
     found = {segment.group_size for segment in qt.segments}
     sizes = tuple(sorted(found, key=lambda size: math.inf if size is None else size))
     return Row(

@@ -14,6 +14,7 @@ import typer
 
 from qjax import checkpoints, rtn
 from qjax.checkpoints import dialects, modules
+from qjax.checkpoints.matrices import Matrix
 from qjax.checkpoints.shards import Stored
 from qjax.cli import faults
 from qjax.cli.arguments import Overwrite, ShardGb, Source, Target, shard_bytes
@@ -286,7 +287,7 @@ def _summary(
     target: Path, before: Sequence[Stored], errors: Sequence[SupportsFloat]
 ) -> str:
     parts = modules.open_parts(target).values()
-    packed = [part.nbytes for part in parts if isinstance(part, modules.Matrix)]
+    packed = [part.nbytes for part in parts if isinstance(part, Matrix)]
     nbytes = [sum(part.nbytes for part in some) for some in (before, parts)]
     # Dense tensors are the same in both.
     dense = [part for part in parts if isinstance(part, Stored)]

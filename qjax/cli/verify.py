@@ -4,6 +4,7 @@ import typer
 
 from qjax import checkpoints
 from qjax.checkpoints import modules
+from qjax.checkpoints.matrices import Matrix
 from qjax.cli import faults
 from qjax.cli.arguments import Directory
 
@@ -27,7 +28,7 @@ def run(directory: Directory) -> None:
     if found:
         raise typer.Exit(1)
     parts = modules.open_parts(directory).values()
-    matrices = [part for part in parts if isinstance(part, modules.Matrix)]
+    matrices = [part for part in parts if isinstance(part, Matrix)]
     formats = ", ".join(sorted({part.dialect for part in matrices}))
     typer.echo(
         f"OK: {len(matrices)} matrices{formats and f' of {formats}'}, "

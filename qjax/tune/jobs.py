@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from qjax import decode, ops, progress, rtn
 from qjax.checkpoints import modules
+from qjax.checkpoints.matrices import Matrix
 from qjax.formats.tiles import Tiles
 from qjax.pallas import check, products, tables
 from qjax.pallas.operands import group_rows, layout_of
@@ -74,7 +75,7 @@ def of_checkpoint(directory: Path) -> list[QTensor]:
     """
     found: dict[tables.Key, QTensor] = {}
     parts = modules.open_parts(directory).values()
-    matrices = [part for part in parts if isinstance(part, modules.Matrix)]
+    matrices = [part for part in parts if isinstance(part, Matrix)]
     with progress.bar(sum(part.nbytes for part in matrices)) as advance:
         for part in matrices:
             w = _as_kernels_take_it(part.read())

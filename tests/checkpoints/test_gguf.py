@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import qjax
 from qjax import checkpoints
-from qjax.checkpoints import modules
+from qjax.checkpoints import matrices, modules
 from qjax.formats.gguf import TYPES, to_tensors
 from tests.goldens import load, names, same_bits
 
@@ -75,9 +75,9 @@ class TestFileOfLlamaCpp:
         """Half the blocks on each device, and no others are read."""
         mesh = jax.make_mesh((2,), ("model",))
         read = []
-        whole = modules.Matrix.read
+        whole = matrices.Matrix.read
         monkeypatch.setattr(
-            modules.Matrix, "read", lambda one: read.append(one.nbytes) or whole(one)
+            matrices.Matrix, "read", lambda one: read.append(one.nbytes) or whole(one)
         )
         name = "blk.0.ffn_down"
 

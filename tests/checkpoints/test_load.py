@@ -221,7 +221,7 @@ def test_reads_every_format_of_the_table(tmp_path, monkeypatch):
             jnp.asarray(tensors["half"]) * 2, group_size=None
         ),
     )
-    monkeypatch.setattr("qjax.checkpoints.modules.FORMATS", {"doubled": doubled})
+    monkeypatch.setattr("qjax.checkpoints.methods.FORMATS", {"doubled": doubled})
     tiny.Checkpoint(
         tensors={"a.half": np.full((8, 3), 1.5, np.float32)},
         config={"quantization_config": {"quant_method": "doubled"}},

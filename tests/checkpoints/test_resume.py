@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from qjax import checkpoints
-from qjax.checkpoints import modules
+from qjax.checkpoints import matrices
 from tests.checkpoints import tiny
 from tests.checkpoints.writes import Writes
 
@@ -76,9 +76,9 @@ def test_goes_on_after_what_is_finished(
     assert not target.exists()
     files = {f: f.stat() for f in partial(target).glob("checkpoint/*.safetensors")}
     reads = []
-    read = modules.Matrix.read
+    read = matrices.Matrix.read
     monkeypatch.setattr(
-        modules.Matrix, "read", lambda self: reads.append(self.name) or read(self)
+        matrices.Matrix, "read", lambda self: reads.append(self.name) or read(self)
     )
     checkpoints.convert(source, target, **OPTIONS)
     assert contents(target) == expected
@@ -277,7 +277,7 @@ def test_an_error_that_would_come_again_leaves_nothing(
 
 
 def test_a_source_of_other_shapes_meanwhile_is_refused(tmp_path, source, monkeypatch):
-    read, reads = modules.Matrix.read, []
+    read, reads = matrices.Matrix.read, []
 
     def changing(self):
         reads.append(self.name)
@@ -287,7 +287,7 @@ def test_a_source_of_other_shapes_meanwhile_is_refused(tmp_path, source, monkeyp
             return self.format.from_tensors(other, self.config)
         return w
 
-    monkeypatch.setattr(modules.Matrix, "read", changing)
+    monkeypatch.setattr(matrices.Matrix, "read", changing)
     with pytest.raises(ValueError, match="the source has changed"):
         checkpoints.convert(source, tmp_path / "x", **OPTIONS)
     assert [p.name for p in tmp_path.iterdir()] == ["source"]
