@@ -260,6 +260,13 @@ def test_prefill_and_decode_compile_once(shipped, monkeypatch):
     chex.assert_shape(cache.keys, (1, 14, 2, 64))
 
 
+def test_activations_are_of_the_dtype_that_kernels_multiply(monkeypatch):
+    assert model.load(SHIPPED).dtype == jnp.float32
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert model.load(SHIPPED).dtype == jnp.bfloat16
+    assert model.load(SHIPPED, "float16").dtype == "float16"
+
+
 def test_joined_matrices_on_a_mesh():
     """Phi's are cut where queries end, or not; logits are those of one device."""
     path = ROOT / "tests" / "reference" / "phi3"

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from flax import nnx
-from generate import SHIPPED, TokenizerOption, describe, read_tokenizer
+from generate import SHIPPED, DtypeOption, TokenizerOption, describe, read_tokenizer
 from jax import Array
 from model import Decoder, load
 from placement import MeshOption, Placement, place, rows_of
@@ -137,6 +137,7 @@ def main(
     tokenizer: TokenizerOption = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens of text a row.")] = 256,
     batch: Annotated[int, typer.Option(min=1, help="Rows computed at a time.")] = 8,
+    dtype: DtypeOption = None,
     mesh: MeshOption = None,
 ) -> None:
     """Prints nats per token and bits per byte of a model on SOURCE.
@@ -148,7 +149,8 @@ def main(
         is_ids = source.suffix in (".npy", ".npz")
         ids = read_ids(source) if is_ids else encode_text(source, vocabulary, context)
         placement = place(model, mesh)
-        decoder = load(model, sharding=placement and placement.weight, joined=True)
+        where = placement and placement.weight
+        decoder = load(model, dtype and dtype.value, where, joined=True)
         print(describe(decoder, model), file=sys.stderr)
         print(evaluate(decoder, vocabulary, ids, batch, placement))
     except (ValueError, KeyError, OSError) as error:

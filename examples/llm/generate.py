@@ -1,5 +1,6 @@
 """Generates text with a quantized language model: ``python generate.py --help``."""
 
+import enum
 import functools
 import json
 import math
@@ -28,6 +29,11 @@ import qjax
 TokenizerOption = Annotated[
     Path | None,
     typer.Option(help="A tokenizer.json, where the model's own is not to be used."),
+]
+Dtype = enum.StrEnum("Dtype", ["float32", "bfloat16", "float16"])
+DtypeOption = Annotated[
+    Dtype | None,
+    typer.Option(help="Of activations; default: bfloat16 on a GPU, else float32."),
 ]
 SHIPPED = Path(__file__).parent / "checkpoint"
 PROMPT = "def "
@@ -278,6 +284,7 @@ def main(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Seed of the draws.")
     ] = 0,
+    dtype: DtypeOption = None,
     mesh: MeshOption = None,
     coordinator: Annotated[
         str | None,
@@ -308,7 +315,8 @@ def main(
     try:
         vocabulary = read_tokenizer(model, tokenizer)
         placement = place(model, mesh, coordinator, processes, process)
-        decoder = load(model, sharding=placement and placement.weight, joined=True)
+        where = placement and placement.weight
+        decoder = load(model, dtype and dtype.value, where, joined=True)
         print(describe(decoder, model), file=sys.stderr)
         stream(
             decoder,

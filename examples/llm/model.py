@@ -210,7 +210,7 @@ class Decoder(nnx.Module):
 
 def load(
     path: str | Path,
-    dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
     sharding: Any = None,
     *,
     joined: bool = False,
@@ -219,7 +219,8 @@ def load(
 
     Args:
       path: Directory with config.json and safetensors, quantized or not; or the file.
-      dtype: Dtype of the activations.
+      dtype: Dtype of the activations. None takes float32, but on a GPU bfloat16, as
+        its kernels multiply 16-bit numbers.
       sharding: Where each weight goes, as in `qjax.checkpoints.load`.
       joined: Whether to `join` what it can, where nothing is cut over devices.
 
@@ -242,6 +243,8 @@ def load(
     stack(tensors)
     if joined and sharding is None:
         join(tensors)
+    if dtype is None:
+        dtype = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
     weights = Weights(tensors, config, dtype)
     if config.tied:
         weights.tensors.pop("lm_head.weight", None)
