@@ -48,8 +48,9 @@ def matmul(
 
     The dense weight is formed only if it has at most 4 MiB in float32, if many rows on
     a GPU make up for it (in float16), or if the layout or grouping of ``w`` has no
-    native path; the last warns once. `prepare` gives ``w`` the layout that this device
-    reads natively.
+    native path. `prepare` gives ``w`` the layout that this device reads natively; what
+    it does not, and float32 ``x`` on a GPU whose kernels could multiply 16-bit floats,
+    is warned of once.
 
     Args:
       x: ``[..., k]`` bfloat16, float16 or float32 activations. Inside `jax.shard_map`,
@@ -310,6 +311,8 @@ def check(x: Array, w: QTensor, index: Any, implementation: str | None) -> None:
         raise ValueError(f"implementation={implementation!r} must be one of {known}.")
     if w.layout != xla.NATIVE and not isinstance(w.layout, Tiles):
         _warn_once(_why_slow(w))
+    elif implementation is None and (reason := _why_no_kernel(x, w)):
+        _warn_once(reason)
     if w.grouping is not Grouping.ROWS:
         _warn_once(f"Grouping {w.grouping.value!r} makes matmul form the dense weight.")
 
@@ -326,6 +329,24 @@ def _why_slow(w: QTensor) -> str:
         f"{w.layout!r} is moved to {xla.NATIVE!r} at every call of matmul; "
         "`qjax.prepare` does it once."
     )
+
+
+def _why_no_kernel(x: Array, w: QTensor) -> str | None:
+    """Why a product goes through XLA on a GPU whose kernels could do it, if it does."""
+    native = _native_layout(w)
+    if not isinstance(native, Tiles):
+        return None
+    if not isinstance(w.layout, Tiles):
+        return (
+            f"{w.layout!r} is multiplied by XLA on this GPU, whose kernels read "
+            f"{native!r}; `qjax.prepare` moves it once, as layers and load do."
+        )
+    if x.dtype == jnp.float32:
+        return (
+            "float32 x is multiplied by XLA on this GPU, whose kernels take bfloat16 "
+            "and float16, and the weight is unpacked at every call; cast x."
+        )
+    return None
 
 
 def _check_index(w: QTensor, index: Any) -> None:

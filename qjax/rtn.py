@@ -158,7 +158,8 @@ def quantize(
     ``scale = (max - min) / (2**bits - 1)``, ``zero = round(-min / scale)``. Symmetric
     ones are ``(q - 2**(bits-1)) * scale`` with ``scale = 2 max|w| / (2**bits - 1)``.
     The rule is that of GPTQ's quantizer without its error feedback, which
-    `quantizers.gptq.quantize` has.
+    `quantizers.gptq.quantize` has. Codes are packed as in GPTQ's files; for the kernels
+    of an NVIDIA GPU, `prepare` moves them.
 
     Args:
       w: ``[k, n]`` weight (``y = x @ w``), or a stack of them; finite. Where a scale,

@@ -1032,6 +1032,20 @@ class TestDispatch:
         tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
         assert relative_error(y, matrix.matmul(x)) < tolerance
 
+    def test_what_no_kernel_of_a_gpu_multiplies_is_warned_of(self, monkeypatch):
+        monkeypatch.setattr("qjax.ops._native_layout", lambda w: Tiles())
+        w, x = qjax.quantize(jnp.eye(128, 16), 4, 64), jnp.ones((1, 128), jnp.bfloat16)
+        with pytest.warns(
+            UserWarning, match=r"Stream\(\) is multiplied by XLA on this G"
+        ):
+            qjax.matmul(x, w)
+        tiled = qjax.prepare(w, layout=Tiles())
+        qjax.matmul(x, tiled)
+        with pytest.warns(
+            UserWarning, match="float32 x is multiplied by XLA on this GP"
+        ):
+            qjax.matmul(x.astype(jnp.float32), tiled)
+
     def test_what_fills_no_words_is_warned_of(self):
         w = qjax.formats.bnb.quantize(jnp.eye(33, 4), bits=8)
         prepared = qjax.prepare(w)

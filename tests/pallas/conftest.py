@@ -35,6 +35,8 @@ def _on_gpu(config):
 def pytest_configure(config):
     config.addinivalue_line("markers", "cpu: says what happens where there is no GPU")
     if _on_gpu(config):
+        # Tests ask for what users are warned of.
+        config.addinivalue_line("filterwarnings", "ignore:.* on this GPU:UserWarning")
         # The workers of xdist share the memory of the GPU.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         try:
