@@ -52,10 +52,18 @@ def verify(path: str | os.PathLike[str]) -> list[str]:
         faults = [str(error) for error in errors]
         faults += _orphan_files(directory, tensors) + _orphan_tensors(parts)
     total = sum(part.nbytes for part in parts.values())
+    doubts: dict[str, list[str]] = {}
     with progress.bar(total, "Checking weights") as advance:
         for name, part in parts.items():
-            faults += _look_at(name, part, parts)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                faults += _look_at(name, part, parts)
+            for text in dict.fromkeys(str(warning.message) for warning in caught):
+                doubts.setdefault(text, []).append(name)
             advance(part.nbytes)
+    for text, (name, *others) in doubts.items():
+        also = f" and {len(others)} more" if others else ""
+        warnings.warn(f"{name}{also}: {text}", stacklevel=2)
     return faults
 
 
@@ -63,14 +71,10 @@ def _look_at(
     name: str, part: Matrix | Stored, parts: Mapping[str, object]
 ) -> list[str]:
     """Reads one part, and says what is wrong with its values."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            weight = part.read()
-        except ValueError as error:
-            return [str(error)]
-    for warning in caught:
-        warnings.warn(f"{name}: {warning.message}", stacklevel=3)
+    try:
+        weight = part.read()
+    except ValueError as error:
+        return [str(error)]
     faults = []
     if isinstance(weight, QTensor):
         faults += [f"{name}: {fault}" for fault in _matrix_faults(weight)]

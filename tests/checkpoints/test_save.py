@@ -885,4 +885,13 @@ def test_verify_warns_of_what_may_be_wrong(tmp_path):
     checkpoint = tiny.checkpoint()
     checkpoint.tensors[f"{tiny.MODULE}.qzeros"][0, 0] = -1
     with pytest.warns(UserWarning, match=f"{tiny.MODULE}: qzeros of GPTQ v1"):
-        assert checkpoints.verify(checkpoint.write(tmp_path)) == []
+        assert checkpoints.verify(checkpoint.write(tmp_path / "one")) == []
+    # Of many that are alike, once.
+    for i in range(2):
+        module = tiny.MODULE.replace("layers.0", f"layers.{i + 1}")
+        for name in tiny.matrix():
+            stored = checkpoint.tensors[f"{tiny.MODULE}.{name}"]
+            checkpoint.tensors[f"{module}.{name}"] = stored
+    with pytest.warns(UserWarning, match=r"_proj and 2 more: qzeros of") as caught:
+        assert checkpoints.verify(checkpoint.write(tmp_path / "three")) == []
+    assert len(caught) == 1
