@@ -1078,7 +1078,7 @@ class TestDispatch:
         )
         held = dataclasses.replace(matrix, codes=matrix.codes & 7)
         x = activations(2, 40)
-        with pytest.warns(UserWarning, match=r"Reversed\(\) is moved to Stream\(\)"):
+        with pytest.warns(UserWarning, match=r"Reversed\(\) of k=40 and 3 bits fills no"):
             y = qjax.matmul(jnp.asarray(x), w)
         assert relative_error(y, held.matmul(x)) < TOLERANCE["float32"]
         for name in ("xla_fused", "xla_tiled", "xla_int8"):
