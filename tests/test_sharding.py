@@ -215,6 +215,34 @@ class TestTypes:
         assert relative_error(y, x @ np.asarray(dense)) < TOLERANCE
         assert relative_error(dx, np.repeat(dense.sum(-1), sizes, 0)) < TOLERANCE
 
+    @pytest.mark.parametrize(
+        "spec", [P(None, "model"), P("data"), P("data", "model")], ids=str
+    )
+    @pytest.mark.parametrize("bits", [3, 4])
+    @IN_CONTEXT
+    def test_codes_of_tiles(self, context, bits, spec):
+        whole = qjax.relayout(packed(bits=bits), Tiles())
+        w = qjax.shard(whole, EXPLICIT, spec)
+        with context():
+            codes = qjax.codes(w)
+            tensors = qjax.formats.gptq.to_tensors(w, "gptq_v2")
+        assert jax.typeof(codes).sharding.spec == P(*spec, *[None] * (2 - len(spec)))
+        assert (np.asarray(codes) == whole.numpy()).all()
+        assert communicated(qjax.codes, w) == {}
+        expected = qjax.formats.gptq.to_tensors(whole, "gptq_v2")
+        for name, tensor_ in expected.items():
+            np.testing.assert_array_equal(tensors[name], tensor_)
+
+    @pytest.mark.parametrize("spec", [P("model"), P("data", "model")], ids=str)
+    def test_codes_of_stacks_and_segments(self, spec, as_qtensor):
+        tiles = functools.partial(qjax.relayout, layout=Tiles())
+        stack = tiles(stacked([packed(seed) for seed in range(4)]))
+        mixed = {"parts": [(6, 512, 32), (4, 512, None)], "affine": "CENTERED"}
+        matrix = tiles(as_qtensor(oracle.random(0, 1024, N, **mixed)))
+        for whole in (stack, matrix):
+            found = qjax.codes(qjax.shard(whole, EXPLICIT, spec))
+            np.testing.assert_array_equal(found, qjax.codes(whole))
+
 
 @pytest.mark.parametrize("kind", ["4 bits", "order", "mixed", "mixed without order"])
 @pytest.mark.parametrize("cut", ["columns", "rows of whole inputs"])

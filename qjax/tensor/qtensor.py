@@ -1,6 +1,7 @@
 """`QTensor`, its codes, and what is read off its words."""
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, UInt8
 
+from qjax.meshes import automatically
 from qjax.tensor.parts import Affine, Grouping, Layout, Segment
 
 
@@ -277,7 +280,22 @@ def _codes(qt: QTensor) -> Array:
     def one(qt: QTensor) -> Array:
         return jnp.concatenate([segment_codes(qt, i) for i in range(len(qt.words))])
 
-    return over_batch(one, qt)
+    # Not all that a layout does has a type where pieces are a part of it.
+    cut = _cut_codes(qt)
+    return automatically(functools.partial(over_batch, one), qt, specs=lambda _: cut)
+
+
+def _cut_codes(qt: QTensor) -> PartitionSpec:
+    """How the codes are cut where the words are, as far as their type says it."""
+    count = len(qt.batch)
+    spec = tuple(jax.typeof(qt.words[0]).sharding.spec)
+    batch, of_matrix = spec[:count], spec[count:]
+    cut = qt.layout.cut(qt.segments[0].bits)
+    if cut is None or qt.padding or any(segment.padding for segment in qt.segments):
+        return PartitionSpec(*batch, None, None)
+    # A device has rows of every segment, which do not follow each other.
+    rows = of_matrix[cut.k_axis] if len(qt.words) == 1 else None
+    return PartitionSpec(*batch, rows, of_matrix[cut.n_axis])
 
 
 def segment_codes(qt: QTensor, segment: int) -> UInt8[Array, "rows n"]:
