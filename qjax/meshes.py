@@ -40,6 +40,33 @@ def is_explicit(tree: Any) -> bool:
     return AxisType.Explicit in mesh_of(tree).axis_types
 
 
+def shares(array: Any) -> tuple[int, ...]:
+    """Counts the pieces that every axis of an array is cut into.
+
+    Args:
+      array: An array. Of a traced one only its type is known, which says nothing of
+        automatic axes; one without a place counts as whole.
+
+    Returns:
+      One count an axis, 1 where it is whole.
+
+    Example:
+      >>> mesh = jax.make_mesh((2, 4), ("data", "model"))
+      >>> shares(
+      ...     jax.device_put(jnp.ones((4, 8)), NamedSharding(mesh, P(None, "model")))
+      ... )
+      (1, 4)
+    """
+    if isinstance(array, jax.core.Tracer):
+        place = jax.typeof(array).sharding
+    else:
+        place = getattr(array, "sharding", None)
+    if place is None:
+        return (1,) * array.ndim
+    sizes = zip(array.shape, place.shard_shape(array.shape), strict=True)
+    return tuple(-(-size // piece) if piece else 1 for size, piece in sizes)
+
+
 def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager[None]:
     """Has what follows traced for the mesh that arrays lie on, if it is explicit.
 

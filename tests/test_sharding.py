@@ -7,6 +7,7 @@ import functools
 import itertools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax import sharding, tensor
+from qjax import ops, pallas, sharding, tensor
 from qjax.formats.awq import Gemm, Gemv
 from qjax.formats.awq_v2 import Interleaved
 from qjax.formats.compressed_tensors import Dense
@@ -501,6 +502,58 @@ class TestPartOfAnAxis:
         w = qjax.shard(w, MESH, P("data"))
         assert communicated(move, w) == {}
         assert move(w).words[0].sharding.spec == P("data")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Has `qjax.prepare` take the layout of the kernels."""
+    monkeypatch.setattr(ops, "_native_layout", pallas.layout_of)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("mesh", [MESH, EXPLICIT], ids=["auto", "explicit"])
+class TestPrepare:
+    """What is cut stays cut: no device gets more words than it had."""
+
+    @pytest.mark.parametrize("bits", [3, 4])
+    @pytest.mark.parametrize("spec", [P(None, "model"), P("data"), P("data", "model")])
+    def test_moves_what_can_be_cut_the_same_way(self, mesh, bits, spec):
+        whole = packed(bits=bits)
+        moved = qjax.prepare(qjax.shard(whole, mesh, spec))
+        expected = qjax.shard(qjax.prepare(whole), mesh, spec)
+        assert moved.layout == Tiles()
+        chex.assert_trees_all_equal(moved.words, expected.words)
+        assert moved.words[0].sharding.is_equivalent_to(expected.words[0].sharding, 4)
+
+    @pytest.mark.parametrize(
+        ("bits", "k", "spec"),
+        [(3, K, P("model")), (3, 768, P("data", "model")), (4, 1152, P("data"))],
+    )
+    def test_leaves_what_cannot(self, mesh, bits, k, spec):
+        whole = qjax.quantize(draw((k, 64), 0), bits=bits, group_size=32)
+        w = qjax.shard(whole, mesh, spec)
+        for kept in (qjax.prepare(w), qjax.prepare(w, layout=Tiles())):
+            chex.assert_trees_all_equal_structs(kept, w)
+            for leaf, like in zip(
+                jax.tree.leaves(kept), jax.tree.leaves(w), strict=True
+            ):
+                assert leaf.sharding == like.sharding
+        layer = qjax.layers.nnx.Linear.from_qtensor(w)
+        assert layer.kernel.layout == Stream()
+        x = draw((M, k), 1)
+        assert relative_error(layer(x), x @ qjax.dequantize(whole)) < TOLERANCE
+        # Not cut, it moves.
+        assert qjax.prepare(qjax.shard(whole, mesh, P())).layout == Tiles()
+
+    def test_moves_to_what_is_read_elsewhere(self, mesh):
+        whole = packed(bits=4)
+        w = qjax.shard(qjax.relayout(whole, Gemm()), mesh, P("model", "data"))
+        assert qjax.prepare(w).layout == Tiles()
+        w = qjax.shard(qjax.relayout(whole, Gemm()), mesh, P(("data", "model")))
+        moved = qjax.prepare(w)
+        assert moved.layout == Stream()
+        assert moved.words[0].sharding.shard_shape((64, N)) == (8, N)
+        np.testing.assert_array_equal(moved.words[0], whole.words[0])
 
 
 class TestSpecs:
