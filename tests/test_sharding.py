@@ -604,14 +604,74 @@ class TestSpecs:
             (
                 P(("data", "model")),
                 "k of QTensor(512x128, 4 bits, group 128, Stream(), (q - z) * s, "
-                "float32 scale, 34.5 KiB) has 4 pieces of whole groups and words, "
-                "which 8 devices cannot share evenly; choose another axis, or leave it",
+                "float32 scale, 34.5 KiB) has 4 pieces of 128 rows in Stream(), "
+                "each of whole groups and words, which 8 devices cannot share evenly; "
+                "choose another axis, or leave it",
             ),
         ],
     )
     def test_refuses(self, spec, message, refuses):
         with refuses(message):
             qjax.partition_specs(packed(group_size=128), MESH, spec)
+
+    @pytest.mark.parametrize(
+        ("shape", "bits", "spec", "message"),
+        [
+            (
+                (768, 64),
+                3,
+                P("data"),
+                "float32 scale, 21.75 KiB) has 3 pieces of 256 rows in Tiles(), each "
+                "of whole groups and words, which 2 devices cannot share evenly; "
+                "qjax.prepare(w, layout=qjax.formats.gptq.Stream()) can be cut into "
+                "pieces of 64 rows.",
+            ),
+            (
+                (2112, 64),
+                3,
+                P("data"),
+                "is not cut, as 2112 rows are no whole pieces of 256 rows in Tiles(), "
+                "each of whole groups and words; choose another axis, or leave it "
+                "whole.",
+            ),
+            (
+                (256, 16),
+                3,
+                P("data"),
+                "has 1 piece of 256 rows in Tiles(), each of whole groups",
+            ),
+            (
+                (256, 40),
+                4,
+                P(None, "model"),
+                "n of QTensor(256x40, 4 bits, group 64, Tiles(), (q - z) * s, float32 "
+                "scale, 6.781 KiB) is not cut, as 40 columns are no whole pieces of 16 "
+                "columns in Tiles(), each of whole groups and words; qjax.prepare(w, "
+                "layout=qjax.formats.gptq.Stream()) can be cut into pieces of 1 "
+                "column.",
+            ),
+            (
+                (3, 64, 32),
+                4,
+                P("data"),
+                "has 3 matrices there, which 2 devices cannot share evenly",
+            ),
+        ],
+    )
+    def test_refuses_steps_of_tiles(self, shape, bits, spec, message, refuses):
+        w = qjax.quantize(jnp.ones(shape), bits, group_size=64)
+        with refuses(message):
+            qjax.shard(qjax.prepare(w, layout=Tiles()), MESH, spec)
+        if "Stream()" in message:
+            again = qjax.prepare(qjax.prepare(w, layout=Tiles()), layout=Stream())
+            qjax.shard(again, MESH, spec)
+
+    @pytest.mark.parametrize("spec", [P("data"), P(None, "model")], ids=str)
+    def test_refuses_groups_that_are_no_runs_of_rows(self, spec, refuses):
+        w = qjax.quantize(jnp.ones((64, 32)), bits=4, group_size=32)
+        flat = dataclasses.replace(w, grouping=tensor.Grouping.FLAT)
+        with refuses("is not cut, as no piece of it has whole groups and words;"):
+            qjax.shard(flat, MESH, spec)
 
     def test_refuses_with_a_way_out(self, as_qtensor, refuses):
         mixed = as_qtensor(oracle.random(0, K, N, **KINDS["mixed"]))
