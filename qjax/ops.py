@@ -376,6 +376,7 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
 
     Raises:
       TypeError: If ``layout`` is no `Layout`.
+      ValueError: If the words of a tensor are those of another layout than its own.
 
     Example:
       >>> w = qjax.quantize(jnp.eye(64), bits=3, group_size=32)
@@ -390,6 +391,7 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
     def one(leaf: Any) -> Any:
         if not is_qtensor(leaf):
             return leaf
+        tensor.check_packed(leaf)
         grouped = _group_rows(leaf)
         # On a GPU, too, what XLA reads is better than what nothing reads.
         wanted = [_native_layout(grouped), xla.NATIVE] if layout is None else [layout]

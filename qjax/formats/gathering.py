@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from qjax.meshes import whole
 from qjax.sharding import joined
-from qjax.tensor import QTensor
+from qjax.tensor import QTensor, check_packed
 
 Writer = TypeVar("Writer", bound=Callable[..., Any])
 
@@ -35,6 +35,7 @@ def of_whole(write: Writer) -> Writer:
     @functools.wraps(write)
     def writing(qt: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(qt, QTensor):
+            check_packed(qt, "qt")
             qt = joined(whole(qt))
         return write(qt, *args, **kwargs)
 

@@ -228,6 +228,7 @@ def check_packed(w: Any, name: str = "w") -> None:
 
     Raises:
       TypeError: If it is anything but a `QTensor`.
+      ValueError: If its words are those of another layout than its own.
     """
     if not isinstance(w, QTensor):
         what = f"{type(w).__name__} of shape {getattr(w, 'shape', None)}"
@@ -235,6 +236,34 @@ def check_packed(w: Any, name: str = "w") -> None:
             f"{name} is {what}, and must be a QTensor; qjax.quantize makes one of a "
             "dense array, and get_value() takes one out of a Variable."
         )
+    for i, (words, segment) in enumerate(zip(w.words, w.segments, strict=False)):
+        if not (hasattr(words, "shape") and hasattr(words, "dtype")):
+            continue  # JAX puts anything there.
+        shape = matrix_shape(words, w.layout)
+        if reason := _misfit(w.layout, segment.bits, shape, jnp.dtype(words.dtype)):
+            raise ValueError(
+                f"{name}.words[{i}] is {words.dtype}{list(words.shape)}, which are no "
+                f"words of {w.layout!r}: {reason} They are those of another layout, as "
+                "of a model that was prepared on another kind of device. Restore its "
+                "arrays into a model that was prepared likewise, or move its weights "
+                "as QTensors: by qjax.flatten and qjax.unflatten, layers.nnx.load or "
+                "layers.linen.to_variables."
+            )
+
+
+@functools.lru_cache(maxsize=4096)
+def _misfit(
+    layout: Layout, bits: int, shape: tuple[int, ...], dtype: jnp.dtype
+) -> str | None:
+    """Says why a layout cannot unpack one matrix's words of a shape and dtype."""
+    try:
+        jax.eval_shape(
+            functools.partial(layout.unpack, bits=bits),
+            jax.ShapeDtypeStruct(shape, dtype),
+        )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def check_array(x: Any, name: str) -> None:
