@@ -47,6 +47,8 @@ IMPLEMENTATIONS: Mapping[str, _Table] = {
 }
 
 ON_GPU = ("pallas", "pallas_bf16", "pallas_dense")
+# What reads the words of any layout; XLA's other forms read their own.
+_ANY_LAYOUT = ("xla_dense", "xla_float8")
 # Up to this many rows the products of XLA's forms stay in registers (`xla.fused`).
 _FUSED_ROWS = 3
 # A weight of at most 4 MiB in float32 is formed: it stays in the cache, and one product
@@ -208,8 +210,10 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
         return IMPLEMENTATIONS[op][name](*operands, **rounded)
     if name is not None:
         wide = [row.astype(jnp.float32) for row in rows]
-        found = IMPLEMENTATIONS[op][name](*wide, _plain(w, index))
-        return as_chosen(found)
+        one = _plain(w, index)
+        if name not in _ANY_LAYOUT:
+            one = moving.in_layout(one, xla.NATIVE)
+        return as_chosen(IMPLEMENTATIONS[op][name](*wide, one))
 
     def on_gpu(*operands: Any) -> Any:
         return _first(op, _gpu_order(op, m, w), operands, **rounded)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -38,6 +39,33 @@ def is_explicit(tree: Any) -> bool:
       Whether the mesh has explicit axes.
     """
     return AxisType.Explicit in mesh_of(tree).axis_types
+
+
+def shares(array: Any) -> tuple[int, ...]:
+    """Counts the pieces that every axis of an array is cut into.
+
+    Args:
+      array: An array. Of a traced one only its type is known, which says nothing of
+        automatic axes; one without a place counts as whole.
+
+    Returns:
+      One count an axis, 1 where it is whole.
+
+    Example:
+      >>> mesh = jax.make_mesh((2, 4), ("data", "model"))
+      >>> shares(
+      ...     jax.device_put(jnp.ones((4, 8)), NamedSharding(mesh, P(None, "model")))
+      ... )
+      (1, 4)
+    """
+    if isinstance(array, Tracer):
+        place = jax.typeof(array).sharding
+    else:
+        place = getattr(array, "sharding", None)
+    if place is None:
+        return (1,) * array.ndim
+    sizes = zip(array.shape, place.shard_shape(array.shape), strict=True)
+    return tuple(-(-size // piece) if piece else 1 for size, piece in sizes)
 
 
 def on_mesh_of(tree: Any) -> contextlib.AbstractContextManager[None]:

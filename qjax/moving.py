@@ -2,14 +2,15 @@
 
 import contextlib
 import functools
+import math
 
 import jax
 from jaxtyping import Array
 
 from qjax import decode, pallas, sharding
-from qjax.meshes import is_explicit
+from qjax.meshes import is_explicit, shares
 from qjax.partitioning import over_devices
-from qjax.tensor import Layout, QTensor
+from qjax.tensor import Layout, QTensor, matrix_shape
 
 
 def in_layout(w: QTensor, layout: Layout) -> QTensor:
@@ -17,6 +18,28 @@ def in_layout(w: QTensor, layout: Layout) -> QTensor:
     with contextlib.suppress(ValueError):  # xla.dense reads any layout.
         return decode.relayout(w, layout, move=move_words)
     return w
+
+
+def stays_cut(w: QTensor, layout: Layout) -> bool:
+    """Whether words that are cut over devices are cut the same way in another layout.
+
+    Where not, every device would get all of them.
+
+    Args:
+      w: A weight; of a traced one, as `meshes.shares`.
+      layout: Another layout.
+    """
+    for words, segment, rows in zip(w.words, w.segments, w.rows, strict=True):
+        cut, bits = w.layout.cut(segment.bits), segment.bits
+        of_axes = shares(words)[len(w.batch) :]
+        if cut is None or math.prod(of_axes) == 1:  # Not cut, or in no way of `shard`.
+            continue
+        held = w.layout.extents(matrix_shape(words, w.layout), bits)
+        pieces = sharding.words_units((w.layout, layout), bits, (rows, w.n), held)
+        of_k, of_n = of_axes[cut.k_axis], of_axes[cut.n_axis]
+        if pieces["k0"] % of_k or pieces["n"] % of_n:
+            return False
+    return True
 
 
 def move_words(

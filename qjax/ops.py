@@ -184,7 +184,9 @@ def relayout(qt: QTensor, layout: Layout) -> QTensor:
       layout: The layout to move to.
 
     Returns:
-      A tensor with the same codes and the same weight.
+      A tensor with the same codes and the same weight. Where words of ``layout`` cannot
+      be cut over devices as those of ``qt`` are, every device has all of them;
+      `prepare` does not move such a tensor.
 
     Raises:
       TypeError: If ``qt`` is no `QTensor`, or ``layout`` no `Layout`.
@@ -334,7 +336,7 @@ def _why_slow(w: QTensor) -> str:
 def _why_no_kernel(x: Array, w: QTensor) -> str | None:
     """Why a product goes through XLA on a GPU whose kernels could do it, if it does."""
     native = _native_layout(w)
-    if not isinstance(native, Tiles):
+    if not isinstance(native, Tiles) or not moving.stays_cut(w, native):
         return None
     if not isinstance(w.layout, Tiles):
         return (
@@ -377,11 +379,17 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
     ``x`` is gathered instead of the scales. Nothing is requantized; other leaves pass
     through.
 
+    A tensor that is cut over devices (`shard`) stays cut: it moves only to a layout
+    whose words can be cut the same way. A piece of `Tiles` is 128 or 256 rows and 16
+    columns; what is cut more finely becomes a `Stream` on a GPU as well, and stays as
+    it is if that cannot be cut so, either. Inside `jax.jit`, how a tensor is cut over
+    automatic axes is not known.
+
     Args:
       tree: A `QTensor` or any pytree that holds some. Call it once, at load: it looks
         at the values of ``row_group`` and so needs concrete arrays.
       layout: The layout to move to, where it is not for the device that holds the
-        tensor; one that cannot hold a tensor leaves it as it is.
+        tensor; one that cannot hold a tensor, or be cut as it is, leaves it as it is.
 
     Returns:
       The same tree with prepared tensors. A tensor that no native layout can hold stays
@@ -389,6 +397,7 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
 
     Raises:
       TypeError: If ``layout`` is no `Layout`.
+      ValueError: If the words of a tensor are those of another layout than its own.
 
     Example:
       >>> w = qjax.quantize(jnp.eye(64), bits=3, group_size=32)
@@ -403,8 +412,14 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
     def one(leaf: Any) -> Any:
         if not is_qtensor(leaf):
             return leaf
+        tensor.check_packed(leaf)
         grouped = _group_rows(leaf)
-        return readable(moving.in_layout(grouped, layout or _native_layout(grouped)))
+        # On a GPU, too, what XLA reads is better than what nothing reads.
+        wanted = [_native_layout(grouped), xla.NATIVE] if layout is None else [layout]
+        for target in wanted:
+            if moving.stays_cut(grouped, target):
+                return readable(moving.in_layout(grouped, target))
+        return readable(grouped)
 
     return jax.tree.map(one, tree, is_leaf=is_qtensor)
 

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from qjax.bits import block
 from qjax.tensor import (
     Encoded,
     Grouping,
@@ -268,31 +269,53 @@ def units(w: QTensor) -> dict[str, int]:
       group, an encoding, or groups that are no runs of rows.
     """
     counts = {f"b{i}": size for i, size in enumerate(w.batch)}
-    cuts = [w.layout.cut(segment.bits) for segment in w.segments]
+    sizes = _sizes(w)
     parameters = [leaf for leaf in (w.scale, w.zero) if leaf is not None]
     encoded = [
         isinstance(p, Encoded) and not isinstance(p, Segmented | Levels)
         for p in parameters
     ]
+    whole = w.grouping is not Grouping.ROWS or any(encoded) or not sizes
+    segmented = len(w.segments) == 1 or isinstance(w.scale, Segmented)
+    for i, segment in enumerate(w.segments):
+        if whole or not segmented or segment.padding:
+            counts[f"k{i}"] = 1
+        else:
+            counts[f"k{i}"] = _pieces(w.rows[i], *sizes[f"k{i}"])
+    if whole or w.padding or max(p.shape[-1] for p in parameters) > w.n:
+        counts["n"] = 1
+    else:
+        counts["n"] = _pieces(w.n, *sizes["n"])
+    return counts
+
+
+def _sizes(w: QTensor) -> dict[str, list[int]]:
+    """Says of what a piece along each axis of a matrix holds whole ones.
+
+    Args:
+      w: A weight.
+
+    Returns:
+      Rows of words, then of groups, by the names of segments, and columns of the words
+      of all, then of those that share a scale; of a layout that is never cut, nothing.
+    """
+    cuts = [w.layout.cut(segment.bits) for segment in w.segments]
+    if None in cuts:
+        return {}
+    parameters = [leaf for leaf in (w.scale, w.zero) if leaf is not None]
     nested = [p for p in parameters if isinstance(p, Nested)]
     # Groups that share a step; one for all of a column is not cut.
     together = math.lcm(*[p.ratio for p in nested if p.step.shape[-2] > 1])
-    whole = w.grouping is not Grouping.ROWS or any(encoded) or None in cuts
-    segmented = len(w.segments) == 1 or isinstance(w.scale, Segmented)
+    sizes: dict[str, list[int]] = {"n": []}
     for i, (cut, segment) in enumerate(zip(cuts, w.segments, strict=True)):
+        assert cut is not None
         several = group_counts(w)[i] > 1 and w.row_group is None
         group = (segment.group_size or 1) * together if several else 1
-        if whole or cut is None or not segmented or segment.padding:
-            counts[f"k{i}"] = 1
-        else:
-            counts[f"k{i}"] = _pieces(w.rows[i], cut.rows, group)
+        sizes[f"k{i}"] = [cut.rows, group]
+        sizes["n"].append(cut.columns)
     columns = [p.shape[-1] for p in parameters]
-    if whole or w.padding or max(columns) > w.n:
-        counts["n"] = 1
-    else:
-        shared = [w.n // c for c in columns if c > 1]
-        counts["n"] = _pieces(w.n, *[cut.columns for cut in cuts if cut], *shared)
-    return counts
+    sizes["n"] += [w.n // c for c in columns if 1 < c <= w.n]
+    return sizes
 
 
 def _pieces(size: int, *sizes: int) -> int:
@@ -357,21 +380,55 @@ def _check_types(w: Any, spec: Any) -> None:
 def _uneven(
     w: QTensor, spec: PartitionSpec, name: str, pieces: int, shares: int
 ) -> str:
-    what = "the stack" if name.startswith("b") else name[:1]
-    mixed = len(w.segments) > 1
-    if name.startswith("k") and mixed:
-        what = f"the {w.segments[int(name[1:])].bits}-bit rows"
-    advice = "choose another axis, or leave it whole"
+    if name.startswith("b"):
+        return (
+            f"spec={spec}: the stack {w!r} has {pieces} matrices there, which {shares} "
+            "devices cannot share evenly; choose another axis, or leave it whole."
+        )
+    what, mixed = name[:1], len(w.segments) > 1
+    size, unit = w.n, "columns"
+    if name.startswith("k"):
+        size, unit = w.rows[int(name[1:])], "rows"
+        if mixed:
+            what = f"the {w.segments[int(name[1:])].bits}-bit rows"
+    advice = _finer(w, name, size, shares) or "choose another axis, or leave it whole"
     if name.startswith("k") and mixed and not isinstance(w.scale, Segmented):
         advice = "qjax.shard, or qjax.sharding.by_segment, lets mixed widths be cut"
     elif isinstance(w.scale, Encoded) and not isinstance(w.scale, Segmented | Levels):
         advice = "qjax.prepare decodes its scales"
-    elif None in [w.layout.cut(segment.bits) for segment in w.segments]:
+    elif not _sizes(w):
         advice = f"{w.layout!r} is never cut, but what qjax.prepare makes of it is"
-    return (
-        f"spec={spec}: {what} of {w!r} has {pieces} pieces of whole groups and words, "
-        f"which {shares} devices cannot share evenly; {advice}."
-    )
+    least = math.lcm(*_sizes(w).get(name, []))
+    of_size = f"of {least} {unit} in {w.layout!r}, each of whole groups and words"
+    if size == pieces * least:
+        plural = "s" if pieces > 1 else ""
+        has = (
+            f"has {pieces} piece{plural} {of_size}, which {shares} devices cannot share"
+        )
+        return f"spec={spec}: {what} of {w!r} {has} evenly; {advice}."
+    if _sizes(w) and size % least:
+        why = f"is not cut, as {size} {unit} are no whole pieces {of_size}"
+    else:
+        why = "is not cut, as no piece of it has whole groups and words"
+    return f"spec={spec}: {what} of {w!r} {why}; {advice}."
+
+
+def _finer(w: QTensor, name: str, size: int, shares: int) -> str | None:
+    """Says of the layout whose pieces can be shared, if the words alone forbid it."""
+    sizes = _sizes(w)
+    columns = [p.shape[-1] for p in (w.scale, w.zero) if p is not None]
+    if not sizes or w.grouping is not Grouping.ROWS or max(columns) > w.n:
+        return None
+    if name == "n":
+        least, unit = math.lcm(*sizes[name][len(w.segments) :]), "columns"
+    else:
+        bits = w.segments[int(name[1:])].bits
+        least, unit = math.lcm(block(bits)[0], *sizes[name][1:]), "rows"
+    if size % (least * shares):
+        return None
+    unit = unit if least > 1 else unit[:-1]
+    made = "qjax.prepare(w, layout=qjax.formats.gptq.Stream())"
+    return f"{made} can be cut into pieces of {least} {unit}"
 
 
 def _size(mesh: Mesh | AbstractMesh, axis: str) -> int:

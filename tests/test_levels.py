@@ -183,7 +183,7 @@ def test_devices_multiply_their_own(form, spec):
 def test_runs_are_not_cut():
     _, w = sample(OFFSET, k=512)  # 4 runs of 128 rows
     mesh = jax.make_mesh((8,), ("model",))
-    with pytest.raises(ValueError, match="has 4 pieces of whole groups and words"):
+    with pytest.raises(ValueError, match="has 4 pieces of 128 rows in Tiles"):
         sharding.shard(w, mesh, P("model"))
 
 

@@ -674,6 +674,22 @@ class TestTransformations:
         last = qjax.matmul(jnp.asarray(x), stack, index=2)
         chex.assert_trees_all_equal(run(jnp.asarray(x), stack, 7), last)
 
+    @pytest.mark.parametrize("name", [*XLA_FORMS, "xla_float8"])
+    @pytest.mark.parametrize("index", [None, 1])
+    def test_named_forms_of_tiles(self, name, index):
+        """k is no whole step of Tiles, and so its words are padded."""
+        dense = jax.random.normal(jax.random.key(0), (2, 192, 48), jnp.bfloat16)
+        dense = dense if index is not None else dense[0]
+        if name == "xla_float8":
+            w = qjax.prepare(fp8.quantize(dense, group_size=None))
+        else:
+            w = qjax.quantize(dense, bits=4, group_size=32)
+        tiles = qjax.prepare(w, layout=Tiles())
+        assert isinstance(tiles.layout, Tiles)
+        x = jnp.asarray(activations(2, 192))
+        run = functools.partial(qjax.matmul, x, index=index, implementation=name)
+        chex.assert_trees_all_equal(run(tiles), run(w))
+
     @pytest.mark.parametrize("dtype", ["int8", "uint8", "int16", "uint32", "int32"])
     def test_by_an_index_that_cannot_hold_the_count(self, dtype):
         """Of 300 matrices, which are all 0, all 1, ... of them."""
@@ -1078,7 +1094,9 @@ class TestDispatch:
         )
         held = dataclasses.replace(matrix, codes=matrix.codes & 7)
         x = activations(2, 40)
-        with pytest.warns(UserWarning, match=r"Reversed\(\) of k=40 and 3 bits fills no"):
+        with pytest.warns(
+            UserWarning, match=r"Reversed\(\) of k=40 and 3 bits fills no"
+        ):
             y = qjax.matmul(jnp.asarray(x), w)
         assert relative_error(y, held.matmul(x)) < TOLERANCE["float32"]
         for name in ("xla_fused", "xla_tiled", "xla_int8"):

@@ -7,6 +7,7 @@ import functools
 import itertools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax import sharding, tensor
+from qjax import ops, pallas, sharding, tensor
 from qjax.formats.awq import Gemm, Gemv
 from qjax.formats.awq_v2 import Interleaved
 from qjax.formats.compressed_tensors import Dense
@@ -214,6 +215,34 @@ class TestTypes:
         np.testing.assert_array_equal(moved, qjax.relayout(whole, Tiles()).words[0])
         assert relative_error(y, x @ np.asarray(dense)) < TOLERANCE
         assert relative_error(dx, np.repeat(dense.sum(-1), sizes, 0)) < TOLERANCE
+
+    @pytest.mark.parametrize(
+        "spec", [P(None, "model"), P("data"), P("data", "model")], ids=str
+    )
+    @pytest.mark.parametrize("bits", [3, 4])
+    @IN_CONTEXT
+    def test_codes_of_tiles(self, context, bits, spec):
+        whole = qjax.relayout(packed(bits=bits), Tiles())
+        w = qjax.shard(whole, EXPLICIT, spec)
+        with context():
+            codes = qjax.codes(w)
+            tensors = qjax.formats.gptq.to_tensors(w, "gptq_v2")
+        assert jax.typeof(codes).sharding.spec == P(*spec, *[None] * (2 - len(spec)))
+        assert (np.asarray(codes) == whole.numpy()).all()
+        assert communicated(qjax.codes, w) == {}
+        expected = qjax.formats.gptq.to_tensors(whole, "gptq_v2")
+        for name, tensor_ in expected.items():
+            np.testing.assert_array_equal(tensors[name], tensor_)
+
+    @pytest.mark.parametrize("spec", [P("model"), P("data", "model")], ids=str)
+    def test_codes_of_stacks_and_segments(self, spec, as_qtensor):
+        tiles = functools.partial(qjax.relayout, layout=Tiles())
+        stack = tiles(stacked([packed(seed) for seed in range(4)]))
+        mixed = {"parts": [(6, 512, 32), (4, 512, None)], "affine": "CENTERED"}
+        matrix = tiles(as_qtensor(oracle.random(0, 1024, N, **mixed)))
+        for whole in (stack, matrix):
+            found = qjax.codes(qjax.shard(whole, EXPLICIT, spec))
+            np.testing.assert_array_equal(found, qjax.codes(whole))
 
 
 @pytest.mark.parametrize("kind", ["4 bits", "order", "mixed", "mixed without order"])
@@ -475,6 +504,58 @@ class TestPartOfAnAxis:
         assert move(w).words[0].sharding.spec == P("data")
 
 
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """Has `qjax.prepare` take the layout of the kernels."""
+    monkeypatch.setattr(ops, "_native_layout", pallas.layout_of)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("mesh", [MESH, EXPLICIT], ids=["auto", "explicit"])
+class TestPrepare:
+    """What is cut stays cut: no device gets more words than it had."""
+
+    @pytest.mark.parametrize("bits", [3, 4])
+    @pytest.mark.parametrize("spec", [P(None, "model"), P("data"), P("data", "model")])
+    def test_moves_what_can_be_cut_the_same_way(self, mesh, bits, spec):
+        whole = packed(bits=bits)
+        moved = qjax.prepare(qjax.shard(whole, mesh, spec))
+        expected = qjax.shard(qjax.prepare(whole), mesh, spec)
+        assert moved.layout == Tiles()
+        chex.assert_trees_all_equal(moved.words, expected.words)
+        assert moved.words[0].sharding.is_equivalent_to(expected.words[0].sharding, 4)
+
+    @pytest.mark.parametrize(
+        ("bits", "k", "spec"),
+        [(3, K, P("model")), (3, 768, P("data", "model")), (4, 1152, P("data"))],
+    )
+    def test_leaves_what_cannot(self, mesh, bits, k, spec):
+        whole = qjax.quantize(draw((k, 64), 0), bits=bits, group_size=32)
+        w = qjax.shard(whole, mesh, spec)
+        for kept in (qjax.prepare(w), qjax.prepare(w, layout=Tiles())):
+            chex.assert_trees_all_equal_structs(kept, w)
+            for leaf, like in zip(
+                jax.tree.leaves(kept), jax.tree.leaves(w), strict=True
+            ):
+                assert leaf.sharding == like.sharding
+        layer = qjax.layers.nnx.Linear.from_qtensor(w)
+        assert layer.kernel.layout == Stream()
+        x = draw((M, k), 1)
+        assert relative_error(layer(x), x @ qjax.dequantize(whole)) < TOLERANCE
+        # Not cut, it moves.
+        assert qjax.prepare(qjax.shard(whole, mesh, P())).layout == Tiles()
+
+    def test_moves_to_what_is_read_elsewhere(self, mesh):
+        whole = packed(bits=4)
+        w = qjax.shard(qjax.relayout(whole, Gemm()), mesh, P("model", "data"))
+        assert qjax.prepare(w).layout == Tiles()
+        w = qjax.shard(qjax.relayout(whole, Gemm()), mesh, P(("data", "model")))
+        moved = qjax.prepare(w)
+        assert moved.layout == Stream()
+        assert moved.words[0].sharding.shard_shape((64, N)) == (8, N)
+        np.testing.assert_array_equal(moved.words[0], whole.words[0])
+
+
 class TestSpecs:
     def test_of_the_leaves(self):
         w = packed()
@@ -523,14 +604,74 @@ class TestSpecs:
             (
                 P(("data", "model")),
                 "k of QTensor(512x128, 4 bits, group 128, Stream(), (q - z) * s, "
-                "float32 scale, 34.5 KiB) has 4 pieces of whole groups and words, "
-                "which 8 devices cannot share evenly; choose another axis, or leave it",
+                "float32 scale, 34.5 KiB) has 4 pieces of 128 rows in Stream(), "
+                "each of whole groups and words, which 8 devices cannot share evenly; "
+                "choose another axis, or leave it",
             ),
         ],
     )
     def test_refuses(self, spec, message, refuses):
         with refuses(message):
             qjax.partition_specs(packed(group_size=128), MESH, spec)
+
+    @pytest.mark.parametrize(
+        ("shape", "bits", "spec", "message"),
+        [
+            (
+                (768, 64),
+                3,
+                P("data"),
+                "float32 scale, 21.75 KiB) has 3 pieces of 256 rows in Tiles(), each "
+                "of whole groups and words, which 2 devices cannot share evenly; "
+                "qjax.prepare(w, layout=qjax.formats.gptq.Stream()) can be cut into "
+                "pieces of 64 rows.",
+            ),
+            (
+                (2112, 64),
+                3,
+                P("data"),
+                "is not cut, as 2112 rows are no whole pieces of 256 rows in Tiles(), "
+                "each of whole groups and words; choose another axis, or leave it "
+                "whole.",
+            ),
+            (
+                (256, 16),
+                3,
+                P("data"),
+                "has 1 piece of 256 rows in Tiles(), each of whole groups",
+            ),
+            (
+                (256, 40),
+                4,
+                P(None, "model"),
+                "n of QTensor(256x40, 4 bits, group 64, Tiles(), (q - z) * s, float32 "
+                "scale, 6.781 KiB) is not cut, as 40 columns are no whole pieces of 16 "
+                "columns in Tiles(), each of whole groups and words; qjax.prepare(w, "
+                "layout=qjax.formats.gptq.Stream()) can be cut into pieces of 1 "
+                "column.",
+            ),
+            (
+                (3, 64, 32),
+                4,
+                P("data"),
+                "has 3 matrices there, which 2 devices cannot share evenly",
+            ),
+        ],
+    )
+    def test_refuses_steps_of_tiles(self, shape, bits, spec, message, refuses):
+        w = qjax.quantize(jnp.ones(shape), bits, group_size=64)
+        with refuses(message):
+            qjax.shard(qjax.prepare(w, layout=Tiles()), MESH, spec)
+        if "Stream()" in message:
+            again = qjax.prepare(qjax.prepare(w, layout=Tiles()), layout=Stream())
+            qjax.shard(again, MESH, spec)
+
+    @pytest.mark.parametrize("spec", [P("data"), P(None, "model")], ids=str)
+    def test_refuses_groups_that_are_no_runs_of_rows(self, spec, refuses):
+        w = qjax.quantize(jnp.ones((64, 32)), bits=4, group_size=32)
+        flat = dataclasses.replace(w, grouping=tensor.Grouping.FLAT)
+        with refuses("is not cut, as no piece of it has whole groups and words;"):
+            qjax.shard(flat, MESH, spec)
 
     def test_refuses_with_a_way_out(self, as_qtensor, refuses):
         mixed = as_qtensor(oracle.random(0, K, N, **KINDS["mixed"]))

@@ -51,6 +51,7 @@ from qjax.formats.checks import (
     lacks_narrow_zeros,
     refusal,
 )
+from qjax.formats.gathering import of_whole
 from qjax.tensor import Affine, Cut, Digits, Layout, QTensor, Segment
 
 __all__ = ["TENSORS", "Config", "Gemm", "Gemv", "Version", "axes", "check"]
@@ -314,6 +315,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     )
 
 
+@of_whole
 def to_tensors(qt: QTensor, version: Version = "gemm") -> dict[str, Array]:
     """Writes one quantized matrix under AutoAWQ's names.
 

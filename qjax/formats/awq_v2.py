@@ -44,6 +44,7 @@ from qjax.formats.checks import (
     check_words,
     refusal,
 )
+from qjax.formats.gathering import of_whole
 from qjax.tensor import Affine, Cut, Digits, Layout, QTensor, Segment
 
 WIDTHS = (4,)
@@ -337,6 +338,7 @@ def _build(
     )
 
 
+@of_whole
 def to_tensors(
     qt: QTensor, zeros: Literal["qzeros", "scaled_zeros"] = "qzeros"
 ) -> dict[str, Array]:

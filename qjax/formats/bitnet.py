@@ -40,6 +40,7 @@ from qjax.formats.checks import (
     lacks_input_order,
     lacks_plain_groups,
 )
+from qjax.formats.gathering import of_whole
 from qjax.formats.patterns import ends_any, left_dense
 from qjax.formats.quanto import Slabs
 from qjax.tensor import Affine, QTensor, Segment
@@ -187,6 +188,7 @@ def _build(words: Array, scale: Array, dtype: DTypeLike) -> QTensor:
     )
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one quantized matrix under the upstream's names.
 

@@ -53,6 +53,7 @@ from qjax.formats.checks import (
     check_width,
     check_words,
 )
+from qjax.formats.gathering import of_whole
 from qjax.tensor import Affine, Digits, Encoded, Grouping, Layout, QTensor, Segment
 
 __all__ = ["TABLES", "TENSORS", "Absmax", "Config", "Flat", "Nested", "check"]
@@ -281,6 +282,7 @@ def _build(
     )
 
 
+@of_whole
 def to_tensors(
     qt: QTensor, dtype: DTypeLike | None = None, storage: DTypeLike | None = None
 ) -> dict[str, Array | np.ndarray]:

@@ -47,6 +47,7 @@ from qjax.formats.checks import (
     lacks_own_columns,
     lacks_plain_groups,
 )
+from qjax.formats.gathering import of_whole
 from qjax.tensor import Affine, InSteps, QTensor, Segment
 
 # In how many steps of a code a magnitude is divided, and one of them.
@@ -148,6 +149,7 @@ def _build(weight: Array, absmax: Float32[Array, "1 n"]) -> QTensor:
     )
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one quantized matrix under the upstream's names.
 

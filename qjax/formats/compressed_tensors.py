@@ -53,6 +53,7 @@ from qjax.formats.checks import (
 )
 from qjax.formats.compressed_tensors_config import PACKED, STRATEGIES, Config
 from qjax.formats.g_idx import in_input_order
+from qjax.formats.gathering import of_whole
 from qjax.tensor import Affine, QTensor, Segment
 
 __all__ = [
@@ -358,6 +359,7 @@ def _row_group(g_idx: Any, groups: int, config: Config) -> Array | None:
     return None if in_order else jnp.asarray(index)
 
 
+@of_whole
 def to_tensors(qt: QTensor, layout: tensor.Layout | None = None) -> dict[str, Any]:
     """Writes one quantized matrix under the upstream's names.
 

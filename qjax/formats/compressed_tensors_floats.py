@@ -49,6 +49,7 @@ from qjax.formats.checks import (
     lacks_plain_groups,
 )
 from qjax.formats.compressed_tensors_config import Config
+from qjax.formats.gathering import of_whole
 from qjax.formats.mxfp4 import E8M0, pack_pairs, unpack_pairs
 from qjax.formats.torchao_bytes import Bytes
 from qjax.tensor import (
@@ -307,6 +308,7 @@ def format_of(qt: QTensor) -> str:
     raise ValueError(f"compressed-tensors cannot hold {qt!r}: {reason}.")
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one matrix of small floats under the upstream's names.
 

@@ -42,6 +42,7 @@ from qjax.formats.checks import (
     check_shapes,
     check_tensors,
 )
+from qjax.formats.gathering import of_whole
 from qjax.formats.gptq import Stream
 from qjax.formats.q_groups import (
     check_permutation,
@@ -232,6 +233,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QT
     )
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one quantized matrix under the upstream's names.
 

@@ -48,6 +48,7 @@ from qjax.formats.checks import (
     lacks_plain_groups,
 )
 from qjax.formats.fp8_config import SCALES, Config
+from qjax.formats.gathering import of_whole
 from qjax.formats.mxfp4 import E8M0
 from qjax.tensor import Affine, Cut, Digits, Encoded, Layout, QTensor, Segment
 
@@ -272,6 +273,7 @@ def _build(
     )
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one quantized matrix under the upstream's names.
 

@@ -46,6 +46,7 @@ from qjax.formats.checks import (
     check_width,
     check_words,
 )
+from qjax.formats.gathering import of_whole
 from qjax.formats.gguf_blocks import (
     FACTORS,
     IQ4,
@@ -401,6 +402,7 @@ def _by_block(values: Any, blocks: int) -> np.ndarray:
     return turned.reshape(*turned.shape[:-1], blocks, -1)
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one quantized matrix, or a stack of them, as GGUF has it.
 

@@ -46,6 +46,7 @@ from qjax.formats.checks import (
     lacks_plain_groups,
 )
 from qjax.formats.g_idx import in_input_order, read_g_idx
+from qjax.formats.gathering import of_whole
 from qjax.formats.gptq_config import WIDTHS, Checkpoint, Config
 from qjax.tensor import Cut, Digits, Layout, QTensor, Segment
 
@@ -271,6 +272,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     )
 
 
+@of_whole
 def to_tensors(qt: QTensor, checkpoint_format: Checkpoint = "gptq") -> dict[str, Array]:
     """Writes one quantized matrix under the upstream's names.
 

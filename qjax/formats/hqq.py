@@ -46,6 +46,7 @@ from qjax.formats.checks import (
     check_width,
     check_words,
 )
+from qjax.formats.gathering import of_whole
 from qjax.formats.hqq_config import FIELDS, Config, metadata, tag_of
 from qjax.tensor import Affine, Grouping, Layout, QTensor, Segment
 
@@ -309,6 +310,7 @@ def _arrangement(config: Config, k: int, n: int) -> tuple[Slabs, Grouping, int |
     return Slabs(k, size), Grouping.FLAT if k % size else Grouping.ROWS, size
 
 
+@of_whole
 def to_tensors(
     qt: QTensor, config: Config | None = None
 ) -> dict[str, Array | np.ndarray]:

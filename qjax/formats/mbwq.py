@@ -43,6 +43,7 @@ from qjax.formats.checks import (
     check_tensors,
     group_size_of,
 )
+from qjax.formats.gathering import of_whole
 from qjax.formats.gptq import Stream
 from qjax.formats.q_groups import (
     check_permutation,
@@ -290,6 +291,7 @@ def _read_perm(q_perm: np.ndarray, k: int, mixed: bool) -> Int32[Array, " k"] | 
     return jnp.asarray(unsigned) if is_moved or not mixed else None
 
 
+@of_whole
 def to_tensors(qt: QTensor, mixed: bool | None = None) -> dict[str, Array]:
     """Writes one quantized matrix under the upstream's names.
 

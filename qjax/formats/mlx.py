@@ -59,6 +59,7 @@ from qjax.formats.checks import (
 )
 from qjax.formats.compressed_tensors import Dense
 from qjax.formats.compressed_tensors_floats import Nibbles
+from qjax.formats.gathering import of_whole
 from qjax.formats.mlx_config import METAL_WIDTHS, METHODS, MODES, Config, Method, Mode
 from qjax.formats.modelopt import TimesGlobal
 from qjax.formats.mxfp4 import E8M0
@@ -294,6 +295,7 @@ def _offset(qt: QTensor) -> Array:
     return (0 - z * scale.astype(jnp.float32)).astype(scale.dtype)
 
 
+@of_whole
 def to_tensors(qt: QTensor, method: Method = "mlx") -> dict[str, Array]:
     """Writes one quantized matrix, or a stack of them, under the upstream's names.
 

@@ -49,6 +49,7 @@ from qjax.formats.checks import (
     lacks_plain_groups,
 )
 from qjax.formats.compressed_tensors_floats import Nibbles
+from qjax.formats.gathering import of_whole
 from qjax.formats.modelopt_config import Algorithm, Config
 from qjax.formats.mxfp4 import E8M0
 from qjax.tensor import Affine, QTensor, Segment, StoredGlobal
@@ -266,6 +267,7 @@ def algorithm_of(qt: QTensor) -> Algorithm:
     raise ValueError(f"ModelOpt cannot hold {qt!r}: {reason}.")
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one matrix of small floats under the upstream's names.
 

@@ -52,6 +52,7 @@ from qjax.formats.checks import (
     group_size_of,
 )
 from qjax.formats.g_idx import in_input_order, read_g_idx
+from qjax.formats.gathering import of_whole
 from qjax.formats.gptq import Stream
 from qjax.tensor import Affine, Encoded, Grouping, QTensor, Segment
 
@@ -302,6 +303,7 @@ def _read_statistic(
     return scale, zero
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one quantized matrix under the upstream's names.
 

@@ -43,6 +43,7 @@ from qjax.formats.checks import (
     check_width,
     check_words,
 )
+from qjax.formats.gathering import of_whole
 from qjax.formats.patterns import ends_any, left_dense
 from qjax.tensor import Affine, Cut, Digits, Encoded, Grouping, Layout, QTensor, Segment
 
@@ -260,6 +261,7 @@ def _build(words: Array, exponent: Array) -> QTensor:
     )
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one quantized matrix, or a stack of them, under the upstream's names.
 

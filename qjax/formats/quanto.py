@@ -54,6 +54,7 @@ from qjax.formats.checks import (
     lacks_narrow_zeros,
     refusal,
 )
+from qjax.formats.gathering import of_whole
 from qjax.formats.quanto_config import FLOAT8, Config
 from qjax.tensor import Affine, Layout, QTensor, Segment
 
@@ -336,6 +337,7 @@ def from_tensors(tensors: Mapping[str, Any], config: Config) -> QTensor:
     )
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one weight under optimum-quanto's names.
 

@@ -29,6 +29,7 @@ from qjax.formats.checks import (
     lacks_own_columns,
     lacks_plain_groups,
 )
+from qjax.formats.gathering import of_whole
 from qjax.formats.quanto_config import FLOAT8
 from qjax.tensor import Affine, QTensor, Segment
 
@@ -98,6 +99,7 @@ def lacks(qt: QTensor) -> str | None:
     return reason or lacks_own_columns(qt)
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes codes and scales of a matrix in which nothing `lacks`."""
     if qt.affine is Affine.FLOAT:

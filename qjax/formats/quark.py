@@ -59,6 +59,7 @@ from qjax.formats.checks import (
     refusal,
 )
 from qjax.formats.compressed_tensors_floats import Nibbles
+from qjax.formats.gathering import of_whole
 from qjax.formats.gptq import Stream
 from qjax.formats.mxfp4 import BLOCK, E8M0
 from qjax.formats.quark_config import Config
@@ -350,6 +351,7 @@ def _float_scheme(qt: QTensor) -> Scheme | None:
     return Scheme(dtype="fp8_e4m3", qscheme="per_tensor" if whole else "per_channel")
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one matrix under the upstream's names, in the order "reorder".
 

@@ -46,6 +46,7 @@ from qjax.formats.checks import (
     lacks_own_columns,
     lacks_plain_groups,
 )
+from qjax.formats.gathering import of_whole
 from qjax.formats.tinygemm_config import GROUP_SIZES, Config
 from qjax.tensor import Affine, QTensor, Segment
 
@@ -314,6 +315,7 @@ def _assemble(words: Array, parameters: Array, config: Config) -> QTensor:
     )
 
 
+@of_whole
 def to_tensors(
     qt: QTensor, inner_k_tiles: int = 8, *, pad_k: bool = False
 ) -> dict[str, Array]:

@@ -64,6 +64,7 @@ from qjax.formats.checks import (
     lacks_whole_groups,
 )
 from qjax.formats.compressed_tensors_floats import Nibbles
+from qjax.formats.gathering import of_whole
 from qjax.formats.torchao_bytes import Bytes, signed
 from qjax.formats.torchao_config import Config
 from qjax.formats.torchao_floats import QDATA, SCALE
@@ -304,6 +305,7 @@ def config_of(qt: QTensor) -> Config:
     return Config(kind=kind, weight_dtype=qt.dtype.name, **said)
 
 
+@of_whole
 def to_tensors(qt: QTensor, *, zero_point: bool = True) -> dict[str, Array]:
     """Writes one quantized matrix under the upstream's names.
 

@@ -41,6 +41,7 @@ from qjax.formats.checks import (
     lacks_plain_groups,
 )
 from qjax.formats.compressed_tensors_floats import Nibbles
+from qjax.formats.gathering import of_whole
 from qjax.formats.modelopt import TimesGlobal
 from qjax.formats.mxfp4 import E8M0
 from qjax.formats.torchao_config import Config
@@ -220,6 +221,7 @@ def _block_of(qt: QTensor) -> tuple[int, int]:
     return rows, qt.segments[0].group_size or qt.k
 
 
+@of_whole
 def to_tensors(qt: QTensor) -> dict[str, Array]:
     """Writes one matrix of small floats under the upstream's names.
 

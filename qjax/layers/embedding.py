@@ -19,7 +19,7 @@ from qjax import decode, tensor
 from qjax.formats.gptq import Planar, Stream
 from qjax.formats.tiles import SIDE, Tiles
 from qjax.layers import dense
-from qjax.tensor import Encoded, Grouping, Levels, QTensor
+from qjax.tensor import Encoded, Grouping, Levels, QTensor, check_packed
 
 AXES = "[features, num_embeddings]"
 
@@ -96,6 +96,7 @@ def lookup(
             f"inputs.dtype={jnp.result_type(inputs)} must be an integer dtype: inputs "
             "are the indices of rows."
         )
+    check_packed(table, "embedding")
     if table.batch:
         raise ValueError(
             f"embedding.shape={table.shape} is a stack; map over it with vmap."

@@ -1,17 +1,15 @@
 """`build`: a `QTensor` whose leaves fit together."""
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
 from qjax.bits import block, whole
 from qjax.tensor.floats import SMALL_FLOATS
 from qjax.tensor.parts import Affine, Layout, Segment
-from qjax.tensor.qtensor import QTensor, matrix_shape
+from qjax.tensor.qtensor import QTensor, matrix_shape, misfit
 from qjax.tensor.segments import group_counts
 
 
@@ -73,9 +71,8 @@ def _check_words(qt: QTensor) -> None:
         _, n = qt.layout.extents(shape, segment.bits)
         _require("n of words", n, qt.n + qt.padding)
         _require("batch of words", array.shape[: array.ndim - qt.layout.rank], qt.batch)
-        known = all(type(size) is int for size in shape)  # and no symbol
-        check = _check_unpacks if known else _check_unpacks.__wrapped__
-        check(qt.layout, segment.bits, shape, array.dtype)
+        if reason := misfit(qt.layout, segment.bits, shape, array.dtype):
+            raise ValueError(reason)
     if qt.rounding not in (1, 2):
         raise ValueError(f"rounding={qt.rounding} must be 1 or 2.")
     if qt.weight_dtype not in (None, "float16", "bfloat16", "float32"):
@@ -83,14 +80,6 @@ def _check_words(qt: QTensor) -> None:
             f"weight_dtype={qt.weight_dtype!r} must be float16, bfloat16, float32, or "
             "None for that of the scale."
         )
-
-
-# A checkpoint has thousands of matrices of a few shapes.
-@functools.lru_cache(maxsize=1024)
-def _check_unpacks(layout: Layout, bits: int, shape: Any, dtype: Any) -> None:
-    """Lets the layout refuse words that it cannot unpack."""
-    matrix = jax.ShapeDtypeStruct(shape, dtype)
-    jax.eval_shape(functools.partial(layout.unpack, bits=bits), matrix)
 
 
 def _check_padding(name: str, padding: Any) -> None:

@@ -1,6 +1,7 @@
 """`QTensor`, its codes, and what is read off its words."""
 
 import dataclasses
+import functools
 import math
 import typing
 from collections.abc import Callable
@@ -9,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, DTypeLike, UInt8
 
+from qjax.meshes import automatically
 from qjax.tensor.parts import Affine, Grouping, Layout, Segment
 
 
@@ -225,6 +228,7 @@ def check_packed(w: Any, name: str = "w") -> None:
 
     Raises:
       TypeError: If it is anything but a `QTensor`.
+      ValueError: If its words are those of another layout than its own.
     """
     if not isinstance(w, QTensor):
         what = f"{type(w).__name__} of shape {getattr(w, 'shape', None)}"
@@ -232,6 +236,44 @@ def check_packed(w: Any, name: str = "w") -> None:
             f"{name} is {what}, and must be a QTensor; qjax.quantize makes one of a "
             "dense array, and get_value() takes one out of a Variable."
         )
+    for i, (words, segment) in enumerate(zip(w.words, w.segments, strict=False)):
+        if not (hasattr(words, "shape") and hasattr(words, "dtype")):
+            continue  # JAX puts anything there.
+        shape = matrix_shape(words, w.layout)
+        if reason := misfit(w.layout, segment.bits, shape, words.dtype):
+            raise ValueError(
+                f"{name}.words[{i}] is {words.dtype}{list(words.shape)}, which are no "
+                f"words of {w.layout!r}: {reason} They are those of another layout, as "
+                "of a model that was prepared on another kind of device. Restore its "
+                "arrays into a model that was prepared likewise, or move its weights "
+                "as QTensors: by qjax.flatten and qjax.unflatten, layers.nnx.load or "
+                "layers.linen.to_variables."
+            )
+
+
+def misfit(
+    layout: Layout, bits: int, shape: tuple[int, ...], dtype: DTypeLike
+) -> str | None:
+    """Says why a layout cannot unpack one matrix's words of a shape and dtype."""
+    known = all(type(size) is int for size in shape)  # and no symbol
+    return (_misfit if known else _misfit.__wrapped__)(
+        layout, bits, shape, jnp.dtype(dtype)
+    )
+
+
+# A checkpoint has thousands of matrices of a few shapes.
+@functools.lru_cache(maxsize=4096)
+def _misfit(
+    layout: Layout, bits: int, shape: tuple[int, ...], dtype: jnp.dtype
+) -> str | None:
+    try:
+        jax.eval_shape(
+            functools.partial(layout.unpack, bits=bits),
+            jax.ShapeDtypeStruct(shape, dtype),
+        )
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def check_array(x: Any, name: str) -> None:
@@ -277,7 +319,22 @@ def _codes(qt: QTensor) -> Array:
     def one(qt: QTensor) -> Array:
         return jnp.concatenate([segment_codes(qt, i) for i in range(len(qt.words))])
 
-    return over_batch(one, qt)
+    # Not all that a layout does has a type where pieces are a part of it.
+    cut = _cut_codes(qt)
+    return automatically(functools.partial(over_batch, one), qt, specs=lambda _: cut)
+
+
+def _cut_codes(qt: QTensor) -> PartitionSpec:
+    """How the codes are cut where the words are, as far as their type says it."""
+    count = len(qt.batch)
+    spec = tuple(jax.typeof(qt.words[0]).sharding.spec)
+    batch, of_matrix = spec[:count], spec[count:]
+    cut = qt.layout.cut(qt.segments[0].bits)
+    if cut is None or qt.padding or any(segment.padding for segment in qt.segments):
+        return PartitionSpec(*batch, None, None)
+    # A device has rows of every segment, which do not follow each other.
+    rows = of_matrix[cut.k_axis] if len(qt.words) == 1 else None
+    return PartitionSpec(*batch, rows, of_matrix[cut.n_axis])
 
 
 def segment_codes(qt: QTensor, segment: int) -> UInt8[Array, "rows n"]:

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 from safetensors import numpy as safetensors
 from safetensors import safe_open
 
@@ -27,6 +29,7 @@ from qjax.formats import (
     quanto,
     torchao,
 )
+from qjax.formats.tiles import Tiles
 from tests.checkpoints import tiny
 from tests.checkpoints.assembled import DIALECTS
 from tests.goldens import arrays, same_bits
@@ -160,6 +163,21 @@ def test_saved_is_loaded(tmp_path, format_, prepare):
             assert loaded[name].dtype == w.dtype
             assert np.asarray(loaded[name]).tobytes() == np.asarray(w).tobytes()
     assert entry_of(tmp_path / "x")["quant_method"] == format_.partition("_")[0]
+
+
+@pytest.mark.parametrize("format_", ["gptq", "compressed-tensors", "hqq", "torchao"])
+@pytest.mark.parametrize("layout", [gptq.Stream(), Tiles()], ids=str)
+def test_what_lies_on_a_mesh(tmp_path, format_, layout):
+    kind = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), kind)
+    whole = qjax.relayout(quantized(k=512, n=128), layout)
+    checkpoints.save(tmp_path / "whole", {A: whole}, {}, format=format_)
+    expected = safetensors.load_file(tmp_path / "whole/model.safetensors")
+    for i, spec in enumerate([P(None, "model"), P("model"), P("data", "model")]):
+        w = qjax.shard(whole, mesh, spec)
+        checkpoints.save(tmp_path / f"{i}", {A: w}, {}, format=format_)
+        found = safetensors.load_file(tmp_path / f"{i}/model.safetensors")
+        chex.assert_trees_all_equal(found, expected)
 
 
 def test_widths_and_dense_modules_of_gptq(tmp_path):

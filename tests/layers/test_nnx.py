@@ -9,6 +9,8 @@ import pytest
 from flax import nnx
 
 import qjax
+from qjax import ops, pallas
+from qjax.formats.tiles import Tiles
 from qjax.layers import nnx as ours
 from qjax.layers.nnx import Linear, Quantized, Scale
 from tests.layers import cases
@@ -370,3 +372,57 @@ def test_dense_weights_are_refused(make):
     # Annotations that are checked at run time refuse it first.
     if not isinstance(caught.value, jaxtyping.TypeCheckError):
         assert "must be a QTensor; qjax.quantize makes one" in str(caught.value)
+
+
+CALLS = {
+    "linear": lambda layer: layer(cases.inputs("float32")),
+    "embed": lambda layer: layer(jnp.arange(4)),
+    "attend": lambda layer: layer.attend(jnp.ones((2, N))),
+    "experts": lambda layer: layer(cases.inputs("float32"), jnp.array([2, 3])),
+}
+
+
+class TestArraysOfAnotherDevice:
+    """Words of the layout that another kind of device reads, under the same names."""
+
+    @pytest.fixture
+    def pair(self, monkeypatch):
+        def make(name):
+            if name == "linear":
+                return layer()
+            if name == "experts":
+                kernels = [cases.kernel("4bit", "float32")] * 2
+                return ours.Experts.from_qtensor(qjax.stack(kernels))
+            return ours.Embed(K, N, group_size=None, rngs=nnx.Rngs(0))
+
+        def both(name):
+            here = make(name)
+            with monkeypatch.context() as patch:
+                patch.setattr(ops, "_native_layout", pallas.layout_of)
+                return here, make(name)
+
+        return both
+
+    @pytest.mark.parametrize("to_gpu", [False, True], ids=["to a CPU", "to a GPU"])
+    @pytest.mark.parametrize("call", CALLS)
+    def test_are_refused(self, call, to_gpu, pair, refuses):
+        here, there = pair(call)[:: -1 if to_gpu else 1]
+        nnx.update(here, nnx.state(there))
+        layout = "Tiles()" if to_gpu else "Stream()"
+        for one in (CALLS[call], nnx.jit(CALLS[call])):
+            with refuses(f"which are no words of {layout}: words.dtype="):
+                one(here)
+        if call == "linear":
+            for function in (qjax.codes, qjax.dequantize, qjax.prepare, qjax.flatten):
+                with refuses("move its weights as QTensors: by qjax.flatten and"):
+                    function(here.kernel)
+
+    @pytest.mark.parametrize("call", ["linear", "experts"])
+    def test_weights_are_moved(self, call, pair):
+        here, there = pair(call)
+        expected = CALLS[call](here)
+        moved = qjax.unflatten(*qjax.flatten(there.kernel))
+        assert moved.layout == Tiles()
+        again = type(here).from_qtensor(moved, here.bias)
+        assert again.kernel.layout == here.kernel.layout
+        chex.assert_trees_all_equal(CALLS[call](again), expected)
