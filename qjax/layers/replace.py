@@ -34,6 +34,12 @@ def quantize_model(
     rows that it looks up are dequantized alone. What else it does with a weight makes
     that one dense, with a warning that names its path, and is no error.
 
+    A stack of matrices that this code scans is read where it lies: by linen's
+    ``nn.scan``, or by `jax.lax.scan` within the module that has it. What scans stacks
+    of stacks, or multiplies by transposes, copies the words of a step. So does
+    ``nnx.scan`` over modules, as Flax cuts the layers out before their code runs;
+    ``matmul(x, stack, index=i)`` copies nothing.
+
     In nnx, plain `nnx.Linear` layers become `layers.nnx.Linear`, but for those whose
     kernels other code reads in the call with ``inputs``; all other modules stay
     instances of their classes, their packed weights in an attribute ``packed``. Weights

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -182,6 +183,52 @@ def _ragged_gradient(x, dy, w, sizes):
 
     y, pullback = jax.vjp(product, x, w.scale)
     return y, pullback(dy)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scanned:
+    """``m`` rows through a linen model that scans its layers, or the rows' gradient."""
+
+    m: int
+    gradient: bool = False
+    side: int = 1024
+    count: int = 4
+
+    def __str__(self) -> str:
+        return f"scanned {'gradient' if self.gradient else 'layers'} m{self.m}"
+
+    def __call__(self) -> Source:
+        x = _struct((self.m, self.side), jnp.bfloat16)
+        dense = _Layers(self.side, self.count)
+        shapes = jax.eval_shape(dense.init, jax.random.key(0), x)
+        spec = qjax.Spec(bits=4, group_size=128)
+        # As on a GPU.
+        with mock.patch.object(qjax.ops, "_native_layout", qjax.pallas.layout_of):
+            module, variables = qjax.quantize_model(dense, spec, x, variables=shapes)
+
+        def loss(x, variables):
+            return module.apply(variables, x).astype(jnp.float32).sum()
+
+        if self.gradient:
+            return jax.grad(loss), (x, variables)
+        return module.apply, (variables, x)
+
+
+class _Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        dense = nn.Dense(x.shape[-1], use_bias=False, param_dtype=x.dtype)
+        return jnp.tanh(dense(x)), None
+
+
+class _Layers(nn.Module):
+    side: int
+    count: int
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+        return nn.scan(_Layer, length=self.count, **axes)()(x, None)[0]
 
 
 @dataclasses.dataclass(frozen=True)

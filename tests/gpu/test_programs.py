@@ -19,6 +19,7 @@ from tests.gpu.programs import (
     Native,
     Product,
     Ragged,
+    Scanned,
 )
 
 both = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -163,6 +164,21 @@ def test_gradient(program):
         re.sub(r"_4bit.*", "", name) for name, _ in compiler.calls(program.hlo)
     )
     assert names == ["matmul_t", "matvec", "scale_grad"]
+
+
+@pytest.mark.parametrize("case", [Scanned(1), Scanned(8, gradient=True)], ids=str)
+@both
+def test_scanned_layers(case, program):
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo, least=case.side**2)
+    names = [re.sub(r"_4bit.*", "", name) for name, _ in compiler.calls(program.hlo)]
+    if case.gradient:
+        # Inputs of all layers and parts of sums: less than the words of one.
+        assert sorted(names) == ["matmul_t", "matvec"]
+        assert program.temporaries < case.side**2 // 2
+    else:
+        assert names == ["matvec"]
+        assert program.temporaries < 16 * case.side
 
 
 @pytest.mark.parametrize("case", [Ragged(8), Ragged(512)], ids=str)

@@ -111,6 +111,15 @@ CASES = {
     "scanned": Case(
         (3, 32, 32), (1,), (2,), scanned(lambda c, w: (c @ w, c.sum(axis=1)))
     ),
+    "scanned-twice": Case(
+        (2, 3, 32, 32),
+        (2,),
+        (3,),
+        scanned(lambda c, w: jax.lax.scan(lambda c, w: (c @ w, None), c, w)),
+    ),
+    "scanned-both-ways": Case(
+        (3, 32, 32), (1,), (2,), scanned(lambda c, w: (c @ w @ w.T, w[:, 5]))
+    ),
     "scanned-once": Case((1, 32, 32), (1,), (2,), scanned(lambda c, w: (c @ w, None))),
     "rematerialized": Case(
         (3, 32, 32),
@@ -214,7 +223,14 @@ def test_uses_say_why_a_weight_is_not_packed(reason):
 DIFFERENTIABLE = (
     *("output", "transposed", "tied", "experts", "an-expert-each", "some-heads"),
     "tokens-by-expert",
-    *("scanned", "rematerialized", "shared-by-a-scan", "in-a-branch"),
+    *(
+        "scanned",
+        "scanned-twice",
+        "scanned-both-ways",
+        "rematerialized",
+        "shared-by-a-scan",
+        "in-a-branch",
+    ),
 )
 
 
@@ -230,6 +246,62 @@ def test_gradients_of_scales_are_those_through_the_dense_weight(name):
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     found = gradient(weight.scale, on_packed)
     same(found, gradient(weight.scale, on_dense))
+
+
+# What a step does with its matrix, by qjax's own operations.
+STEPS = {
+    "product": (lambda c, w: c @ w, qjax.matmul),
+    "rematerialized": (jax.checkpoint(jnp.matmul), jax.checkpoint(qjax.matmul)),
+    "in-a-branch": (
+        lambda c, w: jax.lax.cond(c[0, 0] > 0, jnp.matmul, lambda c, _: c, c, w),
+        lambda c, w: jax.lax.cond(c[0, 0] > 0, qjax.matmul, lambda c, _: c, c, w),
+    ),
+}
+
+
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"unroll": 2}], ids=str)
+@pytest.mark.parametrize("step", STEPS)
+def test_a_scan_gives_the_bits_of_one_over_packed_weights(step, options):
+    weight, form = packed(CASES["scanned"])
+    foreign_step, own_step = STEPS[step]
+
+    def run(step, x, w):
+        body = lambda c, w: (jnp.tanh(step(c, w)), c.sum())  # noqa: E731
+        return jax.lax.scan(body, x, w, **options)
+
+    def on_scanned(x, scale):
+        held = hold(dataclasses.replace(weight, scale=scale), form)
+        return on_packed(functools.partial(run, foreign_step, x), held)
+
+    def on_slices(x, scale):
+        return run(own_step, x, dataclasses.replace(weight, scale=scale))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def results(function, x, scale):
+        loss = lambda *args: sum((y**2).sum() for y in function(*args))  # noqa: E731
+        return function(x, scale), jax.grad(loss, (0, 1))(x, scale)
+
+    found = results(on_scanned, x(5, 32), weight.scale)
+    jax.tree.map(
+        functools.partial(same, tolerance=0),
+        found,
+        results(on_slices, x(5, 32), weight.scale),
+    )
+
+
+def test_a_scan_has_second_derivatives():
+    weight, form = packed(CASES["scanned"])
+
+    def norm(scale, use):
+        def loss(x, scale):
+            held = hold(dataclasses.replace(weight, scale=scale), form)
+            step = lambda c, w: (jnp.tanh(c @ w), None)  # noqa: E731
+            return (use(lambda w: jax.lax.scan(step, x, w)[0], held) ** 2).sum()
+
+        return (jax.grad(loss)(x(5, 32), scale) ** 2).sum()
+
+    second = jax.jit(jax.grad(norm), static_argnums=1)
+    same(second(weight.scale, on_packed), second(weight.scale, on_dense), 1e-4)
 
 
 # Of 40 slices, by indices that do not all exist.

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,18 @@ from qjax.layers.tracing.views import COLUMN, ROW, Atom, View, in_order, sizes
 from qjax.tensor import QTensor
 
 
+class Origin(NamedTuple):
+    """Where a matrix was taken from.
+
+    Attributes:
+      stack: ``[count, k, n]``.
+      at: Which of its matrices.
+    """
+
+    stack: QTensor
+    at: Array
+
+
 @dataclasses.dataclass(frozen=True)
 class Held:
     """A packed weight in the place of the dense array that a program has there.
@@ -34,6 +46,8 @@ class Held:
       view: The dense array.
       path: Where the weight is in the model, for warnings.
       beside: What is added to whatever is made of the weight.
+      origin: Where a weight that is one matrix lies in a stack, or None. Products read
+        it there: XLA copies ``weight`` out of the stack only for what else reads it.
     """
 
     weight: QTensor
@@ -41,16 +55,17 @@ class Held:
     view: View
     path: str
     beside: tuple[Beside, ...] = ()
+    origin: Origin | None = None
 
     @property
     def arrays(self) -> Any:
         """The pytree of all that is held: its arrays have the stack's axes first."""
         return self.weight, self.beside
 
-    def holding(self, arrays: Any) -> "Held":
-        """Holds other arrays, a tree as `arrays` is one."""
+    def holding(self, arrays: Any, origin: Origin | None = None) -> "Held":
+        """Holds other arrays, a tree as `arrays` is one, of another origin."""
         weight, beside = arrays
-        return dataclasses.replace(self, weight=weight, beside=beside)
+        return dataclasses.replace(self, weight=weight, beside=beside, origin=origin)
 
     def add(self, y: Array, factored: Factored, *inputs: Array) -> Array:
         """Adds what is beside the weight to what it made, as `Beside.add` does."""
@@ -305,12 +320,30 @@ def tidy(held: Held) -> Held:
     return held
 
 
-def steps(held: Held) -> tuple[Held, Any] | None:
-    """Readies a weight whose first axis a `jax.lax.scan` goes over.
+class Steps(NamedTuple):
+    """A weight whose first axis a scan goes over.
+
+    Attributes:
+      held: The weight as each step sees it, but with the arrays of no step.
+      arrays: The arrays to scan.
+      stack: What products read in place of the arrays, if each step has one matrix.
+    """
+
+    held: Held
+    arrays: Any
+    stack: QTensor | None
+
+    def step(self, arrays: Any, index: Array) -> Held:
+        """The weight as the step of that index sees it, whose arrays these are."""
+        origin = None if self.stack is None else Origin(self.stack, index)
+        return tidy(self.held.holding(arrays, origin))
+
+
+def steps(held: Held) -> Steps | None:
+    """Readies a weight for a `jax.lax.scan` over its first axis.
 
     Returns:
-      The weight as each step sees it, whose ``arrays`` are those of no step, and the
-      arrays to scan; None if the first axis is not one of the stack.
+      The steps; None if the first axis is not one of the stack.
     """
     dims, stack = held.view.dims, held.stack
     place = held.counts(dims[0])
@@ -322,4 +355,9 @@ def steps(held: Held) -> tuple[Held, Any] | None:
         leaves = jax.tree.map(lambda leaf: jnp.moveaxis(leaf, place, 0), held.arrays)
         stack = (*stack[:place], *stack[place + 1 :])
     view = held.view._replace(dims=dims[1:])
-    return dataclasses.replace(held, stack=stack, view=view), leaves
+    single = place is not None and not stack
+    return Steps(
+        dataclasses.replace(held, stack=stack, view=view),
+        leaves,
+        held.weight if single else None,
+    )

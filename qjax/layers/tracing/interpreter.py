@@ -270,23 +270,24 @@ def _scan(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array] | None:
     carry = [v for v in values[end - carried : end] if not isinstance(v, Held)]
     if len(carry) != carried:
         return None
-    stacks = [packed.steps(x) if isinstance(x, Held) else (None, x) for x in xs]
-    if None in stacks:
+    over = [packed.steps(x) if isinstance(x, Held) else x for x in xs]
+    if any(x is None for x in over):
         return None
-    bare = [stack[0] for stack in stacks if stack]
 
-    def step(carry: list[Array], slices: list[Any]) -> tuple[list, list]:
+    def step(carry: list[Array], scanned: tuple[Array, list[Any]]) -> tuple[list, list]:
+        index, slices = scanned
         now = [
-            x if held is None else packed.tidy(held.holding(x))
-            for held, x in zip(bare, slices, strict=True)
+            x.step(part, index) if isinstance(x, packed.Steps) else part
+            for x, part in zip(over, slices, strict=True)
         ]
         results = _run(closed.jaxpr, closed.consts, [*consts, *carry, *now])
         results = _dense_all(results, "scan")
         return results[:carried], results[carried:]
 
-    leaves = [stack[1] for stack in stacks if stack]
     options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    final, ys = jax.lax.scan(step, carry, leaves, **options)
+    index = jnp.arange(eqn.params["length"], dtype=jnp.int32)
+    arrays = [x.arrays if isinstance(x, packed.Steps) else x for x in over]
+    final, ys = jax.lax.scan(step, carry, (index, arrays), **options)
     return [*final, *ys]
 
 
@@ -312,7 +313,7 @@ def _runner(
 
     def run(*leaves: Any) -> list[Any]:
         given = [
-            value.holding(leaf) if isinstance(value, Held) else leaf
+            value.holding(*leaf) if isinstance(value, Held) else leaf
             for value, leaf in zip(values, leaves, strict=True)
         ]
         return _dense_all(_run(jaxpr, consts, given), name)
@@ -321,4 +322,7 @@ def _runner(
 
 
 def _leaves(values: list[_Value]) -> list[Any]:
-    return [value.arrays if isinstance(value, Held) else value for value in values]
+    return [
+        (value.arrays, value.origin) if isinstance(value, Held) else value
+        for value in values
+    ]

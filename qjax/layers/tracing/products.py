@@ -51,8 +51,11 @@ def product(
     # A product narrower than its result would round twice.
     if jnp.finfo(dtype).bits > jnp.finfo(x.dtype).bits:
         rows = rows.astype(dtype)
-    multiply = ops.matmul if side == ROW else transposed
-    y = _over_stack(held, own, multiply)(rows, held.weight)
+    if held.origin is not None and side == ROW:
+        y = _in_place(rows, held.weight, *held.origin)
+    else:
+        multiply = ops.matmul if side == ROW else transposed
+        y = _over_stack(held, own, multiply)(rows, held.weight)
     factored = _by_rows if side == ROW else _by_columns
     # What is beside the weight is multiplied by as the weight is.
     y = held.add(
@@ -137,6 +140,36 @@ def _over_stack(
     for place in reversed(range(len(held.stack))):
         one = jax.vmap(one, in_axes=(0 if place in own else None, 0))
     return one
+
+
+# The gradient is that of ``w``, which a scan stacks: each step would write one as large
+# as the whole stack otherwise.
+@jax.custom_vjp
+def _in_place(x: Array, w: QTensor, stack: QTensor, index: Array) -> Array:
+    """``x @ dequantize(w)`` of a matrix of a stack, which is read there."""
+    return ops.matmul(x, watched.bare(stack), index=index)
+
+
+def _in_place_forward(
+    x: Array, _: QTensor, stack: QTensor, index: Array
+) -> tuple[Array, tuple[Array, QTensor, Array]]:
+    # By matmul itself, whose own rule serves whoever differentiates this once more.
+    return ops.matmul(x, watched.bare(stack), index=index), (x, stack, index)
+
+
+def _in_place_backward(
+    residuals: tuple[Array, QTensor, Array], dy: Array
+) -> tuple[Array, QTensor, None, None]:
+    x, stack, index = residuals
+    bare = watched.bare(stack)
+    _, pull = jax.vjp(lambda x: ops.matmul(x, bare, index=index), x)
+    # The copy is made for those who train scales, and for no others.
+    w = jax.tree.map(lambda leaf: leaf[index], stack)
+    _, pull_w = jax.vjp(functools.partial(ops.matmul, x), w)
+    return pull(dy)[0], pull_w(dy)[0], None, None
+
+
+_in_place.defvjp(_in_place_forward, _in_place_backward)
 
 
 def _by_rows(x: Array, factors: tuple[Array, Array | None]) -> Array:
