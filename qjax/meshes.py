@@ -5,6 +5,7 @@ Where axes of a mesh are explicit, the pieces of an array are a part of its type
 """
 
 import contextlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,8 +61,10 @@ def shares(array: Any) -> tuple[int, ...]:
     """
     if isinstance(array, Tracer):
         place = jax.typeof(array).sharding
-    else:
-        place = getattr(array, "sharding", None)
+        held = [entry or () for entry in place.spec]
+        every = [entry if isinstance(entry, tuple) else (entry,) for entry in held]
+        return tuple(math.prod(place.mesh.shape[a] for a in axes) for axes in every)
+    place = getattr(array, "sharding", None)
     if place is None:
         return (1,) * array.ndim
     sizes = zip(array.shape, place.shard_shape(array.shape), strict=True)

@@ -14,6 +14,7 @@ all blocks; the gradients are loops there, too.
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +27,14 @@ from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from qjax import dispatch, ops, pallas, product, sharding, watched
 from qjax.dispatch import Choice
-from qjax.meshes import explicitly_like, gathered, on_mesh_of, vary_together, whole
+from qjax.meshes import (
+    explicitly_like,
+    gathered,
+    on_mesh_of,
+    shares,
+    vary_together,
+    whole,
+)
 from qjax.partitioning import over_devices
 from qjax.sharding import P
 from qjax.tensor import QTensor, check_array, check_packed
@@ -101,6 +109,18 @@ def _check(x: Array, w: QTensor, group_sizes: Array) -> None:
             f"group_sizes must be integers {w.batch}, as w.shape={w.shape}; got "
             f"{group_sizes.dtype}{group_sizes.shape}."
         )
+    if shares(w.words[0])[0] > 1:
+        _warn_of_gathering(w.shape)
+
+
+@functools.lru_cache
+def _warn_of_gathering(shape: tuple[int, ...]) -> None:
+    warnings.warn(
+        f"w.shape={shape} is cut along its experts, and so every device gets all of "
+        "its words at each call of ragged_matmul; cut along k or n, as by "
+        "qjax.shard(w, mesh, P(None, None, 'model')), they stay where they are.",
+        stacklevel=4,
+    )
 
 
 def experts_of(
