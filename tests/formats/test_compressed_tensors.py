@@ -247,7 +247,7 @@ def test_relayout_there_and_back(bits, layout):
 
 
 # In some k does not fill whole words of a stream.
-@pytest.mark.filterwarnings("ignore:Dense.. is moved to Stream")
+@pytest.mark.filterwarnings("ignore:.* fills no whole words of Stream")
 @pytest.mark.parametrize("name", [*ACT_ORDER, *STORED[::3]])
 def test_matmul_of_a_prepared_tensor(name):
     qt = ct.from_tensors(tensors_of(name), config_of(name))
