@@ -165,14 +165,6 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     is_largest = own["block_count"] == LARGEST.get(kind)
     scale = hidden // heads if is_largest else head_dim
     turned = own.get("rope.dimension_count", head_dim) if kind == "phi3" else head_dim
-    known = KEYS.get(kind, {})
-    said = {name: own[key] for key, name in known.items() if own.get(key)}
-    if kind == "granite":
-        said.setdefault("attention_multiplier", scale**-0.5)
-    if kind == "gemma3":
-        said["rope_local_base_freq"] = own.get("rope.freq_base_swa", 10000.0)
-    if kind == "smollm3":
-        said["no_rope_layer_interval"] = 4  # llama.cpp says no more.
     # What the decoder does not do, and the values at which that makes no difference.
     wanted = {
         "attention.value_length": [head_dim],
@@ -192,6 +184,7 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "residual_scale": [1, 0],
         "logit_scale": [1, 0],
     }
+    known = KEYS.get(kind, {})
     check_supported(
         own, kind, {key: values for key, values in wanted.items() if key not in known}
     )
@@ -199,7 +192,7 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
     stops = [metadata.get(f"tokenizer.ggml.{end}_token_id") for end in ("eos", "eot")]
     last = "sliding_attention" if kind == "phi3" and window else "full_attention"
     kinds = ["sliding_attention"] * (pattern - 1) + [last]
-    return said | {
+    return only_of(own, kind, scale) | {
         "model_type": model_type,
         "vocab_size": own.get("vocab_size", len(tokens)),
         "hidden_size": hidden,
@@ -218,6 +211,24 @@ def config_of(metadata: Mapping[str, Any]) -> dict[str, Any]:
         "query_pre_attn_scalar": scale,
         "partial_rotary_factor": turned / head_dim,
     }
+
+
+def only_of(own: Mapping[str, Any], kind: str, scale: int) -> dict[str, Any]:
+    """What a config.json of that architecture has and others have not.
+
+    Args:
+      own: The metadata of the architecture, without its name.
+      kind: Its name.
+      scale: Whose inverse root multiplies scores where nothing else is said.
+    """
+    found = {name: own[key] for key, name in KEYS.get(kind, {}).items() if own.get(key)}
+    if kind == "granite":
+        found.setdefault("attention_multiplier", scale**-0.5)
+    if kind == "gemma3":
+        found["rope_local_base_freq"] = own.get("rope.freq_base_swa", 10000.0)
+    if kind == "smollm3":
+        found["no_rope_layer_interval"] = 4  # llama.cpp says no more.
+    return found
 
 
 def check_supported(
