@@ -392,31 +392,31 @@ def _uneven(
         size, unit = w.rows[int(name[1:])], "rows"
         if mixed:
             what = f"the {w.segments[int(name[1:])].bits}-bit rows"
-    advice = _finer(w, name, size, shares) or "choose another axis, or leave it whole"
+    sizes = _sizes(w)
+    finer = _finer(w, sizes, name, size, shares)
+    advice = finer or "choose another axis, or leave it whole"
     if name.startswith("k") and mixed and not isinstance(w.scale, Segmented):
         advice = "qjax.shard, or qjax.sharding.by_segment, lets mixed widths be cut"
     elif isinstance(w.scale, Encoded) and not isinstance(w.scale, Segmented | Levels):
         advice = "qjax.prepare decodes its scales"
-    elif not _sizes(w):
+    elif not sizes:
         advice = f"{w.layout!r} is never cut, but what qjax.prepare makes of it is"
-    least = math.lcm(*_sizes(w).get(name, []))
+    least = math.lcm(*sizes.get(name, []))
     of_size = f"of {least} {unit} in {w.layout!r}, each of whole groups and words"
     if size == pieces * least:
-        plural = "s" if pieces > 1 else ""
-        has = (
-            f"has {pieces} piece{plural} {of_size}, which {shares} devices cannot share"
-        )
-        return f"spec={spec}: {what} of {w!r} {has} evenly; {advice}."
-    if _sizes(w) and size % least:
+        held = f"{pieces} piece{'s' if pieces > 1 else ''} {of_size}"
+        why = f"has {held}, which {shares} devices cannot share evenly"
+    elif size % least:
         why = f"is not cut, as {size} {unit} are no whole pieces {of_size}"
     else:
         why = "is not cut, as no piece of it has whole groups and words"
     return f"spec={spec}: {what} of {w!r} {why}; {advice}."
 
 
-def _finer(w: QTensor, name: str, size: int, shares: int) -> str | None:
+def _finer(
+    w: QTensor, sizes: dict[str, list[int]], name: str, size: int, shares: int
+) -> str | None:
     """Says of the layout whose pieces can be shared, if the words alone forbid it."""
-    sizes = _sizes(w)
     columns = [p.shape[-1] for p in (w.scale, w.zero) if p is not None]
     if not sizes or w.grouping is not Grouping.ROWS or max(columns) > w.n:
         return None
