@@ -59,6 +59,17 @@ DEVICES = {
         shared_per_core=164 << 10,
         ptxas_arch="sm_80",
     ),
+    "sm_89": Device(
+        "NVIDIA GeForce RTX 4090",
+        capability=(8, 9),
+        cores=128,
+        memory=24 << 30,
+        bandwidth=1008 * 10**9,
+        l2=72 << 20,
+        clock=2.52,
+        shared_per_core=100 << 10,
+        ptxas_arch="sm_89",
+    ),
     "sm_90": Device(
         "NVIDIA H100 80GB HBM3",
         capability=(9, 0),
@@ -69,6 +80,28 @@ DEVICES = {
         clock=1.98,
         shared_per_core=228 << 10,
         ptxas_arch="sm_90a",
+    ),
+    "sm_100": Device(
+        "NVIDIA B200",
+        capability=(10, 0),
+        cores=148,
+        memory=180 << 30,
+        bandwidth=8000 * 10**9,
+        l2=126 << 20,
+        clock=1.96,
+        shared_per_core=228 << 10,
+        ptxas_arch="sm_100a",
+    ),
+    "sm_120": Device(
+        "NVIDIA RTX PRO 6000 Blackwell Workstation Edition",
+        capability=(12, 0),
+        cores=188,
+        memory=96 << 30,
+        bandwidth=1792 * 10**9,
+        l2=128 << 20,
+        clock=2.6,
+        shared_per_core=100 << 10,
+        ptxas_arch="sm_120a",
     ),
 }
 
@@ -251,7 +284,7 @@ def _devices(arch: str, count: int) -> Any:
       gpu_device_info {{
         cuda_compute_capability {{ major: {major} minor: {minor} }}
         core_count: {device.cores}
-        fpus_per_core: {64 if major == 8 else 128}
+        fpus_per_core: {64 if arch == "sm_80" else 128}
         clock_rate_ghz: {device.clock}
         device_memory_size: {device.memory}
         memory_bandwidth: {device.bandwidth}
