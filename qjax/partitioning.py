@@ -326,22 +326,29 @@ def _over_pieces(
     task: _Task, functions: _Functions, leaves: Sequence[Array]
 ) -> tuple[Array, ...]:
     """Where XLA finds out about the pieces."""
+    context = mesh_of(leaves)
     # What the function closes over stays a matter of the inner jit.
     partitioned = custom_partitioning(jax.jit(functions.whole))
     partitioned.def_partition(
-        _partition(task, functions),
-        sharding_rule=lambda mesh, *types: task.on(mesh).rule(*types),
+        _partition(task, functions, context),
+        sharding_rule=lambda mesh, *types: task.on(
+            context if mesh.empty else mesh
+        ).rule(*types),
         # Which fails where an array is cut along a part of a mesh axis.
         decode_shardings=False,
     )
     return tuple(partitioned(*leaves))
 
 
-def _partition(task: _Task, functions: _Functions) -> Callable[..., Any]:
+def _partition(
+    task: _Task, functions: _Functions, context: AbstractMesh
+) -> Callable[..., Any]:
     """What XLA calls to learn which pieces a device takes, and what it does."""
 
     def partition(mesh: Mesh, operands: Any, results: Any) -> tuple:
         del results
+        if mesh.empty:
+            mesh = _mesh_of_program(context, operands[0])
         placed = [
             _Operand.of(names, array, _spec(array.sharding, mesh, len(names)))
             for names, array in zip(task.operands, operands, strict=True)
@@ -362,6 +369,25 @@ def _partition(task: _Task, functions: _Functions) -> Callable[..., Any]:
     return partition
 
 
+def _mesh_of_program(context: AbstractMesh, operand: jax.ShapeDtypeStruct) -> Mesh:
+    """The mesh where JAX tells of none, as no argument of the program lies on one.
+
+    Args:
+      context: The mesh that the program was traced for, which may be empty.
+      operand: Any: its devices have the order of that mesh.
+    """
+    cuts = _cuts(operand.sharding, operand.sharding.num_devices, operand.ndim)
+    devices = np.array(list(cuts), object)
+    if context.empty or context.size != devices.size:
+        return Mesh(devices, ("devices",))
+    return Mesh(devices.reshape(context.axis_sizes), context.axis_names)
+
+
+def _cuts(sharding: Sharding, devices: int, rank: int) -> Mapping[Any, Any]:
+    """What each device has of an array, if its shape can be cut in any way."""
+    return sharding.devices_indices_map((devices,) * rank)
+
+
 def _spec(sharding: Sharding, mesh: Mesh, rank: int) -> PartitionSpec:
     """Finds the mesh axes that an array is cut along, from where its pieces begin.
 
@@ -374,8 +400,7 @@ def _spec(sharding: Sharding, mesh: Mesh, rank: int) -> PartitionSpec:
     Returns:
       The spec; an axis of the array that is cut along a part counts as whole.
     """
-    # Of a shape that can be cut in any way.
-    cuts = sharding.devices_indices_map((mesh.size,) * rank)
+    cuts = _cuts(sharding, mesh.size, rank)
     first = [[axis.start or 0 for axis in cuts[device]] for device in mesh.devices.flat]
     begins = np.array(first, int).reshape(*mesh.devices.shape, rank)
 

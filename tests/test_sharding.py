@@ -113,6 +113,25 @@ def test_under_jit(kind, cut, as_qtensor):
     check(matrix, jax.jit(step)(place(x, of_x), dy, w), x, dy)
 
 
+@pytest.mark.parametrize("kind", ["4 bits", "order"])
+@pytest.mark.parametrize("cut", ["uncut", "columns", "rows"])
+def test_a_mesh_that_only_the_program_knows(kind, cut, as_qtensor):
+    matrix = oracle.random(0, K, N, **KINDS[kind])
+    w, x, dy = as_qtensor(matrix), draw((M, K), 1), draw((M, N), 2)
+    specs = qjax.partition_specs(w, MESH, CUTS.get(cut, (P(),))[0])
+
+    def constrained(x, dy, w):
+        return step(x, dy, jax.lax.with_sharding_constraint(w, specs))
+
+    with jax.set_mesh(MESH):
+        found = jax.jit(constrained)(x, dy, w)
+        moved = communicated(lambda x, w: constrained(x, dy, w)[0], x, w)
+    check(matrix, found, x, dy)
+    # A device computes its own columns, or a summand of all.
+    assert found[0].sharding.is_fully_replicated == (cut != "columns")
+    assert moved == ({"all-reduce": 4 * M * N} if cut == "rows" else {})
+
+
 @pytest.mark.parametrize("kind", ["4 bits", "order", "mixed"])
 @pytest.mark.parametrize("cut", ["columns", "rows", "FSDP"])
 def test_explicit_axes(kind, cut, as_qtensor):
