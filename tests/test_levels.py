@@ -18,6 +18,7 @@ from qjax import checkpoints, decode, ops, pallas, sharding, tensor
 from qjax.formats.gptq import Stream
 from qjax.formats.tiles import Tiles
 from qjax.layers import embedding, linen, nnx
+from qjax.training import linen as training
 from tests.oracle import relative_error
 from tests.samples import BF16, in_tiles, random_matrix, rows
 
@@ -268,6 +269,8 @@ class TestLayers:
         empty = jax.tree.map(jnp.zeros_like, variables)
         again = serialization.from_bytes(empty, stored)
         chex.assert_trees_all_equal(again, variables)
+        stepped = training.with_kernels(variables, linen.to_params(variables))
+        chex.assert_trees_all_equal(stepped, variables)
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")

@@ -40,6 +40,11 @@ def quantize_model(
     ``nnx.scan`` over modules, as Flax cuts the layers out before their code runs;
     ``matmul(x, stack, index=i)`` copies nothing.
 
+    Weights that name their axes (`nnx.with_partitioning`, ``nn.Partitioned``) pass the
+    names on to their packed arrays, so that `nnx.get_partition_spec` and
+    `nn.get_partition_spec` tell how to cut the quantized model; axes that are flattened
+    into one are cut as the first of them is.
+
     In nnx, plain `nnx.Linear` layers become `layers.nnx.Linear`, but for those whose
     kernels other code reads in the call with ``inputs``; all other modules stay
     instances of their classes, their packed weights in an attribute ``packed``. Weights

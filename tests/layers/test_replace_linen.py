@@ -180,7 +180,7 @@ def test_without_inputs_weights_of_two_axes_are_guessed():
 
 @pytest.mark.parametrize("box", [nn.with_partitioning, nn.with_logical_partitioning])
 @pytest.mark.parametrize("inputs", [(x(3, MODEL),), ()], ids=["inputs", "none"])
-def test_boxes_of_partitioned_weights_are_kept_but_of_packed_ones(box, inputs):
+def test_boxes_of_partitioned_weights_are_kept(box, inputs):
     boxed = box(nn.initializers.lecun_normal(), (None, "model"))
     layer = functools.partial(
         nn.Dense, 64, kernel_init=boxed, bias_init=box(nn.initializers.ones, ("model",))
@@ -197,9 +197,11 @@ def test_boxes_of_partitioned_weights_are_kept_but_of_packed_ones(box, inputs):
     )
     specs = nn.get_partition_spec(packed)["params"]
     assert specs["layers_1"] == {"kernel": P(None, "model"), "bias": P("model")}
-    assert specs["layers_0"]["bias"] == P("model")
+    # Of the packed one, each array has its own: tests/layers/test_partitions.py.
+    scale = {"scale": P(None, "model")}
+    assert specs["layers_0"] == {"kernel": scale, "bias": P("model")}
     (entry,) = reports[0].replaced
-    assert entry.reason == "its sharding (None, 'model') is not kept"
+    assert entry.reason is None
     paths = {entry.path for entry in qjax.memory_report(packed).entries}
     assert "params/layers_1/kernel" in paths
     params = {"params": foreign.dequantized_params(module, packed)}

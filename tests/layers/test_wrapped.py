@@ -387,14 +387,6 @@ def test_an_explicit_mesh_shards_the_output_as_it_is_told(linear):
     same(found, expected)
 
 
-def test_sharding_metadata_is_reported_and_no_obstacle():
-    layer = nnx.Linear(MODEL, 8, rngs=RNGS)
-    layer.kernel.set_metadata("out_sharding", ("model", None))
-    changed, report = quantize(layer)
-    assert report.replaced[0].reason == "its sharding ('model', None) is not kept"
-    assert changed(x(3, MODEL)).shape == (3, 8)
-
-
 def test_a_packed_weight_is_not_assigned_to():
     changed, _ = quantize(foreign.Einsum("BTD,DF->BTF", (MODEL, 8), nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"w is packed, .* qjax.layers.nnx.load"):

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import errors, traverse_util
 from jaxtyping import Array
 
-from qjax.layers import packing, qarrays, subclasses
-from qjax.layers.linen.variables import QUANTIZED, to_params, to_variables
+from qjax.layers import packing, partitions, qarrays, subclasses
+from qjax.layers.linen.variables import QUANTIZED, box, to_params, to_variables
 from qjax.layers.report import Entry, path_name
 from qjax.layers.tracing import interpreter, uses
 from qjax.layers.tracing.views import Form
@@ -70,17 +70,21 @@ def quantize(
             if traced and isinstance(form, str):
                 choice = choice.without_form()
             packed, entry = packing.settle(
-                path, weight, choice, form, _note(boxes[path])
+                path, weight, choice, form, _note(boxes[path], form)
             )
             entries.append(entry)
             if packed is not None and isinstance(form, Form):
                 replaced[path], kinds[path] = packed, (form, str(weight.dtype))
             if choice.spec is not None:
                 advance(entry.before)
-    params = _replaced(given["params"], replaced)
+    made = to_variables(_replaced(given["params"], replaced))
+    for names in traverse_util.flatten_dict(dict(given["params"])):
+        path = path_name(names)
+        if path in replaced and isinstance(boxes[path], nn.Partitioned):
+            box(made, names, functools.partial(_in_boxes, boxes[path], kinds[path][0]))
     rest = {name: tree for name, tree in given.items() if name != "params"}
     quantized = _as(_subclass(type(module), tuple(sorted(kinds.items()))), module)
-    return quantized, {**rest, **to_variables(params)}, entries
+    return quantized, {**rest, **made}, entries
 
 
 def _by_path(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,12 +93,27 @@ def _by_path(params: Mapping[str, Any]) -> dict[str, Any]:
     return {path_name(names): leaf for names, leaf in flat.items()}
 
 
-def _note(weight: Any) -> str | None:
+def _note(weight: Any, form: Form | str) -> str | None:
     """What a packed weight does not keep."""
-    if not isinstance(weight, nn.meta.AxisMetadata):
+    if not isinstance(weight, nn.meta.AxisMetadata) or isinstance(form, str):
         return None
-    sharding = getattr(weight, "names", type(weight).__name__)
-    return f"its sharding {sharding} is not kept"
+    if not isinstance(weight, nn.Partitioned):
+        return f"its box {type(weight).__name__} is not kept"
+    return partitions.note(weight.names, _axes(weight, form))
+
+
+def _axes(weight: nn.Partitioned, form: Form) -> partitions.Axes:
+    return partitions.axes_of(form, weight.names, weight.value.ndim)
+
+
+def _in_boxes(weight: nn.Partitioned, form: Form, packed: QTensor) -> QTensor:
+    """A packed weight of boxes that name its axes as that of the dense one did."""
+    specs = partitions.specs(packed, _axes(weight, form))
+    return jax.tree.map(
+        lambda array, spec: weight.replace(value=array, names=tuple(spec)),
+        packed,
+        specs,
+    )
 
 
 def _replaced(params: Mapping[str, Any], leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,14 @@
 """Quantized weights as variables: how they are made, read, split and saved."""
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import serialization
 from jaxtyping import Array
@@ -188,7 +191,7 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
 
     def join(floats: Any, rest: Any) -> Any:
         if isinstance(rest, QTensor):
-            return replace_floats(rest, floats)
+            return replace_floats(unboxed(rest), unboxed(floats))
         if not isinstance(floats, Mapping):
             return floats
         return {name: join(value, rest.get(name, {})) for name, value in floats.items()}
@@ -196,16 +199,71 @@ def to_params(variables: Mapping[str, Any]) -> dict[str, Any]:
     return join(variables["params"], variables.get(QUANTIZED, {}))
 
 
+def box(
+    variables: Mapping[str, Any], names: Sequence[str], in_boxes: Callable[..., QTensor]
+) -> None:
+    """Puts the arrays of a packed weight into boxes of Flax, in place.
+
+    Args:
+      variables: What `to_variables` returned.
+      names: Those on the way to the weight.
+      in_boxes: Makes the weight one of boxes.
+    """
+    *way, name = names
+    floats, rest = (
+        functools.reduce(operator.getitem, way, variables[collection])
+        for collection in ("params", QUANTIZED)
+    )
+    whole = in_boxes(replace_floats(rest[name], floats[name]))
+    floats[name], rest[name] = take_floats(whole, floats[name])
+
+
+def unboxed(tree: Any) -> Any:
+    """Takes the arrays of a packed weight out of their boxes.
+
+    Without what Flax would tell the compiler there: a box names the axes of its array,
+    and not all of them, such as that of the groups, can be cut evenly.
+    """
+    is_box = nn.meta.is_axis_metadata
+    return jax.tree.map(
+        lambda leaf: leaf.value if is_box(leaf) else leaf, tree, is_leaf=is_box
+    )
+
+
 def _split(kernel: QTensor) -> tuple[dict[str, Any], QTensor]:
-    """Takes the floats out of a prepared kernel, for `replace_floats` to put back."""
+    """Takes all floats out of a prepared kernel."""
+    leaves = {
+        name: getattr(kernel, name)
+        for name in ("scale", "zero", "codebook", "input_scale")
+    }
+    floating = [
+        name
+        for name, leaf in leaves.items()
+        if leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating)
+    ]
+    return take_floats(kernel, floating)
+
+
+def take_floats(
+    kernel: QTensor, names: Iterable[str]
+) -> tuple[dict[str, Any], QTensor]:
+    """Takes some leaves out of a kernel, for `replace_floats` to put back.
+
+    Args:
+      kernel: The kernel.
+      names: Of the leaves; of those that are `Levels`, their floats are taken.
+
+    Returns:
+      What was taken, by name, and the rest.
+    """
     floats: dict[str, Any] = {}
     rest: dict[str, Any] = {}
-    for name in ("scale", "zero", "codebook", "input_scale"):
+    for name in names:
         leaf = getattr(kernel, name)
         if isinstance(leaf, Levels):
             floats[name] = leaf.floats
             rest[name] = leaf.with_floats(dict.fromkeys(leaf.trained))
-        elif leaf is not None and jnp.issubdtype(leaf.dtype, jnp.floating):
+        else:
             floats[name], rest[name] = leaf, None
     return floats, dataclasses.replace(kernel, **rest)
 

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from qjax import ops
 from qjax.layers import packing
 from qjax.layers.nnx import wrapped
-from qjax.layers.nnx.packed import variables
+from qjax.layers.nnx.packed import cut_of, variables
 from qjax.layers.report import path_name
 from qjax.tensor import QTensor
 
@@ -61,7 +61,8 @@ def load(model: nnx.Module, weights: Mapping[str, QTensor | Array]) -> None:
         if not isinstance(weight, QTensor):
             plain[path].set_raw_value(weight)
             continue
-        new = variables(weight)
+        module, name = packed[path][0]
+        new = variables(weight, cut_of(wrapped.packed_weights(module)[name]))
         for module, name in packed[path]:
             wrapped.put(module, name, new)
 

@@ -1,7 +1,7 @@
 """What the nnx layers share: a `QTensor` of Variables, and how it is replaced."""
 
-from collections.abc import Callable, Generator
-from typing import Any, ClassVar
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,11 @@ from jax.nn.initializers import zeros
 from jaxtyping import Array, DTypeLike, Float
 
 from qjax import ops
-from qjax.layers import dense
+from qjax.layers import dense, partitions
 from qjax.tensor import QTensor, check_packed
+
+# Names of the axes of a Variable, in its metadata.
+SHARDING = "out_sharding"
 
 
 class Quantized(nnx.Variable):
@@ -58,7 +61,8 @@ class Packed(nnx.Module):
 
     def _fill(self, weight: QTensor) -> None:
         # One Variable an array: jax.grad over one that holds integers raises.
-        self.packed = nnx.data(variables(weight))
+        cut = cut_of(self.packed) if hasattr(self, "packed") else None
+        self.packed = nnx.data(variables(weight, cut))
 
     def __nnx_repr__(self) -> Generator[reprlib.Object | reprlib.Attr, None, None]:
         """Shows the weight as one line in place of its Variables."""
@@ -173,9 +177,55 @@ class Projection(Packed):
         self._replace_bias(bias)
 
 
-def variables(weight: QTensor) -> QTensor:
-    """Makes each array of a weight a Variable, `Quantized` or `Scale`."""
-    return jax.tree.map(_variable, weight)
+class Cut(NamedTuple):
+    """What the Variables of a weight say of how it is cut over devices.
+
+    Attributes:
+      axes: Names by axis of the matrix, as `partitions.axes_of` gives them.
+      metadata: What else there is to names: a mesh, rules.
+    """
+
+    axes: partitions.Axes
+    metadata: Mapping[str, Any]
+
+
+def variables(weight: QTensor, cut: Cut | None = None) -> QTensor:
+    """Makes each array of a weight a Variable, `Quantized` or `Scale`.
+
+    Args:
+      weight: The weight.
+      cut: What they say of how it is cut over devices; None says nothing.
+    """
+    made = jax.tree.map(_variable, weight)
+    if cut is None or not cut.axes:
+        return made
+
+    def named(variable: nnx.Variable, spec: jax.P) -> nnx.Variable:
+        variable.set_metadata(out_sharding=tuple(spec), **cut.metadata)
+        return variable
+
+    specs = partitions.specs(weight, cut.axes)
+    return jax.tree.map(named, made, specs, is_leaf=_is_variable)
+
+
+def cut_of(packed: QTensor) -> Cut:
+    """Reads what `variables` was told."""
+    leaves = jax.tree.leaves(packed, is_leaf=_is_variable)
+    named = [leaf.get_metadata(SHARDING, None) or () for leaf in leaves]
+    axes = partitions.axes_in(nnx.as_pure(packed), named)
+    return Cut(axes, with_names(leaves[0]))
+
+
+def with_names(variable: nnx.Variable) -> dict[str, Any]:
+    """The metadata of a Variable that goes with the names of its axes."""
+    found = {
+        key: variable.get_metadata(key, None) for key in ("mesh", "sharding_rules")
+    }
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
 
 
 def _variable(leaf: Array | jax.ShapeDtypeStruct) -> nnx.Variable:

@@ -8,10 +8,10 @@ import jax
 from flax import nnx
 from jaxtyping import Array
 
-from qjax.layers import contraction, packing
+from qjax.layers import contraction, packing, partitions
 from qjax.layers.nnx import readers, wrapped
 from qjax.layers.nnx.linear import Linear
-from qjax.layers.nnx.packed import Scale, variables
+from qjax.layers.nnx.packed import SHARDING, Cut, Scale, variables, with_names
 from qjax.layers.report import Entry, path_name
 from qjax.layers.tracing import uses
 from qjax.layers.tracing.views import Form
@@ -93,7 +93,7 @@ def quantize(
                 choice = choice.without_form()
             form = _obstacle(weight) or finding.obstacle or finding.form
             packed, entry = packing.settle(
-                weight.path, weight.value, choice, form, _note(weight)
+                weight.path, weight.value, choice, form, _note(weight, form)
             )
             entries.append(entry)
             if packed is not None and isinstance(form, Form):
@@ -251,10 +251,20 @@ def _obstacle(weight: Weight) -> str | None:
     return None
 
 
-def _note(weight: Weight) -> str | None:
+def _cut(weight: Weight, form: Form) -> Cut:
+    """What a weight says of how it is cut, of the matrix that it becomes."""
+    variable = weight.variable
+    names = variable.get_metadata(SHARDING, None) or ()
+    axes = partitions.axes_of(form, names, len(variable.shape))
+    return Cut(axes, with_names(variable))
+
+
+def _note(weight: Weight, form: Form | str) -> str | None:
     """What a packed weight does not keep."""
-    sharding = weight.variable.get_metadata("out_sharding", None)
-    return f"its sharding {sharding} is not kept" if sharding else None
+    names = weight.variable.get_metadata(SHARDING, None)
+    if not names or isinstance(form, str):
+        return None
+    return partitions.note(names, _cut(weight, form).axes)
 
 
 def _by_holder(
@@ -263,7 +273,7 @@ def _by_holder(
     """The packed weights of each module; one that modules share, they share packed."""
     modules: dict[int, tuple] = {}
     for weight, form, packed in replaced:
-        held = variables(packed)
+        held = variables(packed, _cut(weight, form))
         dtype = str(weight.variable.dtype)
         kind = wrapped.Kind(form, type(weight.variable), dtype)
         for path, module, name in weight.holders:

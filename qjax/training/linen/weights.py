@@ -1,11 +1,11 @@
 """The packed weights of a linen model: what is beside them, and their steps."""
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array
@@ -20,6 +20,7 @@ from qjax.layers.linen import (
     Experts,
     MBWQDense,
 )
+from qjax.layers.linen.variables import take_floats, unboxed
 from qjax.tensor import QTensor, replace_floats
 from qjax.training import calls, shadow
 from qjax.training.beside import Shadow
@@ -90,7 +91,7 @@ def _given(
 def packed_weights(variables: Mapping[str, Any]) -> dict[Names, QTensor]:
     """The collection "quantized", by the names on the way to each weight."""
     flat: Any = traverse_util.flatten_dict(dict(variables.get(QUANTIZED, {})))
-    return flat
+    return {names: unboxed(weight) for names, weight in flat.items()}
 
 
 def _paths(names: Iterable[Names]) -> list[str]:
@@ -160,8 +161,8 @@ def with_kernels(variables: Mapping[str, Any], params: Any) -> dict[str, Any]:
 
     def split(floats: Any, rest: Any, new: Any) -> tuple[Any, Any]:
         if isinstance(rest, QTensor):
-            held = {name: getattr(new, name) for name in floats}
-            return held, dataclasses.replace(new, **dict.fromkeys(held))
+            made = take_floats(new, floats)
+            return nn.meta.replace_boxed((floats, rest), made) if in_boxes else made
         if not isinstance(floats, Mapping):
             return new, None
         pairs = {
@@ -173,5 +174,7 @@ def with_kernels(variables: Mapping[str, Any], params: Any) -> dict[str, Any]:
             {name: pairs[name][1] for name in rest},
         )
 
+    kept = jax.tree.leaves(variables[QUANTIZED], is_leaf=nn.meta.is_axis_metadata)
+    in_boxes = any(map(nn.meta.is_axis_metadata, kept))
     floats, rest = split(variables["params"], variables[QUANTIZED], params)
     return {**variables, "params": floats, QUANTIZED: rest}

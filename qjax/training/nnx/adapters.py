@@ -10,7 +10,7 @@ from jaxtyping import Array, DTypeLike, Float, Integer, Num
 
 from qjax.layers import contraction, experts
 from qjax.layers.nnx import wrapped
-from qjax.layers.nnx.packed import variables
+from qjax.layers.nnx.packed import cut_of, variables
 from qjax.tensor import QTensor
 from qjax.training import calls, lora
 from qjax.training.beside import Adapters
@@ -244,7 +244,8 @@ def merge_lora(model: nnx.Module) -> Any:
                 continue
             if path not in merged:
                 weight = wrapped.packed_weights(module)[name]
-                merged[path] = variables(_merged(nnx.as_pure(weight), beside))
+                whole = _merged(nnx.as_pure(weight), beside)
+                merged[path] = variables(whole, cut_of(weight))
             wrapped.put(module, name, merged[path])
             wrapped.clear_beside(module, name)
         return module

@@ -1,0 +1,93 @@
+"""How a packed weight says that it is cut over devices.
+
+A parameter of Flax may name its axes, after those of a mesh or of rules, for
+`nnx.get_partition_spec` and `nn.get_partition_spec` to tell. The arrays of the packed
+weight have other axes, which take the names of those that they came from.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec as P
+
+from qjax import sharding
+from qjax.layers.tracing.views import Form
+from qjax.tensor import QTensor
+
+# Names by axis of the matrix: "k", "n", and "b0", ... of a stack.
+Axes = Mapping[str, Any]
+
+
+def axes_of(form: Form, names: Sequence[Any], ndim: int) -> dict[str, Any]:
+    """Names the axes of a packed matrix after those of the dense weight.
+
+    Args:
+      form: How the dense weight is flattened.
+      names: Of its first axes; None where one is not cut.
+      ndim: How many axes it has, with those in front of ``form.shape``.
+
+    Returns:
+      The names that there are. Rows, or columns, that several axes became are cut as
+      the first of these is: a device's share of another would be no run of them.
+    """
+    outer = ndim - len(form.shape)
+    names = (*names, *[None] * (ndim - len(names)))
+    stack = (*range(outer), *(outer + axis for axis in form.stack))
+    first = {f"b{i}": axis for i, axis in enumerate(stack)}
+    for side, axes in (("k", form.rows), ("n", form.columns)):
+        if long := [axis for axis in axes if form.shape[axis] > 1]:
+            first[side] = outer + long[0]
+    return {
+        side: names[axis] for side, axis in first.items() if names[axis] is not None
+    }
+
+
+def note(names: Sequence[Any], kept: Axes) -> str | None:
+    """Says which names of a dense weight its packed one does not have, if any."""
+    lost = [name for name in names if name is not None and name not in kept.values()]
+    if not lost:
+        return None
+    return f"of its sharding {tuple(names)}, {lost} is not kept"
+
+
+def specs(packed: QTensor, axes: Axes) -> QTensor:
+    """Names the axes of every array of a packed weight.
+
+    Args:
+      packed: The weight; its arrays may be abstract.
+      axes: What `axes_of` returned.
+
+    Returns:
+      A `QTensor` of a `PartitionSpec` an array, each of all of its axes.
+    """
+
+    def of_leaf(spec: P) -> P:
+        return P(*(None if name is None else axes.get(_side(name)) for name in spec))
+
+    return jax.tree.map(of_leaf, sharding.names(packed))
+
+
+def axes_in(packed: QTensor, named: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Inverse of `specs`.
+
+    Args:
+      packed: The weight.
+      named: Names of the axes of its arrays, in the order of `jax.tree.leaves`; empty
+        of an array that says nothing.
+
+    Returns:
+      The names that there are.
+    """
+    known = jax.tree.leaves(sharding.names(packed))
+    return {
+        _side(side): name
+        for spec, names in zip(known, named, strict=True)
+        for side, name in zip(spec, names, strict=False)
+        if side is not None and name is not None
+    }
+
+
+def _side(name: str) -> str:
+    """The axis of the matrix: segments are cut alike."""
+    return "k" if name.startswith("k") else name
