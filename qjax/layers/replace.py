@@ -30,9 +30,9 @@ def quantize_model(
     so that the products of the model sum its rows: groups run over the flattened
     contraction, as of an output projection ``(heads, head_dim, model)`` over ``heads *
     head_dim``. The modules' own code runs as ever, traced: it may transpose, reshape,
-    cast, index, scan or checkpoint its weight; its products go through `matmul`, and
-    rows that it looks up are dequantized alone. What else it does with a weight makes
-    that one dense, with a warning that names its path, and is no error.
+    cast, index, split, freeze, scan or checkpoint its weight; its products go through
+    `matmul`, and rows that it looks up are dequantized alone. What else it does with a
+    weight makes that one dense, with a warning that names its path, and is no error.
 
     A stack of matrices that this code scans is read where it lies: by linen's
     ``nn.scan``, or by `jax.lax.scan` within the module that has it. What scans stacks

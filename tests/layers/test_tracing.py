@@ -16,6 +16,7 @@ import qjax
 from qjax.layers.tracing import interpreter, uses
 from qjax.layers.tracing.held import dense
 from qjax.layers.tracing.views import Atom, Form, View
+from qjax.training.beside import Adapters
 from tests.layers.foreign import FLOAT32, same, x
 
 
@@ -34,6 +35,10 @@ def embed(w):
 
 def scanned(body):
     return lambda w: jax.lax.scan(body, x(5, 32), w)
+
+
+def behind_a_barrier(*arrays):
+    return jax.lax.optimization_barrier(arrays)
 
 
 CASES = {
@@ -102,6 +107,30 @@ CASES = {
     "some-heads": Case(
         (32, 2, 8), (0,), (1, 2), lambda w: x(5, 32) @ w[:, 1, 2:4].reshape(32, 2)
     ),
+    "split": Case(
+        (32, 24),
+        (0,),
+        (1,),
+        lambda w: [x(5, 32) @ part for part in jnp.split(w, [4, 16], axis=1)],
+    ),
+    "split-stack": Case(
+        (4, 32, 8),
+        (1,),
+        (2,),
+        lambda w: [
+            jnp.einsum("ebd,edf->bef", x(2, 3, 32), part) for part in jnp.split(w, 2)
+        ],
+    ),
+    "behind-a-barrier": Case(
+        (32, 24), (0,), (1,), lambda w: jnp.matmul(*behind_a_barrier(x(5, 32), w))
+    ),
+    "scanned-behind-barriers": Case(
+        (3, 32, 32),
+        (1,),
+        (2,),
+        scanned(lambda c, w: (jnp.matmul(*behind_a_barrier(c, w)), None)),
+    ),
+    "frozen": Case((32, 24), (0,), (1,), lambda w: x(5, 32) @ jax.lax.stop_gradient(w)),
     "ones": Case(
         (1, 32, 1, 8),
         (1,),
@@ -230,6 +259,8 @@ DIFFERENTIABLE = (
         "rematerialized",
         "shared-by-a-scan",
         "in-a-branch",
+        "split",
+        "scanned-behind-barriers",
     ),
 )
 
@@ -246,6 +277,22 @@ def test_gradients_of_scales_are_those_through_the_dense_weight(name):
     gradient = jax.jit(jax.grad(loss), static_argnums=1)
     found = gradient(weight.scale, on_packed)
     same(found, gradient(weight.scale, on_dense))
+
+
+def test_a_frozen_weight_has_no_gradient_and_what_is_beside_it_has():
+    weight, form = packed(CASES["frozen"])
+    a, b = x(32, 2), x(2, 24)
+
+    def loss(scale, a, b):
+        beside = (Adapters(a=a, b=b, alpha=None),)
+        w = dataclasses.replace(weight, scale=scale)
+        held = interpreter.hold(w, form, jnp.dtype(jnp.float32), "layer/w", beside)
+        return on_packed(CASES["frozen"].function, held).sum()
+
+    of_scale, of_a, of_b = jax.grad(loss, (0, 1, 2))(weight.scale, a, b)
+    assert not of_scale.any()
+    same(of_b, (x(5, 32) @ a).T @ jnp.ones((5, 24)))
+    assert of_a.any()
 
 
 # What a step does with its matrix, by qjax's own operations.

@@ -291,18 +291,49 @@ def _scan(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array] | None:
     return [*final, *ys]
 
 
+def _split(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value] | None:
+    """A weight in several parts, as one of queries, keys and values."""
+    (held,), axis = values, eqn.params["axis"]
+    start, parts = 0, []
+    for count in map(int, eqn.params["sizes"]):
+        starts, counts = [0] * len(held.view.shape), list(held.view.shape)
+        starts[axis], counts[axis] = start, count
+        parts.append(packed.cut(held, starts, counts))
+        start += count
+    return None if any(part is None for part in parts) else parts
+
+
+def _barrier(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
+    """A barrier for arrays; XLA would copy a matrix out of its stack for it."""
+    del eqn
+    arrays = [value for value in values if not isinstance(value, Held)]
+    rest = iter(jax.lax.optimization_barrier(arrays))
+    return [value if isinstance(value, Held) else next(rest) for value in values]
+
+
+def _stop_gradient(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
+    """Freezes a weight, and not what is beside it: that was put there to be trained."""
+    del eqn
+    (held,) = values
+    weight, origin = jax.lax.stop_gradient((held.weight, held.origin))
+    return [held.holding((weight, held.beside), origin)]
+
+
 def _scanned(outer: Sequence[Any], inner: Sequence[Any]) -> int:
     pairs = zip(outer, inner, strict=True)
     return sum(whole.aval.ndim != step.ndim for whole, step in pairs)
 
 
-# Operations that run programs of their own.
+# Operations that run programs of their own, or have several results.
 _PROGRAMS: Mapping[str, Callable[..., Sequence[_Value] | None]] = {
     "jit": _inline,
     primitives.remat_p.name: _remat,
     "cond": _cond,
     "while": _while,
     "scan": _scan,
+    "split": _split,
+    "optimization_barrier": _barrier,
+    "stop_gradient": _stop_gradient,
 }
 
 

@@ -206,13 +206,14 @@ def _through(
         yield operands[1].name, _ragged_product(eqn, operands[1])
         return []
     one = operands[0]
-    if name in ("gather", "slice", "dynamic_slice") and one:
-        part = _part(eqn, one)
-        # Several neighbours are still a matrix.
-        if part is None or part.indexed != one.indexed:
-            use = one.used("gather" if part else name)
-            yield one.name, use._replace(indexed=(part or one).indexed)
-        return [part]
+    if name in ("gather", "slice", "dynamic_slice", "split") and one:
+        parts = [_part(eqn, one, _aval(out).shape) for out in eqn.outvars]
+        for part in parts:
+            # Several neighbours are still a matrix.
+            if part is None or part.indexed != one.indexed:
+                use = one.used("gather" if part else name)
+                yield one.name, use._replace(indexed=(part or one).indexed)
+        return parts
     if name == NAMING and one:
         named = one._replace(names=one.names | {eqn.params["name"]})
         yield one.name, named.used(name)
@@ -246,15 +247,14 @@ def _ragged_product(eqn: jex.JaxprEqn, seen: _Seen) -> Use:
     return seen._replace(stack=stack).used(eqn.primitive.name, summed or None)
 
 
-def _part(eqn: jex.JaxprEqn, seen: _Seen) -> _Seen | None:
-    """What is left of a weight of which a part is taken along one axis."""
+def _part(eqn: jex.JaxprEqn, seen: _Seen, shape: tuple[int, ...]) -> _Seen | None:
+    """What is left of a weight of which a part of that shape is taken."""
     view, params = seen.view, eqn.params
     if eqn.primitive.name == "gather":
         numbers = params["dimension_numbers"]
         axes = numbers.start_index_map
         if len(axes) != 1 or numbers.collapsed_slice_dims != axes:
             return None
-        shape = _aval(eqn.outvars[0]).shape
         others = [i for i in range(len(shape)) if i not in numbers.offset_dims]
         rest = [dim for i, dim in enumerate(view.dims) if i != axes[0]]
         placed = dict(zip(numbers.offset_dims, rest, strict=True))
@@ -264,7 +264,6 @@ def _part(eqn: jex.JaxprEqn, seen: _Seen) -> _Seen | None:
             placed[i] = atoms if len(sides) == 1 and shape[i] > 1 else ()
         dims = [placed[i] for i in range(len(shape))]
     else:
-        shape = _aval(eqn.outvars[0]).shape
         axes = [i for i, size in enumerate(view.shape) if shape[i] != size]
         if any(len(view.dims[i]) != 1 for i in axes):
             return None
@@ -320,10 +319,19 @@ def _cond(eqn: jex.JaxprEqn, operands: list, shapes: Mapping) -> Iterator[Any]:
     return []
 
 
+def _same(eqn: jex.JaxprEqn, operands: list, shapes: Mapping) -> Iterator[Any]:
+    """An operation that gives its operands back."""
+    del eqn, shapes
+    yield from ()
+    return operands
+
+
 _PROGRAMS: Mapping[str, Callable[..., Iterator[Any]]] = {
     "jit": _inline,
     primitives.remat_p.name: _inline,
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "optimization_barrier": _same,
+    "stop_gradient": _same,
 }
