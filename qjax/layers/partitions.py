@@ -12,35 +12,10 @@ import jax
 from jax.sharding import PartitionSpec as P
 
 from qjax import sharding
-from qjax.layers.tracing.views import Form
 from qjax.tensor import QTensor
 
 # Names by axis of the matrix: "k", "n", and "b0", ... of a stack.
 Axes = Mapping[str, Any]
-
-
-def axes_of(form: Form, names: Sequence[Any], ndim: int) -> dict[str, Any]:
-    """Names the axes of a packed matrix after those of the dense weight.
-
-    Args:
-      form: How the dense weight is flattened.
-      names: Of its first axes; None where one is not cut.
-      ndim: How many axes it has, with those in front of ``form.shape``.
-
-    Returns:
-      The names that there are. Rows, or columns, that several axes became are cut as
-      the first of these is: a device's share of another would be no run of them.
-    """
-    outer = ndim - len(form.shape)
-    names = (*names, *[None] * (ndim - len(names)))
-    stack = (*range(outer), *(outer + axis for axis in form.stack))
-    first = {f"b{i}": axis for i, axis in enumerate(stack)}
-    for side, axes in (("k", form.rows), ("n", form.columns)):
-        if long := [axis for axis in axes if form.shape[axis] > 1]:
-            first[side] = outer + long[0]
-    return {
-        side: names[axis] for side, axis in first.items() if names[axis] is not None
-    }
 
 
 def note(names: Sequence[Any], kept: Axes) -> str | None:
@@ -56,7 +31,7 @@ def specs(packed: QTensor, axes: Axes) -> QTensor:
 
     Args:
       packed: The weight; its arrays may be abstract.
-      axes: What `axes_of` returned.
+      axes: Names by axis of the matrix, as `Form.names` gives them.
 
     Returns:
       A `QTensor` of a `PartitionSpec` an array, each of all of its axes.

@@ -34,6 +34,9 @@ def quantize_model(
     `matmul`, and rows that it looks up are dequantized alone. What else it does with a
     weight makes that one dense, with a warning that names its path, and is no error.
 
+    Code that maps over shards of its weights (`jax.shard_map`) gets packed shards, of
+    whole words and groups; a part of each of several heads would be none.
+
     A stack of matrices that this code scans is read where it lies: by linen's
     ``nn.scan``, or by `jax.lax.scan` within the module that has it. What scans stacks
     of stacks, or multiplies by transposes, copies the words of a step. So does

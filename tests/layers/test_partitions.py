@@ -60,7 +60,7 @@ def test_axes(form, names, expected):
     outer = 1 if form.shape[0] == 3 else 0
     if outer:
         expected = {**expected, "n": "c"}
-    assert partitions.axes_of(form, names, outer + len(form.shape)) == expected
+    assert form.names(names, outer + len(form.shape)) == expected
 
 
 class Model(nnx.Module):

@@ -103,7 +103,7 @@ def _note(weight: Any, form: Form | str) -> str | None:
 
 
 def _axes(weight: nn.Partitioned, form: Form) -> partitions.Axes:
-    return partitions.axes_of(form, weight.names, weight.value.ndim)
+    return form.names(weight.names, weight.value.ndim)
 
 
 def _in_boxes(weight: nn.Partitioned, form: Form, packed: QTensor) -> QTensor:

@@ -181,7 +181,7 @@ class Cut(NamedTuple):
     """What the Variables of a weight say of how it is cut over devices.
 
     Attributes:
-      axes: Names by axis of the matrix, as `partitions.axes_of` gives them.
+      axes: Names by axis of the matrix, as `Form.names` gives them.
       metadata: What else there is to names: a mesh, rules.
     """
 

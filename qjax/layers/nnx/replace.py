@@ -255,7 +255,7 @@ def _cut(weight: Weight, form: Form) -> Cut:
     """What a weight says of how it is cut, of the matrix that it becomes."""
     variable = weight.variable
     names = variable.get_metadata(SHARDING, None) or ()
-    axes = partitions.axes_of(form, names, len(variable.shape))
+    axes = form.names(names, len(variable.shape))
     return Cut(axes, with_names(variable))
 
 

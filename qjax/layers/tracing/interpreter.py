@@ -19,6 +19,7 @@ from qjax.layers.beside import Beside, apart
 from qjax.layers.tracing import held as packed
 from qjax.layers.tracing.held import Held
 from qjax.layers.tracing.products import product, ragged_product
+from qjax.layers.tracing.shards import Shards, shards
 from qjax.layers.tracing.views import Form, follow
 from qjax.tensor import QTensor
 
@@ -319,6 +320,37 @@ def _stop_gradient(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
     return [held.holding((weight, held.beside), origin)]
 
 
+def _shard_map(eqn: jex.JaxprEqn, values: list[_Value]) -> Sequence[Array] | None:
+    """A function of shards, of packed weights as well."""
+    params = eqn.params
+    mesh, specs = params["mesh"], params["in_specs"]
+    cut = [
+        shards(value, spec, mesh) if isinstance(value, Held) else spec
+        for value, spec in zip(values, specs, strict=True)
+    ]
+    if any(one is None for one in cut):
+        return None
+
+    def run(*leaves: Any) -> tuple[Any, ...]:
+        given = [
+            one.on_device(leaf) if isinstance(one, Shards) else leaf
+            for one, leaf in zip(cut, leaves, strict=True)
+        ]
+        return tuple(_dense_all(_run(params["jaxpr"], (), given), "shard_map"))
+
+    # JAX 0.10 calls them otherwise.
+    key = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"
+    mapped = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=tuple(one.specs if isinstance(one, Shards) else one for one in cut),
+        out_specs=tuple(params["out_specs"]),
+        axis_names=set(params[key]),
+        check_vma=params["check_vma"],
+    )
+    return mapped(*(v.weight if isinstance(v, Held) else v for v in values))
+
+
 def _scanned(outer: Sequence[Any], inner: Sequence[Any]) -> int:
     pairs = zip(outer, inner, strict=True)
     return sum(whole.aval.ndim != step.ndim for whole, step in pairs)
@@ -331,6 +363,7 @@ _PROGRAMS: Mapping[str, Callable[..., Sequence[_Value] | None]] = {
     "cond": _cond,
     "while": _while,
     "scan": _scan,
+    "shard_map": _shard_map,
     "split": _split,
     "optimization_barrier": _barrier,
     "stop_gradient": _stop_gradient,

@@ -4,6 +4,7 @@ That decides which axes of a weight are the rows of a packed matrix. Only the pr
 read: no array exists.
 """
 
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ import jax
 import jax.extend.core as jex
 from jax.extend.core import primitives
 
+from qjax.layers.tracing.shards import Counts, counts_of, cut
 from qjax.layers.tracing.views import Atom, Form, Side, View, follow
 
 # The operation that gives an array a name, and nothing else.
@@ -37,13 +39,17 @@ class Use(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """A weight in the middle of a program; its atoms name the axes of the whole one."""
+    """A weight in the middle of a program; its atoms name the axes of the whole one.
+
+    Inside `jax.shard_map`, it is a shard: ``counts`` says how many there are by axis.
+    """
 
     name: str
     view: View
     stack: frozenset[Side]
     indexed: frozenset[Side]
     names: frozenset[str]
+    counts: Mapping[Side, int] = types.MappingProxyType({})
 
     def used(self, operation: str, summed: frozenset[Side] | None = None) -> Use:
         """A use of the weight as it is here."""
@@ -232,7 +238,8 @@ def _product(eqn: jex.JaxprEqn, seen: _Seen, place: int, shape: tuple[int, ...])
     extents: dict[Any, int] = {}
     for atom in seen.view.pick(summed):
         extents[atom.side] = extents.get(atom.side, 1) * atom.size
-    whole = all(shape[axis] == size for axis, size in extents.items())
+    counts = seen.counts
+    whole = all(shape[a] == size * counts.get(a, 1) for a, size in extents.items())
     alone = frozenset(atom.side for atom in seen.view.pick(batch))
     axes = frozenset(extents) if whole and extents else None
     return seen._replace(stack=seen.stack | alone).used("dot_general", axes)
@@ -319,6 +326,29 @@ def _cond(eqn: jex.JaxprEqn, operands: list, shapes: Mapping) -> Iterator[Any]:
     return []
 
 
+def _shard_map(eqn: jex.JaxprEqn, operands: list, shapes: Mapping) -> Iterator[Any]:
+    mesh, specs = eqn.params["mesh"], eqn.params["in_specs"]
+    inner = [
+        _shard(seen, counts_of(spec, mesh, len(seen.view.shape))) if seen else None
+        for seen, spec in zip(operands, specs, strict=True)
+    ]
+    for seen, shard in zip(operands, inner, strict=True):
+        if seen and shard is None:
+            yield seen.name, seen.used("shard_map")
+    yield from _walk(eqn.params["jaxpr"], inner, shapes)
+    return []
+
+
+def _shard(seen: _Seen, counts: Counts) -> _Seen | None:
+    """What a device has of a weight, if that is a part of one axis or of several."""
+    view = cut(seen.view, counts)
+    if view is None:
+        return None
+    dims = zip(seen.view.dims, counts, strict=True)
+    by_axis = {dim[0].side: count for dim, count in dims if count > 1}
+    return seen._replace(view=view, counts={**seen.counts, **by_axis})
+
+
 def _same(eqn: jex.JaxprEqn, operands: list, shapes: Mapping) -> Iterator[Any]:
     """An operation that gives its operands back."""
     del eqn, shapes
@@ -332,6 +362,7 @@ _PROGRAMS: Mapping[str, Callable[..., Iterator[Any]]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
+    "shard_map": _shard_map,
     "optimization_barrier": _same,
     "stop_gradient": _same,
 }

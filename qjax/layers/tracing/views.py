@@ -81,6 +81,29 @@ class Form:
         shape = (*weight.shape[:outer], *stack, self.k, self.n)
         return weight.transpose(axes).reshape(shape)
 
+    def names(self, given: Sequence[Any], ndim: int) -> dict[str, Any]:
+        """Names the axes of the matrix after those of the dense weight.
+
+        Args:
+          given: Names of its first axes, such as of a mesh; None where there is none.
+          ndim: How many axes it has, with those in front of ``shape``.
+
+        Returns:
+          Those of "k", "n", and "b0", ... of the stack, that have one. Rows, or
+          columns, that several axes became have that of the first of these: a part of
+          another is no run of them.
+        """
+        outer = ndim - len(self.shape)
+        given = (*given, *[None] * (ndim - len(given)))
+        stack = (*range(outer), *(outer + axis for axis in self.stack))
+        first = {f"b{i}": axis for i, axis in enumerate(stack)}
+        for side, axes in (("k", self.rows), ("n", self.columns)):
+            if long := [axis for axis in axes if self.shape[axis] > 1]:
+                first[side] = outer + long[0]
+        return {
+            side: given[axis] for side, axis in first.items() if given[axis] is not None
+        }
+
     def view(self, batch: tuple[int, ...], dtype: Any) -> "View":
         """Sees a packed matrix as the dense weight.
 
@@ -204,7 +227,7 @@ def follow(primitive: str, params: dict[str, Any], view: View) -> View | None:
         floating = jnp.issubdtype(dtype, jnp.floating)
         return view._replace(dtype=np.dtype(dtype)) if floating else None
     # An annotation of the dense array has no meaning for the packed one.
-    annotations = ("copy", "copy_p", "sharding_constraint", "name")
+    annotations = ("copy", "copy_p", "sharding_constraint", "name", "pvary")
     return view if primitive in annotations else None
 
 

@@ -1,0 +1,214 @@
+"""Foreign code that maps over shards of its weights, which stay packed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import qjax
+from qjax.layers.tracing import interpreter, uses
+from qjax.layers.tracing.held import dense
+from tests.layers.foreign import SPEC, same, x
+from tests.layers.test_tracing import Case, hold, packed
+
+MESH = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+
+
+def mapped(body, of_x, of_w, out, **options):
+    return jax.shard_map(
+        body, mesh=MESH, in_specs=(of_x, of_w), out_specs=out, **options
+    )
+
+
+def summed(body, axes="model"):
+    return lambda x, w: jax.lax.psum(body(x, w), axes)
+
+
+def heads(x, w):
+    return jnp.einsum("btd,dnh->btnh", x, w)
+
+
+def output(x, w):
+    return jnp.einsum("btnh,nhd->btd", x, w)
+
+
+def experts(x, w):
+    return jnp.einsum("ebd,edf->ebf", x, w)
+
+
+def cut_output(x, w):
+    run = mapped(summed(output), P(None, None, "model"), P("model"), P())
+    return run(x, w)
+
+
+CASES = {
+    "columns": Case(
+        (64, 48),
+        (0,),
+        (1,),
+        lambda w: mapped(jnp.matmul, P("data"), P(None, "model"), P("data", "model"))(
+            x(4, 64), w
+        ),
+    ),
+    "rows": Case(
+        (128, 24),
+        (0,),
+        (1,),
+        lambda w: mapped(summed(jnp.matmul), P("data", "model"), P("model"), P("data"))(
+            x(4, 128), w
+        ),
+    ),
+    "both": Case(
+        (128, 24),
+        (0,),
+        (1,),
+        lambda w: mapped(
+            summed(jnp.matmul), P(None, "model"), P("model", "data"), P(None, "data")
+        )(x(4, 128), w),
+    ),
+    "replicated": Case(
+        (64, 24),
+        (0,),
+        (1,),
+        lambda w: mapped(jnp.matmul, P("data"), P(), P("data"))(x(4, 64), w),
+    ),
+    "heads": Case(
+        (64, 4, 8),
+        (0,),
+        (1, 2),
+        lambda w: mapped(heads, P(), P(None, "model"), P(None, None, "model"))(
+            x(2, 3, 64), w
+        ),
+    ),
+    "output": Case((8, 16, 24), (0, 1), (2,), lambda w: cut_output(x(2, 3, 8, 16), w)),
+    "one head each": Case(
+        (4, 32, 24), (0, 1), (2,), lambda w: cut_output(x(2, 3, 4, 32), w)
+    ),
+    "transposed": Case(
+        (24, 128),
+        (1,),
+        (0,),
+        lambda w: mapped(
+            summed(lambda x, w: x @ w.T), P(None, "model"), P(None, "model"), P()
+        )(x(4, 128), w),
+    ),
+    "experts": Case(
+        (8, 64, 8),
+        (1,),
+        (2,),
+        lambda w: mapped(experts, P("model"), P("model"), P("model"))(x(8, 3, 64), w),
+    ),
+    "some axes": Case(
+        (64, 24),
+        (0,),
+        (1,),
+        lambda w: mapped(jnp.matmul, P("data"), P(), P("data"), axis_names={"data"})(
+            x(4, 64), w
+        ),
+    ),
+    "unchecked": Case(
+        (64, 48),
+        (0,),
+        (1,),
+        lambda w: mapped(
+            jnp.matmul, P(), P(None, "model"), P(None, "model"), check_vma=False
+        )(x(4, 64), w),
+    ),
+}
+every = pytest.mark.parametrize("name", CASES)
+
+
+@every
+def test_shards_stay_packed(name):
+    weight, form = packed(CASES[name])
+    held, function = hold(weight, form), jax.jit(CASES[name].function)
+    found = jax.jit(lambda w: interpreter.call(function, {"w": hold(w, form)}))(weight)
+    same(found, function(dense(held)))
+
+
+@every
+def test_uses_see_through_the_map(name):
+    case = CASES[name]
+    shape = jax.ShapeDtypeStruct(case.shape, jnp.float32)
+    found = uses.find(lambda weights: case.function(weights["w"]), {"w": shape})
+    # Of one head, the program does not show that the product sums it.
+    rows, columns = ((1,), (0, 2)) if name == "one head each" else case[1:3]
+    assert (found["w"].rows, found["w"].columns) == (rows, columns)
+
+
+@pytest.mark.parametrize("name", ["columns", "rows", "experts"])
+def test_gradients(name):
+    weight, form = packed(CASES[name])
+
+    @functools.partial(jax.jit, static_argnums=1)
+    @jax.grad
+    def gradient(scale, is_packed):
+        held = hold(dataclasses.replace(weight, scale=scale), form)
+        function = CASES[name].function
+        if is_packed:
+            return (interpreter.call(function, {"w": held}) ** 2).mean()
+        return (function(dense(held)) ** 2).mean()
+
+    same(gradient(weight.scale, True), gradient(weight.scale, False))
+
+
+DENSE = {
+    # A part of every head is no run of columns.
+    "parts of heads": Case(
+        (64, 2, 16),
+        (0,),
+        (1, 2),
+        lambda w: mapped(
+            heads, P(), P(None, None, "model"), P(None, None, None, "model")
+        )(x(2, 3, 64), w),
+    ),
+    # A device would have half of a group.
+    "parts of groups": Case(
+        (64, 24),
+        (0,),
+        (1,),
+        lambda w: mapped(summed(jnp.matmul), P(None, "model"), P("model"), P())(
+            x(4, 64), w
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_what_cannot_be_cut_is_dense_and_warns(name):
+    weight, form = packed(DENSE[name])
+    held = hold(weight, form)
+    with pytest.warns(UserWarning, match="layer/w is made dense for 'shard_map'"):
+        found = interpreter.call(DENSE[name].function, {"w": held})
+    same(found, DENSE[name].function(dense(held)))
+
+
+class Parallel(nnx.Module):
+    """A feed-forward block that is cut by hand."""
+
+    def __init__(self):
+        self.up = nnx.Param(x(64, 128))
+        self.down = nnx.Param(x(128, 64))
+
+    def __call__(self, x):
+        def block(x, up, down):
+            return jax.lax.psum(jnp.tanh(x @ up) @ down, "model")
+
+        specs = P("data"), P(None, "model"), P("model")
+        run = jax.shard_map(block, mesh=MESH, in_specs=specs, out_specs=P("data"))
+        return run(x, self.up[...], self.down[...])
+
+
+def test_a_model_that_is_cut_by_hand():
+    reports = []
+    model = Parallel()
+    quantized = qjax.quantize_model(model, SPEC, x(4, 64), report=reports.append)
+    assert len(reports[0].replaced) == 2
+    for name, weight in nnx.as_pure(quantized.packed).items():
+        getattr(model, name).set_value(qjax.dequantize(weight))
+    same(nnx.jit(lambda m, x: m(x))(quantized, x(4, 64)), model(x(4, 64)))
