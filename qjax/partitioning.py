@@ -132,7 +132,7 @@ class _Task:
         every = cls(tuple(map(tuple, operands)), tuple(map(tuple, results)), units)
         return every._only(lambda pieces: pieces > 1)
 
-    def on(self, mesh: Mesh) -> "_Task":
+    def on(self, mesh: Mesh | AbstractMesh) -> "_Task":
         """Leaves out the names whose pieces no axis of a mesh shares evenly.
 
         Shardy would cut words along a part of an axis, and they were gathered again.
