@@ -75,10 +75,11 @@ def load(
       sharding: Says of a name, of those that are returned, where the weight goes: for a
         quantized matrix a spec of ``(*stack, k, n)``, as in `qjax.shard`, and for every
         other tensor one of its own axes. Of several, the first is taken that cuts the
-        weight evenly. The mesh may span processes: each reads, of GPTQ, AWQ, GGUF, FP8,
-        MLX and of dense tensors, the bytes that its devices hold. Of an act-order
-        matrix that is cut along k it reads whole columns, and of other formats, and
-        where pieces would be no whole blocks, whole matrices.
+        weight evenly, prepared for this device or, if none does, as a
+        `formats.gptq.Stream`. The mesh may span processes: each reads, of GPTQ, AWQ,
+        GGUF, FP8, MLX and of dense tensors, the bytes that its devices hold. Of an
+        act-order matrix that is cut along k it reads whole columns, and of other
+        formats, and where pieces would be no whole blocks, whole matrices.
 
     Returns:
       Quantized matrices, ``[k, n]``, under the paths of their modules

@@ -155,7 +155,7 @@ def packed(case: Case) -> tuple[qjax.QTensor, Form]:
     form = Form(case.shape, case.rows, case.columns)
     size = math.prod(case.shape)
     weight = jnp.sin(jnp.arange(size, dtype=jnp.float32) ** 1.5).reshape(case.shape)
-    return qjax.quantize(form.matrix(weight), 4, 32), form
+    return qjax.prepare(qjax.quantize(form.matrix(weight), 4, 32)), form
 
 
 def hold(weight: qjax.QTensor, form: Form) -> interpreter.Held:
@@ -348,7 +348,7 @@ def test_rows_are_filled_with_any_number():
 def test_matrices_that_do_not_exist_are_as_of_the_dense_stack(name, symmetric):
     form = Form((40, 32, 8), (1,), (2,))
     stack = form.matrix(jnp.sin(jnp.arange(40 * 32 * 8.0)).reshape(form.shape))
-    held = hold(qjax.quantize(stack, 4, 32, symmetric), form)
+    held = hold(qjax.prepare(qjax.quantize(stack, 4, 32, symmetric)), form)
 
     def each(w):
         return jnp.einsum("td,tdf->tf", x(7, 32), GATHERS[name](w, OUTSIDE))
@@ -439,7 +439,7 @@ def test_the_dense_weight_is_in_no_program():
     """Above 4 MiB in float32, where `qjax.matmul` does not form a weight either."""
     form = Form((16, 128, 1024), (0, 1), (2,))
     shape = jax.ShapeDtypeStruct((2048, 1024), jnp.float32)
-    weight = jax.eval_shape(lambda w: qjax.quantize(w, 4, 128), shape)
+    weight = jax.eval_shape(lambda w: qjax.prepare(qjax.quantize(w, 4, 128)), shape)
 
     def product(weight, rows):
         held = hold(weight, form)
