@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import pathlib
 import zlib
 
 import hypothesis
@@ -24,6 +25,10 @@ hypothesis.settings.register_profile("same", derandomize=True, deadline=None)
 hypothesis.settings.load_profile("same")
 # Before any device is asked for: what pmap and shard_map are tested on.
 jax.config.update("jax_num_cpu_devices", 8)
+
+# Where all weights are prepared, and this warning is an error with --as-on-gpu.
+LAYERS = pathlib.Path(__file__).parent / "layers"
+UNPREPARED = r"\S+\(\) is multiplied by XLA on this GPU"
 
 
 def pytest_addoption(parser):
@@ -62,6 +67,8 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if as_on_gpu and _is_of_the_cpu(item):
             continue
+        if as_on_gpu and item.path.is_relative_to(LAYERS):
+            item.add_marker(pytest.mark.filterwarnings(f"error:{UNPREPARED}"))
         test, _, case = item.nodeid.partition("[")
         if item.get_closest_marker("every_version"):
             kept.add(item)
@@ -87,8 +94,9 @@ def _is_of_the_cpu(item) -> bool:
 def pytest_configure(config):
     config.pluginmanager.register(Everywhere(), "everywhere")
     if config.getoption("--as-on-gpu", default=False):
-        # Most tests compute in float32, which `matmul` warns of on a GPU.
-        config.addinivalue_line("filterwarnings", "ignore:float32 x is multiplied by")
+        # Most tests compute in float32, and many with weights as they were packed.
+        for message in ("float32 x is multiplied by XLA", UNPREPARED):
+            config.addinivalue_line("filterwarnings", f"ignore:{message}")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1048,8 +1048,7 @@ class TestDispatch:
         tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
         assert relative_error(y, matrix.matmul(x)) < tolerance
 
-    def test_what_no_kernel_of_a_gpu_multiplies_is_warned_of(self, monkeypatch):
-        monkeypatch.setattr("qjax.ops._native_layout", lambda w: Tiles())
+    def test_what_no_kernel_of_a_gpu_multiplies_is_warned_of(self, as_on_gpu):
         w, x = qjax.quantize(jnp.eye(128, 16), 4, 64), jnp.ones((1, 128), jnp.bfloat16)
         with pytest.warns(
             UserWarning, match=r"Stream\(\) is multiplied by XLA on this G"
@@ -1062,6 +1061,7 @@ class TestDispatch:
         ):
             qjax.matmul(x.astype(jnp.float32), tiled)
 
+    @pytest.mark.on_cpu
     def test_what_fills_no_words_is_warned_of(self):
         w = qjax.formats.bnb.quantize(jnp.eye(33, 4), bits=8)
         prepared = qjax.prepare(w)
@@ -1452,6 +1452,7 @@ class TestQuantize:
 
 
 class TestPrepare:
+    @pytest.mark.on_cpu
     def test_moves_to_the_native_layout(self, as_qtensor):
         m = oracle.random(0, 64, 40, bits=3)
         planes = as_qtensor(m, gptq.Planar())

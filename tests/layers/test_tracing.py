@@ -435,6 +435,7 @@ def test_integers_and_arrays_of_others_pass_through():
     same(found["x"], x(2))
 
 
+@pytest.mark.on_cpu
 def test_the_dense_weight_is_in_no_program():
     """Above 4 MiB in float32, where `qjax.matmul` does not form a weight either."""
     form = Form((16, 128, 1024), (0, 1), (2,))
