@@ -116,9 +116,9 @@ def load(
       ...     spec = jax.P(None, "model") if is_packed else jax.P()
       ...     return NamedSharding(mesh, spec)
       >>> weights = load("examples/llm/checkpoint", sharding=place)
-      >>> words = weights["model.layers.0.mlp.up_proj"].words[0]
-      >>> words.shape, [shard.data.shape for shard in words.addressable_shards]
-      ((32, 640), [(32, 320), (32, 320)])
+      >>> scale = weights["model.layers.0.mlp.up_proj"].scale
+      >>> scale.shape, [shard.data.shape for shard in scale.addressable_shards]
+      ((2, 640), [(2, 320), (2, 320)])
     """
     found = _Lazy(modules.open_parts(path), prepare, _checked(sharding))
     weights: dict[str, QTensor | Array] = {}
