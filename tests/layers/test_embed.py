@@ -127,7 +127,7 @@ def test_columns_of_tiles(bits):
         )
         found = embedding.columns(w, index)
         assert found.words[0].shape == (*words.shape[:2], 1, 256)
-        chex.assert_trees_all_equal(qjax.codes(found)[:, :5], stored[:, index])
+        chex.assert_trees_all_equal(qjax.codes(found), stored[:, index])
         rows = jax.jit(lambda w: embedding.lookup(w, index, None))(w)
         chex.assert_trees_all_equal(rows, qjax.dequantize(w)[:, index].T)
 

@@ -13,6 +13,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import qjax
+from qjax.formats.tiles import Tiles
 from qjax.layers.tracing import interpreter, uses
 from qjax.layers.tracing.held import dense
 from qjax.layers.tracing.views import Atom, Form, View
@@ -398,6 +399,16 @@ def test_what_has_no_packed_form_is_done_densely_with_a_warning(operation):
     with pytest.warns(UserWarning, match=f"layer/w is made dense for '.*{operation}"):
         found = interpreter.call(DENSE[operation], {"w": held})
     same(found, expected)
+
+
+def test_columns_that_fill_no_unit_of_tiles_stay_packed():
+    weight, form = packed(Case((32, 5, 8), (0,), (1, 2), lambda w: w))
+    held = hold(qjax.relayout(weight, Tiles()), form)
+
+    def some(w):
+        return jnp.einsum("td,dnh->tnh", x(3, 32), w[:, :, :3])
+
+    same(on_packed(some, held), on_dense(some, held))
 
 
 def test_a_product_of_two_weights_multiplies_one_of_them_packed():
