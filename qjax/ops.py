@@ -426,16 +426,18 @@ def prepare(tree: Any, *, layout: Layout | None = None) -> Any:
 
 def _native_layout(w: QTensor) -> Layout:
     """The layout that the device of a tensor reads without a detour."""
-    words = w.words[0]
+    by_kernels = _has_kernels(w.words[0]) and dispatch.kernels_read(w)
+    return pallas.layout_of(w) if by_kernels else xla.NATIVE
+
+
+def _has_kernels(words: Array) -> bool:
+    """Whether the device of an array has kernels: an NVIDIA GPU, sm_80 or later."""
     # A tracer is nowhere, and so is an abstract array.
     placed = isinstance(words, jax.Array) and not isinstance(words, Tracer)
     devices = words.devices() if placed else jax.devices()
     # Only CUDA devices say their compute capability: "9.0" for sm_90.
     capability = getattr(min(devices, key=lambda d: d.id), "compute_capability", "0")
-    has_kernels = int(str(capability).split(".")[0]) >= 8
-    return (
-        pallas.layout_of(w) if has_kernels and dispatch.kernels_read(w) else xla.NATIVE
-    )
+    return int(str(capability).split(".")[0]) >= 8
 
 
 def _group_rows(qt: QTensor) -> QTensor:

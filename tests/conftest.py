@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import pathlib
 import zlib
 
 import hypothesis
@@ -25,6 +26,10 @@ hypothesis.settings.load_profile("same")
 # Before any device is asked for: what pmap and shard_map are tested on.
 jax.config.update("jax_num_cpu_devices", 8)
 
+# Where all weights are prepared, and this warning is an error with --as-on-gpu.
+LAYERS = pathlib.Path(__file__).parent / "layers"
+UNPREPARED = r"\S+\(\) is multiplied by XLA on this GPU"
+
 
 def pytest_addoption(parser):
     parser.addoption(
@@ -42,6 +47,12 @@ def pytest_addoption(parser):
         metavar="N",
         help="run one in N tests, but all of pytest.mark.every_version",
     )
+    parser.addoption(
+        "--as-on-gpu",
+        action="store_true",
+        help="give weights the layout that they have on an NVIDIA GPU, on the CPU; "
+        "without the tests of pytest.mark.on_cpu",
+    )
 
 
 # After -k and -m have chosen.
@@ -50,9 +61,14 @@ def pytest_collection_modifyitems(config, items):
     n, sparse = (config.getoption(name, default=1) for name in ("--thin", "--sparse"))
     if min(n, sparse) < 1:
         raise pytest.UsageError(f"--thin {n} --sparse {sparse}: both must be positive.")
+    as_on_gpu = config.getoption("--as-on-gpu", default=False)
     kept = set()
     cases = collections.defaultdict(list)
     for item in items:
+        if as_on_gpu and _is_of_the_cpu(item):
+            continue
+        if as_on_gpu and item.path.is_relative_to(LAYERS):
+            item.add_marker(pytest.mark.filterwarnings(f"error:{UNPREPARED}"))
         test, _, case = item.nodeid.partition("[")
         if item.get_closest_marker("every_version"):
             kept.add(item)
@@ -67,8 +83,31 @@ def pytest_collection_modifyitems(config, items):
     items[:] = [item for item in items if item in kept]
 
 
+def _is_of_the_cpu(item) -> bool:
+    """Whether a test is about the layout of CPUs; a doctest that prints it is."""
+    examples = item.dtest.examples if isinstance(item, pytest.DoctestItem) else []
+    return bool(item.get_closest_marker("on_cpu")) or any(
+        "Stream()" in example.want for example in examples
+    )
+
+
 def pytest_configure(config):
     config.pluginmanager.register(Everywhere(), "everywhere")
+    if config.getoption("--as-on-gpu", default=False):
+        # Most tests compute in float32, and many with weights as they were packed.
+        for message in ("float32 x is multiplied by XLA", UNPREPARED):
+            config.addinivalue_line("filterwarnings", f"ignore:{message}")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop(session):
+    """With --as-on-gpu, takes the device for one that has kernels."""
+    with pytest.MonkeyPatch.context() as patch:
+        if session.config.getoption("--as-on-gpu", default=False):
+            import qjax  # noqa: PLC0415  (jaxtyping's pytest hook must come first)
+
+            patch.setattr(qjax.ops, "_has_kernels", lambda words: True)
+        return (yield)
 
 
 def pytest_terminal_summary(terminalreporter):
@@ -156,6 +195,14 @@ def as_qtensor():
         return w if layout is None else qjax.relayout(w, layout)
 
     return as_qtensor
+
+
+@pytest.fixture
+def as_on_gpu(monkeypatch):
+    """Takes the device for one that has kernels, as --as-on-gpu does for all tests."""
+    import qjax  # noqa: PLC0415  (jaxtyping's pytest hook must come first)
+
+    monkeypatch.setattr(qjax.ops, "_has_kernels", lambda words: True)
 
 
 @pytest.fixture

@@ -399,7 +399,7 @@ class TestEncoded:
 
     def test_prepare_decodes(self, pair):
         encoded, plain = pair
-        chex.assert_trees_all_equal(qjax.prepare(encoded), plain)
+        chex.assert_trees_all_equal(qjax.prepare(encoded), qjax.prepare(plain))
 
     def test_misfits_are_refused(self, pair, refuses):
         _, plain = pair

@@ -25,6 +25,7 @@ from safetensors.flax import load_file, save_file
 from typer.testing import CliRunner
 
 import qjax
+from qjax.formats.tiles import Tiles
 from tests.goldens import arrays
 
 ROOT = Path(__file__).parent.parent
@@ -319,7 +320,8 @@ class TestMixtures:
             for matrix in (experts.gate_up_pairs, experts.down_proj):
                 w = matrix.kernel
                 assert (w.batch, w.segments[0].bits) == ((4,), 4)
-                assert w.nbytes < 4 * w.k * w.n * 8 / 8
+                # In Tiles, 64 rows are padded to 128.
+                assert w.nbytes < 4 * w.k * w.n * 12 / 8
 
     @pytest.mark.parametrize("name", ["mixtral", "gpt_oss"])
     def test_mesh(self, name):
@@ -465,8 +467,12 @@ class TestMesh:
         pieces = model.load(path, sharding=where.weight)
         attention, mlp = pieces.layers[0].self_attn, pieces.layers[0].mlp
         layers = attention.k_proj, attention.o_proj, mlp.up_proj, mlp.down_proj
-        cuts = [layer.kernel.words[0].sharding.spec for layer in layers]
-        assert cuts == [P(None, "model"), P("model", None)] * 2
+        cuts = [layer.kernel.scale.sharding.spec for layer in layers]
+        by_column, by_row = P(None, "model"), P("model", None)
+        # Of 640 rows, two devices do not share whole pieces of Tiles.
+        in_tiles = isinstance(mlp.down_proj.kernel.layout, Tiles)
+        last = by_column if in_tiles else by_row
+        assert cuts == [by_column, by_row, by_column, last]
         assert pieces.embed_tokens.sharding.spec == P("model", None)
 
         prompts, keys = [[40, 41, 42], [9, 8, 7, 6]], jax.random.key(0)
@@ -482,7 +488,7 @@ class TestMesh:
         assert cache.keys[0].sharding.spec == P("data", None, "model")
         step = run.decode.lower(run.state, token, cache, keys).compile().as_text()
         assert re.search(r"= f32\S* all-reduce\(", step)
-        assert not re.search(r"= u32\S* all-\w+\(", step)
+        assert not re.search(r"= u(16|32)\S* all-\w+\(", step)
 
     def test_same_loss(self, shipped):
         decoder, tokenizer = shipped

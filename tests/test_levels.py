@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax import checkpoints, decode, ops, pallas, sharding, tensor
+from qjax import checkpoints, decode, ops, sharding, tensor
 from qjax.formats.gptq import Stream
 from qjax.formats.tiles import Tiles
 from qjax.layers import embedding, linen, nnx
@@ -227,14 +227,8 @@ def test_rows_of_a_table(form):
     chex.assert_trees_all_equal(found, decode.dequantize(w).T[index])
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Layers prepare their kernels for the kernels."""
-    monkeypatch.setattr(ops, "_native_layout", pallas.layout_of)
-
-
 @every
-@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.usefixtures("as_on_gpu")
 class TestLayers:
     """One array of the scales is a parameter, and no integers are."""
 
@@ -273,7 +267,7 @@ class TestLayers:
         chex.assert_trees_all_equal(stepped, variables)
 
 
-@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.usefixtures("as_on_gpu")
 @pytest.mark.parametrize("spec", [P(None, "model"), P("model")], ids=str)
 @pytest.mark.parametrize("name", ["output", "blk.0.ffn_gate"])
 def test_pieces_of_a_file(name, spec):

@@ -568,6 +568,38 @@ class TestGradients:
             jax.jit(jax.grad(jax.checkpoint(loss)))(x, w), plain, rtol=1e-6
         )
 
+    @pytest.mark.parametrize("layout", [xla.NATIVE, Tiles()], ids=str)
+    @pytest.mark.parametrize("widths", ["uniform", "mixed"])
+    def test_second_derivatives(self, widths, layout, as_qtensor):
+        """Also where a GPU's kernels, which have none, multiply 16-bit floats."""
+        if widths == "mixed":
+            parts = [(4, 64, 32), (3, 64, 64)]
+            matrix = oracle.random(0, 128, 40, parts=parts, affine="OFFSET")
+        else:
+            matrix = sample("whole", "float_zero")
+        w, x = as_qtensor(matrix, layout), activations(3, 128).astype(BF16)
+        in_kernels = dispatch.goes_to_kernels(w, dispatch.Choice(None, kernels=True))
+        assert in_kernels == (layout == Tiles())
+
+        def square(x, scale):
+            def loss(x):
+                y = qjax.matmul(x, dataclasses.replace(w, scale=scale))
+                return (y.astype(jnp.float32) ** 2).sum() / 2
+
+            return (jax.grad(loss)(x).astype(jnp.float32) ** 2).sum() / 2
+
+        found = jax.jit(jax.grad(square, (0, 1)))(jnp.asarray(x), w.scale)
+        # y = x W, g = y W^T, and of |g|^2 / 2: dy = g W, dx = dy W^T,
+        # dW = x^T dy + g^T y.
+        x, weight = x.astype(np.float64), matrix.weight
+        y = x @ weight
+        g = y @ weight.T
+        dy = g @ weight
+        by_x, by_g = matrix.gradients(x, dy), matrix.gradients(g, y)
+        # y, g and dx are rounded to bfloat16, one after another.
+        assert relative_error(found[0], dy @ weight.T) < 3 * 2.0**-8
+        assert relative_error(found[1], by_x["scale"] + by_g["scale"]) < 3 * 2.0**-8
+
     def test_gradients_flow_into_encoded_scales(self, as_qtensor):
         # An encoding is decoded outside of the product: its floats have gradients.
         matrix = sample("whole")
@@ -1048,8 +1080,7 @@ class TestDispatch:
         tolerance = TOLERANCE["int8" if name == "xla_int8" else "float32"]
         assert relative_error(y, matrix.matmul(x)) < tolerance
 
-    def test_what_no_kernel_of_a_gpu_multiplies_is_warned_of(self, monkeypatch):
-        monkeypatch.setattr("qjax.ops._native_layout", lambda w: Tiles())
+    def test_what_no_kernel_of_a_gpu_multiplies_is_warned_of(self, as_on_gpu):
         w, x = qjax.quantize(jnp.eye(128, 16), 4, 64), jnp.ones((1, 128), jnp.bfloat16)
         with pytest.warns(
             UserWarning, match=r"Stream\(\) is multiplied by XLA on this G"
@@ -1062,6 +1093,7 @@ class TestDispatch:
         ):
             qjax.matmul(x.astype(jnp.float32), tiled)
 
+    @pytest.mark.on_cpu
     def test_what_fills_no_words_is_warned_of(self):
         w = qjax.formats.bnb.quantize(jnp.eye(33, 4), bits=8)
         prepared = qjax.prepare(w)
@@ -1452,6 +1484,7 @@ class TestQuantize:
 
 
 class TestPrepare:
+    @pytest.mark.on_cpu
     def test_moves_to_the_native_layout(self, as_qtensor):
         m = oracle.random(0, 64, 40, bits=3)
         planes = as_qtensor(m, gptq.Planar())

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.mark.slow
+@pytest.mark.on_cpu
 def test_readme(monkeypatch):
     monkeypatch.chdir(ROOT)
     done = doctest.testfile(str(ROOT / "README.md"), module_relative=False)

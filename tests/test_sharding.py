@@ -16,7 +16,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax import ops, pallas, ragged, sharding, tensor
+from qjax import ragged, sharding, tensor
 from qjax.formats.awq import Gemm, Gemv
 from qjax.formats.awq_v2 import Interleaved
 from qjax.formats.compressed_tensors import Dense
@@ -541,13 +541,7 @@ class TestPartOfAnAxis:
         assert move(w).words[0].sharding.spec == P("data")
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """Has `qjax.prepare` take the layout of the kernels."""
-    monkeypatch.setattr(ops, "_native_layout", pallas.layout_of)
-
-
-@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.usefixtures("as_on_gpu")
 @pytest.mark.parametrize("mesh", [MESH, EXPLICIT], ids=["auto", "explicit"])
 class TestPrepare:
     """What is cut stays cut: no device gets more words than it had."""

@@ -75,10 +75,11 @@ def load(
       sharding: Says of a name, of those that are returned, where the weight goes: for a
         quantized matrix a spec of ``(*stack, k, n)``, as in `qjax.shard`, and for every
         other tensor one of its own axes. Of several, the first is taken that cuts the
-        weight evenly. The mesh may span processes: each reads, of GPTQ, AWQ, GGUF, FP8,
-        MLX and of dense tensors, the bytes that its devices hold. Of an act-order
-        matrix that is cut along k it reads whole columns, and of other formats, and
-        where pieces would be no whole blocks, whole matrices.
+        weight evenly, prepared for this device or, if none does, as a
+        `formats.gptq.Stream`. The mesh may span processes: each reads, of GPTQ, AWQ,
+        GGUF, FP8, MLX and of dense tensors, the bytes that its devices hold. Of an
+        act-order matrix that is cut along k it reads whole columns, and of other
+        formats, and where pieces would be no whole blocks, whole matrices.
 
     Returns:
       Quantized matrices, ``[k, n]``, under the paths of their modules
@@ -115,9 +116,9 @@ def load(
       ...     spec = jax.P(None, "model") if is_packed else jax.P()
       ...     return NamedSharding(mesh, spec)
       >>> weights = load("examples/llm/checkpoint", sharding=place)
-      >>> words = weights["model.layers.0.mlp.up_proj"].words[0]
-      >>> words.shape, [shard.data.shape for shard in words.addressable_shards]
-      ((32, 640), [(32, 320), (32, 320)])
+      >>> scale = weights["model.layers.0.mlp.up_proj"].scale
+      >>> scale.shape, [shard.data.shape for shard in scale.addressable_shards]
+      ((2, 640), [(2, 320), (2, 320)])
     """
     found = _Lazy(modules.open_parts(path), prepare, _checked(sharding))
     weights: dict[str, QTensor | Array] = {}

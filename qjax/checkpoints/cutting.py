@@ -7,9 +7,10 @@ by columns. Of what cannot be read in pieces, all is read, a matrix at a time, a
 pieces of other devices are dropped.
 """
 
+import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 from jaxtyping import Array
 
-from qjax import ops, sharding
+from qjax import ops, sharding, xla
 from qjax.checkpoints.matrices import Matrix
 from qjax.checkpoints.shards import Stored
 from qjax.sharding import P, entry_axes
@@ -26,6 +27,8 @@ from qjax.tensor import Layout, QTensor
 Counts = Mapping[str, int]  # of pieces along "k" and "n"
 _WHOLE: Counts = {"k": 1, "n": 1}
 _FIRST: Counts = {"k": 0, "n": 0}
+# A sharding, the weight or one with abstract leaves, and whether it is read in pieces.
+_Outlined = tuple[NamedSharding, QTensor, bool]
 
 
 def read(
@@ -91,23 +94,37 @@ def _array(name: str, stored: Stored, shardings: Sequence[NamedSharding]) -> Arr
 def _matrix(
     name: str, matrix: Matrix, shardings: Sequence[NamedSharding], prepare: bool
 ) -> QTensor:
-    def prepared(w: QTensor, layout: Layout | None = None) -> QTensor:
+    batch, read = matrix.stacked, functools.cache(matrix.read)
+
+    def prepared(w: QTensor, layout: Layout | None) -> QTensor:
         return ops.prepare(w, layout=layout) if prepare else w
 
-    batch = matrix.stacked
-    outline = _outline(matrix, [_counts(one, batch) for one in shardings], prepared)
-    whole = prepared(matrix.read()) if outline is None else outline
+    def outlined(layout: Layout | None) -> Iterator[_Outlined]:
+        for where in shardings:
+            counts = _counts(where, batch)
+            outline = _outline(matrix, counts, lambda w: prepared(w, layout))
+            whole = prepared(read(), layout) if outline is None else outline
+            yield where, whole, outline is not None
 
-    def fits(where: NamedSharding) -> tuple[NamedSharding, QTensor, QTensor]:
+    def fits(one: _Outlined) -> tuple[NamedSharding, QTensor, QTensor, bool]:
+        where, whole, in_pieces = one
         w = sharding.cuttable(whole, where.spec)
-        return where, w, sharding.partition_specs(w, where.mesh, where.spec)
+        specs = sharding.partition_specs(w, where.mesh, where.spec)
+        return where, w, specs, in_pieces
 
-    where, w, specs = _first(name, fits, shardings)
+    try:
+        found = _first(name, fits, outlined(None))
+    except _UnevenError:
+        if not prepare:
+            raise
+        # As `ops.prepare` does with what is cut more finely than words for the GPU.
+        found = _first(name, fits, outlined(xla.NATIVE))
+    where, w, specs, in_pieces = found
     cut = _counts(where, batch)
-    counts = _WHOLE if outline is None else _readable(matrix, w, cut)
+    counts = _readable(matrix, w, cut) if in_pieces else _WHOLE
     pieces: list[tuple[Counts, QTensor]] = []
     for at in _owned(where, batch, counts):
-        part = None if outline is None else matrix.piece(at, counts)
+        part = matrix.piece(at, counts) if in_pieces else None
         piece = w if part is None else prepared(part.read(), w.layout)
         pieces.append((at, jax.tree.map(np.asarray, piece)))
 
@@ -121,18 +138,21 @@ def _matrix(
 
 
 def _outline(
-    matrix: Matrix, counts: Sequence[Counts], prepared: Callable[[QTensor], QTensor]
+    matrix: Matrix, counts: Counts, prepared: Callable[[QTensor], QTensor]
 ) -> QTensor | None:
     """The matrix with abstract leaves, or None if it is not to be read in pieces.
 
     What preparing does to the tree may depend on the values of ``g_idx``, but on none
-    that lie along n: it is done to zeros, of as few columns as are ever asked for.
+    that lie along n: it is done to zeros, of as few columns as are asked for.
     """
-    columns = max(count["n"] for count in counts)
+    columns = counts["n"]
     narrow = matrix.piece(_FIRST, {"k": 1, "n": columns})
-    if narrow is None or all(count == _WHOLE for count in counts):
+    if narrow is None or counts == _WHOLE:
         return None
     w = prepared(narrow.blank())
+    if w.padding and columns > 1:
+        # The words of a piece are no piece of the words.
+        columns, w = 1, prepared(matrix.blank())
 
     def wide(axes: P, leaf: Array) -> jax.ShapeDtypeStruct:
         shape = tuple(
@@ -204,14 +224,16 @@ def _placed(
     return jax.make_array_from_callback(leaf.shape, where, part, dtype=leaf.dtype)
 
 
-def _first(
-    name: str, fits: Callable[[NamedSharding], Any], shardings: Sequence[NamedSharding]
-) -> Any:
-    """What the first sharding gives that is not refused."""
+class _UnevenError(ValueError):
+    """No sharding cuts a weight evenly."""
+
+
+def _first(name: str, fits: Callable[[Any], Any], candidates: Iterable[Any]) -> Any:
+    """What the first candidate gives that is not refused."""
     faults = []
-    for where in shardings:
+    for one in candidates:
         try:
-            return fits(where)
+            return fits(one)
         except ValueError as fault:
             faults.append(str(fault))
-    raise ValueError(f"{name}: {' '.join(faults)}")
+    raise _UnevenError(f"{name}: {' '.join(faults)}")

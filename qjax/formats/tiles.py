@@ -27,6 +27,7 @@ import typing
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Integer, UInt8, UInt16
 
 from qjax.bits import block
@@ -118,8 +119,8 @@ class Tiles(Layout):
         step, columns = _step(bits), SIDE
         k, n = codes.shape
         padding = ((0, -k % step), (0, -n % columns))
-        padded = jnp.pad(codes.astype(jnp.uint16), padding)
-        return _pack(padded & jnp.uint16(2**bits - 1), bits, self.nibbles)
+        padded = jnp.pad(codes.astype(jnp.uint8), padding)
+        return _pack(padded & jnp.uint8(2**bits - 1), bits, self.nibbles)
 
     def unpack(
         self, words: UInt16[Array, "blocks units columns 256"], bits: int
@@ -185,7 +186,9 @@ def _pack(codes: Array, bits: int, nibbles: bool) -> Array:
         # block, unit, field, k3, k2 k1, k0, columns, n3, n2 n1 n0
         axes = plane.reshape(blocks, -1, len(positions), 2, 4, 2, columns, 2, 8)
         fields = axes.transpose(2, 0, 1, 6, 8, 4, 3, 7, 5)
-        rotated = map(_rotate, fields, positions)
+        # Or XLA would keep all codes in 16 bits, and those of each plane once more.
+        fields = lax.optimization_barrier(fields)
+        rotated = map(_rotate, fields.astype(jnp.uint16), positions)
         slots = functools.reduce(operator.or_, rotated)
         planes.append(slots.reshape(blocks, -1, columns, SLOTS))
     return jnp.concatenate(planes, axis=1)
@@ -194,19 +197,19 @@ def _pack(codes: Array, bits: int, nibbles: bool) -> Array:
 @functools.partial(jax.jit, static_argnums=(1, 2))
 def _unpack(words: Array, bits: int, nibbles: bool) -> Array:
     blocks, _, columns, _ = words.shape
-    codes, unit, low = jnp.uint16(0), 0, bits
+    codes, unit, low = jnp.uint8(0), 0, bits
     for width, positions in zip(PLANES[bits], _positions(bits, nibbles), strict=True):
         low -= width
         count = sub_blocks(bits) // len(positions)
         slots = words[:, unit : unit + count]
         unit += count
         fields = jnp.stack([_rotate(slots, -at) for at in positions])
-        fields &= 2**width - 1
+        fields = fields.astype(jnp.uint8) & (2**width - 1)
         # field, block, unit, columns, n2 n1 n0, k2 k1, k3, n3, k0
         axes = fields.reshape(-1, blocks, count, columns, 8, 4, 2, 2, 2)
         plane = axes.transpose(1, 2, 0, 6, 5, 8, 3, 7, 4)
         codes |= plane.reshape(blocks * rows_of_block(bits), columns * SIDE) << low
-    return codes.astype(jnp.uint8)
+    return codes
 
 
 def _rotate(slots: Array, left: int) -> Array:

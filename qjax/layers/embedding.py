@@ -105,7 +105,7 @@ def lookup(
     if not index.size:
         return jnp.zeros((*index.shape, table.k), dtype or table.dtype)
     rows = decode.dequantize(columns(table, index.reshape(-1)), dtype).T
-    rows = rows[: index.size].reshape(*index.shape, table.k)
+    rows = rows.reshape(*index.shape, table.k)
     return jnp.where(exists[..., None], rows, jnp.asarray(jnp.nan, rows.dtype))
 
 
@@ -152,7 +152,7 @@ def columns(w: QTensor, index: Integer[Array, " m"]) -> QTensor:
       index: Which columns; all exist.
 
     Returns:
-      ``[k, m]``; in `formats.tiles.Tiles` padded with column 0 to whole units.
+      ``[k, m]``; the words of `formats.tiles.Tiles` are padded to whole units.
 
     Raises:
       NotImplementedError: If the words of the layout hold more than one column.
@@ -163,10 +163,10 @@ def columns(w: QTensor, index: Integer[Array, " m"]) -> QTensor:
             f"the table; {Stream()!r} would read only those asked for, and needs "
             f"features={w.k} to fill whole 32-bit words."
         )
-    if isinstance(w.layout, Tiles):
-        index = jnp.pad(index, (0, -len(index) % SIDE))
-    words = tuple(_words(words, w, index) for words in w.words)
-    picked = dataclasses.replace(w, words=words, padding=0)
+    padding = -len(index) % SIDE if isinstance(w.layout, Tiles) else 0
+    held = jnp.pad(index, (0, padding))
+    words = tuple(_words(words, w, held) for words in w.words)
+    picked = dataclasses.replace(w, words=words, padding=padding)
     if w.grouping is Grouping.ROWS:
         parameters = {
             name: _parameters(parameter, w.n, index)

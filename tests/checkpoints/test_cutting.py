@@ -1,5 +1,6 @@
 """Weights cut over devices while they are read: equal to those that are cut later."""
 
+import contextlib
 import functools
 import io
 import pathlib
@@ -16,6 +17,8 @@ import qjax
 from qjax import checkpoints
 from qjax.checkpoints.shards import Stored
 from qjax.formats import awq, bnb, fp8, mlx, modelopt, quark
+from qjax.formats.gptq import Stream
+from qjax.formats.tiles import Tiles
 from tests import goldens
 from tests.checkpoints import assembled, tiny
 
@@ -64,6 +67,13 @@ def assert_same(found, wanted):
     chex.assert_trees_all_equal(found, wanted)
 
 
+def cut_later(w, mesh, spec):
+    """`qjax.shard`; of a `Stream` where the words of this device are not cut so."""
+    with contextlib.suppress(ValueError):
+        return qjax.shard(w, mesh, spec)
+    return qjax.shard(qjax.prepare(w, layout=Stream()), mesh, spec)
+
+
 def first_layer(path, sharding=None):
     weights = checkpoints.lazy(path, sharding=sharding)
     return {name: weights[name] for name in weights if name in MODULES}
@@ -87,7 +97,7 @@ def test_equals_shard_of_load(kind, spec, mesh):
     found = first_layer(PATHS[kind], sharding=place)
     assert set(found) == set(MODULES)
     for name, w in whole.items():
-        assert_same(found[name], qjax.shard(w, mesh, spec))
+        assert_same(found[name], cut_later(w, mesh, spec))
 
 
 def write(directory, **tensors):
@@ -105,7 +115,7 @@ def test_rows_of_act_order_are_those_after_sorting(tmp_path, mesh):
     where = NamedSharding(mesh, spec)
     found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
     assert found.order is not None
-    assert_same(found, qjax.shard(checkpoints.load(path)[tiny.MODULE], mesh, spec))
+    assert_same(found, cut_later(checkpoints.load(path)[tiny.MODULE], mesh, spec))
 
 
 @pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")], ids=str)
@@ -122,7 +132,7 @@ def test_gemv_of_awq(tmp_path, mesh, spec):
     built.config["quantization_config"] = entry
     path, where = built.write(tmp_path), NamedSharding(mesh, spec)
     found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
-    assert_same(found, qjax.shard(checkpoints.load(path)[tiny.MODULE], mesh, spec))
+    assert_same(found, cut_later(checkpoints.load(path)[tiny.MODULE], mesh, spec))
 
 
 @pytest.mark.parametrize("spec", [P(None, "model"), P("data", "model")], ids=str)
@@ -142,7 +152,7 @@ def test_blocks_of_fp8(tmp_path, mesh, counted, n, k, spec):
         "weight_block_size": [32, 32],
     }
     path, where = built.write(tmp_path), NamedSharding(mesh, spec)
-    whole = qjax.shard(checkpoints.load(path)[tiny.MODULE], mesh, spec)
+    whole = cut_later(checkpoints.load(path)[tiny.MODULE], mesh, spec)
     counted.clear()
     found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
     assert_same(found, whole)
@@ -167,7 +177,7 @@ def test_blocks_of_fp8_that_shapes_tell(tmp_path, mesh, counted, method, spec):
     entry = {"quant_method": method, "quant_algo": "FP8_PB_WO"}
     built.config["quantization_config"] = entry
     path, where = built.write(tmp_path), NamedSharding(mesh, spec)
-    whole = qjax.shard(checkpoints.load(path)[tiny.MODULE], mesh, spec)
+    whole = cut_later(checkpoints.load(path)[tiny.MODULE], mesh, spec)
     counted.clear()
     found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
     assert_same(found, whole)
@@ -183,7 +193,7 @@ def test_modelopt(tmp_path, mesh, counted, name, spec):
         spec = P(None, "model")
         where = NamedSharding(mesh, spec)
     load = lambda **options: checkpoints.lazy(path, **options)[tiny.MODULE]  # noqa: E731
-    whole = qjax.shard(load(), mesh, spec)
+    whole = cut_later(load(), mesh, spec)
     counted.clear()
     assert_same(load(sharding=lambda _: where), whole)
     held = assembled.state(assembled.golden(f"modelopt/modelopt_{name}"))
@@ -202,7 +212,7 @@ def test_quark(tmp_path, mesh, counted, bits, size, symmetric, spec):
     w = qjax.quantize(jnp.asarray(dense), bits, size, symmetric)
     checkpoints.save(tmp_path / "x", {tiny.MODULE: w}, {}, format="quark")
     load = functools.partial(checkpoints.load, tmp_path / "x", prepare=False)
-    whole = qjax.shard(load()[tiny.MODULE], mesh, spec)
+    whole = cut_later(load()[tiny.MODULE], mesh, spec)
     held = sum(np.asarray(array).nbytes for array in quark.to_tensors(w).values())
     counted.clear()
     found = load(sharding=lambda _: NamedSharding(mesh, spec))[tiny.MODULE]
@@ -217,7 +227,7 @@ def test_llm_int8(tmp_path, mesh, counted, spec):
     w = bnb.quantize(jnp.asarray(dense), bits=8)
     checkpoints.save(tmp_path / "x", {tiny.MODULE: w}, {}, format="bitsandbytes")
     load = functools.partial(checkpoints.load, tmp_path / "x")
-    whole = qjax.shard(load()[tiny.MODULE], mesh, spec)
+    whole = cut_later(load()[tiny.MODULE], mesh, spec)
     counted.clear()
     found = load(sharding=lambda _: NamedSharding(mesh, spec))[tiny.MODULE]
     assert_same(found, whole)
@@ -232,7 +242,7 @@ def test_quanto(tmp_path, mesh, counted, bits, spec):
     w = qjax.quantize(jnp.asarray(dense), bits, None, symmetric=True)
     checkpoints.save(tmp_path / "x", {tiny.MODULE: w}, {}, format="quanto")
     load = functools.partial(checkpoints.load, tmp_path / "x")
-    whole = qjax.shard(load()[tiny.MODULE], mesh, spec)
+    whole = cut_later(load()[tiny.MODULE], mesh, spec)
     counted.clear()
     found = load(sharding=lambda _: NamedSharding(mesh, spec))[tiny.MODULE]
     assert_same(found, whole)
@@ -246,7 +256,7 @@ def test_what_quark_wrote(tmp_path, mesh, name):
     made = assembled.quark(name.removeprefix("quark_"))
     path, spec = made.checkpoint.write(tmp_path), P("data", "model")
     where = NamedSharding(mesh, spec)
-    whole = qjax.shard(checkpoints.lazy(path)[tiny.MODULE], mesh, spec)
+    whole = cut_later(checkpoints.lazy(path)[tiny.MODULE], mesh, spec)
     assert_same(checkpoints.lazy(path, sharding=lambda _: where)[tiny.MODULE], whole)
 
 
@@ -273,7 +283,7 @@ def test_mlx(tmp_path, mesh, counted, kind, spec, stacked):
     path, spec = built.write(tmp_path), P(*[None] * stacked, *spec)
     # Prepared: scales in two levels are not cut.
     load = functools.partial(checkpoints.load, path)
-    whole = qjax.shard(load()[tiny.MODULE], mesh, spec)
+    whole = cut_later(load()[tiny.MODULE], mesh, spec)
     counted.clear()
     found = load(sharding=lambda _: NamedSharding(mesh, spec))[tiny.MODULE]
     assert_same(found, whole)
@@ -286,7 +296,7 @@ def test_unprepared(tmp_path, mesh, prepare):
     where = NamedSharding(mesh, spec)
     load = lambda **options: checkpoints.load(path, prepare=prepare, **options)  # noqa: E731
     found = load(sharding=lambda _: where)[tiny.MODULE]
-    assert_same(found, qjax.shard(load()[tiny.MODULE], mesh, spec))
+    assert_same(found, cut_later(load()[tiny.MODULE], mesh, spec))
 
 
 def test_one_group_a_column(tmp_path, mesh):
@@ -299,7 +309,7 @@ def test_one_group_a_column(tmp_path, mesh):
     path, spec = built.write(tmp_path), P("data", "model")
     where = NamedSharding(mesh, spec)
     found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
-    assert_same(found, qjax.shard(checkpoints.load(path)[tiny.MODULE], mesh, spec))
+    assert_same(found, cut_later(checkpoints.load(path)[tiny.MODULE], mesh, spec))
 
 
 def test_first_sharding_that_fits(tmp_path, mesh):
@@ -310,8 +320,45 @@ def test_first_sharding_that_fits(tmp_path, mesh):
     found = checkpoints.load(
         path, sharding=lambda name: where[: 3 if "." in name else 1]
     )
-    assert found[tiny.MODULE].scale.sharding.spec == P("data", "model")
+    held = found[tiny.MODULE]
+    fits = P() if held.layout == Tiles() else P("data", "model")
+    assert held.scale.sharding.is_equivalent_to(NamedSharding(mesh, fits), 2)
     assert found["lm_head.weight"].sharding.spec == P("model")
+
+
+class TestOnAGPU:
+    """Words of `Tiles` are cut in pieces of 128 rows and 16 columns."""
+
+    @pytest.mark.parametrize(
+        ("k", "n", "specs", "layout", "taken"),
+        [
+            (256, 64, [P("data", "model")], Tiles(), 0),
+            (128, 64, [P("data", "model")], Stream(), 0),
+            (256, 48, [P("data", "model")], Stream(), 0),
+            (256, 40, [P(None, "model")], Stream(), 0),
+            # What the kernels read goes first.
+            (128, 64, [P("data"), P(None, "model")], Tiles(), 1),
+            (256, 48, [P(None, "model"), P()], Tiles(), 1),
+        ],
+        ids=str,
+    )
+    def test_what_is_cut_more_finely_is_a_stream(
+        self, tmp_path, mesh, as_on_gpu, k, n, specs, layout, taken
+    ):
+        path = write(tmp_path, **tiny.matrix(k=k, n=n))
+        where = [NamedSharding(mesh, spec) for spec in specs]
+        found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
+        assert found.layout == layout
+        whole = qjax.prepare(checkpoints.load(path)[tiny.MODULE], layout=layout)
+        assert_same(found, qjax.shard(whole, mesh, specs[taken]))
+
+    def test_what_no_layout_shares_is_refused(self, tmp_path, mesh, as_on_gpu, refuses):
+        path = write(tmp_path, **tiny.matrix(k=48, n=40))
+        specs = P("data"), P(None, ("data", "model"))
+        where = [NamedSharding(mesh, spec) for spec in specs]
+        with refuses("k of QTensor(48x40, 4 bits, group 16, Stream(), "):
+            checkpoints.load(path, sharding=lambda _: where[0])
+        assert checkpoints.load(path, sharding=lambda _: where[1])[tiny.MODULE].n == 40
 
 
 def test_refuses_with_the_name_of_the_weight(tmp_path, mesh, refuses):

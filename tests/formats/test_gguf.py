@@ -90,10 +90,11 @@ def test_reads_dequantizes_and_writes(name):
     same_weight(qt, data)
     same_bits(np.asarray(gguf.to_tensors(qt)["weight"]), data["raw"])
 
-    # Prepared it is another layout with plain scales, and the same weight.
+    # Prepared it is another layout, on a CPU with plain scales, and the same weight.
     prepared = qjax.prepare(qt)
-    assert prepared.layout == gptq.Stream()
-    assert not isinstance(prepared.scale, tensor.Encoded)
+    in_tiles = isinstance(prepared.layout, Tiles)
+    assert in_tiles or prepared.layout == gptq.Stream()
+    assert in_tiles or not isinstance(prepared.scale, tensor.Encoded)
     same_weight(prepared, data)
     moved = qjax.relayout(qt, gptq.Stream())
     same_bits(np.asarray(gguf.to_tensors(moved)["weight"]), data["raw"])

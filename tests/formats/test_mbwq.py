@@ -79,7 +79,7 @@ def test_what_upstream_derives(name):
 def test_matmul(name):
     data, qt = load(name), read(name)
     w = qjax.prepare(qt)
-    chex.assert_trees_all_equal(w.words, qt.words)
+    chex.assert_trees_all_equal(qjax.relayout(w, qt.layout).words, qt.words)
     x = data["x"].astype(np.float32)
     y = np.asarray(qjax.matmul(jnp.asarray(x), w)).astype(np.float64)
     # The layer rounds x * channel_scale to float16, and so does the reference.

@@ -97,3 +97,11 @@ def test_instructions(case, arch, compiled, budgets):
     assert kernel.spills == 0
     codes = case.k * case.n / (launch.threads * math.prod(launch.grid))
     budgets.check(case, arch, len(kernel.instructions) / codes, kernel.registers)
+
+
+@pytest.mark.parametrize("names", [("GPTQ", "Tiles"), ("Tiles", "GPTQ")], ids=str)
+@pytest.mark.parametrize("bits", [3, 6])
+def test_codes_of_several_planes_take_two_bytes(bits, names, compiled):
+    """XLA moves them: as bytes in one order, and in the other."""
+    case = Relayout(*names, bits=bits)
+    assert compiled(case, "sm_90").temporaries <= 2.01 * case.k * case.n

@@ -104,7 +104,8 @@ def test_rows_and_columns_are_in_the_order_of_the_kernel(einsum_str, shape, axes
     kernel = normal(shape)
     made = Einsum.from_kernel(einsum_str, kernel, group_size=16).kernel
     matrix = kernel.transpose(axes).reshape(made.shape)
-    chex.assert_trees_all_equal(made, qjax.quantize(matrix, 4, 16))
+    expected = qjax.prepare(qjax.quantize(matrix, 4, 16))
+    chex.assert_trees_all_equal(made, expected)
 
 
 @pytest.mark.parametrize("param_dtype", cases.FLOATS)
@@ -133,11 +134,11 @@ def test_new_layers_round_the_samples_of_flax():
     theirs = jax.jit(nn.Einsum(shape, einsum_str, **init).init)(KEY, x)
     ours = jax.jit(linen.Einsum(shape, einsum_str, group_size=16, **init).init)(KEY, x)
     expected = qjax.quantize(equation.matrix(theirs["params"]["kernel"]), 4, 16)
-    chex.assert_trees_all_equal(to_params(ours)["kernel"], expected)
+    chex.assert_trees_all_equal(to_params(ours)["kernel"], qjax.prepare(expected))
     twin = Einsum(einsum_str, shape, group_size=16, rngs=nnx.Rngs(3), **init)
     theirs = nnx.Einsum(einsum_str, shape, rngs=nnx.Rngs(3), **init)
     expected = qjax.quantize(equation.matrix(theirs.kernel[...]), 4, 16)
-    chex.assert_trees_all_equal(twin.kernel, expected)
+    chex.assert_trees_all_equal(twin.kernel, qjax.prepare(expected))
     init["kernel_init"] = None
     empty = linen.Einsum(shape, einsum_str, group_size=16, **init)
     abstract = jax.eval_shape(empty.init, KEY, x)

@@ -127,7 +127,7 @@ def test_columns_of_tiles(bits):
         )
         found = embedding.columns(w, index)
         assert found.words[0].shape == (*words.shape[:2], 1, 256)
-        chex.assert_trees_all_equal(qjax.codes(found)[:, :5], stored[:, index])
+        chex.assert_trees_all_equal(qjax.codes(found), stored[:, index])
         rows = jax.jit(lambda w: embedding.lookup(w, index, None))(w)
         chex.assert_trees_all_equal(rows, qjax.dequantize(w)[:, index].T)
 
@@ -289,10 +289,11 @@ def test_new_layers_round_the_samples_of_flax():
     theirs = nn.Embed(N, K, **init).init(KEY, ROWS)["params"]["embedding"]
     ours = linen.Embed(N, K, group_size=GROUP, **init).init(KEY, ROWS)
     expected = qjax.quantize(theirs.T, 4, GROUP)
-    chex.assert_trees_all_equal(to_params(ours)["embedding"], expected)
+    chex.assert_trees_all_equal(to_params(ours)["embedding"], qjax.prepare(expected))
     twin = Embed(N, K, group_size=GROUP, rngs=nnx.Rngs(3), **init)
     theirs = nnx.Embed(N, K, rngs=nnx.Rngs(3), **init).embedding[...]
-    chex.assert_trees_all_equal(twin.embedding, qjax.quantize(theirs.T, 4, GROUP))
+    expected = qjax.prepare(qjax.quantize(theirs.T, 4, GROUP))
+    chex.assert_trees_all_equal(twin.embedding, expected)
     empty = linen.Embed(N, K, group_size=GROUP, param_dtype=jnp.float16)
     abstract = jax.eval_shape(empty.init, KEY, ROWS)
     chex.assert_trees_all_equal_shapes_and_dtypes(abstract, ours)
@@ -335,6 +336,7 @@ def test_load_and_vmap():
         Embed.from_qtensor(stack)(ROWS)
 
 
+@pytest.mark.on_cpu
 def test_words_of_several_rows_are_declined():
     # Seven rows of codes fill no word along k, so that `prepare` leaves them there.
     w = tensor.build(

@@ -201,7 +201,8 @@ def test_prepare_may_be_called_again():
 def test_variables_and_dtypes():
     layer = layers("mbwq_exl2_b84_g32")[0]
     words = jax.tree.leaves(nnx.state(layer, Quantized))
-    assert {leaf.dtype for leaf in words} == {jnp.dtype("uint32"), jnp.dtype("int32")}
+    packed = layer.kernel.words[0].dtype
+    assert {leaf.dtype for leaf in words} == {packed, jnp.dtype("int32")}
     assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(layer, Scale))} == {
         jnp.dtype("float16")
     }

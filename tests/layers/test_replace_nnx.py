@@ -125,6 +125,7 @@ def test_the_report_tells_of_every_parameter(quantized):
     assert "QTensor(64x64, 4 bits, group 32" in text
 
 
+@pytest.mark.on_cpu
 def test_memory_report_counts_packed_bytes(quantized):
     report = qjax.memory_report(quantized)
     entries = {entry.path: entry for entry in report.entries}
@@ -224,7 +225,7 @@ def test_load_rounds_dense_weights_as_the_model_was():
     model, _ = quantize(abstract)
     weight = x(HEADS, HEAD, MODEL)
     qjax.layers.nnx.load(model, {"w": weight, "calls": jnp.zeros((), jnp.int32)})
-    expected = qjax.quantize(weight.reshape(-1, MODEL), 4, GROUP)
+    expected = qjax.prepare(qjax.quantize(weight.reshape(-1, MODEL), 4, GROUP))
     jax.tree.map(
         np.testing.assert_array_equal,
         nnx.as_pure(wrapped.packed_weights(model)["w"]),
@@ -277,7 +278,8 @@ def test_load_of_a_stack_wants_all_axes():
 
     model, _ = quantize(make(jax.random.split(jax.random.key(0), 3)))
     qjax.layers.nnx.load(model, {"kernel": x(3, 4, 16, 8)})
-    expected = qjax.quantize(x(3, 4, 16, 8).reshape(3, 64, 8), 4, GROUP)
+    matrices = x(3, 4, 16, 8).reshape(3, 64, 8)
+    expected = qjax.prepare(qjax.quantize(matrices, 4, GROUP))
     chex.assert_trees_all_equal(nnx.as_pure(model.packed["kernel"]), expected)
     with pytest.raises(ValueError, match=r"must have \(3, 4, 16, 8\)"):
         qjax.layers.nnx.load(model, {"kernel": x(4, 16, 8)})

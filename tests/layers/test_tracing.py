@@ -13,6 +13,7 @@ import pytest
 from jax.ad_checkpoint import checkpoint_name
 
 import qjax
+from qjax.formats.tiles import Tiles
 from qjax.layers.tracing import interpreter, uses
 from qjax.layers.tracing.held import dense
 from qjax.layers.tracing.views import Atom, Form, View
@@ -184,7 +185,7 @@ def packed(case: Case) -> tuple[qjax.QTensor, Form]:
     form = Form(case.shape, case.rows, case.columns)
     size = math.prod(case.shape)
     weight = jnp.sin(jnp.arange(size, dtype=jnp.float32) ** 1.5).reshape(case.shape)
-    return qjax.quantize(form.matrix(weight), 4, 32), form
+    return qjax.prepare(qjax.quantize(form.matrix(weight), 4, 32)), form
 
 
 def hold(weight: qjax.QTensor, form: Form) -> interpreter.Held:
@@ -395,7 +396,7 @@ def test_rows_are_filled_with_any_number():
 def test_matrices_that_do_not_exist_are_as_of_the_dense_stack(name, symmetric):
     form = Form((40, 32, 8), (1,), (2,))
     stack = form.matrix(jnp.sin(jnp.arange(40 * 32 * 8.0)).reshape(form.shape))
-    held = hold(qjax.quantize(stack, 4, 32, symmetric), form)
+    held = hold(qjax.prepare(qjax.quantize(stack, 4, 32, symmetric)), form)
 
     def each(w):
         return jnp.einsum("td,tdf->tf", x(7, 32), GATHERS[name](w, OUTSIDE))
@@ -447,6 +448,16 @@ def test_what_has_no_packed_form_is_done_densely_with_a_warning(operation):
     same(found, expected)
 
 
+def test_columns_that_fill_no_unit_of_tiles_stay_packed():
+    weight, form = packed(Case((32, 5, 8), (0,), (1, 2), lambda w: w))
+    held = hold(qjax.relayout(weight, Tiles()), form)
+
+    def some(w):
+        return jnp.einsum("td,dnh->tnh", x(3, 32), w[:, :, :3])
+
+    same(on_packed(some, held), on_dense(some, held))
+
+
 def test_a_product_of_two_weights_multiplies_one_of_them_packed():
     weight, form = packed(CASES["shared-by-a-scan"])
     held = hold(weight, form)
@@ -482,11 +493,12 @@ def test_integers_and_arrays_of_others_pass_through():
     same(found["x"], x(2))
 
 
+@pytest.mark.on_cpu
 def test_the_dense_weight_is_in_no_program():
     """Above 4 MiB in float32, where `qjax.matmul` does not form a weight either."""
     form = Form((16, 128, 1024), (0, 1), (2,))
     shape = jax.ShapeDtypeStruct((2048, 1024), jnp.float32)
-    weight = jax.eval_shape(lambda w: qjax.quantize(w, 4, 128), shape)
+    weight = jax.eval_shape(lambda w: qjax.prepare(qjax.quantize(w, 4, 128)), shape)
 
     def product(weight, rows):
         held = hold(weight, form)

@@ -280,8 +280,11 @@ def remat(layer, _):
 def exported(layer, _):
     leaves, tree = jax.tree.flatten(layer.params)
     run = jax.jit(lambda leaves, x: layer.apply(tree.unflatten(leaves), x))
-    # For the GPU too, on a machine that need not have one.
-    blob = export.export(run, platforms=("cpu", "cuda"))(leaves, layer.x).serialize()
+    # For the GPU too, on a machine that need not have one. Of weights in Tiles, JAX
+    # would lower kernels for the CPU as well.
+    in_tiles = any(leaf.dtype == jnp.uint16 for leaf in leaves)
+    platforms = ("cpu",) if in_tiles else ("cpu", "cuda")
+    blob = export.export(run, platforms=platforms)(leaves, layer.x).serialize()
     close(export.deserialize(blob).call(leaves, layer.x), layer.y)
 
 

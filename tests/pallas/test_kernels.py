@@ -583,6 +583,7 @@ class TestDispatch:
         assert str(jaxpr).count("pallas_call[") == 1
 
     @pytest.mark.cpu
+    @pytest.mark.on_cpu
     def test_elsewhere_the_product_is_that_of_xla(self):
         matrix = oracle.random(0, 128, 40, dtype=F16)
         w, x = in_tiles(matrix), jnp.asarray(rows(3, 128), jnp.bfloat16)

@@ -259,6 +259,7 @@ def test_scan_over_stacked_layers():
     chex.assert_trees_all_close(found, x, atol=1e-5)
 
 
+@pytest.mark.on_cpu
 def test_the_frozen_weight_is_never_dense_in_a_step():
     """Words, activations and adapters: no array of the weight's size in float."""
     base = Linear(2048, 2048, bits=4, group_size=128)

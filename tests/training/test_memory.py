@@ -49,6 +49,7 @@ def traced(_):
     return qjax.quantize_model(nnx.List(layers), qjax.Spec(bits=4, group_size=128))
 
 
+@pytest.mark.on_cpu
 @pytest.mark.parametrize("method", ["lora", "lora-traced", "scales"])
 def test_no_dense_weight(method, optax_promotion):
     if method.startswith("lora"):

@@ -22,10 +22,10 @@ class Embed(Packed):
 
     Example:
       >>> from qjax.layers.nnx import Embed
-      >>> table = jax.random.normal(jax.random.key(0), (1000, 64))
+      >>> table = jax.random.normal(jax.random.key(0), (1000, 128))
       >>> layer = Embed.from_embedding(table, bits=4, group_size=32)
       >>> layer.embedding.shape, layer.embedding.nbytes < table.nbytes / 6
-      ((64, 1000), True)
+      ((128, 1000), True)
       >>> rows = layer(jnp.array([[3, 1, 4]]))
       >>> bool((rows[0, 0] == qjax.dequantize(layer.embedding)[:, 3]).all())
       True
@@ -34,7 +34,7 @@ class Embed(Packed):
 
       An empty one, for `load`.
 
-      >>> layer = Embed(num_embeddings=1000, features=64, group_size=32)
+      >>> layer = Embed(num_embeddings=1000, features=128, group_size=32)
       >>> layer.load(qjax.quantize(table.T, bits=3, group_size=64))
 
     Args:

@@ -17,7 +17,6 @@ from jax.lax import GatherScatterMode
 from jaxtyping import Array
 
 from qjax import ops
-from qjax.formats.tiles import SIDE, Tiles
 from qjax.layers import embedding
 from qjax.layers.beside import Beside, Factored, add
 from qjax.layers.tracing.views import COLUMN, ROW, Atom, View, in_order, sizes
@@ -288,8 +287,6 @@ def _columns(held: Held, atom: Atom, start: int, count: int) -> Held | None:
     weight = held.weight
     place = np.arange(weight.n) // atom.stride % atom.size
     index = np.flatnonzero((place >= start) & (place < start + count))
-    if isinstance(weight.layout, Tiles) and len(index) % SIDE:
-        return None
 
     def narrow(old: Atom) -> tuple[Atom, ...]:
         if old == atom:
