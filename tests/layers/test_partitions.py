@@ -82,11 +82,16 @@ class Model(nnx.Module):
 X = x(1, 3, MODEL)
 
 
-def specs_of(model) -> dict[str, list]:
-    """Specs of the arrays of all packed weights, words and scales and zeros."""
+def names(spec: P) -> tuple[str, ...]:
+    """The names in a spec: of words, whose axes depend on the layout."""
+    return tuple(filter(None, spec))
+
+
+def specs_of(model) -> dict[str, tuple]:
+    """Specs of the scales and zeros of all packed weights, and `names` of words."""
     specs = nnx.get_partition_spec(nnx.state(model, (nnx.Param, Words)))
     return {
-        "/".join(map(str, path)): spec
+        "/".join(map(str, path)): names(spec) if "words" in path else spec
         for path, spec in nnx.to_flat_state(nnx.as_pure(specs))
         if "packed" in path
     }
@@ -100,8 +105,8 @@ def test_nnx_tells_the_specs_of_packed_weights():
     specs = specs_of(model)
     assert len(specs) == 9
     for path, spec in specs.items():
-        by_rows = path.startswith("o/")
-        assert spec == (P("model", None) if by_rows else P(None, "model")), path
+        of_scales = P("model", None) if path.startswith("o/") else P(None, "model")
+        assert spec == (("model",) if "words" in path else of_scales), path
 
 
 def test_rules_of_names_go_with_them():
@@ -116,8 +121,8 @@ def test_a_model_is_cut_as_its_specs_say():
     state = nnx.state(model)
     placed = jax.device_put(state, nnx.get_named_sharding(state, MESH))
     nnx.update(model, placed)
-    words = nnx.as_pure(model.up.packed).words[0]
-    assert words.sharding.shard_shape(words.shape) == (words.shape[0], WIDE // 2)
+    scale = nnx.as_pure(model.up.packed).scale
+    assert scale.sharding.shard_shape(scale.shape) == (len(scale), WIDE // 2)
     same(nnx.jit(lambda model, x: model(x))(model, X), expected)
 
 
@@ -125,7 +130,7 @@ def test_an_abstract_model_says_so_and_keeps_it_when_it_is_filled():
     dense = Model("model")
     abstract = qjax.quantize_model(nnx.eval_shape(lambda: Model("model")), SPEC, X)
     specs = specs_of(abstract)
-    assert set(specs.values()) == {P(None, "model"), P("model", None)}
+    assert set(specs.values()) == {P(None, "model"), P("model", None), ("model",)}
     weights = {
         path: jnp.asarray(np.asarray(node[...]))
         for path, node in (("up/kernel", dense.up.kernel), ("q/w", dense.q.w))
@@ -187,7 +192,8 @@ def test_layers_that_are_mapped_name_their_axis_too():
 
     dense = make(nnx.Rngs(0))
     layers = qjax.quantize_model(dense, SPEC)
-    assert set(specs_of(layers).values()) == {P("layers", None, "model")}
+    expected = {P("layers", None, "model"), ("layers", "model")}
+    assert set(specs_of(layers).values()) == expected
 
     @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry, transform_metadata=metadata)
     def run(layer, x):
@@ -243,11 +249,11 @@ BOXES = [nn.with_partitioning, nn.with_logical_partitioning]
 def test_linen_tells_the_specs_of_packed_weights(box):
     model, _, module, packed = linen(box)
     specs = nn.get_partition_spec(packed)
-    names = specs["quantized"]["up"]["kernel"]
-    assert (names.words, names.zero) == ((P(None, "model"),), P(None, "model"))
+    up = specs["quantized"]["up"]["kernel"]
+    assert (names(up.words[0]), up.zero) == (("model",), P(None, "model"))
     assert specs["params"]["up"]["kernel"] == {"scale": P(None, "model")}
     (stack,) = specs["quantized"]["layers"]["Dense_0"]["kernel"].words
-    assert stack == P("layers", None, "model")
+    assert names(stack) == ("layers", "model")
     params = {"params": foreign.dequantized_params(module, packed)}
     same(module.apply(packed, x(3, MODEL)), model.apply(params, x(3, MODEL)))
     bare = qjax.memory_report(nn.meta.unbox(packed))
@@ -261,8 +267,8 @@ def test_linen_variables_are_cut_as_their_specs_say(box):
     specs = nn.get_partition_spec(packed)
     shardings = nn.logical_to_mesh_sharding(specs, MESH, rules)
     placed = jax.device_put(nn.meta.unbox(packed), shardings)
-    words = placed["quantized"]["up"]["kernel"].words[0]
-    assert words.sharding.shard_shape(words.shape) == (words.shape[0], WIDE // 2)
+    scale = placed["params"]["up"]["kernel"]["scale"]
+    assert scale.sharding.shard_shape(scale.shape) == (len(scale), WIDE // 2)
     same(jax.jit(module.apply)(placed, x(3, MODEL)), module.apply(packed, x(3, MODEL)))
 
 

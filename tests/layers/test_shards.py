@@ -16,6 +16,7 @@ from qjax.layers.tracing.held import dense
 from tests.layers.foreign import SPEC, same, x
 from tests.layers.test_tracing import Case, hold, packed
 
+# A shard in the layout of GPUs has at least 128 rows and 16 columns.
 MESH = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
 
 
@@ -48,7 +49,7 @@ def cut_output(x, w):
 
 CASES = {
     "columns": Case(
-        (64, 48),
+        (64, 64),
         (0,),
         (1,),
         lambda w: mapped(jnp.matmul, P("data"), P(None, "model"), P("data", "model"))(
@@ -56,20 +57,20 @@ CASES = {
         ),
     ),
     "rows": Case(
-        (128, 24),
+        (512, 24),
         (0,),
         (1,),
         lambda w: mapped(summed(jnp.matmul), P("data", "model"), P("model"), P("data"))(
-            x(4, 128), w
+            x(4, 512), w
         ),
     ),
     "both": Case(
-        (128, 24),
+        (512, 32),
         (0,),
         (1,),
         lambda w: mapped(
             summed(jnp.matmul), P(None, "model"), P("model", "data"), P(None, "data")
-        )(x(4, 128), w),
+        )(x(4, 512), w),
     ),
     "replicated": Case(
         (64, 24),
@@ -78,24 +79,24 @@ CASES = {
         lambda w: mapped(jnp.matmul, P("data"), P(), P("data"))(x(4, 64), w),
     ),
     "heads": Case(
-        (64, 4, 8),
+        (64, 4, 16),
         (0,),
         (1, 2),
         lambda w: mapped(heads, P(), P(None, "model"), P(None, None, "model"))(
             x(2, 3, 64), w
         ),
     ),
-    "output": Case((8, 16, 24), (0, 1), (2,), lambda w: cut_output(x(2, 3, 8, 16), w)),
+    "output": Case((8, 64, 24), (0, 1), (2,), lambda w: cut_output(x(2, 3, 8, 64), w)),
     "one head each": Case(
-        (4, 32, 24), (0, 1), (2,), lambda w: cut_output(x(2, 3, 4, 32), w)
+        (4, 128, 24), (0, 1), (2,), lambda w: cut_output(x(2, 3, 4, 128), w)
     ),
     "transposed": Case(
-        (24, 128),
+        (24, 512),
         (1,),
         (0,),
         lambda w: mapped(
             summed(lambda x, w: x @ w.T), P(None, "model"), P(None, "model"), P()
-        )(x(4, 128), w),
+        )(x(4, 512), w),
     ),
     "experts": Case(
         (8, 64, 8),
@@ -112,7 +113,7 @@ CASES = {
         ),
     ),
     "unchecked": Case(
-        (64, 48),
+        (64, 64),
         (0,),
         (1,),
         lambda w: mapped(
@@ -192,8 +193,8 @@ class Parallel(nnx.Module):
     """A feed-forward block that is cut by hand."""
 
     def __init__(self):
-        self.up = nnx.Param(x(64, 128))
-        self.down = nnx.Param(x(128, 64))
+        self.up = nnx.Param(x(64, 512))
+        self.down = nnx.Param(x(512, 64))
 
     def __call__(self, x):
         def block(x, up, down):
