@@ -14,7 +14,6 @@ all blocks; the gradients are loops there, too.
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
-from jaxtyping import Array, Bool, Float, Int32, Integer
+from jaxtyping import Array, Bool, Float, Int32, Integer, Num
 
 from qjax import dispatch, ops, pallas, product, sharding, watched
 from qjax.dispatch import Choice
@@ -31,7 +30,6 @@ from qjax.meshes import (
     explicitly_like,
     gathered,
     on_mesh_of,
-    shares,
     vary_together,
     whole,
 )
@@ -109,18 +107,6 @@ def _check(x: Array, w: QTensor, group_sizes: Array) -> None:
             f"group_sizes must be integers {w.batch}, as w.shape={w.shape}; got "
             f"{group_sizes.dtype}{group_sizes.shape}."
         )
-    if shares(w.words[0])[0] > 1:
-        _warn_of_gathering(w.shape)
-
-
-@functools.lru_cache
-def _warn_of_gathering(shape: tuple[int, ...]) -> None:
-    warnings.warn(
-        f"w.shape={shape} is cut along its experts, and so every device gets all of "
-        "its words at each call of ragged_matmul; cut along k or n, as by "
-        "qjax.shard(w, mesh, P(None, None, 'model')), they stay where they are.",
-        stacklevel=4,
-    )
 
 
 def experts_of(
@@ -161,7 +147,7 @@ class _Blocks(NamedTuple):
 
     Attributes:
       expert: Of every block.
-      used: Number of blocks that hold tokens; they come first.
+      after: How many blocks the tokens of an expert and of those before it take.
       token: Of every row of a block.
       inside: Whether that row holds a token.
       place: Of every token, among the rows of all blocks.
@@ -169,11 +155,20 @@ class _Blocks(NamedTuple):
     """
 
     expert: Int32[Array, " blocks"]
-    used: Int32[Array, ""]
+    after: Int32[Array, " experts"]
     token: Int32[Array, "blocks block_m"]
     inside: Bool[Array, "blocks block_m"]
     place: Int32[Array, " t"]
     has_expert: Bool[Array, " t"]
+
+    def rows(self, tokens: Num[Array, "t k"]) -> Num[Array, "blocks block_m k"]:
+        """The tokens of every block, and zeros in the rows that hold none."""
+        return jnp.where(self.inside[..., None], tokens[self.token], 0)
+
+    def tokens(self, rows: Num[Array, "blocks block_m n"]) -> Num[Array, "t n"]:
+        """Inverse of `rows`, and its transpose; zeros for tokens in no block."""
+        flat = rows.reshape(-1, rows.shape[-1])
+        return jnp.where(self.has_expert[:, None], flat[self.place], 0)
 
 
 def _plan(group_sizes: Array, t: int) -> _Blocks:
@@ -194,7 +189,7 @@ def _plan(group_sizes: Array, t: int) -> _Blocks:
     place = (after - held)[own] * block_m + jnp.arange(t, dtype=jnp.int32) - starts[own]
     return _Blocks(
         expert=expert,
-        used=after[-1],
+        after=after,
         token=jnp.minimum(token, t - 1),
         inside=token < ends[expert][:, None],
         place=place,
@@ -212,27 +207,12 @@ def _block_rows(t: int, experts: int) -> int:
 def _apply(
     x: Array, w: QTensor, group_sizes: Array, implementation: str | None
 ) -> Array:
-    t = len(x)
-    if not t:
+    if not len(x):
         return jnp.zeros((0, w.n), x.dtype)
     with on_mesh_of((x, w)):
-        # A block has tokens of any device.
-        x, group_sizes = gathered((x, group_sizes))
-        blocks = _plan(group_sizes, t)
-        rows = _rows(blocks, x)
-        if w.input_scale is not None:
-            scale = gathered(w.input_scale).astype(jnp.float32)[blocks.expert]
-            rows = rows.astype(jnp.float32) * scale[:, None]
+        blocks = _plan(gathered(group_sizes), len(x))
         choice = Choice(implementation, kernels=x.dtype != jnp.float32, dtype=x.dtype)
-        bare = dataclasses.replace(ops.readable(w), input_scale=None)
-        operands = vary_together(rows, bare, blocks.expert, blocks.used)
-        y = _products(*operands, choice).reshape(-1, w.n)
-        return jnp.where(blocks.has_expert[:, None], y[blocks.place], 0)
-
-
-def _rows(blocks: _Blocks, x: Array) -> Array:
-    """The tokens of every block, and zeros in the rows that hold none."""
-    return jnp.where(blocks.inside[..., None], x[blocks.token], 0)
+        return _products(*vary_together(x, ops.readable(w), blocks), choice)
 
 
 @jax.custom_vjp
@@ -250,12 +230,12 @@ def _seen_backward(residuals: tuple[Array, Array], dx: Array) -> tuple:
     gram = jnp.zeros((len(group_sizes), x.shape[1], x.shape[1]), jnp.float32)
     if len(x):
         blocks = _plan(group_sizes, len(x))
-        rows = _rows(blocks, x)
+        rows = blocks.rows(x)
 
         def add(b: Array, gram: Array) -> Array:
             return gram.at[blocks.expert[b]].add(watched.outer(rows[b]))
 
-        gram = lax.fori_loop(0, blocks.used, add, gram)
+        gram = lax.fori_loop(0, blocks.after[-1], add, gram)
     return dx, gram, np.zeros(group_sizes.shape, jax.dtypes.float0)
 
 
@@ -264,86 +244,137 @@ _seen.defvjp(_seen_forward, _seen_backward)
 
 # A block's product is y = x W of its expert, and with g its cotangent
 #   dx = g W^T,   dW = sum over the expert's blocks of x^T g.
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _products(
-    rows: Float[Array, "blocks block_m k"],
-    w: QTensor,
-    expert: Int32[Array, " blocks"],
-    used: Int32[Array, ""],
-    choice: Choice,
-) -> Float[Array, "blocks block_m n"]:
-    """Multiplies each block that holds tokens by its expert; the others give zeros."""
+    x: Float[Array, "t k"], w: QTensor, blocks: _Blocks, choice: Choice
+) -> Float[Array, "t n"]:
+    """Multiplies each token in a block by its expert; the others give zeros."""
+    operands, named = _operands(w, x, blocks)
     return over_devices(
         functools.partial(_forward, choice),
-        (w, rows, expert, used),
-        _names(w),
-        P(None, None, "n"),
-        product.units_of(w),
+        operands,
+        named,
+        P(None, "n"),
+        sharding.units(w),
         summand=functools.partial(_forward, choice.wide),
     )
 
 
-def _names(w: QTensor) -> tuple[Any, ...]:
-    """What `over_devices` must know of the operands ``(w, rows, expert, used)``."""
-    of_rows = P(None, None, product.inputs_of(w))
-    return sharding.names(w), of_rows, P(None), P()
+def _operands(w: QTensor, x: Array, blocks: _Blocks) -> tuple[tuple, tuple]:
+    """What a device takes, and what `over_devices` must know of it.
+
+    All tokens and blocks, and the numbers of the experts that it holds.
+    """
+    numbers = jnp.arange(w.batch[0], dtype=jnp.int32)
+    of_blocks = jax.tree.map(lambda array: P(*[None] * array.ndim), blocks)
+    of_x = P(None, product.inputs_of(w))
+    return (w, x, blocks, numbers), (sharding.names(w), of_x, of_blocks, P("b0"))
 
 
-def _in_order(rows: Array, order: Array | None, expert: Array) -> Array:
-    """Puts the inputs of every block into the order of its expert's rows."""
+class _Share(NamedTuple):
+    """The blocks that a device multiplies: those of the experts that it holds.
+
+    Attributes:
+      index: Of every block, which of these experts it has; of others' blocks, any.
+      begin: The first of its blocks, which follow each other.
+      end: The first that is not.
+    """
+
+    index: Int32[Array, " blocks"]
+    begin: Int32[Array, ""]
+    end: Int32[Array, ""]
+
+    @classmethod
+    def of(cls, blocks: _Blocks, numbers: Int32[Array, " held"]) -> "_Share":
+        """The share of a device that holds the experts of these numbers."""
+        first, last = numbers[0], numbers[-1]
+        before = jnp.where(first > 0, blocks.after[jnp.maximum(first - 1, 0)], 0)
+        index = jnp.clip(blocks.expert - first, 0, len(numbers) - 1)
+        return cls(index, before, blocks.after[last])
+
+    @property
+    def matrix(self) -> Int32[Array, " blocks"]:
+        """The index, and -1 for blocks that are left out."""
+        block = jnp.arange(len(self.index), dtype=jnp.int32)
+        is_own = (self.begin <= block) & (block < self.end)
+        return jnp.where(is_own, self.index, -1)
+
+
+def _inputs(
+    rows: Array, input_scale: Array | None, order: Array | None, index: Array
+) -> Array:
+    """What a product takes of blocks: scaled, in the order of their experts' rows."""
+    if input_scale is not None:
+        scale = input_scale.astype(jnp.float32)[index]
+        rows = rows.astype(jnp.float32) * scale[:, None]
     if order is None:
         return rows
-    return jnp.take_along_axis(rows, order[expert][:, None], axis=2)
+    return jnp.take_along_axis(rows, order[index][:, None], axis=2)
+
+
+def _stored(w: QTensor) -> tuple[QTensor, Array | None]:
+    return product.stored(dataclasses.replace(w, input_scale=None))
 
 
 def _forward(
-    choice: Choice, w: QTensor, rows: Array, expert: Array, used: Array
+    choice: Choice, w: QTensor, x: Array, blocks: _Blocks, numbers: Array
 ) -> Array:
-    def one_by_one(rows: Array, w: QTensor, expert: Array, used: Array) -> Array:
+    def one_by_one(rows: Array, w: QTensor, share: _Share) -> Array:
         def one(b: Array) -> Array:
-            matrix, index = dispatch.native(w, expert[b])
+            matrix, index = dispatch.native(w, share.index[b])
             return dispatch.multiply(choice, matrix, rows[b], index)
 
-        return _each(one, rows, used)
+        return _each(one, rows, share)
 
-    def in_one_launch(rows: Array, w: QTensor, expert: Array, used: Array) -> Array:
-        index = jnp.where(jnp.arange(len(expert)) < used, expert, -1)
-        return pallas.fused_blocks(rows, w, index, choice.dtype)
+    def in_one_launch(rows: Array, w: QTensor, share: _Share) -> Array:
+        return pallas.fused_blocks(rows, w, share.matrix, choice.dtype)
 
-    w, order = product.stored(w)
-    operands = _in_order(rows, order, expert), w, expert, used
-    if dispatch.goes_to_kernels(w, choice):
+    share, (bare, order) = _Share.of(blocks, numbers), _stored(w)
+    rows = _inputs(blocks.rows(x), w.input_scale, order, share.index)
+    operands = rows, bare, share
+    if dispatch.goes_to_kernels(bare, choice):
         # The platform is known when the program is lowered, not here.
-        return lax.platform_dependent(*operands, cuda=in_one_launch, default=one_by_one)
-    return one_by_one(*operands)
+        y = lax.platform_dependent(
+            *operands, cuda=in_one_launch, default=one_by_one
+        )
+    else:
+        y = one_by_one(*operands)
+    return blocks.tokens(y)
 
 
 def _backward(
-    choice: Choice, w: QTensor, rows: Array, expert: Array, used: Array, dy: Array
-) -> Array:
-    w, order = product.stored(w)
+    choice: Choice, w: QTensor, x: Array, blocks: _Blocks, numbers: Array, dy: Array
+) -> tuple[Array, Array | None]:
+    """The cotangents of tokens and input scale."""
+    share, (bare, order) = _Share.of(blocks, numbers), _stored(w)
+    dy = blocks.rows(dy)
 
     def one(b: Array) -> Array:
-        return dispatch.multiply_t(choice, *_of_block(w, dy, expert, b))
+        return dispatch.multiply_t(choice, *_of_block(bare, dy, share, b))
 
-    back = jax.linear_transpose(lambda rows: _in_order(rows, order, expert), rows)
-    (dx,) = back(_each(one, dy, used).astype(rows.dtype))
-    return dx
+    def inputs(rows: Array, input_scale: Array | None) -> Array:
+        return _inputs(rows, input_scale, order, share.index)
+
+    rows = blocks.rows(x).astype(jnp.float32)
+    _, back = jax.vjp(inputs, rows, w.input_scale)
+    of_rows, of_scale = back(_each(one, dy, share))
+    return blocks.tokens(of_rows).astype(choice.dtype), of_scale
 
 
 def _leaf_gradients(
-    choice: Choice, w: QTensor, rows: Array, expert: Array, used: Array, dy: Array
+    choice: Choice, w: QTensor, x: Array, blocks: _Blocks, numbers: Array, dy: Array
 ) -> dict[str, Any]:
-    bare, order = product.stored(w)
-    xs = _in_order(rows, order, expert)
+    share, (bare, order) = _Share.of(blocks, numbers), _stored(w)
+    rows = _inputs(blocks.rows(x), w.input_scale, order, share.index)
+    dy = blocks.rows(dy)
 
     def leaves(b: Array) -> dict[str, Array]:
-        matrix, cotangent, index = _of_block(bare, dy, expert, b)
-        return dispatch.leaf_gradients(choice, matrix, xs[b], cotangent, index)
+        matrix, cotangent, index = _of_block(bare, dy, share, b)
+        return dispatch.leaf_gradients(choice, matrix, rows[b], cotangent, index)
 
     def add(b: Array, total: dict[str, Array]) -> dict[str, Array]:
         return {
-            name: total[name].at[expert[b]].add(gradient)
+            name: total[name].at[share.index[b]].add(gradient)
             for name, gradient in leaves(b).items()
         }
 
@@ -353,57 +384,62 @@ def _leaf_gradients(
         for name, like in abstract.items()
     }
     start, _ = vary_together(start, rows)
-    total = lax.fori_loop(0, used, add, start)
+    total = lax.fori_loop(share.begin, share.end, add, start)
     return {name: product.as_in(w, name, array) for name, array in total.items()}
 
 
 def _of_block(
-    w: QTensor, dy: Array, expert: Array, b: Array
+    w: QTensor, dy: Array, share: _Share, b: Array
 ) -> tuple[QTensor, Array, Array | None]:
     """The matrix of a block, its cotangent, and where the matrix is a stack's."""
-    matrix, index = dispatch.native(w, expert[b])
+    matrix, index = dispatch.native(w, share.index[b])
     return matrix, dy[b], index
 
 
-def _each(one: Callable[[Array], Array], rows: Array, used: Array) -> Array:
-    """Stacks ``one(b)`` of the first ``used`` blocks, and zeros for the others."""
+def _each(one: Callable[[Array], Array], rows: Array, share: _Share) -> Array:
+    """Stacks ``one(b)`` of the blocks of a device, and zeros for the others."""
     like = jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32))
     out = jnp.zeros((len(rows), *like.shape), like.dtype)
     out, _ = vary_together(out, rows)
-    return lax.fori_loop(0, used, lambda b, out: out.at[b].set(one(b)), out)
+    step = lambda b, out: out.at[b].set(one(b))  # noqa: E731
+    return lax.fori_loop(share.begin, share.end, step, out)
 
 
-def _products_forward(
-    rows: Array, w: QTensor, expert: Array, used: Array, choice: Choice
-) -> tuple:
-    return _products(rows, w, expert, used, choice), (rows, w, expert, used)
+def _products_forward(x: Array, w: QTensor, blocks: _Blocks, choice: Choice) -> tuple:
+    return _products(x, w, blocks, choice), (x, w, blocks)
 
 
 def _products_backward(choice: Choice, residuals: tuple, dy: Array) -> tuple:
-    rows, w, expert, used = residuals
-    operands = w, rows, expert, used, dy.astype(jnp.float32)
-    of_operands = (*_names(w), P(None, None, "n"))
-    dx = over_devices(
-        functools.partial(_backward, choice),
-        operands,
-        of_operands,
-        of_operands[1],
-        product.units_of(w),
+    x, w, blocks = residuals
+    operands, named = _operands(w, x, blocks)
+    operands, named = (*operands, dy.astype(jnp.float32)), (*named, P(None, "n"))
+    of_w, of_x, *_ = named
+    units = sharding.units(w)
+    over = functools.partial(
+        over_devices, operands=operands, named=named, units=units
     )
+    dx = over(
+        lambda *operands: _backward(choice, *operands)[0],
+        results=of_x,
+        summand=lambda *operands: _backward(choice.wide, *operands)[0],
+    )
+    # Each in a loop of its own, which is left out where nobody asks for these.
     names = product.float_leaves(w)
-    # In a loop of its own, which is left out where nobody asks for these.
-    gradients = over_devices(
+    gradients = over(
         functools.partial(_leaf_gradients, choice),
-        operands,
-        of_operands,
-        product.float_arrays(of_operands[0], names),
-        product.units_of(w),
+        results=product.float_arrays(of_w, names),
     )
+    if w.input_scale is not None:
+        names.append("input_scale")
+        gradients["input_scale"] = over(
+            lambda *operands: _backward(choice, *operands)[1],
+            results=of_w.input_scale,
+        )
     leaves = product.float_arrays(w, names)
-    dx, gradients = explicitly_like((dx, gradients), (rows, leaves))
+    dx, gradients = explicitly_like((dx, gradients), (x, leaves))
     cast = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, leaves)
-    integers = (np.zeros(a.shape, jax.dtypes.float0) for a in (expert, used))
-    return dx, product.cotangent(w, cast), *integers
+    integers = jax.tree.map(lambda a: np.zeros(a.shape, jax.dtypes.float0), blocks)
+    return dx, product.cotangent(w, cast), integers
 
 
 _products.defvjp(_products_forward, _products_backward)

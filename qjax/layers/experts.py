@@ -202,7 +202,8 @@ def apply(
     if bias is None:
         return y
     expert, has_expert = ragged.experts_of(group_sizes, len(y))
-    return y + jnp.where(has_expert[:, None], jnp.asarray(bias, dtype)[expert], 0)
+    bias = gathered(jnp.asarray(bias, dtype))
+    return y + jnp.where(has_expert[:, None], bias[expert], 0)
 
 
 def factored(
