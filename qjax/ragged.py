@@ -334,9 +334,7 @@ def _forward(
     operands = rows, bare, share
     if dispatch.goes_to_kernels(bare, choice):
         # The platform is known when the program is lowered, not here.
-        y = lax.platform_dependent(
-            *operands, cuda=in_one_launch, default=one_by_one
-        )
+        y = lax.platform_dependent(*operands, cuda=in_one_launch, default=one_by_one)
     else:
         y = one_by_one(*operands)
     return blocks.tokens(y)
@@ -415,9 +413,7 @@ def _products_backward(choice: Choice, residuals: tuple, dy: Array) -> tuple:
     operands, named = (*operands, dy.astype(jnp.float32)), (*named, P(None, "n"))
     of_w, of_x, *_ = named
     units = sharding.units(w)
-    over = functools.partial(
-        over_devices, operands=operands, named=named, units=units
-    )
+    over = functools.partial(over_devices, operands=operands, named=named, units=units)
     dx = over(
         lambda *operands: _backward(choice, *operands)[0],
         results=of_x,

@@ -1,6 +1,7 @@
 """Stacks that are cut along their experts: each device multiplies by its own."""
 
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax import dispatch, ops, pallas, ragged, tensor
+from qjax.formats.gptq import Stream
 from qjax.formats.tiles import Tiles
 from qjax.layers import linen, nnx
 from qjax.watched import watch
@@ -23,13 +25,11 @@ from tests.test_sharding import EXPLICIT, MESH, TOLERANCE, communicated, place
 EXPERTS, T, K, N = 8, 37, 128, 64
 SIZES = jnp.array([5, 0, 11, 1, 0, 0, 9, 7])  # and four tokens of none
 KINDS = {
-    "uniform": {},
     "order and input scale": {"order": True, "input_scale": True},
-    "input scale": {"input_scale": True},
     "act-order": {"row_group": True},
     "mixed": {"parts": [(6, 64, 32), (3, 64, 32)], "affine": "CENTERED"},
     "codebook": {"affine": "CODEBOOK"},
-    "float zero": {"affine": "OFFSET"},
+    "float zero and input scale": {"affine": "OFFSET", "input_scale": True},
 }
 FORMS = {
     "Q4_K": {"bits": 4, "group_size": 32, "affine": "OFFSET", "scale": "nested"},
@@ -105,19 +105,18 @@ def test_scales_in_two_levels(form, mesh):
     assert_close(dw, dw_alone)
 
 
-@MESHES
 @pytest.mark.parametrize(
-    ("spec", "of_x"),
+    ("mesh", "kind", "spec", "of_x"),
     [
-        (P("model", "data"), P()),
-        (P("model", None, "data"), P("data", "model")),
-        (P(("data", "model")), P("data")),
-        (P("data", "model"), P(None, "model")),
+        (MESH, "order and input scale", P("model", "data"), P()),
+        (EXPLICIT, "order and input scale", P("model", "data"), P("data")),
+        (MESH, "float zero and input scale", P("model", "data"), P(None, "model")),
+        (EXPLICIT, "float zero and input scale", P("model", None, "data"), P("data")),
+        (MESH, "codebook", P(("data", "model")), P("data", "model")),
     ],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["order and input scale", "input scale"])
-def test_with_other_cuts(kind, spec, of_x, mesh, as_qtensor):
+def test_with_other_cuts(mesh, kind, spec, of_x, as_qtensor):
     whole, dy = stack_of(kind, as_qtensor), drawn(36, N, seed=1)
     x = drawn(36, K)
     w = qjax.shard(whole, mesh, spec)
@@ -126,32 +125,24 @@ def test_with_other_cuts(kind, spec, of_x, mesh, as_qtensor):
 
 class TestCommunication:
     @MESHES
-    @pytest.mark.parametrize("kind", ["uniform", "order and input scale", "mixed"])
-    def test_one_sum_of_the_products(self, kind, mesh, as_qtensor):
-        w = qjax.shard(stack_of(kind, as_qtensor), mesh, P("model"))
-        x = place(drawn(T, K), P(), mesh)
-        assert communicated(qjax.ragged_matmul, x, w, SIZES) == {
-            "all-reduce": 4 * T * N
-        }
-
-    @MESHES
-    @pytest.mark.parametrize("kind", ["uniform", "order and input scale", "mixed"])
-    def test_one_sum_of_the_cotangents(self, kind, mesh, as_qtensor):
-        w = qjax.shard(stack_of(kind, as_qtensor), mesh, P("model"))
-        x = place(drawn(T, K), P(), mesh)
-        found = communicated(lambda *a: step(*a)[1:], x, w, drawn(T, N, seed=1))
+    def test_one_sum_of_products_and_one_of_cotangents(self, mesh, as_qtensor):
+        w = stack_of("order and input scale", as_qtensor)
+        w = qjax.shard(w, mesh, P("model"))
+        x, dy = place(drawn(T, K), P(), mesh), drawn(T, N, seed=1)
+        moved = communicated(qjax.ragged_matmul, x, w, SIZES)
+        assert moved == {"all-reduce": 4 * T * N}
         # The gradients of scales are where the scales are.
-        assert found == {"all-reduce": 4 * T * K}
+        moved = communicated(lambda *a: step(*a)[1:], x, w, dy)
+        assert moved == {"all-reduce": 4 * T * K}
 
     def test_with_columns(self, as_qtensor):
-        w = qjax.shard(stack_of("uniform", as_qtensor), MESH, P("model", None, "data"))
-        x = place(drawn(T, K), P())
-        assert communicated(qjax.ragged_matmul, x, w, SIZES) == {
-            "all-reduce": 4 * T * N // 2
-        }
+        w = stack_of("codebook", as_qtensor)
+        w = qjax.shard(w, MESH, P("model", None, "data"))
+        moved = communicated(qjax.ragged_matmul, place(drawn(T, K), P()), w, SIZES)
+        assert moved == {"all-reduce": 4 * T * N // 2}
 
     def test_layers_of_a_scan(self, as_qtensor):
-        one = stack_of("uniform", as_qtensor)
+        one = stack_of("codebook", as_qtensor)
         layers = qjax.shard(qjax.stack([one] * 3), MESH, P(None, "model"))
 
         def scanned(x, layers):
@@ -164,7 +155,7 @@ class TestCommunication:
         np.testing.assert_array_equal(jax.jit(scanned)(x, layers)[1], wanted)
 
     def test_memory(self, as_qtensor):
-        w = qjax.shard(stack_of("uniform", as_qtensor), MESH, P("model"))
+        w = qjax.shard(stack_of("codebook", as_qtensor), MESH, P("model"))
         x = place(drawn(T, K), P())
         plan = jax.jit(qjax.ragged_matmul).lower(x, w, SIZES).compile()
         found = plan.memory_analysis().argument_size_in_bytes
@@ -187,7 +178,7 @@ class TestWork:
         for name in each:
             patched = functools.partial(counted, name)
             monkeypatch.setattr(dispatch, name, patched)
-        whole = stack_of("uniform", as_qtensor)
+        whole = stack_of("codebook", as_qtensor)
         x, dy = drawn(T, K), drawn(T, N, seed=1)
         run = jax.jit(step.__wrapped__)
         jax.block_until_ready(run(x, whole, dy))
@@ -203,7 +194,7 @@ class TestWork:
         assert visited == on_one
 
     def test_one_launch_leaves_out_the_blocks_of_others(self):
-        """What the GPU's kernel is told of every block: a matrix that is here, or -1."""
+        """What a GPU's kernel is told of every block: a matrix that it has, or -1."""
         blocks = ragged._plan(SIZES, T)
         experts = [0, 2, 2, 3, 6, 6, 7]
         for first in range(0, EXPERTS, 2):
@@ -216,7 +207,7 @@ class TestWork:
 
 @MESHES
 def test_watched_inputs(mesh, as_qtensor):
-    whole = stack_of("uniform", as_qtensor)
+    whole = stack_of("codebook", as_qtensor)
     w, x = qjax.shard(whole, mesh, P("model")), place(drawn(T, K), P(), mesh)
 
     @jax.jit
@@ -243,7 +234,7 @@ def test_vmap(mesh, as_qtensor):
 @pytest.mark.parametrize("transform", ["shard_map", "pmap"])
 def test_a_share_is_a_stack_of_its_own(transform, as_qtensor):
     """Inside, sizes are those of the experts that a device has, from its first."""
-    whole, x = stack_of("uniform", as_qtensor), drawn(4, 12, K)
+    whole, x = stack_of("codebook", as_qtensor), drawn(4, 12, K)
     shares = jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[1:]), (whole, SIZES))
     if transform == "pmap":
         run = jax.pmap(qjax.ragged_matmul, devices=jax.devices("cpu")[:4])
@@ -283,9 +274,9 @@ def test_experts_that_devices_cannot_share(experts, as_qtensor, refuses):
 def test_prepared_for_a_gpu(mesh, as_qtensor, monkeypatch):
     """A stack that is cut along its experts is never cut too finely for a kernel."""
     monkeypatch.setattr(ops, "_native_layout", pallas.layout_of)
-    whole = stack_of("uniform", as_qtensor)
+    whole = stack_of("codebook", as_qtensor)
     moved = qjax.prepare(qjax.shard(whole, mesh, P("model")))
-    assert moved.layout == Tiles()
+    assert moved.layout == pallas.layout_of(whole)
     for leaf in jax.tree.leaves(moved):
         assert leaf.sharding.shard_shape(leaf.shape)[0] == EXPERTS // 4
     x = drawn(T, K).astype(jnp.bfloat16)
@@ -294,11 +285,12 @@ def test_prepared_for_a_gpu(mesh, as_qtensor, monkeypatch):
     np.testing.assert_array_equal(found, wanted)
 
 
-@MESHES
-@pytest.mark.parametrize("module", ["nnx", "linen"])
+@pytest.mark.parametrize(
+    ("module", "mesh"), [("nnx", EXPLICIT), ("linen", MESH)], ids=str
+)
 def test_layers(module, mesh, as_qtensor):
     """A mixture whose experts, and their biases, each lie on one device."""
-    whole, bias = stack_of("uniform", as_qtensor), drawn(EXPERTS, N, seed=2)
+    whole, bias = stack_of("codebook", as_qtensor), drawn(EXPERTS, N, seed=2)
     x, expert = drawn(12, K), jnp.arange(24).reshape(12, 2) % EXPERTS
     weight = jnp.full((12, 2), 0.5)
 
@@ -313,5 +305,51 @@ def test_layers(module, mesh, as_qtensor):
     cut = qjax.shard(whole, mesh, P("model")), place(bias, P("model"), mesh)
     x_placed = place(x, P(), mesh)
     np.testing.assert_array_equal(routed(*cut, x_placed), routed(whole, bias, x))
-    moved = communicated(lambda x, w, b: routed(w, b, x), x_placed, *cut)
-    print(moved)
+    # Biases are small: where every device has them, one sum is all that moves.
+    everywhere = cut[0], place(bias, P(), mesh)
+    moved = communicated(lambda x, w, b: routed(w, b, x), x_placed, *everywhere)
+    assert moved == {"all-reduce": 4 * expert.size * N}
+
+
+class TestByIndex:
+    """One matrix of a stack that is cut along it."""
+
+    @MESHES
+    @pytest.mark.parametrize("kind", ["order and input scale", "mixed"])
+    def test_equals_one_device(self, kind, mesh, as_qtensor):
+        whole, dy = stack_of(kind, as_qtensor), drawn(T, N, seed=1)
+        w, x = qjax.shard(whole, mesh, P("model")), drawn(T, K)
+
+        @jax.jit
+        def step(x, w, i):
+            y, back = jax.vjp(lambda x, w: qjax.matmul(x, w, index=i), x, w)
+            return y, *back(dy)
+
+        found = step(place(x, P(), mesh), w, 5)
+        assert_equal(found, step(x, whole, 5))
+        assert found[2].scale.sharding.is_equivalent_to(w.scale.sharding, 3)
+
+    @pytest.mark.parametrize(
+        ("layout", "mesh"), [(Stream(), MESH), (Tiles(), EXPLICIT)], ids=str
+    )
+    def test_one_sum_is_all_that_moves(self, layout, mesh, as_qtensor):
+        w = stack_of("act-order", as_qtensor, layout)
+        w = qjax.shard(w, mesh, P("model"))
+        x, dy = place(drawn(T, K), P(), mesh), drawn(T, N, seed=1)
+
+        def gradients(x, w, i):
+            product = lambda x, w: qjax.matmul(x, w, index=i)  # noqa: E731
+            return jax.vjp(product, x, w)[1](dy)
+
+        by_index = lambda x, w, i: qjax.matmul(x, w, index=i)  # noqa: E731
+        assert communicated(by_index, x, w, 5) == {"all-reduce": 4 * T * N}
+        assert communicated(gradients, x, w, 5) == {"all-reduce": 4 * T * K}
+
+    def test_nothing_of_another_matrix_counts(self, as_qtensor):
+        """Also where it holds what is no number."""
+        whole = stack_of("codebook", as_qtensor)
+        scale = whole.scale.at[jnp.array([0, 1, 3, 4, 6, 7])].set(jnp.nan)
+        w = qjax.shard(dataclasses.replace(whole, scale=scale), MESH, P("model"))
+        found = qjax.matmul(drawn(T, K), w, index=5)
+        wanted = qjax.matmul(drawn(T, K), whole, index=5)
+        np.testing.assert_array_equal(found, wanted)
