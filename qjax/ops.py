@@ -58,7 +58,8 @@ def matmul(
       w: ``[k, n]`` quantized weight; with ``index`` a stack ``[count, k, n]``.
       index: Which matrix of a stack, as of layers or experts, from 0. It may be traced,
         and is then clamped. The GPU kernels read that matrix where it lies, without a
-        copy; products with all of a stack go through `jax.vmap`.
+        copy, also where it lies on one device of several; products with all of a stack
+        go through `jax.vmap`.
       implementation: None takes the first of `dispatch.IMPLEMENTATIONS` that supports
         the operands. A name takes that one and no other: "pallas" never falls back, and
         fails where there is no GPU. "pallas_bf16" does without the scaling that lets

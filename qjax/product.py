@@ -94,11 +94,11 @@ class _Place(NamedTuple):
     """Which matrix of a stack is multiplied.
 
     Attributes:
-      index: Its number.
+      number: Its number in the whole stack.
       numbers: Those of the matrices that a device holds.
     """
 
-    index: Int32[Array, ""]
+    number: Int32[Array, ""]
     numbers: Int32[Array, " held"]
 
     @classmethod
@@ -117,7 +117,7 @@ def _names(
     # What `jax.export` leaves open is not cut.
     known = {name: size for name, size in rows.items() if not is_symbolic_dim(size)}
     of_x = P(*_of_result(x)[:-1], inputs_of(w))
-    of_place = None if index is None else _Place(P(), P("b0"))
+    of_place = None if index is None else (P(), P("b0"))
     return (sharding.names(w), of_x, of_place), sharding.units(w) | known
 
 
@@ -163,17 +163,17 @@ class _Matrix(NamedTuple):
       w: A matrix, or with ``at`` a stack.
       order: That of its rows.
       at: Which of the stack.
-      index: Which of the stack that the device was given.
-      is_held: Whether it is the matrix that is asked for, and not some other, in the
-        place of one that another device holds; None where no other device does. To
-        multiply by it takes no longer than to wait for that device.
+      entry: Which it is of the stack that the device was given.
+      is_asked: Whether it is the one that is asked for. Where another device holds that
+        one, it is any: to multiply by it takes no longer than to wait for that device.
+        None where each device holds all of the stack.
     """
 
     w: QTensor
     order: Array | None
     at: Array | None = None
-    index: Array | None = None
-    is_held: Array | None = None
+    entry: Array | None = None
+    is_asked: Array | None = None
 
     @classmethod
     def of(cls, w: QTensor, place: _Place | None, count: int) -> "_Matrix":
@@ -181,19 +181,19 @@ class _Matrix(NamedTuple):
         w, order = stored(w)
         if place is None:
             return cls(w, order)
-        index, is_held = place.index, None
+        entry, is_asked = place.number, None
         if (held := len(place.numbers)) < count:
-            wanted = index - place.numbers[0]
-            index = jnp.clip(wanted, 0, held - 1)
-            is_held = index == wanted
-        one, at = dispatch.native(w, index)
-        return cls(one, pallas.one_of(order, index), at, index, is_held)
+            wanted = place.number - place.numbers[0]
+            entry = jnp.clip(wanted, 0, held - 1)
+            is_asked = entry == wanted
+        one, at = dispatch.native(w, entry)
+        return cls(one, pallas.one_of(order, entry), at, entry, is_asked)
 
     def only(self, tree: _Tree) -> _Tree:
         """What comes of the matrix that is asked for; of any other, zeros."""
-        if self.is_held is None:
+        if (is_asked := self.is_asked) is None:
             return tree
-        return jax.tree.map(lambda leaf: jnp.where(self.is_held, leaf, 0), tree)
+        return jax.tree.map(lambda leaf: jnp.where(is_asked, leaf, 0), tree)
 
 
 def _product(
@@ -230,13 +230,13 @@ def _leaf_gradients(
     matrix = _Matrix.of(w, place, count)
     x, dy = _in_order(x, matrix.order), dy.reshape(-1, dy.shape[-1])
     gradients = dispatch.leaf_gradients(choice, matrix.w, x, dy, matrix.at)
-    one = pallas.one_of(w, matrix.index)
+    one = pallas.one_of(w, matrix.entry)
     gradients = {name: as_in(one, name, array) for name, array in gradients.items()}
-    if matrix.index is None:
+    if matrix.entry is None:
         return gradients
 
     def spread(leaf: Array) -> Array:
-        return jnp.zeros((*w.batch, *leaf.shape), leaf.dtype).at[matrix.index].set(leaf)
+        return jnp.zeros((*w.batch, *leaf.shape), leaf.dtype).at[matrix.entry].set(leaf)
 
     return jax.tree.map(spread, matrix.only(gradients))
 

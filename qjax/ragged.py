@@ -1,30 +1,29 @@
 """`ragged_matmul`: every token by the matrix of its expert.
 
-The tokens of an expert follow each other, and are cut into blocks of ``block_m`` rows:
+In a block of tokens (`qjax.blocks`) all have one expert, and so it is a product of
+`qjax.matmul` with the index of a matrix, which the GPU kernels read where it lies. On a
+GPU one launch multiplies all blocks; elsewhere, and in the gradients, a loop visits
+those that hold tokens.
 
-    tokens          a a a a a b b c c c c
-    blocks of 4     [a a a a] [a . . .] [b b . .] [c c c c]
-
-How many blocks there are is only known when the program runs, and a loop visits those
-alone; how many there can be, which bounds the memory, follows from the shapes. In a
-block all rows have one expert, and so it is a product of `qjax.matmul` with the index
-of a matrix, which the GPU kernels read where it lies. On a GPU one launch multiplies
-all blocks; the gradients are loops there, too.
+A stack may be cut over devices along its experts. A device then visits the blocks of
+those that it holds, and gives zeros for all other tokens; the sum over the devices is
+what one device would give.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.export import is_symbolic_dim
-from jaxtyping import Array, Bool, Float, Int32, Integer, Num
+from jaxtyping import Array, Float, Integer
 
 from qjax import dispatch, ops, pallas, product, sharding, watched
+from qjax.blocks import Blocks, Share, plan
 from qjax.dispatch import Choice
 from qjax.meshes import (
     explicitly_like,
@@ -37,11 +36,6 @@ from qjax.partitioning import over_devices
 from qjax.sharding import P
 from qjax.tensor import QTensor, check_array, check_packed
 from qjax.watched import Watched
-
-# From the rows that a GPU kernel takes at least to those of its largest tile.
-_FEWEST, _MOST = 8, 128
-# Experts whose tokens are counted by adding up, for each, those of all before it.
-_MOST_SUMMED = 512
 
 
 def ragged_matmul(
@@ -58,7 +52,10 @@ def ragged_matmul(
     differentiable in ``x`` and in the float leaves of ``w``; but only once, as the
     gradients are loops over the blocks that hold tokens, and JAX refuses to
     differentiate those. It reads the matrices of those experts that have tokens, once
-    for every block of their tokens.
+    for every block of their tokens. Of a stack that is cut over devices along its
+    experts (`qjax.shard`), each device multiplies the tokens of its own; inside
+    `jax.shard_map` a share of one is a stack like any other, and its sizes are those of
+    the experts in it.
 
     Args:
       x: Tokens sorted by expert, ``[t, k]`` bfloat16, float16 or float32.
@@ -109,100 +106,6 @@ def _check(x: Array, w: QTensor, group_sizes: Array) -> None:
         )
 
 
-def experts_of(
-    group_sizes: Integer[Array, " experts"], t: int
-) -> tuple[Int32[Array, " t"], Bool[Array, " t"]]:
-    """Says which expert each of sorted tokens has.
-
-    Args:
-      group_sizes: As in `ragged_matmul`.
-      t: Number of tokens.
-
-    Returns:
-      The experts, and whether a token has one; where not, its expert is the last.
-    """
-    ends = _running_sum(group_sizes.astype(jnp.int32))
-    tokens = jnp.arange(t, dtype=jnp.int32)
-    return _run_of(tokens, ends), tokens < ends[-1]
-
-
-def _run_of(places: Array, ends: Array) -> Array:
-    """The run that each place lies in, of runs that end there; else the last run."""
-    # Unrolled, it is one kernel on a GPU, and no loop of several.
-    run = jnp.searchsorted(ends, places, side="right", method="scan_unrolled")
-    return jnp.minimum(run.astype(jnp.int32), len(ends) - 1)
-
-
-def _running_sum(counts: Array) -> Array:
-    """The cumulative sum; of not very many one kernel on a GPU, which XLA's is not."""
-    if len(counts) > _MOST_SUMMED:
-        return jnp.cumsum(counts)
-    places = jnp.arange(len(counts))
-    up_to = places[None] <= places[:, None]
-    return jnp.where(up_to, counts[None], 0).sum(1, dtype=counts.dtype)
-
-
-class _Blocks(NamedTuple):
-    """How tokens lie in blocks.
-
-    Attributes:
-      expert: Of every block.
-      after: How many blocks the tokens of an expert and of those before it take.
-      token: Of every row of a block.
-      inside: Whether that row holds a token.
-      place: Of every token, among the rows of all blocks.
-      has_expert: Whether a token is in a block.
-    """
-
-    expert: Int32[Array, " blocks"]
-    after: Int32[Array, " experts"]
-    token: Int32[Array, "blocks block_m"]
-    inside: Bool[Array, "blocks block_m"]
-    place: Int32[Array, " t"]
-    has_expert: Bool[Array, " t"]
-
-    def rows(self, tokens: Num[Array, "t k"]) -> Num[Array, "blocks block_m k"]:
-        """The tokens of every block, and zeros in the rows that hold none."""
-        return jnp.where(self.inside[..., None], tokens[self.token], 0)
-
-    def tokens(self, rows: Num[Array, "blocks block_m n"]) -> Num[Array, "t n"]:
-        """Inverse of `rows`, and its transpose; zeros for tokens in no block."""
-        flat = rows.reshape(-1, rows.shape[-1])
-        return jnp.where(self.has_expert[:, None], flat[self.place], 0)
-
-
-def _plan(group_sizes: Array, t: int) -> _Blocks:
-    experts = len(group_sizes)
-    block_m = _block_rows(t, experts)
-    # Most blocks there are where as many experts as can be have one token, and all
-    # others are in whole blocks.
-    least = min(t, experts)
-    blocks = jnp.arange(least + (t - least) // block_m, dtype=jnp.int32)
-    ends = jnp.minimum(_running_sum(group_sizes.astype(jnp.int32)), t)
-    starts = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
-    held = -(-(ends - starts) // block_m)
-    after = _running_sum(held)
-    expert = _run_of(blocks, after)
-    first = starts[expert] + (blocks - (after - held)[expert]) * block_m
-    token = first[:, None] + jnp.arange(block_m, dtype=jnp.int32)[None]
-    own, has_expert = experts_of(group_sizes, t)
-    place = (after - held)[own] * block_m + jnp.arange(t, dtype=jnp.int32) - starts[own]
-    return _Blocks(
-        expert=expert,
-        after=after,
-        token=jnp.minimum(token, t - 1),
-        inside=token < ends[expert][:, None],
-        place=place,
-        has_expert=has_expert,
-    )
-
-
-def _block_rows(t: int, experts: int) -> int:
-    """The power of two that the tokens of an expert fill on average."""
-    mean = -(-t // experts)
-    return min(t, max(_FEWEST, min(_MOST, 1 << (mean - 1).bit_length())))
-
-
 @functools.partial(jax.jit, static_argnums=3)
 def _apply(
     x: Array, w: QTensor, group_sizes: Array, implementation: str | None
@@ -210,7 +113,7 @@ def _apply(
     if not len(x):
         return jnp.zeros((0, w.n), x.dtype)
     with on_mesh_of((x, w)):
-        blocks = _plan(gathered(group_sizes), len(x))
+        blocks = plan(gathered(group_sizes), len(x))
         choice = Choice(implementation, kernels=x.dtype != jnp.float32, dtype=x.dtype)
         return _products(*vary_together(x, ops.readable(w), blocks), choice)
 
@@ -229,7 +132,7 @@ def _seen_backward(residuals: tuple[Array, Array], dx: Array) -> tuple:
     x, group_sizes = whole(residuals)
     gram = jnp.zeros((len(group_sizes), x.shape[1], x.shape[1]), jnp.float32)
     if len(x):
-        blocks = _plan(group_sizes, len(x))
+        blocks = plan(group_sizes, len(x))
         rows = blocks.rows(x)
 
         def add(b: Array, gram: Array) -> Array:
@@ -246,7 +149,7 @@ _seen.defvjp(_seen_forward, _seen_backward)
 #   dx = g W^T,   dW = sum over the expert's blocks of x^T g.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def _products(
-    x: Float[Array, "t k"], w: QTensor, blocks: _Blocks, choice: Choice
+    x: Float[Array, "t k"], w: QTensor, blocks: Blocks, choice: Choice
 ) -> Float[Array, "t n"]:
     """Multiplies each token in a block by its expert; the others give zeros."""
     operands, named = _operands(w, x, blocks)
@@ -260,7 +163,7 @@ def _products(
     )
 
 
-def _operands(w: QTensor, x: Array, blocks: _Blocks) -> tuple[tuple, tuple]:
+def _operands(w: QTensor, x: Array, blocks: Blocks) -> tuple[tuple, tuple]:
     """What a device takes, and what `over_devices` must know of it.
 
     All tokens and blocks, and the numbers of the experts that it holds.
@@ -271,45 +174,16 @@ def _operands(w: QTensor, x: Array, blocks: _Blocks) -> tuple[tuple, tuple]:
     return (w, x, blocks, numbers), (sharding.names(w), of_x, of_blocks, P("b0"))
 
 
-class _Share(NamedTuple):
-    """The blocks that a device multiplies: those of the experts that it holds.
-
-    Attributes:
-      index: Of every block, which of these experts it has; of others' blocks, any.
-      begin: The first of its blocks, which follow each other.
-      end: The first that is not.
-    """
-
-    index: Int32[Array, " blocks"]
-    begin: Int32[Array, ""]
-    end: Int32[Array, ""]
-
-    @classmethod
-    def of(cls, blocks: _Blocks, numbers: Int32[Array, " held"]) -> "_Share":
-        """The share of a device that holds the experts of these numbers."""
-        first, last = numbers[0], numbers[-1]
-        before = jnp.where(first > 0, blocks.after[jnp.maximum(first - 1, 0)], 0)
-        index = jnp.clip(blocks.expert - first, 0, len(numbers) - 1)
-        return cls(index, before, blocks.after[last])
-
-    @property
-    def matrix(self) -> Int32[Array, " blocks"]:
-        """The index, and -1 for blocks that are left out."""
-        block = jnp.arange(len(self.index), dtype=jnp.int32)
-        is_own = (self.begin <= block) & (block < self.end)
-        return jnp.where(is_own, self.index, -1)
-
-
 def _inputs(
-    rows: Array, input_scale: Array | None, order: Array | None, index: Array
+    rows: Array, input_scale: Array | None, order: Array | None, expert: Array
 ) -> Array:
     """What a product takes of blocks: scaled, in the order of their experts' rows."""
     if input_scale is not None:
-        scale = input_scale.astype(jnp.float32)[index]
+        scale = input_scale.astype(jnp.float32)[expert]
         rows = rows.astype(jnp.float32) * scale[:, None]
     if order is None:
         return rows
-    return jnp.take_along_axis(rows, order[index][:, None], axis=2)
+    return jnp.take_along_axis(rows, order[expert][:, None], axis=2)
 
 
 def _stored(w: QTensor) -> tuple[QTensor, Array | None]:
@@ -317,20 +191,20 @@ def _stored(w: QTensor) -> tuple[QTensor, Array | None]:
 
 
 def _forward(
-    choice: Choice, w: QTensor, x: Array, blocks: _Blocks, numbers: Array
+    choice: Choice, w: QTensor, x: Array, blocks: Blocks, numbers: Array
 ) -> Array:
-    def one_by_one(rows: Array, w: QTensor, share: _Share) -> Array:
+    def one_by_one(rows: Array, w: QTensor, share: Share) -> Array:
         def one(b: Array) -> Array:
-            matrix, index = dispatch.native(w, share.index[b])
+            matrix, index = dispatch.native(w, share.expert[b])
             return dispatch.multiply(choice, matrix, rows[b], index)
 
         return _each(one, rows, share)
 
-    def in_one_launch(rows: Array, w: QTensor, share: _Share) -> Array:
+    def in_one_launch(rows: Array, w: QTensor, share: Share) -> Array:
         return pallas.fused_blocks(rows, w, share.matrix, choice.dtype)
 
-    share, (bare, order) = _Share.of(blocks, numbers), _stored(w)
-    rows = _inputs(blocks.rows(x), w.input_scale, order, share.index)
+    share, (bare, order) = Share.of(blocks, numbers), _stored(w)
+    rows = _inputs(blocks.rows(x), w.input_scale, order, share.expert)
     operands = rows, bare, share
     if dispatch.goes_to_kernels(bare, choice):
         # The platform is known when the program is lowered, not here.
@@ -341,17 +215,17 @@ def _forward(
 
 
 def _backward(
-    choice: Choice, w: QTensor, x: Array, blocks: _Blocks, numbers: Array, dy: Array
+    choice: Choice, w: QTensor, x: Array, blocks: Blocks, numbers: Array, dy: Array
 ) -> tuple[Array, Array | None]:
     """The cotangents of tokens and input scale."""
-    share, (bare, order) = _Share.of(blocks, numbers), _stored(w)
+    share, (bare, order) = Share.of(blocks, numbers), _stored(w)
     dy = blocks.rows(dy)
 
     def one(b: Array) -> Array:
         return dispatch.multiply_t(choice, *_of_block(bare, dy, share, b))
 
     def inputs(rows: Array, input_scale: Array | None) -> Array:
-        return _inputs(rows, input_scale, order, share.index)
+        return _inputs(rows, input_scale, order, share.expert)
 
     rows = blocks.rows(x).astype(jnp.float32)
     _, back = jax.vjp(inputs, rows, w.input_scale)
@@ -360,10 +234,10 @@ def _backward(
 
 
 def _leaf_gradients(
-    choice: Choice, w: QTensor, x: Array, blocks: _Blocks, numbers: Array, dy: Array
+    choice: Choice, w: QTensor, x: Array, blocks: Blocks, numbers: Array, dy: Array
 ) -> dict[str, Any]:
-    share, (bare, order) = _Share.of(blocks, numbers), _stored(w)
-    rows = _inputs(blocks.rows(x), w.input_scale, order, share.index)
+    share, (bare, order) = Share.of(blocks, numbers), _stored(w)
+    rows = _inputs(blocks.rows(x), w.input_scale, order, share.expert)
     dy = blocks.rows(dy)
 
     def leaves(b: Array) -> dict[str, Array]:
@@ -372,7 +246,7 @@ def _leaf_gradients(
 
     def add(b: Array, total: dict[str, Array]) -> dict[str, Array]:
         return {
-            name: total[name].at[share.index[b]].add(gradient)
+            name: total[name].at[share.expert[b]].add(gradient)
             for name, gradient in leaves(b).items()
         }
 
@@ -387,14 +261,14 @@ def _leaf_gradients(
 
 
 def _of_block(
-    w: QTensor, dy: Array, share: _Share, b: Array
+    w: QTensor, dy: Array, share: Share, b: Array
 ) -> tuple[QTensor, Array, Array | None]:
     """The matrix of a block, its cotangent, and where the matrix is a stack's."""
-    matrix, index = dispatch.native(w, share.index[b])
+    matrix, index = dispatch.native(w, share.expert[b])
     return matrix, dy[b], index
 
 
-def _each(one: Callable[[Array], Array], rows: Array, share: _Share) -> Array:
+def _each(one: Callable[[Array], Array], rows: Array, share: Share) -> Array:
     """Stacks ``one(b)`` of the blocks of a device, and zeros for the others."""
     like = jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32))
     out = jnp.zeros((len(rows), *like.shape), like.dtype)
@@ -403,7 +277,7 @@ def _each(one: Callable[[Array], Array], rows: Array, share: _Share) -> Array:
     return lax.fori_loop(share.begin, share.end, step, out)
 
 
-def _products_forward(x: Array, w: QTensor, blocks: _Blocks, choice: Choice) -> tuple:
+def _products_forward(x: Array, w: QTensor, blocks: Blocks, choice: Choice) -> tuple:
     return _products(x, w, blocks, choice), (x, w, blocks)
 
 

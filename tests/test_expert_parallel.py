@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax import dispatch, ops, pallas, ragged, tensor
+from qjax import blocks, dispatch, ops, pallas, tensor
 from qjax.formats.gptq import Stream
 from qjax.formats.tiles import Tiles
 from qjax.layers import linen, nnx
@@ -185,8 +185,8 @@ class TestWork:
         jax.effects_barrier()
         on_one = dict(visited)
         # Eight rows a block.
-        blocks = sum(-(-int(size) // 8) for size in SIZES)
-        assert set(on_one.values()) == {blocks}
+        held = sum(-(-int(size) // 8) for size in SIZES)
+        assert set(on_one.values()) == {held}
         visited.clear()
         w = qjax.shard(whole, EXPLICIT, P(("data", "model")))
         jax.block_until_ready(run(place(x, P(), EXPLICIT), w, dy))
@@ -195,11 +195,11 @@ class TestWork:
 
     def test_one_launch_leaves_out_the_blocks_of_others(self):
         """What a GPU's kernel is told of every block: a matrix that it has, or -1."""
-        blocks = ragged._plan(SIZES, T)
+        planned = blocks.plan(SIZES, T)
         experts = [0, 2, 2, 3, 6, 6, 7]
         for first in range(0, EXPERTS, 2):
             numbers = jnp.arange(first, first + 2)
-            matrix = ragged._Share.of(blocks, numbers).matrix.tolist()
+            matrix = blocks.Share.of(planned, numbers).matrix.tolist()
             wanted = [e - first if e in (first, first + 1) else -1 for e in experts]
             assert matrix[: len(wanted)] == wanted
             assert set(matrix[len(wanted) :]) == {-1}
