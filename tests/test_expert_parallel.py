@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax import blocks, dispatch, ops, pallas, tensor
+from qjax import blocks, dispatch, ops, pallas, ragged, tensor
 from qjax.formats.gptq import Stream
 from qjax.formats.tiles import Tiles
 from qjax.layers import linen, nnx
@@ -35,9 +35,15 @@ FORMS = {
     "Q4_K": {"bits": 4, "group_size": 32, "affine": "OFFSET", "scale": "nested"},
     "NVFP4": {"bits": 4, "group_size": 16, "affine": "FLOAT", "scale": "over global"},
 }
-MESHES = pytest.mark.parametrize(
-    "mesh", [MESH, EXPLICIT], ids=["automatic", "explicit"]
-)
+
+
+def named(value):
+    """What a case is called."""
+    names = {MESH: "automatic", EXPLICIT: "explicit"}
+    return names[value] if isinstance(value, jax.sharding.Mesh) else str(value)
+
+
+MESHES = pytest.mark.parametrize("mesh", [MESH, EXPLICIT], ids=named)
 
 
 @functools.cache
@@ -114,7 +120,7 @@ def test_scales_in_two_levels(form, mesh):
         (EXPLICIT, "float zero and input scale", P("model", None, "data"), P("data")),
         (MESH, "codebook", P(("data", "model")), P("data", "model")),
     ],
-    ids=str,
+    ids=named,
 )
 def test_with_other_cuts(mesh, kind, spec, of_x, as_qtensor):
     whole, dy = stack_of(kind, as_qtensor), drawn(36, N, seed=1)
@@ -178,6 +184,8 @@ class TestWork:
         for name in each:
             patched = functools.partial(counted, name)
             monkeypatch.setattr(dispatch, name, patched)
+        # Nothing that was traced before.
+        monkeypatch.setattr(ragged, "_apply", ragged._apply.__wrapped__)
         whole = stack_of("codebook", as_qtensor)
         x, dy = drawn(T, K), drawn(T, N, seed=1)
         run = jax.jit(step.__wrapped__)
@@ -286,7 +294,7 @@ def test_prepared_for_a_gpu(mesh, as_qtensor, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("module", "mesh"), [("nnx", EXPLICIT), ("linen", MESH)], ids=str
+    ("module", "mesh"), [("nnx", EXPLICIT), ("linen", MESH)], ids=named
 )
 def test_layers(module, mesh, as_qtensor):
     """A mixture whose experts, and their biases, each lie on one device."""
@@ -330,7 +338,7 @@ class TestByIndex:
         assert found[2].scale.sharding.is_equivalent_to(w.scale.sharding, 3)
 
     @pytest.mark.parametrize(
-        ("layout", "mesh"), [(Stream(), MESH), (Tiles(), EXPLICIT)], ids=str
+        ("layout", "mesh"), [(Stream(), MESH), (Tiles(), EXPLICIT)], ids=named
     )
     def test_one_sum_is_all_that_moves(self, layout, mesh, as_qtensor):
         w = stack_of("act-order", as_qtensor, layout)
