@@ -58,7 +58,8 @@ def matmul(
       w: ``[k, n]`` quantized weight; with ``index`` a stack ``[count, k, n]``.
       index: Which matrix of a stack, as of layers or experts, from 0. It may be traced,
         and is then clamped. The GPU kernels read that matrix where it lies, without a
-        copy; products with all of a stack go through `jax.vmap`.
+        copy, also where it lies on one device of several; products with all of a stack
+        go through `jax.vmap`.
       implementation: None takes the first of `dispatch.IMPLEMENTATIONS` that supports
         the operands. A name takes that one and no other: "pallas" never falls back, and
         fails where there is no GPU. "pallas_bf16" does without the scaling that lets
@@ -94,17 +95,28 @@ def _apply(
     with on_mesh_of((x, w)):
         if index is not None:
             index = tensor.position(index, w.batch[0])
-            w = gathered(w)
-        w, index = dispatch.native(w, index)
+            if _is_encoded(w) and not isinstance(w.layout, Tiles):
+                # Decoded is the one matrix, and not all of them.
+                w, index = pallas.one_of(gathered(w), index), None
+        if index is None:
+            w, _ = dispatch.native(w, None)
+        factors = pallas.one_of(gathered(w.input_scale), index)
         scaled = x
         # Whole, as rows of x may be cut along the axis that it is cut along.
-        if (factors := gathered(pallas.one_of(w.input_scale, index))) is not None:
+        if (factors := gathered(factors)) is not None:
             wide = factors.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
             scaled = x.astype(jnp.float32) * wide
         stored = dataclasses.replace(readable(w), input_scale=None)
         kernels = x.dtype != jnp.float32
         choice = dispatch.Choice(implementation, kernels, dtype=x.dtype)
         return product(*vary_together(scaled, stored, index), choice)
+
+
+def _is_encoded(w: QTensor) -> bool:
+    parameters = (w.scale, w.zero)
+    return any(
+        isinstance(p, Encoded) and not isinstance(p, Segmented) for p in parameters
+    )
 
 
 def decoded(w: QTensor) -> QTensor:

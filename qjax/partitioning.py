@@ -53,11 +53,15 @@ def over_devices(
       operands: Trees of arrays.
       named: The same trees with a `PartitionSpec` of names in the place of each array,
         None for an axis that is never cut. Names that begin with "m" are rows, which
-        only some operands have. Those that begin with "k" are cut alike.
+        only some operands have. Those that begin with "k" are cut alike. Those that
+        begin with "b" are of stacks: what a result holds of one entry of a stack, as
+        the product of a token with its expert, is zero in the summands of devices that
+        do not have it.
       results: What ``function`` returns, likewise.
       units: Into how many pieces an axis may be cut, by name.
       summand: Called instead where devices have summands of a result: the same in a
-        wider dtype. The sum is rounded to what ``function`` returns.
+        wider dtype. The sum is rounded to what ``function`` returns. Where all but one
+        are zero, as of stacks, no sum is rounded, and ``function`` is called.
 
     Returns:
       What ``function`` returns.
@@ -254,7 +258,8 @@ class _Choice:
         if not any(over):
             return functions.whole(*leaves)
         wanted = jax.eval_shape(functions.whole, *leaves)
-        summands = functions.summand(*leaves)
+        rounded = {axis for axes in over for axis in axes} - self._of_stacks()
+        summands = (functions.summand if rounded else functions.whole)(*leaves)
         return tuple(
             (jax.lax.psum(leaf, axes) if axes else leaf).astype(result.dtype)
             for leaf, axes, result in zip(summands, over, wanted, strict=True)
@@ -262,6 +267,11 @@ class _Choice:
 
     def _held(self, name: str | None) -> tuple[str, ...]:
         return self.axes.get(_family(name), ())
+
+    def _of_stacks(self) -> set[str]:
+        """Mesh axes along which one device has a summand, and the others zeros."""
+        names = [name for name in self.axes if name.startswith("b")]
+        return {axis for name in names for axis in self.axes[name]}
 
 
 def _transformable(

@@ -3,14 +3,15 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.export import is_symbolic_dim
-from jaxtyping import Array
+from jaxtyping import Array, Int32
 
 from qjax import dispatch, pallas, sharding, tensor
 from qjax.dispatch import Choice
@@ -18,6 +19,8 @@ from qjax.meshes import explicitly_like
 from qjax.partitioning import over_devices
 from qjax.sharding import P, Segmented
 from qjax.tensor import Levels, QTensor
+
+_Tree = TypeVar("_Tree")
 
 
 # With W[k, n] = f(q[k, n], s, z) and g the cotangent of y = x W:
@@ -36,13 +39,14 @@ def product(x: Array, w: QTensor, index: Array | None, choice: Choice) -> Array:
       ``[..., n]``.
     """
     named, units = _names(x, w, index)
+    count = math.prod(w.batch)
     return over_devices(
-        functools.partial(_product, choice),
-        (w, x, index),
+        functools.partial(_product, choice, count),
+        (w, x, _Place.of(index, count)),
         named,
         _of_result(x),
         units,
-        summand=functools.partial(_product, choice.wide),
+        summand=functools.partial(_product, choice.wide, count),
     )
 
 
@@ -57,64 +61,69 @@ def _backward(
     # Where many rows have the weight formed, it is formed again: XLA would keep that of
     # the forward pass, and of every layer of a model.
     w, dy = jax.lax.optimization_barrier((w, dy.astype(jnp.float32)))
-    (of_w, of_x, of_index), units = _names(x, w, index)
+    (of_w, of_x, of_place), units = _names(x, w, index)
     of_dy = _of_result(x)
+    count = math.prod(w.batch)
+    place = _Place.of(index, count)
     names = float_leaves(w)
-    leaves, of_leaves = float_arrays(w, names), float_arrays(of_w, names)
-    if index is not None:  # The gradients are those of one matrix.
-        of_leaves = jax.tree.map(lambda spec: P(*spec[1:]), of_leaves)
     dx = over_devices(
-        functools.partial(_product_t, choice, x.shape[-1]),
-        (w, dy, index),
-        (of_w, of_dy, of_index),
+        functools.partial(_product_t, choice, count, x.shape[-1]),
+        (w, dy, place),
+        (of_w, of_dy, of_place),
         of_x,
         units,
     )
     gradients = over_devices(
-        functools.partial(_leaf_gradients, choice),
-        (w, x, dy, index),
-        (of_w, of_x, of_dy, of_index),
-        of_leaves,
+        functools.partial(_leaf_gradients, choice, count),
+        (w, x, dy, place),
+        (of_w, of_x, of_dy, of_place),
+        float_arrays(of_w, names),
         units,
     )
-    like = x, pallas.one_of(leaves, index)
-    dx, gradients = explicitly_like((dx, gradients), like)
-    dx = dx.astype(x.dtype)
+    leaves = float_arrays(w, names)
+    dx, gradients = explicitly_like((dx, gradients), (x, leaves))
     cast = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), gradients, leaves)
-    if index is None:
-        return dx, cotangent(w, cast), None
-    spread = jax.tree.map(
-        lambda leaf, gradient: jnp.zeros_like(leaf).at[index].set(gradient),
-        leaves,
-        cast,
-    )
-    return dx, cotangent(w, spread), np.zeros((), jax.dtypes.float0)
+    of_index = None if index is None else np.zeros((), jax.dtypes.float0)
+    return dx.astype(x.dtype), cotangent(w, cast), of_index
 
 
 product.defvjp(_forward, _backward)
 
 
+class _Place(NamedTuple):
+    """Which matrix of a stack is multiplied.
+
+    Attributes:
+      number: Its number in the whole stack.
+      numbers: Those of the matrices that a device holds.
+    """
+
+    number: Int32[Array, ""]
+    numbers: Int32[Array, " held"]
+
+    @classmethod
+    def of(cls, index: Array | None, count: int) -> "_Place | None":
+        """The place in a stack of ``count`` that is whole."""
+        if index is None:
+            return None
+        return cls(index, jnp.arange(count, dtype=jnp.int32))
+
+
 def _names(
     x: Array, w: QTensor, index: Array | None
 ) -> tuple[tuple[Any, Any, Any], dict[str, int]]:
-    """What `over_devices` must know of the operands ``(w, x, index)``."""
+    """What `over_devices` must know of the operands ``(w, x, place)``."""
     rows = {f"m{i}": size for i, size in enumerate(x.shape[:-1])}
     # What `jax.export` leaves open is not cut.
     known = {name: size for name, size in rows.items() if not is_symbolic_dim(size)}
-    units = units_of(w) | known
     of_x = P(*_of_result(x)[:-1], inputs_of(w))
-    return (sharding.names(w), of_x, None if index is None else P()), units
+    of_place = None if index is None else (P(), P("b0"))
+    return (sharding.names(w), of_x, of_place), sharding.units(w) | known
 
 
 def _of_result(x: Array) -> P:
     """Names of the axes of ``x @ W``."""
     return P(*[f"m{i}" for i in range(x.ndim - 1)], "n")
-
-
-def units_of(w: QTensor) -> dict[str, int]:
-    """The `sharding.units` of a weight of which one matrix is read at a time."""
-    # A stack is one operand: it is cut within matrices.
-    return sharding.units(w) | {f"b{i}": 1 for i in range(len(w.batch))}
 
 
 def inputs_of(w: QTensor) -> str | None:
@@ -141,39 +150,95 @@ def stored(w: QTensor) -> tuple[QTensor, Array | None]:
     return dataclasses.replace(w, order=None, segments=segments), w.order
 
 
-def _in_order(x: Array, order: Array | None, index: Array | None) -> Array:
+def _in_order(x: Array, order: Array | None) -> Array:
     """Makes rows of inputs, in the order in which the weight is stored."""
-    x, order = x.reshape(-1, x.shape[-1]), pallas.one_of(order, index)
+    x = x.reshape(-1, x.shape[-1])
     return x if order is None else jnp.take(x, order, axis=1, unique_indices=True)
 
 
-def _product(choice: Choice, w: QTensor, x: Array, index: Array | None) -> Array:
-    w, order = stored(w)
-    y = dispatch.multiply(choice, w, _in_order(x, order, index), index)
-    return y.reshape(*x.shape[:-1], w.n)
+class _Matrix(NamedTuple):
+    """What a device multiplies by.
+
+    Attributes:
+      w: A matrix, or with ``at`` a stack.
+      order: That of its rows.
+      at: Which of the stack.
+      entry: Which it is of the stack that the device was given.
+      is_asked: Whether it is the one that is asked for. Where another device holds that
+        one, it is any: to multiply by it takes no longer than to wait for that device.
+        None where each device holds all of the stack.
+    """
+
+    w: QTensor
+    order: Array | None
+    at: Array | None = None
+    entry: Array | None = None
+    is_asked: Array | None = None
+
+    @classmethod
+    def of(cls, w: QTensor, place: _Place | None, count: int) -> "_Matrix":
+        """The matrix of a device that has ``w``, of a stack of ``count``."""
+        w, order = stored(w)
+        if place is None:
+            return cls(w, order)
+        entry, is_asked = place.number, None
+        if (held := len(place.numbers)) < count:
+            wanted = place.number - place.numbers[0]
+            entry = jnp.clip(wanted, 0, held - 1)
+            is_asked = entry == wanted
+        one, at = dispatch.native(w, entry)
+        return cls(one, pallas.one_of(order, entry), at, entry, is_asked)
+
+    def only(self, tree: _Tree) -> _Tree:
+        """What comes of the matrix that is asked for; of any other, zeros."""
+        if (is_asked := self.is_asked) is None:
+            return tree
+        return jax.tree.map(lambda leaf: jnp.where(is_asked, leaf, 0), tree)
+
+
+def _product(
+    choice: Choice, count: int, w: QTensor, x: Array, place: _Place | None
+) -> Array:
+    matrix = _Matrix.of(w, place, count)
+    rows = _in_order(x, matrix.order)
+    y = matrix.only(dispatch.multiply(choice, matrix.w, rows, matrix.at))
+    return y.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _product_t(
-    choice: Choice, k: int, w: QTensor, dy: Array, index: Array | None
+    choice: Choice, count: int, k: int, w: QTensor, dy: Array, place: _Place | None
 ) -> Array:
-    w, order = stored(w)
-    dx = dispatch.multiply_t(choice, w, dy.reshape(-1, dy.shape[-1]), index)
-    if order is None:
+    matrix = _Matrix.of(w, place, count)
+    rows = dy.reshape(-1, dy.shape[-1])
+    dx = matrix.only(dispatch.multiply_t(choice, matrix.w, rows, matrix.at))
+    if matrix.order is None:
         return dx.reshape(*dy.shape[:-1], dx.shape[-1])
     # Of a device's own rows; the others' inputs get nothing here.
     empty = jnp.zeros_like(dx, shape=(len(dx), k))
-    spread = empty.at[:, pallas.one_of(order, index)].set(dx, unique_indices=True)
+    spread = empty.at[:, matrix.order].set(dx, unique_indices=True)
     return spread.reshape(*dy.shape[:-1], k)
 
 
 def _leaf_gradients(
-    choice: Choice, w: QTensor, x: Array, dy: Array, index: Array | None
+    choice: Choice,
+    count: int,
+    w: QTensor,
+    x: Array,
+    dy: Array,
+    place: _Place | None,
 ) -> dict[str, Any]:
-    whole, order = stored(w)
-    x, dy = _in_order(x, order, index), dy.reshape(-1, dy.shape[-1])
-    gradients = dispatch.leaf_gradients(choice, whole, x, dy, index)
-    one = pallas.one_of(w, index)
-    return {name: as_in(one, name, array) for name, array in gradients.items()}
+    matrix = _Matrix.of(w, place, count)
+    x, dy = _in_order(x, matrix.order), dy.reshape(-1, dy.shape[-1])
+    gradients = dispatch.leaf_gradients(choice, matrix.w, x, dy, matrix.at)
+    one = pallas.one_of(w, matrix.entry)
+    gradients = {name: as_in(one, name, array) for name, array in gradients.items()}
+    if matrix.entry is None:
+        return gradients
+
+    def spread(leaf: Array) -> Array:
+        return jnp.zeros((*w.batch, *leaf.shape), leaf.dtype).at[matrix.entry].set(leaf)
+
+    return jax.tree.map(spread, matrix.only(gradients))
 
 
 def as_in(w: QTensor, name: str, array: Array) -> Any:

@@ -8,8 +8,7 @@ its share of every segment.
 `shard` puts a weight on a mesh and `partition_specs` gives the specs of its leaves, for
 `jax.shard_map` and ``in_shardings``. `qjax.matmul` of such a weight stays cut wherever
 it is traced (`qjax.partitioning`): packed words move only where the rows of x are cut
-along the same mesh axis and are larger, and where matrices are taken out of a stack
-that is cut along the stack.
+along the same mesh axis and are larger. A stack may be cut along its matrices, too.
 """
 
 import dataclasses
@@ -449,9 +448,9 @@ def shard(w: QTensor, mesh: Mesh, spec: PartitionSpec) -> QTensor:
     """Puts a weight on a mesh, cut along k or n, or both.
 
     `qjax.matmul` and its gradient then read, on each device, the words that lie there.
-    A stack may be cut along its matrices, too, for `jax.vmap` and `jax.shard_map` of
-    them; `qjax.ragged_matmul`, and `qjax.matmul` by index, gather all of its words at
-    each call.
+    A stack may be cut along its matrices, too: of `qjax.ragged_matmul`, each device
+    multiplies the tokens of the experts that it holds, and of `qjax.matmul` by index,
+    the one that holds the matrix gives the product. A sum brings it to all devices.
 
     Args:
       w: The weight, as `qjax.prepare` leaves it. A mixed matrix that is cut along k

@@ -338,6 +338,32 @@ class TestMixtures:
         logits = forward(decoder, where.rows(reference["ids"]))
         chex.assert_trees_all_close(logits, reference["logits"], atol=2e-4, rtol=0)
 
+    def test_a_device_for_each_expert(self):
+        """A stack that cannot be shared by columns is cut along its experts."""
+        path = ROOT / "tests" / "reference" / "gpt_oss"
+        where = placement.place(path, "2,2")
+
+        def uneven(name):
+            """What is left where columns and rows are no multiple of the devices."""
+            return (
+                where.weight(name)[-1:] if ".experts." in name else where.weight(name)
+            )
+
+        decoder = model.load(path, sharding=uneven)
+        for layer in decoder.layers:
+            experts = layer.mlp.experts
+            for matrix in (experts.gate_up_pairs, experts.down_proj):
+                for leaf in jax.tree.leaves(matrix.kernel):
+                    assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
+        ids = where.rows(arrays(path / "reference.npz")["ids"])
+        logits = forward(decoder, ids)
+        wanted = arrays(path / "reference.npz")["logits"]
+        chex.assert_trees_all_close(logits, wanted, atol=2e-4, rtol=0)
+        graphdef, state = nnx.split(decoder)
+        run = jax.jit(lambda state, ids: nnx.merge(graphdef, state)(ids))
+        text = run.lower(state, ids).compile().as_text()
+        assert not re.search(r"= u\d+\S* all-\w+\(", text)
+
     @pytest.mark.slow
     def test_generates(self):
         """Token by token, as in one pass."""

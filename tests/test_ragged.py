@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import qjax
-from qjax import dispatch, ragged
+from qjax import blocks, dispatch, ragged
 from qjax.formats.tiles import Tiles
 from tests import oracle
 from tests.layers import cases
@@ -331,7 +331,7 @@ def test_the_expert_of_every_token(experts):
     """Few are added up for each, many one after the other."""
     sizes = np.random.default_rng(experts).integers(0, 3, experts)
     t = int(sizes.sum()) + 2
-    found, has_expert = ragged.experts_of(jnp.asarray(sizes), t)
+    found, has_expert = blocks.experts_of(jnp.asarray(sizes), t)
     wanted = np.repeat(np.arange(experts, dtype=np.int32), sizes)
     chex.assert_trees_all_equal(np.asarray(found[:-2]), wanted)
     chex.assert_trees_all_equal(np.asarray(has_expert), np.arange(t) < t - 2)

@@ -6,7 +6,8 @@ what lies between needs no other device; the last (o_proj, down_proj) are cut by
 and their products are summed. A last matrix whose groups cannot be shared, or whose
 rows have an order (act-order), is cut by columns, too, and its inputs are gathered.
 Embedding and output matrix are cut by the vocabulary, if it can be; norms are
-everywhere.
+everywhere. Matrices of experts are cut likewise, so that the devices share the work on
+every token; a stack of them that cannot be, along its experts.
 """
 
 import contextlib
@@ -74,8 +75,9 @@ class Placement:
         elif layer in LAST and kind != "bias":
             ordered = self.act_order and kind == "packed"
             specs = [by_column] if ordered else [by_row, by_column]
-        if path.endswith(".experts"):
+        if path.endswith(".experts"):  # a stack, which may be cut along them instead
             specs = [P(None, *spec) for spec in specs]
+            specs.append(P() if kind == "bias" else P("model"))
         return [NamedSharding(self.mesh, spec) for spec in specs]
 
     @property

@@ -79,7 +79,8 @@ def load(
         `formats.gptq.Stream`. The mesh may span processes: each reads, of GPTQ, AWQ,
         GGUF, FP8, MLX and of dense tensors, the bytes that its devices hold. Of an
         act-order matrix that is cut along k it reads whole columns, and of other
-        formats, and where pieces would be no whole blocks, whole matrices.
+        formats, and where pieces would be no whole blocks, whole matrices; of a stack
+        in one tensor that is cut along its matrices, all of them.
 
     Returns:
       Quantized matrices, ``[k, n]``, under the paths of their modules

@@ -13,7 +13,7 @@ from jax import lax
 from jax.export import is_symbolic_dim
 from jaxtyping import Array, DTypeLike, Float, Int32, Integer, Num
 
-from qjax import ragged
+from qjax import blocks, ragged
 from qjax.layers import dense
 from qjax.meshes import gathered
 from qjax.tensor import QTensor, check_array
@@ -201,8 +201,9 @@ def apply(
     y = ragged.ragged_matmul(inputs, kernel, group_sizes, implementation=implementation)
     if bias is None:
         return y
-    expert, has_expert = ragged.experts_of(group_sizes, len(y))
-    return y + jnp.where(has_expert[:, None], jnp.asarray(bias, dtype)[expert], 0)
+    expert, has_expert = blocks.experts_of(group_sizes, len(y))
+    added = gathered(jnp.asarray(bias, dtype))[expert]
+    return y + jnp.where(has_expert[:, None], added, 0)
 
 
 def factored(

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import qjax
 from tests.gpu import compiler
 from tests.gpu.cases import weight
-from tests.gpu.programs import DENSE, SIDE, gradient
+from tests.gpu.programs import DENSE, SIDE, Ragged, gradient
 from tests.gpu.test_programs import no_dense_weight, words_stay
 
 both = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -41,6 +41,40 @@ class Sharded:
         if self.gradient:
             return gradient, (x, x, w), (of_x, of_dy, specs)
         return qjax.matmul, (x, w), (of_x, specs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Experts(Ragged):
+    """`Ragged`, of a stack that is cut along its experts over the model axis."""
+
+    def __str__(self) -> str:
+        return f"{super().__str__()} by experts"
+
+    def __call__(self):
+        function, avals = super().__call__()
+        mesh = AbstractMesh(tuple(compiler.MESH.values()), tuple(compiler.MESH))
+        *rows, w, _ = avals
+        of_w = qjax.partition_specs(w, mesh, P("model"))
+        return function, avals, (*[P()] * len(rows), of_w, P())
+
+
+@dataclasses.dataclass(frozen=True)
+class ByIndex:
+    """``qjax.matmul`` by one of eight matrices, which lie on four devices."""
+
+    m: int
+
+    def __str__(self) -> str:
+        return f"matmul m{self.m} by index"
+
+    def __call__(self):
+        (x, w, _), (of_x, of_w, _) = Experts(self.m)()[1:]
+        index = jax.ShapeDtypeStruct((), jnp.int32)
+        return _by_index, (x, w, index), (of_x, of_w, P())
+
+
+def _by_index(x, w, index):
+    return qjax.matmul(x, w, index=index)
 
 
 def communicated(hlo):
@@ -113,3 +147,36 @@ def test_fsdp(program):
     ]
     assert names(program) == ["dequantize"]
     assert program.temporaries < 2.5 * DENSE
+
+
+@pytest.mark.parametrize("case", [Experts(8), Experts(512)], ids=str)
+@both
+def test_experts(case, program):
+    # One launch for the two experts of a device, whose grid has the blocks of all.
+    product = "matvec" if case.t == 8 else "matmul"
+    assert product in names(program)
+    assert set(names(program)) <= {product, "rows"}
+    assert " while(" not in program.hlo
+    # Of each token one device has the product: the sum is exact in 16 bits.
+    assert communicated(program.hlo) == [("all-reduce", f"bf16[{case.t},{SIDE}]")]
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo)
+
+
+@pytest.mark.parametrize("case", [Experts(64, gradient=True)], ids=str)
+@both
+def test_gradient_of_experts(program):
+    assert set(names(program)) == {"matvec", "matmul_t", "scale_grad"}
+    # The products, and the cotangents of the tokens; those of scales stay.
+    assert communicated(program.hlo) == [("all-reduce", f"bf16[{2 * 64 * SIDE}]")]
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo)
+
+
+@pytest.mark.parametrize("case", [ByIndex(8)], ids=str)
+@both
+def test_by_index(case, program):
+    assert names(program) == ["matvec"]
+    assert communicated(program.hlo) == [("all-reduce", f"bf16[{case.m},{SIDE}]")]
+    assert words_stay(program.hlo)
+    assert no_dense_weight(program.hlo)
