@@ -251,7 +251,7 @@ def test_uint4_forms_the_weight(program):
 
 @pytest.mark.parametrize("case", [DecoderStep(), DecoderStep(experts=8)], ids=str)
 @four
-def test_decoder_step(case, program):
+def test_decoder_step(case, arch, program):
     assert words_stay(program.hlo)
     smallest = min(k * n for k, n in case.matrices.values() if k * n > MIB // 2)
     assert no_dense_weight(program.hlo, least=smallest)
@@ -263,5 +263,6 @@ def test_decoder_step(case, program):
     launches = [i for i in program.launches if i.name in kernels]
     assert len(launches) == names.total()
     assert all(launch.captured for launch in launches)
-    # What XLA makes of the rest; to route a token takes nine of them.
-    assert len(program.launches) <= (28 if case.experts else 22)
+    # What XLA makes of the rest; to route a token takes nine of them, or ten.
+    routed = 29 if arch == "sm_120" else 28
+    assert len(program.launches) <= (routed if case.experts else 22)
