@@ -205,7 +205,8 @@ def _heuristic_matvec(m: int, w: QTensor) -> Config:
     if groups >= 8 and block_m == 16:
         # Those of eight leave two warps registers for half of the columns. Four warps
         # would take tensor cores that read x from shared memory (Hopper), for a tenth
-        # more instructions, or weights from a memory of their own (B200): half more.
+        # more instructions, or weights from a memory of their own (B200), for up to
+        # twice as many.
         block_n, stages = _BLOCK_N // 2, 2
         # Sixteen columns a slice are the fewest.
         block_m = min(block_m, rows * block_n // tables.LEAST_COLUMNS)

@@ -261,6 +261,13 @@ def test_few_rows_are_what_the_heuristic_says(bits, m):
     assert dataclasses.replace(found, splits=case.splits) == case.config
 
 
+@pytest.mark.parametrize("case", [c for c in SLICED if c.scale == NESTED], ids=str)
+def test_small_groups_are_what_the_heuristic_says(case):
+    found = configs.heuristic("matvec", case.m, case.weight)
+    found = found.fitting(case.bits, case.weight.k)
+    assert dataclasses.replace(found, splits=case.splits) == case.config
+
+
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("block_m", [8, 16])
 def test_the_usual_is_what_the_heuristic_says(bits, block_m):
