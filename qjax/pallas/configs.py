@@ -39,7 +39,7 @@ _H100 = Gpu(132, 227 << 10, asynchronous=True)
 _REGISTERS, _RESERVED = 1 << 16, 1 << 10
 # Shared memory of a program beyond what is loaded ahead of an iteration, at most:
 # scales on their way to the threads that need them, sums of slices.
-_SCRATCH = 9 << 10
+SCRATCH = 9 << 10
 # Iterations of a program below which its pipeline of loads does not pay.
 _ITERATIONS = 4
 _BLOCK_N = 128
@@ -147,7 +147,7 @@ def heuristic(op: str, m: int, w: QTensor) -> Config:
 
 def fits(config: Config, w: QTensor) -> bool:
     """Whether programs find the shared memory they need, whatever scales ``w`` has."""
-    return shared_memory(config, w) + _SCRATCH <= gpu().shared
+    return shared_memory(config, w) + SCRATCH <= gpu().shared
 
 
 def shared_memory(config: Config, w: QTensor) -> int:

@@ -14,7 +14,7 @@ import pytest
 
 from qjax.formats import tiles
 from qjax.pallas import configs
-from tests.gpu import ptx
+from tests.gpu import compiler, ptx
 from tests.gpu.cases import GLOBAL, NESTED, Matmul, Matvec
 
 ARCHS = ("sm_80", "sm_90")
@@ -203,6 +203,21 @@ def test_weights_go_from_memory_to_registers_in_order(case, arch, kernel):
     columns = max(1, case.block_n / (32 * case.warps))
     arrays = 1 if case.weight.zero is None else 2
     assert kernel.hot.number("STS") <= arrays * columns * steps
+
+
+@every
+def test_shared_memory(case, arch, compiled, monkeypatch):
+    # As much as the heuristic reckons with where it counts programs, or looks whether
+    # they fit at all; beyond that, scales and sums.
+    device = compiler.DEVICES[arch]
+    asynchronous = device.capability[0] in (9, 10)
+    gpu = configs.Gpu(device.cores, device.shared_per_core - 1024, asynchronous)
+    monkeypatch.setattr(configs, "gpu", lambda: gpu)
+    reckoned = configs.shared_memory(case.config, case.weight)
+    shared = compiled(case, arch).kernel_launch.shared
+    assert shared <= min(reckoned + configs.SCRATCH, gpu.shared)
+    if not asynchronous:
+        assert shared >= reckoned
 
 
 @every
