@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import math
+import types
 
 import chex
 import jax
@@ -27,6 +28,8 @@ from tests.test_progress import Terminal
 
 DEVICE = "NVIDIA H200"
 TILE = Config(16, 64, 256, 7, 2, 5)
+# An RTX 4090.
+GEFORCE = configs.Gpu(128, 99 << 10, asynchronous=False)
 
 
 @pytest.fixture(autouse=True)
@@ -235,11 +238,22 @@ class TestLookup:
             found = configs.for_matmul(8, w)
             # Not the splits of another shape, but the heuristic's for the tile.
             words = tile.block_n * 4 // 8
-            shared = tile.stages * tile.block_k * (words + 2 * tile.block_m)
-            programs = 132 * min(16 // tile.warps, (227 << 10) // shared)
+            # What is loaded ahead, and a KiB of each program.
+            ahead = tile.stages - 1
+            shared = 1024 + ahead * tile.block_k * (words + 2 * tile.block_m)
+            programs = 132 * min(16 // tile.warps, (228 << 10) // shared)
             splits = min(programs // (n // tile.block_n), k // tile.block_k // 4)
             splits = max(1, splits)
             assert found == dataclasses.replace(tile, splits=splits)
+
+    def test_a_tile_that_the_gpu_cannot_hold(self, own_tables, on_a_gpu, monkeypatch):
+        # 132 KiB: measured where k allowed no iterations of 512 rows.
+        self.put(own_tables, (at(16, k=640), entry(Config(16, 128, 512, stages=4))))
+        assert configs.for_matmul(16, weight(1024)).stages == 4
+        monkeypatch.setattr(configs, "gpu", lambda: GEFORCE)
+        heuristic = configs.heuristic("matmul", 16, weight(1024))
+        assert configs.for_matmul(16, weight(1024)) == heuristic
+        assert configs.for_matmul(16, weight(640)).stages == 4
 
     @pytest.mark.parametrize("other", [{"bits": 3}, {"group_size": 64}])
     def test_other_widths_and_groups(self, other, own_tables, on_a_gpu):
@@ -275,6 +289,51 @@ class TestLookup:
     def test_rows_for_the_dense_weight_of_what_was_not_measured(self, on_a_gpu):
         assert configs.dense_rows("matmul", weight()) == 513
         assert configs.dense_rows("matmul_t", weight()) == 257
+
+
+class TestGpu:
+    @pytest.mark.parametrize(
+        ("capability", "shared", "asynchronous"),
+        [
+            ("8.9", 99, False),
+            ("9.0", 227, True),
+            ("10.0", 227, True),
+            ("12.0", 99, False),
+        ],
+    )
+    def test_of_a_device(self, capability, shared, asynchronous, monkeypatch):
+        device = types.SimpleNamespace(
+            compute_capability=capability,
+            core_count=128,
+            shared_memory_per_block_optin=shared << 10,
+        )
+        monkeypatch.setattr(jax, "devices", lambda platform: [device])
+        # Past the cache.
+        found = configs.gpu.__wrapped__()
+        assert found == configs.Gpu(128, shared << 10, asynchronous=asynchronous)
+
+    def test_without_one_an_h100(self):
+        assert configs.gpu() == configs.Gpu(132, 227 << 10, asynchronous=True)
+
+    def test_a_smaller_one_holds_fewer_programs(self, monkeypatch):
+        w = weight(4096, 14336)
+        large = configs.heuristic("matvec", 8, w)
+        monkeypatch.setattr(configs, "gpu", lambda: GEFORCE)
+        small = configs.heuristic("matvec", 8, w)
+        assert small == dataclasses.replace(large, splits=small.splits)
+        # 112 programs without splits. 21 KiB each: four to a multiprocessor, not eight.
+        assert (large.splits, small.splits) == (8, 4)
+
+    @pytest.mark.parametrize("bits", range(2, 9))
+    def test_the_heuristic_asks_for_no_more_than_the_smallest_has(
+        self, bits, monkeypatch
+    ):
+        monkeypatch.setattr(configs, "gpu", lambda: GEFORCE)
+        for op, group_size in itertools.product(tables.OPS, (16, 32, 64, 128, None)):
+            w = weight(4096, 4096, bits, group_size)
+            for m in (1, 2, 4, 8, 16) if op == "matvec" else (8, 16, 32, 64, 128):
+                config = configs.heuristic(op, m, w)
+                assert configs.shared_memory(config, w) <= GEFORCE.shared
 
 
 class TestJobs:
@@ -381,9 +440,19 @@ class TestSearch:
             assert all(c.block_m >= 16 for c in found)
         if op == "dequantize":
             assert {(c.block_m, c.splits) for c in found} == {(8, 1)}
+        assert all(configs.fits(c, job.w) for c in found)
         for candidate in found:
             tables.write(own_tables / "x.json", table((job.key, entry(candidate))))
             tables.read(own_tables / "x.json")
+
+    def test_candidates_leave_shared_memory_for_scales(self, monkeypatch):
+        job = tune.Job("matmul", 64, weight(4096, 4096))
+        start = Config(64, 128, 128)
+        ahead = lambda: [c.stages for c in climb(job, start, "stages", up=True)]  # noqa: E731
+        # 24 KiB a stage.
+        assert ahead() == [4, 5, 6, 7, 8]
+        monkeypatch.setattr(configs, "gpu", lambda: GEFORCE)
+        assert ahead() == [4]
 
     @pytest.mark.parametrize("error", [NotImplementedError, jax.errors.JaxRuntimeError])
     def test_what_does_not_compile_is_passed_over(self, error):

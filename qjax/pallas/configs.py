@@ -7,14 +7,39 @@ heuristic alone.
 """
 
 import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
 
 from qjax.formats import tiles
 from qjax.pallas import tables
 from qjax.pallas.operands import EXACT_ROWS, Config
 from qjax.tensor import QTensor
 
-# A large GPU: its multiprocessors, and the registers and shared memory of each.
-_MULTIPROCESSORS, _REGISTERS, _SHARED = 132, 1 << 16, 227 << 10
+
+class Gpu(NamedTuple):
+    """What programs have to fit into.
+
+    Attributes:
+      multiprocessors: How many there are.
+      shared: Bytes of shared memory that a program may take.
+      asynchronous: Whether tensor cores may read x from shared memory while a program
+        goes on, as those of Hopper and of the B200 do.
+    """
+
+    multiprocessors: int
+    shared: int
+    asynchronous: bool
+
+
+# An H100. GeForce GPUs, and others of their kind, have 99 KiB.
+_H100 = Gpu(132, 227 << 10, asynchronous=True)
+# Of every multiprocessor: registers, and shared memory that a program takes besides.
+_REGISTERS, _RESERVED = 1 << 16, 1 << 10
+# Shared memory of a program beyond what is loaded ahead of an iteration, at most:
+# scales on their way to the threads that need them, sums of slices.
+SCRATCH = 9 << 10
 # Iterations of a program below which its pipeline of loads does not pay.
 _ITERATIONS = 4
 _BLOCK_N = 128
@@ -120,6 +145,36 @@ def heuristic(op: str, m: int, w: QTensor) -> Config:
     return _split(op, m, w, config)
 
 
+def fits(config: Config, w: QTensor) -> bool:
+    """Whether programs find the shared memory they need, whatever scales ``w`` has."""
+    return shared_memory(config, w) + SCRATCH <= gpu().shared
+
+
+def shared_memory(config: Config, w: QTensor) -> int:
+    """Bytes of shared memory of a program: words and x, loaded ahead."""
+    words = config.block_n * max(s.bits for s in w.segments) // 8
+    ahead = max(1, config.stages - 1)
+    # x stays for an iteration more where the product may not be over.
+    waits = gpu().asynchronous and config.block_m >= 16 and config.warps >= 4
+    of_row = ahead * words + (ahead + waits) * 2 * config.block_m
+    return _iteration(config, w) * of_row
+
+
+@functools.cache
+def gpu() -> Gpu:
+    """The GPU that programs are compiled for, or an H100 without one."""
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        return _H100
+    major = int(str(getattr(device, "compute_capability", "9.0")).split(".")[0])
+    return Gpu(
+        getattr(device, "core_count", _H100.multiprocessors),
+        getattr(device, "shared_memory_per_block_optin", _H100.shared),
+        asynchronous=9 <= major < 12,
+    )
+
+
 def _heuristic_matmul(m: int, w: QTensor) -> Config:
     block_m = _power_of_two(m, 8, 128)
     long = _has_long_blocks(w)
@@ -144,15 +199,19 @@ def _heuristic_matvec(m: int, w: QTensor) -> Config:
     programs = _ceil(w.n, _BLOCK_N * rows // 8)
     twice = 1 < rows < 8 and programs < _BUSY
     block_m = 16 if twice or rows > 8 else 8
-    # Scales of eight groups, loaded ahead, leave no registers to two warps, nor to four
-    # for a third stage; those of sixteen leave none to eight rows for that stage.
-    groups, warps, stages = _groups_of_iteration(w), 2, 3
+    groups, block_n = _groups_of_iteration(w), _BLOCK_N
+    # Scales of sixteen groups, loaded ahead, leave no registers for a third stage.
+    stages = 2 if groups >= 16 else 3
     if groups >= 8 and block_m == 16:
-        warps, stages = 4, 2
-    elif groups >= 16:
-        stages = 2
+        # Those of eight leave two warps registers for half of the columns. Four warps
+        # would take tensor cores that read x from shared memory (Hopper), for a tenth
+        # more instructions, or weights from a memory of their own (B200), for up to
+        # twice as many.
+        block_n, stages = _BLOCK_N // 2, 2
+        # Sixteen columns a slice are the fewest.
+        block_m = min(block_m, rows * block_n // tables.LEAST_COLUMNS)
     slices = block_m // rows
-    return Config(block_m, _BLOCK_N, 128, warps=warps, stages=stages, slices=slices)
+    return Config(block_m, block_n, 128, warps=2, stages=stages, slices=slices)
 
 
 def _resolve(op: str, m: int, w: QTensor) -> Config:
@@ -162,6 +221,9 @@ def _resolve(op: str, m: int, w: QTensor) -> Config:
     if found is None:
         return heuristic(op, m, w)
     measured, entry = found
+    if not fits(entry.config, w):
+        # What was measured had shorter iterations.
+        return heuristic(op, m, w)
     if (measured.k, measured.n) == (w.k, w.n):
         return entry.config
     return _split(op, m, w, entry.config)
@@ -194,11 +256,11 @@ def _iteration(config: Config, w: QTensor) -> int:
 
 
 def _at_once(op: str, config: Config, w: QTensor) -> int:
-    """Programs that a large GPU holds, as far as registers and shared memory go."""
-    words = config.block_n * max(s.bits for s in w.segments) // 8
-    shared = config.stages * _iteration(config, w) * (words + 2 * config.block_m)
+    """Programs that the GPU holds, as far as registers and shared memory go."""
     registers = 32 * config.warps * _registers(op, config, w)
-    return _MULTIPROCESSORS * max(1, min(_REGISTERS // registers, _SHARED // shared))
+    device, shared = gpu(), shared_memory(config, w) + _RESERVED
+    by_shared = (device.shared + _RESERVED) // shared
+    return device.multiprocessors * max(1, min(_REGISTERS // registers, by_shared))
 
 
 def _registers(op: str, config: Config, w: QTensor) -> int:

@@ -277,13 +277,15 @@ def read_book(
         return Book(undo=None if unit == 1 else unit)
     if ref is None:
         return Book()
-    # Each lane reads another entry, and a maximum of floats leaves it in a register. Of
-    # integers, or of what is loaded alone, the assembler knows that all lanes have the
-    # same: it keeps that in uniform registers, from which PRMT does not read, and moves
-    # it for every use, one more instruction for each weight.
-    lanes = jnp.arange(lookup.LANES) % lookup.ENTRIES
-    entry = lang.gather(ref, jnp.full(lanes.shape, jnp.maximum(row, 0)), lanes)
-    rest = [jnp.where(lanes == i, entry, -jnp.inf).max() for i in range(lookup.ENTRIES)]
+    # Each lane reads another entry, and a sum of floats leaves it in a register. Of a
+    # sum of integers, of a maximum on sm_100, or of what is loaded alone, the assembler
+    # knows that all lanes have the same: it keeps that in uniform registers, from which
+    # PRMT does not read, and moves it for every use, one more instruction for each
+    # weight. To add -0.0 changes nothing.
+    lanes = jnp.arange(lookup.LANES)
+    where = jnp.full(lanes.shape, jnp.maximum(row, 0)), lanes % lookup.ENTRIES
+    entry = lang.gather(ref, *where)
+    rest = [jnp.where(lanes == i, entry, -0.0).sum() for i in range(lookup.ENTRIES)]
     undo = None
     if dtype == DTYPE:
         largest = functools.reduce(jnp.maximum, map(jnp.abs, rest))

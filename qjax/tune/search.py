@@ -196,6 +196,9 @@ def climb(job: Job, config: Config, field: str, *, up: bool) -> Iterator[Config]
         changed = dataclasses.replace(config, **{field: value})
         if job.op == "matvec":
             changed = dataclasses.replace(changed, slices=changed.block_m // rows)
+        if not configs.fits(changed, job.w):
+            # It may compile, but not with other scales, or for the nearest shape.
+            return
         yield changed
 
 

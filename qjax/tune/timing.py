@@ -20,11 +20,12 @@ from jaxtyping import Array
 from qjax.tensor import QTensor
 
 # Copies of a weight exceed this many bytes together: twice the largest L2 cache of
-# today's GPUs (126 MB).
+# today's GPUs (128 MB).
 CACHE = 256 * 2**20
 # What a program lasts at least, so that the half millisecond of its dispatch does not
-# count, reckoned with rates that no GPU at hand exceeds: bytes and operations a second,
-# and the seconds of the smallest call.
+# count, reckoned with rates that no GPU up to an H200 exceeds (on a B200 it lasts half
+# of that, or a third): bytes and operations a second, and the seconds of the smallest
+# call.
 _LASTS = 0.02
 _BANDWIDTH, _ARITHMETIC, _CALL = 4e12, 6e14, 4e-6
 

@@ -9,6 +9,7 @@ CLASSES = tuple(
     (name, re.compile(pattern))
     for name, pattern in (
         ("HGMMA", "[HIQ]GMMA"),
+        ("UTCMMA", "UTC[HIQO]MMA"),
         ("HMMA", "[HIQ]?MMA"),
         ("spill", "STL|LDL"),
         ("uniform", "U[A-Z]|R2UR|VOTEU"),
@@ -61,8 +62,9 @@ class Loop(tuple[Instruction, ...]):
 
     @property
     def matrix(self) -> int:
-        """Tensor-core instructions; one HGMMA does the work of sixteen HMMA."""
-        return self.number("HMMA") + 16 * self.number("HGMMA")
+        """Tensor-core instructions; those of a warp group do the work of sixteen."""
+        groups = self.number("HGMMA") + self.number("UTCMMA")
+        return self.number("HMMA") + 16 * groups
 
     def number(self, prefix: str) -> int:
         """Counts the instructions whose class starts so: all STS, or STS.128 alone."""

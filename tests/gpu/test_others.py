@@ -1,5 +1,6 @@
 """The other kernels as XLA compiles them: the backward of matmul, the dense weight."""
 
+import itertools
 import math
 
 import pytest
@@ -7,7 +8,6 @@ import pytest
 from tests.gpu import ptx
 from tests.gpu.cases import K, N, Other
 
-both = pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 CASES = [
     *(Other("dequantize", bits, 1) for bits in (1, 2, 3, 4, 5, 6, 7, 8)),
     Other("dequantize", 4, 1, 32),
@@ -23,7 +23,20 @@ CASES = [
     Other("scale_grad", 4, 32),
     Other("scale_grad", 3, 16),
 ]
-every = pytest.mark.parametrize("case", CASES, ids=str)
+ELSEWHERE = [
+    Other("dequantize", 4, 1),
+    Other("matmul_t", 4, 16),
+    Other("matmul_t", 4, 64),
+    Other("scale_grad", 4, 8),
+]
+every = pytest.mark.parametrize(
+    ("arch", "case"),
+    [
+        *itertools.product(("sm_80", "sm_90"), CASES),
+        *itertools.product(("sm_89", "sm_100", "sm_120"), ELSEWHERE),
+    ],
+    ids=str,
+)
 
 
 @pytest.fixture
@@ -32,13 +45,11 @@ def kernel(case, arch, compiled):
 
 
 @every
-@both
 def test_registers_suffice(kernel):
     assert kernel.spills == 0
 
 
 @every
-@both
 def test_instructions(case, arch, kernel, budgets):
     counted = kernel.instructions if case.kernel == "dequantize" else kernel.hot
     budgets.check(case, arch, len(counted) / case.weights, kernel.registers)
@@ -49,7 +60,6 @@ WORDS = {"dequantize": 0, "matmul_t": 2, "scale_grad": 3}
 
 
 @every
-@both
 def test_words_are_read_once(case, arch, compiled):
     program = compiled(case, arch)
     launch, config = program.kernel_launch, case.config

@@ -60,6 +60,16 @@ def test_sass():
     assert loop.histogram == {"HMMA": 1, "control": 1}
 
 
+def test_tensor_cores_of_warp_groups():
+    text = SASS.replace(
+        "HMMA.16816.F32 R4, R8, R12, R4", "UTCHMMA tmem[UR5], gdesc[UR8]"
+    )
+    (loop,) = sass.loops(text)["kernel"]
+    assert loop.number("UTCMMA") == 1
+    assert loop.number("HMMA") == 0
+    assert loop.matrix == 16
+
+
 def test_ptx():
     loads = ptx.loads(PTX)
     assert loads.before == {1: 8}
