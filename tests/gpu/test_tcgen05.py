@@ -100,7 +100,7 @@ def instruction(m, n, dtype=F16, signs=(1, 1), transposed=(False, False)):
 
 
 def rows_to_lanes(matrix, first):
-    """Rows of 64 or 128 where a product has them: 16 or 32 to a quarter of the lanes."""
+    """Rows where a product has them: 16 or 32 to a quarter of the lanes."""
     lanes = np.zeros((128, *matrix.shape[1:]), matrix.dtype)
     each = len(matrix) // 4
     for i, row in enumerate(matrix):
@@ -169,7 +169,9 @@ def test_products_of_shared_memory_alone(m, transposed):
     nothing = "{" + ", ".join(["0"] * n) + "}"
     body = f"""
       {INITIALIZE} {fill(0, left[0].nbytes, 128)}
-      add.s64 %rd9, %rd9, 8192; {fill(1, right[0].nbytes, 128)} add.s64 %rd9, %rd9, -8192;
+      add.s64 %rd9, %rd9, 8192;
+      {fill(1, right[0].nbytes, 128)}
+      add.s64 %rd9, %rd9, -8192;
       {described(bits, right[1], left[1])}
       tcgen05.st.sync.aligned.32x32b.x{n}.b32 [%r801], {nothing}; {WAIT} bar.sync 0;
       {product(n, "%rd11")}

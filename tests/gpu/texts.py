@@ -96,8 +96,8 @@ def of_each_thread(instruction, *operands, dtype=U32):
 def in_tensor_memory(body, columns=128):
     """Allocates before some statements, and frees after them.
 
-    ``%r800`` is the address, ``%r801`` that of the warp's own lanes, and ``%p9`` is true
-    for one thread of the first warp. The last 16 bytes of shared memory are taken.
+    ``%r800`` is the address, ``%r801`` that of the warp's own lanes, and ``%p9`` is
+    true for one thread of the first warp. The last 16 bytes of shared memory are taken.
     """
     return f"""
       setp.lt.u32 %p8, %r0, 32;
@@ -127,11 +127,11 @@ def d_places(lane, n):
 
 
 def in_shared(matrix, mode, span, transposed, start=1024):
-    """A matrix as tensor cores read it: eight rows of ``span`` bytes together, swizzled.
+    """A matrix as tensor cores read it: rows of ``span`` bytes by eights, swizzled.
 
     Rows are those of k where m or n runs along them (transposed), else those of m or n.
-    Returns the elements and the descriptor, as for wgmma. Without a swizzle, the two offsets of a
-    transposed matrix change places.
+    Returns the elements and the descriptor, as for wgmma. Without a swizzle, the two
+    offsets of a transposed matrix change places.
     """
     height, width = matrix.shape
     atoms = height // 8, max(1, 2 * width // span)

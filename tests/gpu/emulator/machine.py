@@ -245,10 +245,8 @@ def run(
     memory = DeviceMemory(operands, outputs, align)
     # The x axis is the fastest.
     place = np.indices(grid[::-1]).reshape(3, -1)[::-1].T
-    traffic, of_programs = (
-        Traffic(),
-        SharedMemory.of(len(place), kernel.threads // WARP, shared),
-    )
+    traffic = Traffic()
+    of_programs = SharedMemory.of(len(place), kernel.threads // WARP, shared)
     groups = [Group(kernel, memory, traffic, of_programs, place, grid)]
     with np.errstate(all="ignore"):
         while groups:

@@ -1,11 +1,11 @@
 """The tensor cores of Blackwell: products in tensor memory, and what moves it.
 
-Sources: PTX ISA 9.2, "TensorCore 5th Generation Family Instructions": which thread
-holds which word ("Data Movement Shape"), which lanes a product takes ("Data Path Layout
-Organization", D and F), the bits of "Instruction Descriptor". The first is also in
-NVIDIA/cutlass, include/cute/atom/copy_traits_sm100.hpp, the second in triton-lang/triton,
-lib/Dialect/TritonGPU/IR/LinearLayoutConversions.cpp (tensorMemoryToLinearLayout), the
-third in cutlass, include/cute/arch/mma_sm100_desc.hpp, 0d2b201e8c1c.
+Sources: PTX ISA 9.2, "TensorCore 5th Generation Family Instructions". Which thread
+holds which word: "Data Movement Shape", and NVIDIA/cutlass, 0d2b201e8c1c,
+include/cute/atom/copy_traits_sm100.hpp. Which lanes a product takes: "Data Path Layout
+Organization", D and F, and triton-lang/triton, tensorMemoryToLinearLayout in
+lib/Dialect/TritonGPU/IR/LinearLayoutConversions.cpp. The bits of an instruction:
+"Instruction Descriptor", and cutlass, include/cute/arch/mma_sm100_desc.hpp.
 """
 
 import dataclasses
