@@ -117,20 +117,30 @@ class TestThreads:
         found = of_each_thread("mov.b32 $0, 0;" + 2 * block, np.full(32, 3, U32))
         assert (found == 6).all()
 
-    @pytest.mark.parametrize("first", ["ahead", "back"])
-    def test_warps_that_jump_idle_until_the_others_come(self, first):
-        # The second warp passes by the sum; of two ways to say so, one has it below.
-        ahead = "@%p1 bra TARGET; add.s32 %r10, %r10, 7; TARGET:"
-        back = """
-          mov.pred %p2, 0; bra.uni BELOW;
-          TARGET: @%p2 bra DONE;
-          BELOW: mov.pred %p2, -1;
-          @%p1 bra TARGET; add.s32 %r10, %r10, 7; bra.uni TARGET;
-          DONE:
-        """
+    @pytest.mark.parametrize(
+        "jump",
+        [
+            "@%p1 bra AHEAD; add.s32 %r10, %r10, 7; AHEAD:",
+            """
+              mov.pred %p2, 0; bra.uni BELOW;
+              BACK: @%p2 bra DONE;
+              BELOW: mov.pred %p2, -1;
+              @%p1 bra BACK; add.s32 %r10, %r10, 7; bra.uni BACK;
+              DONE:
+            """,
+            """
+              @!%p1 bra SUM; mov.b32 %r11, 1; bra.uni DONE;
+              SUM: add.s32 %r10, %r10, 7;
+              DONE:
+            """,
+        ],
+        ids=["ahead", "back", "either"],
+    )
+    def test_warps_that_jump_idle_until_the_others_come(self, jump):
+        # The second warp passes by the sum.
         body = f"""
           setp.ge.s32 %p1, %r0, 32; mov.b32 %r10, %r0;
-          {ahead if first == "ahead" else back} {store(10, 1, 0)}
+          {jump} {store(10, 1, 0)}
         """
         found = emulate(body, out=np.empty(64, U32), threads=64)
         expected = np.arange(64) + np.where(np.arange(64) < 32, 7, 0)

@@ -2,7 +2,7 @@
 
 A register is an array ``[programs, threads]`` of bit patterns. Programs that branch
 another way than the others go on as a group of their own; threads of a program that
-jump ahead of the others idle until those come there, too.
+jump elsewhere idle there until the others come, too.
 """
 
 import dataclasses
@@ -310,9 +310,12 @@ def _branch(group: Group, statement: Statement) -> list[Group]:
     target = group.kernel.labels[label.name]
     mask = _mask(group, statement)
     if group.idle is not None:
-        # The others may only come to where the idle ones are.
-        if statement.guard is not None or target != group.rejoin:
+        if statement.guard is not None:
             raise EmulationError("the threads of a program part")
+        if target != group.rejoin:
+            # Now these wait there, until the others come.
+            group.idle = ~group.idle
+            group.rejoin, target = target, group.rejoin
         group.counter = target
         return []
     taken = np.ones(1, bool) if mask is None else mask[:, 0]
