@@ -152,8 +152,8 @@ IN_TENSOR_MEMORY = [
     Matmul(EXL2, 33),
     Stack(Weight(4, 64, "zero", "bfloat16", k=384, n=80), (1, -1, 2), m=100),
     Matvec(EXL2, 2, index=1),
-    MatmulT(Weight(4, 128, "offset", n=256), 64),
-    MatmulT(Weight(1, None, "zero"), 64),
+    MatmulT(Weight(4, 128, "offset", n=256), 64, Config(64, 64, 128, stages=1)),
+    MatmulT(Weight(1, None, "zero"), 64, Config(64, 64, 128, stages=1)),
     ScaleGrad(Weight(4, 32, "offset"), 32),
     ScaleGrad(Weight(3, 64, "centered_zero", k=360, n=136), 16),
 ]
@@ -249,6 +249,18 @@ def test_what_orders_the_threads_is_needed(arch, missing, message, monkeypatch):
     case = Matmul(Weight(4, 128, "zero", k=1024), 16, Config(16, splits=2))
     with pytest.raises(parser.EmulationError, match=message):
         running.run(case, arch)
+
+
+def test_products_that_share_an_operand_race_on_a_b200():
+    # Products of a loop that take the same rows of dy from tensor memory: the next rows
+    # are put there when the first product is complete, whatever the others do. XLA's
+    # Triton makes a buffer of the rows outside of the loop for the first, and takes it
+    # for one that no iteration overwrites at the others (`isOperandPipelineableBase`).
+    # With a single stage each is waited for. Once this finds no race, matmul_t may have
+    # its stages on a B200.
+    case = MatmulT(Weight(4, 128, "offset", n=256), 64, Config(64, 64, 128))
+    with pytest.raises(parser.EmulationError, match="that a product under way reads"):
+        running.run(case, "sm_100")
 
 
 @each
