@@ -275,7 +275,12 @@ REFUSED = {
         READY + MMA.replace("[%r800]", "[%r800+1048576]"),
         "a product that begins at lane 16",
     ),
-    "begun by many": (READY + MMA.replace("@%p9", ""), "that several threads begin"),
+    "begun by many": (READY + MMA.replace("@%p9", ""), "several threads do what one"),
+    "committed by many": (READY + COMMIT.replace("@%p9", ""), "several threads do wha"),
+    "committed by another": (
+        READY + MMA + "setp.eq.s32 %p9, %r0, 3;" + COMMIT,
+        "products of another thread are not committed",
+    ),
 }
 
 

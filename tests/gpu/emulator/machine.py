@@ -193,6 +193,13 @@ class Group:
         lanes = Lanes(self.lanes.program[here], self.lanes.warp[here])
         return lanes, here
 
+    def acting_thread(self) -> tuple[Lanes, np.ndarray]:
+        """Returns the same, where one thread of a program may act, or none."""
+        who, here = self.acting()
+        if len(np.unique(who.program)) != len(who.program):
+            raise EmulationError("several threads do what one of them has to")
+        return who, np.arange(self.lanes.program.size)[here]
+
     def acting_warps(self) -> Lanes:
         """Returns the warps that execute a statement as one, a row each."""
         mask = np.ones(self.shape, bool) if self.mask is None else self.mask

@@ -32,7 +32,7 @@ def _initialize(group: Group, statement: Statement) -> None:
     address, count = statement.operands
     if count != Number("1"):
         raise EmulationError("an mbarrier that takes several arrivals")
-    who, here = group.acting()
+    who, here = group.acting_thread()
     words = np.zeros(len(who.warp), _WORD)
     words["mark"] = _MARK
     group.shared.store(who, group.addresses(address).ravel()[here], _bytes(words))
@@ -40,7 +40,7 @@ def _initialize(group: Group, statement: Statement) -> None:
 
 def _invalidate(group: Group, statement: Statement) -> None:
     (address,) = statement.operands
-    who, here = group.acting()
+    who, here = group.acting_thread()
     addresses = group.addresses(address).ravel()[here]
     if _words(group, who, addresses)["due"].any():
         raise EmulationError("an mbarrier is given up that nobody has waited for")
@@ -48,16 +48,14 @@ def _invalidate(group: Group, statement: Statement) -> None:
     group.shared.store(who, addresses, nothing)
 
 
-def commit(group: Group, who: Lanes, addresses: np.ndarray) -> None:
-    """Lets mbarriers tell of the end of the products that are begun until now."""
+def commit(group: Group, who: Lanes, addresses: np.ndarray, thread: int) -> None:
+    """Lets mbarriers tell of the end of the products that a thread has begun."""
     words = _words(group, who, addresses)
     if words["due"].any():
         raise EmulationError("an mbarrier is committed to before it was waited for")
     # Who has waited without a barrier after it may see the next phase only.
     group.shared.touch(who, addresses, _WORD.itemsize)
-    progress = group.shared.progress
-    words["due"] = progress.begun
-    progress.begun += 1
+    words["due"] = group.shared.progress.commit(thread)
     group.shared.replace(who.program, addresses, _bytes(words))
 
 

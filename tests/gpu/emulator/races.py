@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from tests.gpu.emulator.memory import Lanes
+from tests.gpu.emulator.parser import EmulationError
 
 # What is remembered of every two bytes of shared memory, and of a word of tensor
 # memory: a bit for each warp that has read it since the last barrier, and the warp that
@@ -45,22 +46,39 @@ def written_by(who: Lanes) -> np.ndarray:
 
 
 class Progress:
-    """How far tensor cores have come with products that nobody has to wait for.
+    """How far tensor cores have come with products that go on by themselves.
 
     Those between two commits share a number: 1, 2, and so on.
 
     Attributes:
       begun: The number of products that are begun now.
+      thread: Which of a program has begun them; None as long as there are none.
       known: Up to which number a warp knows them to be complete, ``[programs, warps]``.
     """
 
-    def __init__(self, known: np.ndarray, begun: int = 1):
+    def __init__(self, known: np.ndarray, begun: int = 1, thread: int | None = None):
         """Begins with none."""
-        self.known, self.begun = known, begun
+        self.known, self.begun, self.thread = known, begun, thread
 
     def take(self, programs: np.ndarray) -> "Progress":
         """Returns that of some of the programs."""
-        return Progress(self.known[programs], self.begun)
+        return Progress(self.known[programs], self.begun, self.thread)
+
+    def begin(self, thread: int) -> None:
+        """Begins a product."""
+        self._check(thread)
+        self.thread = thread
+
+    def commit(self, thread: int) -> int:
+        """Returns the number of the products whose end is to be told of."""
+        self._check(thread)
+        self.begun, self.thread = self.begun + 1, None
+        return self.begun - 1
+
+    def _check(self, thread: int) -> None:
+        # A commit tells of the products of its own thread.
+        if self.thread not in (None, thread):
+            raise EmulationError("products of another thread are not committed")
 
     def under_way(self, products: np.ndarray, who: Lanes) -> np.ndarray:
         """Which of ``products[lanes, n]``, by number, may go on as far as one knows."""

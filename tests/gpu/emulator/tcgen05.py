@@ -189,12 +189,11 @@ class _Instruction:
 def _product(group: Group, statement: Statement) -> None:
     """m64 or m128 by n by k16: A in tensor memory or by a descriptor, as B is."""
     d, a, b, instruction, keep = statement.operands
-    who, here = group.acting()
-    if len(np.unique(who.program)) != len(who.program):
-        raise EmulationError("a product that several threads begin")
+    who, here = group.acting_thread()
     if not len(who.program):
         return
     memory, product = _allocated(group), group.shared.progress.begun
+    group.shared.progress.begin(_uniform(here % group.shape[1]))
     bits = _uniform(group.read(instruction, U32).ravel()[here])
     one = _Instruction.of(bits)
 
@@ -238,8 +237,10 @@ def _product(group: Group, statement: Statement) -> None:
 
 def _commit(group: Group, statement: Statement) -> None:
     (address,) = statement.operands
-    who, here = group.acting()
-    mbarriers.commit(group, who, group.addresses(address).ravel()[here])
+    who, here = group.acting_thread()
+    if len(who.program):
+        thread = _uniform(here % group.shape[1])
+        mbarriers.commit(group, who, group.addresses(address).ravel()[here], thread)
 
 
 def _immediate(split: list[Any]) -> tuple[int]:
