@@ -133,8 +133,13 @@ class TestThreads:
               SUM: add.s32 %r10, %r10, 7;
               DONE:
             """,
+            """
+              @%p1 bra DONE; bra.uni SUM;
+              SUM: add.s32 %r10, %r10, 7; bra.uni DONE;
+              DONE:
+            """,
         ],
-        ids=["ahead", "back", "either"],
+        ids=["ahead", "back", "either", "next"],
     )
     def test_warps_that_jump_idle_until_the_others_come(self, jump):
         # The second warp passes by the sum.

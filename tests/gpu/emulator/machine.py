@@ -319,8 +319,8 @@ def _branch(group: Group, statement: Statement) -> list[Group]:
     if group.idle is not None:
         if statement.guard is not None:
             raise EmulationError("the threads of a program part")
-        if target != group.rejoin:
-            # Now these wait there, until the others come.
+        if target > group.rejoin:
+            # Who is behind goes on; these wait until the others come.
             group.idle = ~group.idle
             group.rejoin, target = target, group.rejoin
         group.counter = target
