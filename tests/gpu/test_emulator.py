@@ -224,9 +224,16 @@ class TestFloats:
     def test_sums_of_two_widths(self, name, dtype):
         a = rng.standard_normal(64).astype(dtype)
         b = rng.standard_normal(32).astype(F32)
-        body = f"mov.b32 {{%rs1, _}}, $1; add.rn.f32.{name} $0, %rs1, $2;"
-        found = of_each_thread(body, a, b, dtype=F32)
-        np.testing.assert_array_equal(found, a[::2].astype(F32) + b)
+        wide = a[::2].astype(F32)
+        for last, expected in (
+            (f"add.rn.f32.{name} $0, %rs1, $2", wide + b),
+            (f"sub.rn.f32.{name} $0, %rs1, $2", wide - b),
+            # Exact in float64, for these exponents, but for the last rounding.
+            (f"fma.rn.f32.{name} $0, %rs1, %rs1, $2", np.float64(wide) ** 2 + b),
+        ):
+            body = f"mov.b32 {{%rs1, _}}, $1; {last};"
+            found = of_each_thread(body, a, b, dtype=F32)
+            np.testing.assert_array_equal(found, expected.astype(F32))
 
     def test_largest_of_a_warp(self):
         a = rng.standard_normal(64).astype(F32)

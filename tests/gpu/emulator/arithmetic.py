@@ -279,9 +279,17 @@ OPERATIONS: dict[str, Operation] = {
     # Off by two units in the last place at most, which the device is and this is not.
     "div.full.f32": elementwise(np.divide, F32, F32, F32),
     **{f"neg.{t}": elementwise(np.negative, d, d) for t, d in _FLOATS.items()},
-    # An operand of 16 bits is widened first.
+    # Operands of 16 bits are widened first.
     **{
         f"add.rn.f32.{t}": elementwise(lambda a, b: a.astype(F32) + b, F32, d, F32)
+        for t, d in (("f16", F16), ("bf16", BF16))
+    },
+    **{
+        f"sub.rn.f32.{t}": elementwise(lambda a, b: a.astype(F32) - b, F32, d, F32)
+        for t, d in (("f16", F16), ("bf16", BF16))
+    },
+    **{
+        f"fma.rn.f32.{t}": elementwise(_fma, F32, d, d, F32)
         for t, d in (("f16", F16), ("bf16", BF16))
     },
     **{
