@@ -152,26 +152,26 @@ IN_TENSOR_MEMORY = [
     Matmul(Weight(4, 16, "float", "over global"), 33),
     Matmul(EXL2, 33),
     Stack(Weight(4, 64, "zero", "bfloat16", k=384, n=80), (1, -1, 2), m=100),
-    Matvec(EXL2, 2, index=1),
+    Matvec(EXL2, 2, Config(16, warps=4, stages=2, slices=8), index=1),
     MatmulT(Weight(4, 128, "offset", n=256), 64, Config(64, 64, 128, stages=1)),
     MatmulT(Weight(1, None, "zero"), 64, Config(64, 64, 128, stages=1)),
     ScaleGrad(Weight(4, 32, "offset"), 32),
     ScaleGrad(Weight(3, 64, "centered_zero", k=360, n=136), 16),
 ]
 # The rest is as for older GPUs, but for a few instructions.
-ON_BLACKWELL = [
-    Matmul(Weight(4, 64, "offset", "bfloat16", k=1024), 64),
+WITHOUT_IT = [
     Matmul(Weight(6, 256, "centered_zero", "float32"), 8),
     Matvec(Weight(8, 64, "zero", k=640, n=136), 4, dtype="float16"),
     MatmulT(Weight(3, 64, "centered", k=360, n=136), 5),
     Dequantize(Weight(4, 32, "offset"), "float16"),
     Relayout(Gemm(), TensorCoreTiled()),
 ]
+# Two with more than sixteen rows for what else has no wgmma.
 RUNS = [
     *((arch, run) for arch in ("sm_80", "sm_90") for run in CASES),
-    *(("sm_100", run) for run in IN_TENSOR_MEMORY),
-    *((arch, run) for arch in ("sm_100", "sm_120") for run in ON_BLACKWELL),
-    ("sm_89", Matmul(Weight(4, 64, "offset", "bfloat16", k=1024), 64)),
+    *(("sm_100", run) for run in [*IN_TENSOR_MEMORY, *WITHOUT_IT]),
+    *(("sm_120", run) for run in [*IN_TENSOR_MEMORY[4:6], *WITHOUT_IT]),
+    ("sm_89", IN_TENSOR_MEMORY[4]),
 ]
 each = pytest.mark.parametrize(("arch", "run"), RUNS, ids=str)
 
@@ -201,6 +201,13 @@ def test_launches_are_their_interpretation(outcome):
 def test_results_are_those_of_the_oracle(run, outcome):
     for found, expected in zip(outcome.found, outcome.expected, strict=True):
         assert relative_error(found, expected) < run.tolerance
+
+
+@pytest.mark.parametrize("run", IN_TENSOR_MEMORY, ids=str)
+@pytest.mark.parametrize("arch", ["sm_100"])
+def test_products_are_in_tensor_memory(outcome):
+    opcodes = frozenset.union(*(launched.opcodes for launched in outcome.launches))
+    assert any(opcode.startswith("tcgen05.mma") for opcode in opcodes)
 
 
 @pytest.fixture(scope="module")

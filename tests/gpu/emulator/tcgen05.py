@@ -91,10 +91,11 @@ def _words_of_threads(shape: str, count: int, split: int) -> tuple[Any, Any]:
         return thread, register
     if shape == "16x32bx2":
         return thread % 16, register + thread // 16 * split
-    t, half = thread % 4, register // (2 if shape == "16x256b" else 1) % 2
+    # As fragments of mma.sync: of A, whose pairs of k are words, and of D.
+    g, t = thread // 4, thread % 4
     if shape == "16x128b":
-        return thread // 4 + 8 * half, register // 2 * 4 + t
-    return thread // 4 + 8 * half, register // 4 * 8 + 2 * t + register % 2
+        return g + register % 2 * 8, register // 2 * 4 + t
+    return g + register // 2 % 2 * 8, register // 4 * 8 + 2 * t + register % 2
 
 
 def _words(
