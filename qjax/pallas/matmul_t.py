@@ -116,7 +116,7 @@ def matmul_t(
             jnp.float32,
         ),
         warps=config.warps,
-        stages=config.stages,
+        stages=1 if _would_race(config) else config.stages,
         interpret=interpret,
     )
     dx = (partial.sum(0).reshape(-1, k) * unscale)[:m, : w.k] * undo
@@ -128,6 +128,16 @@ def matmul_t(
         by_group = jnp.dot(dy, zeros.T, precision=lax.Precision.HIGHEST)
         dx += jnp.repeat(by_group, group, axis=1)[:, : w.k]
     return dx
+
+
+def _would_race(config: Config) -> bool:
+    """Whether products of a loop that is pipelined would see rows of the next pass.
+
+    With four warps, 64 rows of ``dy`` go to tensor memory, where there is one, for all
+    products of a pass, and XLA's Triton overwrites them when the first is complete.
+    """
+    rows_in_it = config.block_m >= 64 and config.warps >= 4
+    return rows_in_it and lang.has_tensor_memory()
 
 
 def _body(

@@ -7,7 +7,16 @@ import pytest
 from tests.gpu.emulator.memory import Lanes
 from tests.gpu.emulator.parser import EmulationError
 from tests.gpu.emulator.traffic import Count, Traffic
-from tests.gpu.texts import emulate, fill, listed, load, of_each_thread, store
+from tests.gpu.texts import (
+    d_places,
+    emulate,
+    fill,
+    in_shared,
+    listed,
+    load,
+    of_each_thread,
+    store,
+)
 
 F16, BF16, F32, U32 = np.float16, ml_dtypes.bfloat16, np.float32, np.uint32
 rng = np.random.default_rng(0)
@@ -96,6 +105,52 @@ class TestThreads:
         with pytest.raises(EmulationError, match="t@2 is read before it is written"):
             of_each_thread(block + "{ .reg .b32 t; mov.b32 $0, t; }", a)
 
+    def test_labels_of_inline_assembly_are_its_own(self):
+        # Each block adds one until its own register is no longer below $1.
+        block = """
+          {
+            .reg .pred p; .reg .b32 t; mov.b32 t, 0;
+            again: add.s32 t, t, 1; add.s32 $0, $0, 1;
+            setp.lt.s32 p, t, $1; @p bra.uni again;
+          }
+        """
+        found = of_each_thread("mov.b32 $0, 0;" + 2 * block, np.full(32, 3, U32))
+        assert (found == 6).all()
+
+    @pytest.mark.parametrize(
+        "jump",
+        [
+            "@%p1 bra AHEAD; add.s32 %r10, %r10, 7; AHEAD:",
+            """
+              mov.pred %p2, 0; bra.uni BELOW;
+              BACK: @%p2 bra DONE;
+              BELOW: mov.pred %p2, -1;
+              @%p1 bra BACK; add.s32 %r10, %r10, 7; bra.uni BACK;
+              DONE:
+            """,
+            """
+              @!%p1 bra SUM; mov.b32 %r11, 1; bra.uni DONE;
+              SUM: add.s32 %r10, %r10, 7;
+              DONE:
+            """,
+            """
+              @%p1 bra DONE; bra.uni SUM;
+              SUM: add.s32 %r10, %r10, 7; bra.uni DONE;
+              DONE:
+            """,
+        ],
+        ids=["ahead", "back", "either", "next"],
+    )
+    def test_warps_that_jump_idle_until_the_others_come(self, jump):
+        # The second warp passes by the sum.
+        body = f"""
+          setp.ge.s32 %p1, %r0, 32; mov.b32 %r10, %r0;
+          {jump} {store(10, 1, 0)}
+        """
+        found = emulate(body, out=np.empty(64, U32), threads=64)
+        expected = np.arange(64) + np.where(np.arange(64) < 32, 7, 0)
+        np.testing.assert_array_equal(found, expected)
+
     def test_shuffles(self):
         a = words()
         found = of_each_thread("shfl.sync.bfly.b32 $0, $1, 5, 31, -1;", a)
@@ -155,6 +210,39 @@ class TestFloats:
         wide = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
         np.testing.assert_array_equal(found.view(F16), wide.astype(F16))
 
+    def test_pairs_of_float32(self):
+        a, b = (rng.standard_normal(32).astype(F32) for _ in range(2))
+        body = """
+          mov.b64 %rd10, {$1, $2}; mov.b64 %rd11, {$2, $2};
+          add.rn.f32x2 %rd10, %rd10, %rd11; mov.b64 {_, %r8}, %rd10;
+          mov.b64 {$0, _}, %rd10; sub.rn.f32 $0, $0, %r8;
+        """
+        found = of_each_thread(body, a, b, dtype=F32)
+        np.testing.assert_array_equal(found, (a + b) - (b + b))
+
+    @pytest.mark.parametrize(("name", "dtype"), [("f16", F16), ("bf16", BF16)])
+    def test_sums_of_two_widths(self, name, dtype):
+        a = rng.standard_normal(64).astype(dtype)
+        b = rng.standard_normal(32).astype(F32)
+        wide = a[::2].astype(F32)
+        for last, expected in (
+            (f"add.rn.f32.{name} $0, %rs1, $2", wide + b),
+            (f"sub.rn.f32.{name} $0, %rs1, $2", wide - b),
+            # Exact in float64, for these exponents, but for the last rounding.
+            (f"fma.rn.f32.{name} $0, %rs1, %rs1, $2", np.float64(wide) ** 2 + b),
+        ):
+            body = f"mov.b32 {{%rs1, _}}, $1; {last};"
+            found = of_each_thread(body, a, b, dtype=F32)
+            np.testing.assert_array_equal(found, expected.astype(F32))
+
+    def test_largest_of_a_warp(self):
+        a = rng.standard_normal(64).astype(F32)
+        a[3] = np.nan
+        found = of_each_thread("redux.sync.max.f32 $0, $1, -1;", a, dtype=F32)
+        np.testing.assert_array_equal(
+            found, np.repeat(np.nanmax(a.reshape(2, 32), 1), 32)
+        )
+
     def test_fma_of_bfloat16_rounds_once(self):
         # The product lies half-way between two of them, and 2**-60 decides.
         a, b = np.full(64, 1.5, BF16), np.full(64, 1 + 2.0**-7, BF16)
@@ -184,6 +272,8 @@ class TestFloats:
         a = np.resize(np.array([np.nan, 1], F32), 32)
         found = of_each_thread("max.f32 $0, $1, 0f40000000;", a, dtype=F32)
         assert (found == 2).all()
+        found = of_each_thread("max.f32 $0, 0f3F800000, $1, 0f40000000;", a, dtype=F32)
+        assert (found == 2).all()
         found = of_each_thread("max.NaN.f32 $0, $1, 0f40000000;", a, dtype=F32)
         np.testing.assert_array_equal(np.isnan(found), np.isnan(a))
         for name, expected in (("ne", False), ("neu", True), ("leu", True)):
@@ -204,15 +294,6 @@ def b_fragment(matrix, lane):
     """Elements of a thread of B, 16 by 8."""
     g, t = divmod(lane, 4)
     return [matrix[2 * t + i % 2 + (8 if i >= 2 else 0), g] for i in range(4)]
-
-
-def d_places(lane, n):
-    """Rows and columns of the elements of a thread of D, 16 by n."""
-    g, t = divmod(lane, 4)
-    return [
-        (g + (8 if i % 4 >= 2 else 0), i // 4 * 8 + 2 * t + i % 2)
-        for i in range(n // 2)
-    ]
 
 
 class TestMatrices:
@@ -320,25 +401,3 @@ def check_d(found, product):
         rows = product[16 * (i // 32) :]
         expected = [rows[place] for place in d_places(i % 32, product.shape[1])]
         np.testing.assert_array_equal(found[i], expected)
-
-
-def in_shared(matrix, mode, span, transposed, start=1024):
-    """A matrix as wgmma reads it: eight rows of ``span`` bytes together, swizzled.
-
-    Rows are those of k where m or n runs along them (transposed), else those of m or n.
-    Returns the elements and the descriptor. Without a swizzle, the two offsets of a
-    transposed matrix change places.
-    """
-    height, width = matrix.shape
-    atoms = height // 8, max(1, 2 * width // span)
-    data = np.zeros((*atoms, 8, span // 16, 8), matrix.dtype)
-    for r in range(height):
-        for c in range(width // 8):
-            across, chunk = divmod(c, span // 16)
-            flipped = chunk ^ (r % 8) * span // 128
-            data[r // 8, across, r % 8, flipped] = matrix[r, 8 * c : 8 * c + 8]
-    leading, stride = 8 * span, atoms[1] * 8 * span
-    if not mode and transposed:
-        leading, stride = stride, leading
-    fields = (start, 0), (leading, 16), (stride, 32)
-    return data, sum(field >> 4 << low for field, low in fields) | mode << 62

@@ -21,9 +21,17 @@ REFUSED = {
     "unknown operand": ("mov.u32 %r9, %laneid;", "unknown operand: .*laneid"),
     "width": ("mov.b32 %rs9, %r0;", "does not hold"),
     "unwritten register": ("add.s32 %r9, %r0, %r8;", "%r8 is read before it is writ"),
-    "threads part": (
-        "setp.lt.s32 %p1, %r0, 3; @%p1 bra END; END: ret;",
+    "threads end apart": (
+        "setp.lt.s32 %p1, %r0, 3; @%p1 bra END; ret; END: ret;",
         "the threads of a program part",
+    ),
+    "threads part again": (
+        "AGAIN: setp.lt.s32 %p1, %r0, 3; @%p1 bra END; @%p1 bra AGAIN; END: ret;",
+        "the threads of a program part",
+    ),
+    "a barrier of some": (
+        "setp.lt.s32 %p1, %r0, 32; @%p1 bra END; bar.sync 0; END: ret;",
+        "a guard on what is done by a warp as one",
     ),
     "beyond an array": (
         "mad.lo.s64 %rd7, %rd8, 8, %rd0; ld.global.b32 %r9, [%rd7+12];",

@@ -91,3 +91,58 @@ def of_each_thread(instruction, *operands, dtype=U32):
     """
     out = np.empty(len(words), dtype)
     return emulate(body, words, out=out, programs=len(words) // 32)
+
+
+def in_tensor_memory(body, columns=128):
+    """Allocates before some statements, and frees after them.
+
+    ``%r800`` is the address, ``%r801`` that of the warp's own lanes, and ``%p9`` is
+    true for one thread of the first warp. The last 16 bytes of shared memory are taken.
+    """
+    return f"""
+      setp.lt.u32 %p8, %r0, 32;
+      @%p8 tcgen05.alloc.cta_group::1.sync.aligned.shared::cta.b32 [%rd9+16368],
+        {columns};
+      bar.sync 0;
+      ld.shared.b32 %r800, [%rd9+16368];
+      bar.sync 0;
+      @%p8 tcgen05.relinquish_alloc_permit.cta_group::1.sync.aligned;
+      shl.b32 %r801, %r0, 16; and.b32 %r801, %r801, 6291456;
+      add.s32 %r801, %r801, %r800;
+      elect.sync %r802|%p7, -1;
+      setp.lt.and.u32 %p9, %r0, 32, %p7;
+      {body}
+      bar.sync 0;
+      @%p8 tcgen05.dealloc.cta_group::1.sync.aligned.b32 %r800, {columns};
+    """
+
+
+def d_places(lane, n):
+    """Rows and columns of the elements of a thread of D, 16 by n."""
+    g, t = divmod(lane, 4)
+    return [
+        (g + (8 if i % 4 >= 2 else 0), i // 4 * 8 + 2 * t + i % 2)
+        for i in range(n // 2)
+    ]
+
+
+def in_shared(matrix, mode, span, transposed, start=1024):
+    """A matrix as tensor cores read it: rows of ``span`` bytes by eights, swizzled.
+
+    Rows are those of k where m or n runs along them (transposed), else those of m or n.
+    Returns the elements and the descriptor, as for wgmma. Without a swizzle, the two
+    offsets of a transposed matrix change places.
+    """
+    height, width = matrix.shape
+    atoms = height // 8, max(1, 2 * width // span)
+    data = np.zeros((*atoms, 8, span // 16, 8), matrix.dtype)
+    for r in range(height):
+        for c in range(width // 8):
+            across, chunk = divmod(c, span // 16)
+            flipped = chunk ^ (r % 8) * span // 128
+            data[r // 8, across, r % 8, flipped] = matrix[r, 8 * c : 8 * c + 8]
+    leading, stride = 8 * span, atoms[1] * 8 * span
+    if not mode and transposed:
+        leading, stride = stride, leading
+    fields = (start, 0), (leading, 16), (stride, 32)
+    return data, sum(field >> 4 << low for field, low in fields) | mode << 62

@@ -17,7 +17,7 @@ def pytest_addoption(parser):
     )
     parser.addoption(
         "--emulate",
-        choices=["sm_80", "sm_90"],
+        choices=["sm_80", "sm_89", "sm_90", "sm_100", "sm_120"],
         help="compile the kernels for that GPU, and emulate it on the CPU",
     )
     parser.addoption(

@@ -6,6 +6,7 @@ Interpret mode runs what Triton has no instruction for; lowering tells.
 import dataclasses
 import functools
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax.formats import awq, awq_v2, bnb, gptq, mxfp4, tiles, tinygemm
-from qjax.pallas import configs
+from qjax.pallas import configs, lang
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
@@ -301,6 +302,20 @@ def test_vmap(by_index):
         return jax.vmap(each)(x, jnp.arange(3)[::-1])
 
     assert launches(lower(experts, x, w)) == FEW
+
+
+@pytest.mark.parametrize(
+    ("capability", "stages"),
+    [("8.0", 3), ("9.0", 3), ("10.0", 1), ("10.3", 1), ("12.0", 3), (None, 3)],
+)
+def test_matmul_t_where_products_would_race(capability, stages, monkeypatch):
+    devices = {"cuda": [SimpleNamespace(compute_capability=capability)]}
+    if capability:
+        monkeypatch.setattr(jax, "devices", devices.get)
+    monkeypatch.setattr(lang, "has_tensor_memory", lang.has_tensor_memory.__wrapped__)
+    call = functools.partial(matmul_t, config=Config(64, 64, 128, stages=3))
+    lowered = lower(call, struct((64, 256), jnp.float32), weight(4, 128))
+    assert set(re.findall(r"num_stages = (\d)", lowered)) == {str(stages)}
 
 
 def test_long_rows_are_prepared_by_xla():

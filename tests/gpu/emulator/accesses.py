@@ -1,11 +1,12 @@
 """Moves between registers, threads and memories."""
 
 import math
+from typing import Any
 
 import numpy as np
 
 from tests.gpu.emulator.machine import WARP, Group, Operation, parts
-from tests.gpu.emulator.memory import Copy, Lanes
+from tests.gpu.emulator.memory import Lanes
 from tests.gpu.emulator.parser import (
     Address,
     EmulationError,
@@ -15,6 +16,7 @@ from tests.gpu.emulator.parser import (
     Statement,
     Symbol,
 )
+from tests.gpu.emulator.shared_memory import Copy
 
 _VECTORS = ("", ".v2", ".v4")
 
@@ -28,13 +30,21 @@ def _move(bits: int) -> Operation:
         pieces = [f"u{bits // 8 // len(parts(o))}" for o in (source, destination)]
         if bits == 1:
             pieces = [np.bool_, np.bool_]
-        values = [group.read(part, pieces[0]) for part in parts(source)]
+        values = [_piece(group, part, pieces[0], source) for part in parts(source)]
         joined = np.stack(values, -1).view(whole)[..., 0]
         split = joined[..., None].view(pieces[1])
         for i, part in enumerate(parts(destination)):
             group.write(part, split[..., i])
 
     return operate
+
+
+def _piece(group: Group, part: Operand, dtype: Any, whole: Operand) -> np.ndarray:
+    """Reads a part of a vector, or garbage, where the compiler wants nothing of it."""
+    unwritten = isinstance(part, Register) and part.name not in group.registers
+    if part is not whole and unwritten:
+        return np.full(group.shape, -1).astype(dtype)
+    return group.read(part, dtype)
 
 
 def _load_parameter(group: Group, statement: Statement) -> None:
@@ -138,10 +148,9 @@ def _wait_copies(group: Group, statement: Statement) -> None:
 
 
 def _barrier(group: Group, statement: Statement) -> None:
-    group.refuse_guard()
     if statement.operands != (Number("0"),):
         raise EmulationError("a barrier for some threads, or another than the first")
-    group.shared.barrier()
+    group.barrier()
 
 
 def _nothing(group: Group, statement: Statement) -> None:
@@ -167,6 +176,17 @@ def _shuffle(mode: str) -> Operation:
     return operate
 
 
+def _largest(group: Group, statement: Statement) -> None:
+    destination, source, members = statement.operands
+    group.refuse_guard()
+    if members != Number("-1"):
+        raise EmulationError("a reduction over a part of a warp")
+    values = group.read(source, np.float32).reshape(group.shape[0], group.warps, WARP)
+    found = np.fmax.reduce(values, -1, keepdims=True)
+    found = np.broadcast_to(found, values.shape)
+    group.write(destination, found.reshape(group.shape))
+
+
 OPERATIONS: dict[str, Operation] = {
     # Moves.
     **{
@@ -176,6 +196,7 @@ OPERATIONS: dict[str, Operation] = {
     },
     "mov.pred": _move(1),
     **{f"shfl.sync.{mode}.b32": _shuffle(mode) for mode in ("bfly", "idx")},
+    "redux.sync.max.f32": _largest,
     # Memory.
     "ld.param.b64": _load_parameter,
     "ld.param.u64": _load_parameter,
@@ -199,6 +220,7 @@ OPERATIONS: dict[str, Operation] = {
     "cp.async.commit_group": _commit_copies,
     "cp.async.wait_group": _wait_copies,
     "bar.sync": _barrier,
+    "barrier.sync": _barrier,
     "bar.warp.sync": _nothing,
     "griddepcontrol.wait": _nothing,
 }

@@ -116,6 +116,19 @@ def _to_integer(dtype: Any) -> Callable[..., Any]:
     )
 
 
+def _extreme(function: Callable[..., Any], dtype: Any) -> Operation:
+    """max or min, of two operands or of three."""
+    of_two = elementwise(function, dtype, dtype, dtype)
+    of_three = elementwise(
+        lambda a, b, c: function(function(a, b), c), dtype, dtype, dtype, dtype
+    )
+
+    def operate(group: Group, statement: Statement) -> None:
+        (of_two if len(statement.operands) == 3 else of_three)(group, statement)
+
+    return operate
+
+
 def _pair(dtype: Any) -> Operation:
     def operate(group: Group, statement: Statement) -> None:
         destination, high, low = statement.operands
@@ -149,6 +162,7 @@ _INTEGERS = {
 }
 _SCALAR_FLOATS = {"f16": F16, "bf16": BF16, "f32": F32}
 _FLOATS = {**_SCALAR_FLOATS, "f16x2": F16, "bf16x2": BF16}
+_SUMMED_FLOATS = {**_FLOATS, "f32x2": F32}
 
 
 OPERATIONS: dict[str, Operation] = {
@@ -255,18 +269,31 @@ OPERATIONS: dict[str, Operation] = {
             ("mul", np.multiply),
         )
         for rounding in ("", "rn.")
-        for t, d in _FLOATS.items()
+        for t, d in _SUMMED_FLOATS.items()
     },
     **{
         f"fma.rn.{t}": elementwise(_fma_bf16 if d is BF16 else _fma, d, d, d, d)
-        for t, d in _FLOATS.items()
+        for t, d in _SUMMED_FLOATS.items()
     },
     **{f"abs.{t}": elementwise(np.abs, d, d) for t, d in _FLOATS.items()},
     # Off by two units in the last place at most, which the device is and this is not.
     "div.full.f32": elementwise(np.divide, F32, F32, F32),
     **{f"neg.{t}": elementwise(np.negative, d, d) for t, d in _FLOATS.items()},
+    # Operands of 16 bits are widened first.
     **{
-        f"{name}.{t}": elementwise(function, d, d, d)
+        f"add.rn.f32.{t}": elementwise(lambda a, b: a.astype(F32) + b, F32, d, F32)
+        for t, d in (("f16", F16), ("bf16", BF16))
+    },
+    **{
+        f"sub.rn.f32.{t}": elementwise(lambda a, b: a.astype(F32) - b, F32, d, F32)
+        for t, d in (("f16", F16), ("bf16", BF16))
+    },
+    **{
+        f"fma.rn.f32.{t}": elementwise(_fma, F32, d, d, F32)
+        for t, d in (("f16", F16), ("bf16", BF16))
+    },
+    **{
+        f"{name}.{t}": _extreme(function, d)
         for name, function in (
             ("max", np.fmax),
             ("min", np.fmin),

@@ -26,12 +26,14 @@ class Launched:
       emulated: Its outputs.
       interpreted: Those of the same body as jnp.
       traffic: What its accesses to memory cost.
+      opcodes: Those of its text.
     """
 
     name: str
     emulated: list[np.ndarray]
     interpreted: list[np.ndarray]
     traffic: Traffic
+    opcodes: frozenset[str]
 
 
 @contextlib.contextmanager
@@ -56,7 +58,8 @@ def emulated(arch: str) -> Iterator[list[Launched]]:
             leaves = jax.tree.leaves(operands)
             found, traffic = kernel.run(leaves, jax.tree.leaves(out))
             wanted = [np.asarray(leaf) for leaf in jax.tree.leaves(interpreted)]
-            launched.append(Launched(options["name"], found, wanted, traffic))
+            opcodes = frozenset(one.opcode for one in kernel.ptx.statements)
+            launched.append(Launched(options["name"], found, wanted, traffic, opcodes))
             return jax.tree.unflatten(jax.tree.structure(out), found)
 
         if any(isinstance(a, jax.core.Tracer) for a in jax.tree.leaves(operands)):

@@ -1,7 +1,8 @@
 """Runs a kernel: all threads of all programs in step, one statement at a time.
 
 A register is an array ``[programs, threads]`` of bit patterns. Programs that branch
-another way than the others go on as a group of their own.
+another way than the others go on as a group of their own; threads of a program that
+jump elsewhere idle there until the others come, too.
 """
 
 import dataclasses
@@ -10,13 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.gpu.emulator.memory import (
-    SHARED,
-    Copy,
-    DeviceMemory,
-    Lanes,
-    SharedMemory,
-)
+from tests.gpu.emulator.memory import DeviceMemory, Lanes
 from tests.gpu.emulator.parser import (
     Address,
     EmulationError,
@@ -28,6 +23,8 @@ from tests.gpu.emulator.parser import (
     Symbol,
     Vector,
 )
+from tests.gpu.emulator.shared_memory import SHARED, Copy, SharedMemory
+from tests.gpu.emulator.tensor_memory import TensorMemory
 from tests.gpu.emulator.traffic import Traffic
 
 WARP = 32
@@ -68,7 +65,10 @@ class Group:
       counter: The next statement.
       copies: Groups of cp.async, the last one open.
       products: Those of wgmma, likewise.
-      mask: For which threads the guard of the statement is true; None for all.
+      tensor: Tensor memory, while it is allocated.
+      mask: Which threads execute the statement; None for all.
+      idle: Which threads wait for the others to come to a statement; None for none.
+      rejoin: That statement.
     """
 
     kernel: Kernel
@@ -81,7 +81,10 @@ class Group:
     counter: int = 0
     copies: list[list[Copy]] = dataclasses.field(default_factory=lambda: [[]])
     products: list[list[Product]] = dataclasses.field(default_factory=lambda: [[]])
+    tensor: TensorMemory | None = None
     mask: np.ndarray | None = None
+    idle: np.ndarray | None = None
+    rejoin: int = 0
 
     def __post_init__(self):
         self.shape = len(self.place), self.kernel.threads
@@ -92,17 +95,20 @@ class Group:
 
     def take(self, programs: np.ndarray, counter: int) -> "Group":
         """Returns some of the programs, at a statement of their own."""
+        shared = self.shared.take(programs)
+        tensor = self.tensor and self.tensor.take(programs, shared.progress)
         return Group(
             self.kernel,
             self.memory,
             self.traffic,
-            self.shared.take(programs),
+            shared,
             self.place[programs],
             self.grid,
             {name: array[programs] for name, array in self.registers.items()},
             counter,
             [[copy.take(programs) for copy in copies] for copies in self.copies],
             [[one.take(programs) for one in products] for products in self.products],
+            tensor,
         )
 
     def read(self, operand: Operand, dtype: Any) -> np.ndarray:
@@ -146,6 +152,8 @@ class Group:
 
     def write(self, register: Operand, values: np.ndarray) -> None:
         """Writes all threads, or those for which the guard is true."""
+        if register == Symbol("_"):
+            return
         if not isinstance(register, Register):
             raise EmulationError(f"no register to write to: {register}")
         dtype = _DTYPES[register.width]
@@ -185,6 +193,28 @@ class Group:
         lanes = Lanes(self.lanes.program[here], self.lanes.warp[here])
         return lanes, here
 
+    def acting_thread(self) -> tuple[Lanes, np.ndarray]:
+        """Returns the same, where one thread of a program may act, or none."""
+        who, here = self.acting()
+        if len(np.unique(who.program)) != len(who.program):
+            raise EmulationError("several threads do what one of them has to")
+        return who, np.arange(self.lanes.program.size)[here]
+
+    def acting_warps(self) -> Lanes:
+        """Returns the warps that execute a statement as one, a row each."""
+        mask = np.ones(self.shape, bool) if self.mask is None else self.mask
+        by_warp = mask.reshape(len(mask), self.warps, WARP)
+        if (by_warp != by_warp[..., :1]).any():
+            raise EmulationError("a guard on what is done by a warp as one")
+        return Lanes(*np.nonzero(by_warp[..., 0]))
+
+    def barrier(self) -> None:
+        """All threads have come here."""
+        self.refuse_guard()
+        self.shared.barrier()
+        if self.tensor is not None:
+            self.tensor.barrier()
+
 
 Operation = Callable[[Group, Statement], None]
 
@@ -222,7 +252,8 @@ def run(
     memory = DeviceMemory(operands, outputs, align)
     # The x axis is the fastest.
     place = np.indices(grid[::-1]).reshape(3, -1)[::-1].T
-    traffic, of_programs = Traffic(), SharedMemory.of(len(place), shared)
+    traffic = Traffic()
+    of_programs = SharedMemory.of(len(place), kernel.threads // WARP, shared)
     groups = [Group(kernel, memory, traffic, of_programs, place, grid)]
     with np.errstate(all="ignore"):
         while groups:
@@ -235,16 +266,26 @@ def _advance(group: Group, operations: Mapping[str, Operation]) -> list[Group]:
     statements = group.kernel.statements
     while group.counter < len(statements):
         statement = statements[group.counter]
+        if group.counter == group.rejoin:
+            group.idle = None
         group.counter += 1
-        if statement.opcode == "ret" and statement.guard is None:
-            return []
         try:
+            if statement.opcode == "ret" and statement.guard is None:
+                return _end(group)
             if parted := _step(group, statement, operations):
                 return parted
         except EmulationError as error:
             where = f"statement {group.counter - 1}: {statement.text}"
             raise EmulationError(f"{error}; {where}") from error
     raise EmulationError("the kernel ends without ret")
+
+
+def _end(group: Group) -> list[Group]:
+    if group.idle is not None:
+        raise EmulationError("the threads of a program part")
+    if group.tensor is not None:
+        raise EmulationError("tensor memory is not freed")
+    return []
 
 
 def _step(
@@ -261,9 +302,11 @@ def _step(
 
 
 def _mask(group: Group, statement: Statement) -> np.ndarray | None:
+    mask = None if group.idle is None else ~group.idle
     if statement.guard is None:
-        return None
-    return group.read(statement.guard, bool) != statement.negated
+        return mask
+    guard = group.read(statement.guard, bool) != statement.negated
+    return guard if mask is None else guard & mask
 
 
 def _branch(group: Group, statement: Statement) -> list[Group]:
@@ -273,9 +316,19 @@ def _branch(group: Group, statement: Statement) -> list[Group]:
         raise EmulationError(f"no label: {label}")
     target = group.kernel.labels[label.name]
     mask = _mask(group, statement)
+    if group.idle is not None:
+        if statement.guard is not None:
+            raise EmulationError("the threads of a program part")
+        if target > group.rejoin:
+            # Who is behind goes on; these wait until the others come.
+            group.idle = ~group.idle
+            group.rejoin, target = target, group.rejoin
+        group.counter = target
+        return []
     taken = np.ones(1, bool) if mask is None else mask[:, 0]
     if mask is not None and (mask != taken[:, None]).any():
-        raise EmulationError("the threads of a program part")
+        group.idle, group.rejoin = mask, target
+        return []
     if taken.all():
         group.counter = target
     elif taken.any():

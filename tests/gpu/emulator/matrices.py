@@ -4,9 +4,6 @@ Which thread holds which element is said by the pictures of the PTX ISA, section
 "Matrix fragments for mma.m16n8k16", "ldmatrix", "stmatrix" and "wgmma". In short, with
 ``g, t = divmod(lane, 4)``: a register holds two neighbours along k of A or B, element
 ``2t`` and ``2t + 1`` of a row ``g``, and two of D along n.
-
-How a descriptor of wgmma places a matrix in shared memory: there too, and in
-NVIDIA/cutlass, include/cute/atom/mma_traits_sm90_gmma.hpp, 6433f9917fa6.
 """
 
 from typing import Any
@@ -14,6 +11,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from tests.gpu.emulator import descriptors
+from tests.gpu.emulator.descriptors import Placement
 from tests.gpu.emulator.machine import WARP, Group, Operation, Product, parts
 from tests.gpu.emulator.memory import Lanes
 from tests.gpu.emulator.parser import EmulationError, Number, Statement
@@ -128,57 +127,19 @@ def _store_matrices(count: int, *, transposed: bool) -> Operation:
     return operate
 
 
-# Swizzle mode of a descriptor -> bytes that lie together, and how many bits of an
-# address are flipped.
-_SWIZZLES = {0: (16, 0), 1: (128, 3), 2: (64, 2), 3: (32, 1)}
-
-
-def _chunks(descriptor: int, extent: int, *, transposed: bool) -> np.ndarray:
-    """Where an operand lies in shared memory, in chunks of eight elements.
-
-    Args:
-      descriptor: Start, leading and stride offsets in units of 16 bytes, swizzle mode.
-      extent: Of m or n; k has 16.
-      transposed: Whether m or n, and not k, runs along a chunk.
-
-    Returns:
-      Addresses, ``[extent, 2]``, or ``[16, extent / 8]`` if transposed.
-    """
-    field = lambda low: (descriptor >> low & 0x3FFF) << 4  # noqa: E731
-    start, leading, stride = map(field, (0, 16, 32))
-    if descriptor >> 49 & 7:
-        raise EmulationError("a descriptor with a base offset")
-    span, bits = _SWIZZLES[descriptor >> 62]
-    if transposed:
-        k, i = np.mgrid[:16, : extent // 8]
-        if bits:
-            together = span // 16
-            offset = i % together * 16 + i // together * leading
-            offset += k % 8 * span + k // 8 * stride
-        else:
-            offset = i * stride + k % 8 * 16 + k // 8 * leading
-    else:
-        i, half = np.mgrid[:extent, :2]
-        offset = i % 8 * span + i // 8 * stride
-        offset += half * (16 if bits else leading)
-    addresses = start + offset
-    return addresses ^ ((addresses >> 7 & (1 << bits) - 1) << 4)
-
-
 def _from_shared(
-    group: Group, descriptors: np.ndarray, extent: int, dtype: Any, transposed: bool
+    group: Group, found: np.ndarray, extent: int, dtype: np.dtype, transposed: bool
 ) -> np.ndarray:
     """An operand of every warpgroup: ``[programs, warpgroups, extent, 16]``."""
-    chunks = np.stack(
-        [_chunks(int(d), extent, transposed=transposed) for d in descriptors.flat]
+    operands = descriptors.load(
+        group.shared,
+        np.repeat(np.arange(len(found)), found.shape[1]),
+        [Placement.of(int(d), descriptors.WGMMA) for d in found.flat],
+        extent,
+        dtype,
+        transposed=transposed,
     )
-    program = np.repeat(np.arange(group.shape[0]), chunks.size // group.shape[0])
-    loaded = group.shared.load_async(program, chunks.ravel())
-    elements = loaded.view(dtype).astype(F32)
-    elements = elements.reshape(*descriptors.shape, *chunks.shape[1:], 8)
-    if transposed:
-        return elements.reshape(*descriptors.shape, 16, extent).swapaxes(-1, -2)
-    return elements.reshape(*descriptors.shape, extent, 16)
+    return operands.reshape(*found.shape, extent, 16)
 
 
 def _descriptors(group: Group, operand: Any) -> np.ndarray:
@@ -202,7 +163,7 @@ def _wgmma(n: int, dtype: np.dtype) -> Operation:
             raise EmulationError("signs of wgmma other than 1, or operands too many")
         keep = _uniform(group.read(scale, np.bool_))
         operands = [b] if in_registers else [b, a]
-        descriptors = [_descriptors(group, operand) for operand in operands]
+        placed = [_descriptors(group, operand) for operand in operands]
 
         def compute(group: Group, b: np.ndarray, *in_shared: np.ndarray) -> None:
             shape = (*b.shape, 64, 16)
@@ -216,7 +177,7 @@ def _wgmma(n: int, dtype: np.dtype) -> Operation:
                 product += _d(_stacked(group, parts(d)))
             _write_d(group, parts(d), product)
 
-        group.products[-1].append(Product(compute, descriptors))
+        group.products[-1].append(Product(compute, placed))
 
     return operate
 

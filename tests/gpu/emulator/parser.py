@@ -1,7 +1,7 @@
 """PTX as text -> statements.
 
-Names are resolved here: every register carries its width, and those declared within a
-block of inline assembly are told apart from those of the next one.
+Names are resolved here: every register carries its width, and the registers and labels
+of a block of inline assembly are told apart from those of the next one.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ class Symbol(NamedTuple):
 
 
 class Vector(NamedTuple):
-    """Registers or literals in braces."""
+    """Registers or literals in braces, or two registers with a bar between them."""
 
     parts: tuple["Operand", ...]
 
@@ -140,7 +140,7 @@ def _statements(body: str) -> Iterator[tuple[str, Statement | None]]:
         elif brace == "}":
             scopes.pop()
         elif label:
-            yield label, None
+            yield scopes[-1].label(label), None
         elif declared := _DECLARATION.match(text):
             scopes[-1].declare(declared[1], declared[2])
         elif text.startswith("."):
@@ -150,10 +150,10 @@ def _statements(body: str) -> Iterator[tuple[str, Statement | None]]:
 
 
 class _Scope(NamedTuple):
-    """Registers by name, and those declared as a range by prefix."""
+    """Registers and labels by name, and registers declared as a range by prefix."""
 
     suffix: str
-    names: dict[str, Register]
+    names: dict[str, Register | Symbol]
     ranges: dict[str, int]
 
     def inner(self, suffix: str) -> "_Scope":
@@ -167,6 +167,11 @@ class _Scope(NamedTuple):
             else:
                 self.names[name] = Register(name + self.suffix, width)
 
+    def label(self, name: str) -> str:
+        """Declares one, for the statements that follow it."""
+        self.names[name] = Symbol(name + self.suffix)
+        return name + self.suffix
+
     def statement(self, text: str) -> Statement:
         found = _INSTRUCTION.fullmatch(text)
         if found is None:
@@ -179,8 +184,8 @@ class _Scope(NamedTuple):
         return Statement(text, opcode, operands, register, bool(negated))
 
     def register(self, name: str) -> Register | None:
-        if name in self.names:
-            return self.names[name]
+        if isinstance(known := self.names.get(name), Register):
+            return known
         prefix = name.rstrip("0123456789")
         if prefix in self.ranges:
             return Register(name, self.ranges[prefix])
@@ -194,6 +199,8 @@ class _Scope(NamedTuple):
             if found is None:
                 raise EmulationError(f"no address: {text}")
             return Address(self.operand(found[1]), int(found[2] or "0", 0))
+        if "|" in text:
+            return Vector(tuple(map(self.operand, text.split("|"))))
         if re.match(r"-?\d", text):
             return Number(text)
-        return self.register(text) or Symbol(text)
+        return self.register(text) or self.names.get(text) or Symbol(text)
