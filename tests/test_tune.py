@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import qjax
 from qjax import cli, dispatch, pallas, tune
 from qjax.formats.tiles import Tiles
-from qjax.pallas import configs, lang, tables
+from qjax.pallas import configs, gpu, lang, tables
 from qjax.pallas.operands import Config
 from qjax.tune import gauge, timing
 from qjax.tune.search import climb
@@ -29,7 +29,7 @@ from tests.test_progress import Terminal
 DEVICE = "NVIDIA H200"
 TILE = Config(16, 64, 256, 7, 2, 5)
 # An RTX 4090.
-GEFORCE = configs.Gpu(128, 99 << 10, asynchronous=False)
+GEFORCE = gpu.Gpu(128, 99 << 10, major=8)
 
 
 @pytest.fixture(autouse=True)
@@ -250,7 +250,7 @@ class TestLookup:
         # 132 KiB: measured where k allowed no iterations of 512 rows.
         self.put(own_tables, (at(16, k=640), entry(Config(16, 128, 512, stages=4))))
         assert configs.for_matmul(16, weight(1024)).stages == 4
-        monkeypatch.setattr(configs, "gpu", lambda: GEFORCE)
+        monkeypatch.setattr(gpu, "at_hand", lambda: GEFORCE)
         heuristic = configs.heuristic("matmul", 16, weight(1024))
         assert configs.for_matmul(16, weight(1024)) == heuristic
         assert configs.for_matmul(16, weight(640)).stages == 4
@@ -309,16 +309,20 @@ class TestGpu:
         )
         monkeypatch.setattr(jax, "devices", lambda platform: [device])
         # Past the cache.
-        found = configs.gpu.__wrapped__()
-        assert found == configs.Gpu(128, shared << 10, asynchronous=asynchronous)
+        found = gpu.at_hand.__wrapped__()
+        assert found[:2] == (128, shared << 10)
+        assert found.is_asynchronous == asynchronous
+        # JAX may not tell all of it.
+        del device.core_count, device.shared_memory_per_block_optin
+        assert gpu.at_hand.__wrapped__() == (132, shared << 10, found.major)
 
     def test_without_one_an_h100(self):
-        assert configs.gpu() == configs.Gpu(132, 227 << 10, asynchronous=True)
+        assert gpu.at_hand() == gpu.H100
 
     def test_a_smaller_one_holds_fewer_programs(self, monkeypatch):
         w = weight(4096, 14336)
         large = configs.heuristic("matvec", 8, w)
-        monkeypatch.setattr(configs, "gpu", lambda: GEFORCE)
+        monkeypatch.setattr(gpu, "at_hand", lambda: GEFORCE)
         small = configs.heuristic("matvec", 8, w)
         assert small == dataclasses.replace(large, splits=small.splits)
         # 112 programs without splits. 21 KiB each: four to a multiprocessor, not eight.
@@ -328,7 +332,7 @@ class TestGpu:
     def test_the_heuristic_asks_for_no_more_than_the_smallest_has(
         self, bits, monkeypatch
     ):
-        monkeypatch.setattr(configs, "gpu", lambda: GEFORCE)
+        monkeypatch.setattr(gpu, "at_hand", lambda: GEFORCE)
         for op, group_size in itertools.product(tables.OPS, (16, 32, 64, 128, None)):
             w = weight(4096, 4096, bits, group_size)
             for m in (1, 2, 4, 8, 16) if op == "matvec" else (8, 16, 32, 64, 128):
@@ -451,7 +455,7 @@ class TestSearch:
         ahead = lambda: [c.stages for c in climb(job, start, "stages", up=True)]  # noqa: E731
         # 24 KiB a stage.
         assert ahead() == [4, 5, 6, 7, 8]
-        monkeypatch.setattr(configs, "gpu", lambda: GEFORCE)
+        monkeypatch.setattr(gpu, "at_hand", lambda: GEFORCE)
         assert ahead() == [4]
 
     @pytest.mark.parametrize("error", [NotImplementedError, jax.errors.JaxRuntimeError])

@@ -7,34 +7,12 @@ heuristic alone.
 """
 
 import dataclasses
-import functools
-from typing import NamedTuple
-
-import jax
 
 from qjax.formats import tiles
-from qjax.pallas import tables
+from qjax.pallas import gpu, tables
 from qjax.pallas.operands import EXACT_ROWS, Config
 from qjax.tensor import QTensor
 
-
-class Gpu(NamedTuple):
-    """What programs have to fit into.
-
-    Attributes:
-      multiprocessors: How many there are.
-      shared: Bytes of shared memory that a program may take.
-      asynchronous: Whether tensor cores may read x from shared memory while a program
-        goes on, as those of Hopper and of the B200 do.
-    """
-
-    multiprocessors: int
-    shared: int
-    asynchronous: bool
-
-
-# An H100. GeForce GPUs, and others of their kind, have 99 KiB.
-_H100 = Gpu(132, 227 << 10, asynchronous=True)
 # Of every multiprocessor: registers, and shared memory that a program takes besides.
 _REGISTERS, _RESERVED = 1 << 16, 1 << 10
 # Shared memory of a program beyond what is loaded ahead of an iteration, at most:
@@ -147,7 +125,7 @@ def heuristic(op: str, m: int, w: QTensor) -> Config:
 
 def fits(config: Config, w: QTensor) -> bool:
     """Whether programs find the shared memory they need, whatever scales ``w`` has."""
-    return shared_memory(config, w) + SCRATCH <= gpu().shared
+    return shared_memory(config, w) + SCRATCH <= gpu.at_hand().shared
 
 
 def shared_memory(config: Config, w: QTensor) -> int:
@@ -155,24 +133,10 @@ def shared_memory(config: Config, w: QTensor) -> int:
     words = config.block_n * max(s.bits for s in w.segments) // 8
     ahead = max(1, config.stages - 1)
     # x stays for an iteration more where the product may not be over.
-    waits = gpu().asynchronous and config.block_m >= 16 and config.warps >= 4
+    waits = config.block_m >= 16 and config.warps >= 4
+    waits &= gpu.at_hand().is_asynchronous
     of_row = ahead * words + (ahead + waits) * 2 * config.block_m
     return _iteration(config, w) * of_row
-
-
-@functools.cache
-def gpu() -> Gpu:
-    """The GPU that programs are compiled for, or an H100 without one."""
-    try:
-        device = jax.devices("cuda")[0]
-    except RuntimeError:
-        return _H100
-    major = int(str(getattr(device, "compute_capability", "9.0")).split(".")[0])
-    return Gpu(
-        getattr(device, "core_count", _H100.multiprocessors),
-        getattr(device, "shared_memory_per_block_optin", _H100.shared),
-        asynchronous=9 <= major < 12,
-    )
 
 
 def _heuristic_matmul(m: int, w: QTensor) -> Config:
@@ -258,7 +222,7 @@ def _iteration(config: Config, w: QTensor) -> int:
 def _at_once(op: str, config: Config, w: QTensor) -> int:
     """Programs that the GPU holds, as far as registers and shared memory go."""
     registers = 32 * config.warps * _registers(op, config, w)
-    device, shared = gpu(), shared_memory(config, w) + _RESERVED
+    device, shared = gpu.at_hand(), shared_memory(config, w) + _RESERVED
     by_shared = (device.shared + _RESERVED) // shared
     return device.multiprocessors * max(1, min(_REGISTERS // registers, by_shared))
 

@@ -125,17 +125,6 @@ class _Interpreted:
         return lookup.on_slots(slots, table, sub_block, dtype)
 
 
-@functools.cache
-def has_tensor_memory() -> bool:
-    """Whether the GPU at hand, if there is one, has a memory for tensor cores alone."""
-    try:
-        device = jax.devices("cuda")[0]
-    except RuntimeError:
-        return False
-    capability = str(getattr(device, "compute_capability", "0"))
-    return capability.partition(".")[0] in ("10", "11")
-
-
 TRITON: Lang = _Triton()
 INTERPRETED: Lang = _Interpreted()
 

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float
 
 from qjax.formats import tiles
-from qjax.pallas import lang, scales
+from qjax.pallas import gpu, lang, scales
 from qjax.pallas.operands import (
     DTYPE,
     Config,
@@ -137,7 +137,7 @@ def _would_race(config: Config) -> bool:
     products of a pass, and XLA's Triton overwrites them when the first is complete.
     """
     rows_in_it = config.block_m >= 64 and config.warps >= 4
-    return rows_in_it and lang.has_tensor_memory()
+    return rows_in_it and gpu.at_hand().has_tensor_memory
 
 
 def _body(

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 
 from qjax.formats import tiles
-from qjax.pallas import configs
+from qjax.pallas import configs, gpu
 from tests.gpu import compiler, ptx
 from tests.gpu.cases import GLOBAL, NESTED, Matmul, Matvec
 
@@ -210,13 +210,14 @@ def test_shared_memory(case, arch, compiled, monkeypatch):
     # As much as the heuristic reckons with where it counts programs, or looks whether
     # they fit at all; beyond that, scales and sums.
     device = compiler.DEVICES[arch]
-    asynchronous = device.capability[0] in (9, 10)
-    gpu = configs.Gpu(device.cores, device.shared_per_core - 1024, asynchronous)
-    monkeypatch.setattr(configs, "gpu", lambda: gpu)
+    target = gpu.Gpu(
+        device.cores, device.shared_per_core - 1024, major=device.capability[0]
+    )
+    monkeypatch.setattr(gpu, "at_hand", lambda: target)
     reckoned = configs.shared_memory(case.config, case.weight)
     shared = compiled(case, arch).kernel_launch.shared
-    assert shared <= min(reckoned + configs.SCRATCH, gpu.shared)
-    if not asynchronous:
+    assert shared <= min(reckoned + configs.SCRATCH, target.shared)
+    if not target.is_asynchronous:
         assert shared >= reckoned
 
 

@@ -15,7 +15,7 @@ from qjax.formats.compressed_tensors import Dense
 from qjax.formats.gptq import Stream
 from qjax.formats.tiles import Tiles
 from qjax.formats.tinygemm import TensorCoreTiled
-from qjax.pallas import lang
+from qjax.pallas import gpu
 from qjax.pallas.operands import Config
 from tests.gpu import compiler, running
 from tests.gpu.emulator import parser
@@ -269,7 +269,7 @@ def test_products_that_share_rows_race_but_for_what_matmul_t_does(monkeypatch):
     case = MatmulT(Weight(4, 128, "offset", n=256), 64, Config(64, 64, 128))
     with pytest.raises(parser.EmulationError, match="that a product under way reads"):
         running.run(case, "sm_100")
-    monkeypatch.setattr(lang, "has_tensor_memory", lambda: True)
+    monkeypatch.setattr(gpu, "at_hand", lambda: gpu.H100._replace(major=10))
     (launched,) = running.run(case, "sm_100").launches
     assert relative_error(*launched.emulated, *launched.interpreted) < SUMS
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax.formats import awq, awq_v2, bnb, gptq, mxfp4, tiles, tinygemm
-from qjax.pallas import configs, lang
+from qjax.pallas import configs, gpu
 from qjax.pallas.dequantize import dequantize
 from qjax.pallas.matmul import matmul
 from qjax.pallas.matmul_t import matmul_t
@@ -312,7 +312,7 @@ def test_matmul_t_where_products_would_race(capability, stages, monkeypatch):
     devices = {"cuda": [SimpleNamespace(compute_capability=capability)]}
     if capability:
         monkeypatch.setattr(jax, "devices", devices.get)
-    monkeypatch.setattr(lang, "has_tensor_memory", lang.has_tensor_memory.__wrapped__)
+    monkeypatch.setattr(gpu, "at_hand", gpu.at_hand.__wrapped__)
     call = functools.partial(matmul_t, config=Config(64, 64, 128, stages=3))
     lowered = lower(call, struct((64, 256), jnp.float32), weight(4, 128))
     assert set(re.findall(r"num_stages = (\d)", lowered)) == {str(stages)}
