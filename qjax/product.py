@@ -106,7 +106,9 @@ class _Place(NamedTuple):
         """The place in a stack of ``count`` that is whole."""
         if index is None:
             return None
-        return cls(index, jnp.arange(count, dtype=jnp.int32))
+        # No operation but a constant: JAX would move that out of a scan, and in the
+        # derivative of a derivative take one operand for another.
+        return cls(index, jnp.asarray(np.arange(count, dtype=np.int32)))
 
 
 def _names(
