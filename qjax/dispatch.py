@@ -126,7 +126,7 @@ def multiply(
         return fused(x, w, index, dtype=choice.dtype)
     if goes_to_kernels(w, choice) and _gpu_order("matmul", len(x), w)[0] == "pallas":
         fused = functools.partial(pallas.fused, dtype=choice.dtype)
-        return _by_device(fused, by_parts, x, w, index)
+        return by_device(fused, by_parts, x, w, index)
     return by_parts(x, w, index)
 
 
@@ -229,19 +229,28 @@ def _run(op: str, choice: Choice, *operands: Any) -> Any:
     by_xla = op == "leaf_grad" and (w.codebook is not None or is_symbolic_dim(m))
     if by_xla or not goes_to_kernels(w, choice):
         return elsewhere(*operands)
-    return _by_device(on_gpu, elsewhere, *operands)
+    return by_device(on_gpu, elsewhere, *operands)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _by_device(
+def by_device(
     on_gpu: Callable[..., Any], elsewhere: Callable[..., Any], *operands: Any
 ) -> Any:
-    """One of two functions of the operands; kernels have no derivative."""
+    """Calls one of two functions that are equal: kernels have no derivative.
+
+    Args:
+      on_gpu: Launches them.
+      elsewhere: What computes the same anywhere else, and its derivative everywhere.
+      *operands: Trees of arrays.
+
+    Returns:
+      What they return.
+    """
     # The platform is known when the program is lowered, not here.
     return jax.lax.platform_dependent(*operands, cuda=on_gpu, default=elsewhere)
 
 
-@_by_device.defjvp
+@by_device.defjvp
 def _(
     on_gpu: Callable[..., Any],
     elsewhere: Callable[..., Any],
@@ -249,7 +258,7 @@ def _(
     tangents: tuple[Any, ...],
 ) -> tuple[Any, Any]:
     # Where `product` and its gradient are differentiated once more.
-    found = _by_device(on_gpu, elsewhere, *primals)
+    found = by_device(on_gpu, elsewhere, *primals)
     return found, jax.jvp(elsewhere, primals, tangents)[1]
 
 

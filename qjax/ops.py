@@ -267,12 +267,9 @@ def _moves_to_kernel(w: QTensor) -> bool:
     )
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
 def _by_device(w: QTensor, dtype: DTypeLike | None) -> Array:
-    """`decode.stored_weight`; on a GPU by a kernel, which has no derivative."""
-
-    def elsewhere(w: QTensor) -> Array:
-        return decode.stored_weight(w, dtype)
+    """`decode.stored_weight`; on a GPU by a kernel."""
+    elsewhere = functools.partial(decode.stored_weight, dtype=dtype)
 
     def on_gpu(w: QTensor) -> Array:
         # Moved first, words are read in order, and each once: XLA would read them once
@@ -282,15 +279,7 @@ def _by_device(w: QTensor, dtype: DTypeLike | None) -> Array:
             return pallas.weight(moved, dtype)
         return elsewhere(w)
 
-    return jax.lax.platform_dependent(w, cuda=on_gpu, default=elsewhere)
-
-
-@_by_device.defjvp
-def _(
-    dtype: DTypeLike | None, primals: tuple[QTensor], tangents: tuple[QTensor]
-) -> tuple[Array, Array]:
-    formula = functools.partial(decode.stored_weight, dtype=dtype)
-    return _by_device(*primals, dtype), jax.jvp(formula, primals, tangents)[1]
+    return dispatch.by_device(on_gpu, elsewhere, w)
 
 
 def check(x: Array, w: QTensor, index: Any, implementation: str | None) -> None:
