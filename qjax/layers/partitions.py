@@ -5,7 +5,7 @@ A parameter of Flax may name its axes, after those of a mesh or of rules, for
 weight have other axes, which take the names of those that they came from.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -43,7 +43,7 @@ def specs(packed: QTensor, axes: Axes) -> QTensor:
     return jax.tree.map(of_leaf, sharding.names(packed))
 
 
-def axes_in(packed: QTensor, named: Sequence[Sequence[Any]]) -> dict[str, Any]:
+def axes_in(packed: QTensor, named: Sequence[Iterable[Any]]) -> dict[str, Any]:
     """Inverse of `specs`.
 
     Args:

@@ -124,7 +124,7 @@ def _apply(eqn: jex.JaxprEqn, values: list[_Value]) -> Sequence[_Value]:
             return results
     arrays = _dense_all(values, name)
     results = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(eqn.params))
-    return results if eqn.primitive.multiple_results else [results]
+    return [*results] if eqn.primitive.multiple_results else [results]
 
 
 def _packed(eqn: jex.JaxprEqn, values: list[_Value]) -> Sequence[_Value] | None:
