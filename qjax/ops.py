@@ -100,10 +100,10 @@ def _apply(
                 w, index = pallas.one_of(gathered(w), index), None
         if index is None:
             w, _ = dispatch.native(w, None)
-        factors = pallas.one_of(gathered(w.input_scale), index)
-        scaled = x
         # Whole, as rows of x may be cut along the axis that it is cut along.
-        if (factors := gathered(factors)) is not None:
+        factors = gathered(pallas.one_of(gathered(w.input_scale), index))
+        scaled = x
+        if factors is not None:
             wide = factors.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
             scaled = x.astype(jnp.float32) * wide
         stored = dataclasses.replace(readable(w), input_scale=None)

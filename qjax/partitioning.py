@@ -26,7 +26,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from jaxtyping import Array
 
 from qjax.meshes import is_explicit, mesh_of, vary_together
-from qjax.sharding import entry_axes
+from qjax.sharding import entry_axes, family_of
 
 P = PartitionSpec
 Names = tuple[str | None, ...]
@@ -147,7 +147,7 @@ class _Task:
     def _only(self, is_cut: Callable[[int], bool]) -> "_Task":
         pieces = _by_family(self.units)
         cuts = {
-            name: n for name, n in self.units.items() if is_cut(pieces[_family(name)])
+            name: n for name, n in self.units.items() if is_cut(pieces[family_of(name)])
         }
 
         def kept(names: Names) -> Names:
@@ -188,7 +188,7 @@ class _Task:
         else:
             order = of_weight + of_inputs
         for name, offered in order:
-            family = _family(name)
+            family = family_of(name)
             if name in self.units and not axes[family]:
                 taken = {axis for held in axes.values() for axis in held}
                 axes[family] = _fitting(mesh, offered, taken, pieces[family])
@@ -244,7 +244,7 @@ class _Choice:
 
     def spec(self, names: Names) -> PartitionSpec:
         """The spec of an array."""
-        return P(*[self.axes.get(_family(name)) or None for name in names])
+        return P(*[self.axes.get(family_of(name)) or None for name in names])
 
     def summed(
         self, functions: _Functions, leaves: Sequence[Array], results: Any
@@ -266,7 +266,7 @@ class _Choice:
         )
 
     def _held(self, name: str | None) -> tuple[str, ...]:
-        return self.axes.get(_family(name), ())
+        return self.axes.get(family_of(name), ())
 
     def _of_stacks(self) -> set[str]:
         """Mesh axes along which one device has a summand, and the others zeros."""
@@ -427,18 +427,11 @@ def _spec(sharding: Sharding, mesh: Mesh, rank: int) -> PartitionSpec:
     return P(*[entry(begins[..., i]) for i in range(rank)])
 
 
-def _family(name: str | None) -> str:
-    """Names of one family are cut along the same mesh axes."""
-    if name is None:
-        return ""
-    return "k" if name.startswith("k") else name
-
-
 def _by_family(units: Mapping[str, int]) -> dict[str, int]:
     """The pieces of a family: as many as all its members have."""
     pieces: dict[str, int] = {}
     for name, count in units.items():
-        pieces[_family(name)] = math.gcd(pieces.get(_family(name), 0), count)
+        pieces[family_of(name)] = math.gcd(pieces.get(family_of(name), 0), count)
     return pieces
 
 

@@ -198,6 +198,13 @@ def names(w: QTensor) -> QTensor:
     )
 
 
+def family_of(name: str | None) -> str:
+    """The family of one of `names`, all of which are cut along the same mesh axes."""
+    if name is None:
+        return ""
+    return "k" if name.startswith("k") else name
+
+
 def cut_as(w: QTensor, named: Any) -> Any:
     """Gives the mesh axes of names, where those of a weight are a part of its type.
 

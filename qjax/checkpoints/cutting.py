@@ -99,11 +99,14 @@ def _matrix(
     def prepared(w: QTensor, layout: Layout | None) -> QTensor:
         return ops.prepare(w, layout=layout) if prepare else w
 
+    # The same for every sharding.
+    whole_in = functools.cache(lambda layout: prepared(read(), layout))
+
     def outlined(layout: Layout | None) -> Iterator[_Outlined]:
         for where in shardings:
             counts = _counts(where, batch)
             outline = _outline(matrix, counts, lambda w: prepared(w, layout))
-            whole = prepared(read(), layout) if outline is None else outline
+            whole = whole_in(layout) if outline is None else outline
             yield where, whole, outline is not None
 
     def fits(one: _Outlined) -> tuple[NamedSharding, QTensor, QTensor, bool]:

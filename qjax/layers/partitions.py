@@ -38,7 +38,7 @@ def specs(packed: QTensor, axes: Axes) -> QTensor:
     """
 
     def of_leaf(spec: P) -> P:
-        return P(*(None if name is None else axes.get(_side(name)) for name in spec))
+        return P(*(axes.get(sharding.family_of(name)) for name in spec))
 
     return jax.tree.map(of_leaf, sharding.names(packed))
 
@@ -56,13 +56,8 @@ def axes_in(packed: QTensor, named: Sequence[Iterable[Any]]) -> dict[str, Any]:
     """
     known = jax.tree.leaves(sharding.names(packed))
     return {
-        _side(side): name
+        sharding.family_of(side): name
         for spec, names in zip(known, named, strict=True)
         for side, name in zip(spec, names, strict=False)
         if side is not None and name is not None
     }
-
-
-def _side(name: str) -> str:
-    """The axis of the matrix: segments are cut alike."""
-    return "k" if name.startswith("k") else name
