@@ -245,29 +245,30 @@ class TestTransformations:
 
     def test_second_derivatives_by_vmap_through_a_scan(self):
         """Every second derivative by two factors of scales of experts."""
-        dense = jnp.asarray(tokens(2 * EXPERTS * K).reshape(2, EXPERTS, K, K))
-        layers = qjax.quantize(dense, group_size=32)
+        drawn = jnp.asarray(tokens(2 * EXPERTS * K).reshape(2, EXPERTS, K, K))
+        layers = qjax.quantize(drawn, group_size=32)
+        dense = qjax.dequantize(layers)
         x, sizes = jnp.asarray(tokens(9)) / 8, (3, 0, 2, 4)
         expert = jax.nn.one_hot(np.repeat(range(EXPERTS), sizes), EXPERTS)
 
-        def on_packed(x, w):
-            return qjax.ragged_matmul(x, w, jnp.array(sizes))
+        def on_packed(x, layer):
+            w, factors = layer
+            held = dataclasses.replace(w, scale=w.scale * factors[:, None, None])
+            return jnp.sin(qjax.ragged_matmul(x, held, jnp.array(sizes))), None
 
-        def on_dense(x, w):
-            w = qjax.dequantize(w)
-            return jnp.einsum("te,tk,ekn->tn", expert, x, w, precision="highest")
+        def on_dense(x, layer):
+            w, factors = layer
+            every = jnp.einsum("tk,ekn->ten", x, w, precision="highest")
+            return jnp.sin(jnp.einsum("ten,te,e->tn", every, expert, factors)), None
 
         @functools.partial(jax.jit, static_argnums=0)
-        def hessian(product, factors):
-            def loss(factors):
-                scale = layers.scale * factors[None, :, None, None]
-                held = dataclasses.replace(layers, scale=scale)
-                step = lambda x, w: (jnp.sin(product(x, w)), None)  # noqa: E731
-                return jax.lax.scan(step, x, held)[0].sum()
-
+        def hessian(step, layers, factors):
+            loss = lambda f: jax.lax.scan(step, x, (layers, f))[0].sum()  # noqa: E731
             return jax.jacrev(jax.jacrev(loss))(factors)
 
-        found, wanted = (hessian(f, jnp.ones(EXPERTS)) for f in (on_packed, on_dense))
+        factors = jnp.ones((2, EXPERTS))
+        found = hessian(on_packed, layers, factors)
+        wanted = hessian(on_dense, dense, factors)
         close(found, np.asarray(wanted, np.float64), 1e-4)
 
     @pytest.mark.parametrize("kind", ["columns", "tokens"])
