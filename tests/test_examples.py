@@ -364,6 +364,60 @@ class TestMixtures:
         text = run.lower(state, ids).compile().as_text()
         assert not re.search(r"= u\d+\S* all-\w+\(", text)
 
+    def test_experts_that_cannot_be_cut(self, tmp_path):
+        """One tensor an expert, or one of all: the stack is cut along them."""
+        source = ROOT / "tests" / "reference" / "mixtral"
+        tensors = load_file(source / "model.safetensors")
+        for name in [name for name in tensors if ".experts." in name]:
+            # 63 columns of the first, which two devices do not share.
+            one = tensors[name][:, :63] if ".w2." in name else tensors[name][:63]
+            tensors[name] = jnp.copy(one)
+        stacked = dict(tensors)
+        model.stack(stacked)
+        config = json.loads((source / "config.json").read_text())
+        config["intermediate_size"] = 63
+        for folder, held in (("apart", tensors), ("stacked", stacked)):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "config.json").write_text(json.dumps(config))
+            save_file(held, tmp_path / folder / "model.safetensors")
+        where = placement.place(tmp_path / "apart", "2,2")
+        apart, whole = (
+            model.load(tmp_path / folder, sharding=where.weight)
+            for folder in ("apart", "stacked")
+        )
+        chex.assert_trees_all_equal(nnx.state(apart), nnx.state(whole))
+        for found, wanted in zip(
+            jax.tree.leaves(nnx.state(apart)),
+            jax.tree.leaves(nnx.state(whole)),
+            strict=True,
+        ):
+            assert found.sharding.is_equivalent_to(wanted.sharding, found.ndim)
+        experts = apart.layers[0].mlp.experts
+        by_expert, by_column = experts.up_proj.weight, experts.down_proj.weight
+        assert by_expert[...].sharding.spec == P("model")
+        assert by_column[...].sharding.shard_shape(by_column.shape) == (4, 32, 63)
+        ids = arrays(source / "reference.npz")["ids"]
+        alone = forward(model.load(tmp_path / "apart"), ids)
+        logits = forward(apart, where.rows(ids))
+        chex.assert_trees_all_close(logits, alone, atol=2e-4, rtol=0)
+
+    def test_packed_experts_that_cannot_be_cut(self):
+        where = placement.place(ROOT / "tests" / "reference" / "mixtral", "2,2")
+        w = qjax.quantize(jnp.ones((64, 9)), group_size=32)
+        name = "model.layers.0.mlp.experts"
+
+        def stacked(count):
+            shardings = where.weight(f"{name}.0.up_proj")
+            one = qjax.shard(w, where.mesh, shardings[-1].spec)
+            tensors = {f"{name}.{i}.up_proj": one for i in range(count)}
+            model.stack(tensors, where.weight)
+            return tensors[f"{name}.up_proj"]
+
+        for leaf in jax.tree.leaves(stacked(4)):
+            assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
+        with pytest.raises(ValueError, match=r"experts.up_proj: .* has 3 matrices"):
+            stacked(3)
+
     @pytest.mark.slow
     def test_generates(self):
         """Token by token, as in one pass."""
