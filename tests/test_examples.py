@@ -401,22 +401,33 @@ class TestMixtures:
         logits = forward(apart, where.rows(ids))
         chex.assert_trees_all_close(logits, alone, atol=2e-4, rtol=0)
 
-    def test_packed_experts_that_cannot_be_cut(self):
+    def test_packed_experts_that_cannot_be_cut(self, as_on_gpu):
+        """As `load` has it of a stack: in this device's layout if it can be."""
         where = placement.place(ROOT / "tests" / "reference" / "mixtral", "2,2")
-        w = qjax.quantize(jnp.ones((64, 9)), group_size=32)
         name = "model.layers.0.mlp.experts"
 
-        def stacked(count):
+        def stacked(count, n):
+            w = qjax.prepare(qjax.quantize(jnp.ones((128, n)), group_size=32))
             shardings = where.weight(f"{name}.0.up_proj")
             one = qjax.shard(w, where.mesh, shardings[-1].spec)
             tensors = {f"{name}.{i}.up_proj": one for i in range(count)}
             model.stack(tensors, where.weight)
             return tensors[f"{name}.up_proj"]
 
-        for leaf in jax.tree.leaves(stacked(4)):
-            assert leaf.sharding.shard_shape(leaf.shape)[0] == 2
+        # Of Tiles, two devices do not share 24 columns, and of nothing three experts.
+        for n, count, layout, pieces in (
+            (24, 4, Tiles(), (2, 1)),
+            (24, 3, qjax.formats.gptq.Stream(), (1, 2)),
+            (9, 4, Tiles(), (2, 1)),
+        ):
+            w = stacked(count, n)
+            assert w.layout == layout
+            for leaf in (*w.words, w.scale):
+                share = leaf.sharding.shard_shape(leaf.shape)
+                cut = leaf.shape[0] // share[0], leaf.shape[-1] // share[-1]
+                assert cut == pieces
         with pytest.raises(ValueError, match=r"experts.up_proj: .* has 3 matrices"):
-            stacked(3)
+            stacked(3, 9)
 
     @pytest.mark.slow
     def test_generates(self):

@@ -83,14 +83,19 @@ def _placed(
     """Puts a stack where it would have been read to, if nothing of it is cut yet."""
     if not all(one.sharding.is_fully_replicated for one in jax.tree.leaves(weight)):
         return weight
-    faults = []
-    for where in [wanted] if isinstance(wanted, NamedSharding) else wanted:
-        try:
-            if isinstance(weight, qjax.QTensor):
-                return qjax.shard(weight, where.mesh, where.spec)
-            return jax.device_put(weight, where)
-        except ValueError as fault:
-            faults.append(str(fault))
+    packed = isinstance(weight, qjax.QTensor)
+    faults: list[str] = []
+    # In words that are cut more finely, if those of this device cannot be.
+    for layout in (None, qjax.formats.gptq.Stream()) if packed else (None,):
+        if layout is not None:
+            weight, faults = qjax.prepare(weight, layout=layout), []
+        for where in [wanted] if isinstance(wanted, NamedSharding) else wanted:
+            try:
+                if packed:
+                    return qjax.shard(weight, where.mesh, where.spec)
+                return jax.device_put(weight, where)
+            except ValueError as fault:
+                faults.append(str(fault))
     raise ValueError(f"{name}: {' '.join(faults)}")
 
 
