@@ -41,6 +41,7 @@ def over_devices(
     units: Mapping[str, int],
     *,
     summand: Callable[..., Any] | None = None,
+    reverse: bool = False,
 ) -> Any:
     """Calls a function, each device on its own pieces of the operands.
 
@@ -62,6 +63,8 @@ def over_devices(
       summand: Called instead where devices have summands of a result: the same in a
         wider dtype. The sum is rounded to what ``function`` returns. Where all but one
         are zero, as of stacks, no sum is rounded, and ``function`` is called.
+      reverse: Whether ``function`` has a derivative in reverse mode alone, as of a
+        `jax.custom_vjp`.
 
     Returns:
       What ``function`` returns.
@@ -76,7 +79,7 @@ def over_devices(
     def flattened(function: Callable[..., Any]) -> Flat:
         return lambda *leaves: tuple(jax.tree.leaves(function(*tree.unflatten(leaves))))
 
-    functions = _Functions(flattened(function), flattened(summand or function))
+    functions = _Functions(flattened(function), flattened(summand or function), reverse)
     over = _over_shards if is_explicit(leaves) else _over_pieces
     out = _transformable(over, task, functions, leaves)
     return jax.tree.structure(results).unflatten(out)
@@ -87,9 +90,10 @@ class _Functions(NamedTuple):
 
     whole: Flat
     summand: Flat
+    reverse: bool
 
     def map(self, transform: Callable[[Flat], Flat]) -> "_Functions":
-        return _Functions(*map(transform, self))
+        return _Functions(transform(self.whole), transform(self.summand), self.reverse)
 
 
 class _Operand(NamedTuple):
@@ -300,9 +304,16 @@ def _transformable(
         is_mapped = over is _over_shards
         return over(task, functions, leaves) if is_mapped else functions.whole(*leaves)
 
-    differentiable = jax.custom_jvp(mapped)
-    differentiable.defjvp(lambda primals, tangents: jax.jvp(formula, primals, tangents))
-    return differentiable(*leaves)
+    if functions.reverse:
+        pulled = jax.custom_vjp(mapped)
+        pulled.defvjp(
+            lambda *leaves: (pulled(*leaves), leaves),
+            lambda leaves, cotangents: jax.vjp(formula, *leaves)[1](cotangents),
+        )
+        return pulled(*leaves)
+    pushed = jax.custom_jvp(mapped)
+    pushed.defjvp(lambda primals, tangents: jax.jvp(formula, primals, tangents))
+    return pushed(*leaves)
 
 
 def _over_shards(

@@ -104,11 +104,14 @@ class _Place(NamedTuple):
     @classmethod
     def of(cls, index: Array | None, count: int) -> "_Place | None":
         """The place in a stack of ``count`` that is whole."""
-        if index is None:
-            return None
-        # No operation but a constant: JAX would move that out of a scan, and in the
-        # derivative of a derivative take one operand for another.
-        return cls(index, jnp.asarray(np.arange(count, dtype=np.int32)))
+        return None if index is None else cls(index, numbers(count))
+
+
+def numbers(count: int) -> Int32[Array, " count"]:
+    """The numbers of the matrices of a stack."""
+    # No operation but a constant: JAX would move that out of a scan, and in the
+    # derivative of a derivative take one operand for another.
+    return jnp.asarray(np.arange(count, dtype=np.int32))
 
 
 def _names(

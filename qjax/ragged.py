@@ -12,7 +12,6 @@ what one device would give.
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -35,6 +34,7 @@ from qjax.meshes import (
 from qjax.partitioning import over_devices
 from qjax.sharding import P
 from qjax.tensor import QTensor, check_array, check_packed
+from qjax.visits import visit
 from qjax.watched import Watched
 
 
@@ -49,13 +49,13 @@ def ragged_matmul(
 
     Row ``i`` of the result is ``x[i] @ dequantize(w[e])``, where expert ``e`` is the
     one whose run has row ``i``. As `qjax.matmul`, it forms no dense weight and is
-    differentiable in ``x`` and in the float leaves of ``w``; but only once, as the
-    gradients are loops over the blocks that hold tokens, and JAX refuses to
-    differentiate those. It reads the matrices of those experts that have tokens, once
-    for every block of their tokens. Of a stack that is cut over devices along its
-    experts (`qjax.shard`), each device multiplies the tokens of its own; inside
-    `jax.shard_map` a share of one is a stack like any other, and its sizes are those of
-    the experts in it.
+    differentiable in ``x`` and in the float leaves of ``w``, by `jax.grad` and
+    `jax.jacrev`, also of one another. It reads the matrices of those experts that have
+    tokens, once for every block of their tokens. Of a stack that is cut over devices
+    along its experts (`qjax.shard`), each device multiplies the tokens of its own;
+    inside `jax.shard_map` a share of one is a stack like any other, and its sizes are
+    those of the experts in it. Derivatives of a gradient leave the experts where they
+    are only if the axes of the mesh are explicit.
 
     Args:
       x: Tokens sorted by expert, ``[t, k]`` bfloat16, float16 or float32.
@@ -168,7 +168,7 @@ def _operands(w: QTensor, x: Array, blocks: Blocks) -> tuple[tuple, tuple]:
 
     All tokens and blocks, and the numbers of the experts that it holds.
     """
-    numbers = jnp.arange(w.batch[0], dtype=jnp.int32)
+    numbers = product.numbers(w.batch[0])
     of_blocks = jax.tree.map(lambda array: P(*[None] * array.ndim), blocks)
     of_x = P(None, product.inputs_of(w))
     return (w, x, blocks, numbers), (sharding.names(w), of_x, of_blocks, P("b0"))
@@ -193,12 +193,12 @@ def _stored(w: QTensor) -> tuple[QTensor, Array | None]:
 def _forward(
     choice: Choice, w: QTensor, x: Array, blocks: Blocks, numbers: Array
 ) -> Array:
-    def one_by_one(rows: Array, w: QTensor, share: Share) -> Array:
-        def one(b: Array) -> Array:
-            matrix, index = dispatch.native(w, share.expert[b])
-            return dispatch.multiply(choice, matrix, rows[b], index)
+    def one(w: QTensor, index: Array | None, rows: Array) -> tuple[Array, None]:
+        matrix, index = dispatch.native(w, index)
+        return dispatch.multiply(choice, matrix, rows, index), None
 
-        return _each(one, rows, share)
+    def one_by_one(rows: Array, w: QTensor, share: Share) -> Array:
+        return visit(one, w, rows, share)[0]
 
     def in_one_launch(rows: Array, w: QTensor, share: Share) -> Array:
         return pallas.fused_blocks(rows, w, share.matrix, choice.dtype)
@@ -219,17 +219,17 @@ def _backward(
 ) -> tuple[Array, Array | None]:
     """The cotangents of tokens and input scale."""
     share, (bare, order) = Share.of(blocks, numbers), _stored(w)
-    dy = blocks.rows(dy)
 
-    def one(b: Array) -> Array:
-        return dispatch.multiply_t(choice, *_of_block(bare, dy, share, b))
+    def one(w: QTensor, index: Array | None, dy: Array) -> tuple[Array, None]:
+        matrix, index = dispatch.native(w, index)
+        return dispatch.multiply_t(choice, matrix, dy, index), None
 
     def inputs(rows: Array, input_scale: Array | None) -> Array:
         return _inputs(rows, input_scale, order, share.expert)
 
     rows = blocks.rows(x).astype(jnp.float32)
     _, back = jax.vjp(inputs, rows, w.input_scale)
-    of_rows, of_scale = back(_each(one, dy, share))
+    of_rows, of_scale = back(visit(one, bare, blocks.rows(dy), share)[0])
     return blocks.tokens(of_rows).astype(choice.dtype), of_scale
 
 
@@ -237,44 +237,16 @@ def _leaf_gradients(
     choice: Choice, w: QTensor, x: Array, blocks: Blocks, numbers: Array, dy: Array
 ) -> dict[str, Any]:
     share, (bare, order) = Share.of(blocks, numbers), _stored(w)
+
+    def one(
+        w: QTensor, index: Array | None, rows: tuple[Array, Array]
+    ) -> tuple[None, dict[str, Array]]:
+        matrix, index = dispatch.native(w, index)
+        return None, dispatch.leaf_gradients(choice, matrix, *rows, index)
+
     rows = _inputs(blocks.rows(x), w.input_scale, order, share.expert)
-    dy = blocks.rows(dy)
-
-    def leaves(b: Array) -> dict[str, Array]:
-        matrix, cotangent, index = _of_block(bare, dy, share, b)
-        return dispatch.leaf_gradients(choice, matrix, rows[b], cotangent, index)
-
-    def add(b: Array, total: dict[str, Array]) -> dict[str, Array]:
-        return {
-            name: total[name].at[share.expert[b]].add(gradient)
-            for name, gradient in leaves(b).items()
-        }
-
-    abstract = jax.eval_shape(leaves, jax.ShapeDtypeStruct((), jnp.int32))
-    start = {
-        name: jnp.zeros((*bare.batch, *like.shape), jnp.float32)
-        for name, like in abstract.items()
-    }
-    start, _ = vary_together(start, rows)
-    total = lax.fori_loop(share.begin, share.end, add, start)
+    _, total = visit(one, bare, (rows, blocks.rows(dy)), share)
     return {name: product.as_in(w, name, array) for name, array in total.items()}
-
-
-def _of_block(
-    w: QTensor, dy: Array, share: Share, b: Array
-) -> tuple[QTensor, Array, Array | None]:
-    """The matrix of a block, its cotangent, and where the matrix is a stack's."""
-    matrix, index = dispatch.native(w, share.expert[b])
-    return matrix, dy[b], index
-
-
-def _each(one: Callable[[Array], Array], rows: Array, share: Share) -> Array:
-    """Stacks ``one(b)`` of the blocks of a device, and zeros for the others."""
-    like = jax.eval_shape(one, jax.ShapeDtypeStruct((), jnp.int32))
-    out = jnp.zeros((len(rows), *like.shape), like.dtype)
-    out, _ = vary_together(out, rows)
-    step = lambda b, out: out.at[b].set(one(b))  # noqa: E731
-    return lax.fori_loop(share.begin, share.end, step, out)
 
 
 def _products_forward(x: Array, w: QTensor, blocks: Blocks, choice: Choice) -> tuple:
@@ -287,7 +259,9 @@ def _products_backward(choice: Choice, residuals: tuple, dy: Array) -> tuple:
     operands, named = (*operands, dy.astype(jnp.float32)), (*named, P(None, "n"))
     of_w, of_x, *_ = named
     units = sharding.units(w)
-    over = functools.partial(over_devices, operands=operands, named=named, units=units)
+    over = functools.partial(
+        over_devices, operands=operands, named=named, units=units, reverse=True
+    )
     dx = over(
         lambda *operands: _backward(choice, *operands)[0],
         results=of_x,

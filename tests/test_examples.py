@@ -364,6 +364,71 @@ class TestMixtures:
         text = run.lower(state, ids).compile().as_text()
         assert not re.search(r"= u\d+\S* all-\w+\(", text)
 
+    def test_experts_that_cannot_be_cut(self, tmp_path):
+        """One tensor an expert, or one of all: the stack is cut along them."""
+        source = ROOT / "tests" / "reference" / "mixtral"
+        tensors = load_file(source / "model.safetensors")
+        for name in [name for name in tensors if ".experts." in name]:
+            # 63 columns of the first, which two devices do not share.
+            one = tensors[name][:, :63] if ".w2." in name else tensors[name][:63]
+            tensors[name] = jnp.copy(one)
+        stacked = dict(tensors)
+        model.stack(stacked)
+        config = json.loads((source / "config.json").read_text())
+        config["intermediate_size"] = 63
+        for folder, held in (("apart", tensors), ("stacked", stacked)):
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / "config.json").write_text(json.dumps(config))
+            save_file(held, tmp_path / folder / "model.safetensors")
+        where = placement.place(tmp_path / "apart", "2,2")
+        apart, whole = (
+            model.load(tmp_path / folder, sharding=where.weight)
+            for folder in ("apart", "stacked")
+        )
+        chex.assert_trees_all_equal(nnx.state(apart), nnx.state(whole))
+        for found, wanted in zip(
+            jax.tree.leaves(nnx.state(apart)),
+            jax.tree.leaves(nnx.state(whole)),
+            strict=True,
+        ):
+            assert found.sharding.is_equivalent_to(wanted.sharding, found.ndim)
+        experts = apart.layers[0].mlp.experts
+        by_expert, by_column = experts.up_proj.weight, experts.down_proj.weight
+        assert by_expert[...].sharding.spec == P("model")
+        assert by_column[...].sharding.shard_shape(by_column.shape) == (4, 32, 63)
+        ids = arrays(source / "reference.npz")["ids"]
+        alone = forward(model.load(tmp_path / "apart"), ids)
+        logits = forward(apart, where.rows(ids))
+        chex.assert_trees_all_close(logits, alone, atol=2e-4, rtol=0)
+
+    def test_packed_experts_that_cannot_be_cut(self, as_on_gpu):
+        """As `load` has it of a stack: in this device's layout if it can be."""
+        where = placement.place(ROOT / "tests" / "reference" / "mixtral", "2,2")
+        name = "model.layers.0.mlp.experts"
+
+        def stacked(count, n):
+            w = qjax.prepare(qjax.quantize(jnp.ones((128, n)), group_size=32))
+            shardings = where.weight(f"{name}.0.up_proj")
+            one = qjax.shard(w, where.mesh, shardings[-1].spec)
+            tensors = {f"{name}.{i}.up_proj": one for i in range(count)}
+            model.stack(tensors, where.weight)
+            return tensors[f"{name}.up_proj"]
+
+        # Of Tiles, two devices do not share 24 columns, and of nothing three experts.
+        for n, count, layout, pieces in (
+            (24, 4, Tiles(), (2, 1)),
+            (24, 3, qjax.formats.gptq.Stream(), (1, 2)),
+            (9, 4, Tiles(), (2, 1)),
+        ):
+            w = stacked(count, n)
+            assert w.layout == layout
+            for leaf in (*w.words, w.scale):
+                share = leaf.sharding.shard_shape(leaf.shape)
+                cut = leaf.shape[0] // share[0], leaf.shape[-1] // share[-1]
+                assert cut == pieces
+        with pytest.raises(ValueError, match=r"experts.up_proj: .* has 3 matrices"):
+            stacked(3, 9)
+
     @pytest.mark.slow
     def test_generates(self):
         """Token by token, as in one pass."""

@@ -129,6 +129,27 @@ def test_with_other_cuts(mesh, kind, spec, of_x, as_qtensor):
     assert_close(step(place(x, of_x, mesh), w, dy), step(x, whole, dy))
 
 
+@MESHES
+@pytest.mark.parametrize("spec", [P("model"), P("model", "data", None)], ids=str)
+def test_second_derivatives(spec, mesh, as_qtensor):
+    whole = stack_of("order and input scale", as_qtensor)
+    w, x = qjax.shard(whole, mesh, spec), drawn(T, K)
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def second(x, scale, w):
+        def loss(x, scale):
+            held = dataclasses.replace(w, scale=scale)
+            return jnp.sin(qjax.ragged_matmul(x, held, SIZES)).sum()
+
+        found = jax.grad(loss, (0, 1))(x, scale)
+        return sum((gradient**2).sum() for gradient in found)
+
+    found = second(place(x, P(), mesh), w.scale, w)
+    assert_close(found, second(x, whole.scale, whole))
+    assert found[1].sharding.is_equivalent_to(w.scale.sharding, w.scale.ndim)
+
+
 class TestCommunication:
     @MESHES
     def test_one_sum_of_products_and_one_of_cotangents(self, mesh, as_qtensor):

@@ -12,6 +12,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from tests.checkpoints import test_gguf
+from tests.checkpoints.test_cutting import stack_of_experts
+
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "examples" / "llm"))
 
@@ -20,9 +23,9 @@ import generate  # noqa: E402  (found on the path just added)
 PROMPTS = ["def main(", "import "]
 TOKENS = 12
 
-# Runs the command, with every byte counted that it reads of the weights; then compares
-# what lies on this process's devices with what one process would put there.
-WORKER = """
+# Counts every byte that is read of weights; and compares what lies on this process's
+# devices with what one process would put there.
+COUNTED = """
 import io, json, pathlib, sys
 import jax
 import numpy as np
@@ -42,9 +45,20 @@ def counting(self, mode="r", buffering=-1, **options):
     return open_path(self, mode, buffering, **options)
 
 pathlib.Path.open = counting
+import qjax
+
+def compared(weight, whole):
+    leaves = zip(jax.tree.leaves(weight), jax.tree.leaves(whole), strict=True)
+    return [
+        np.array_equal(shard.data, np.asarray(wanted)[shard.index])
+        for found, wanted in leaves
+        for shard in found.addressable_shards
+    ]
+"""
+# Runs the command.
+GENERATE = """
 sys.path.insert(0, sys.argv[1])
 import generate
-import qjax
 
 placements, place = [], generate.place
 
@@ -66,13 +80,23 @@ counted = read
 path, where = generate.SHIPPED, placements[0].weight
 plain, equal = qjax.checkpoints.load(path), []
 for name, weight in qjax.checkpoints.lazy(path, sharding=where).items():
-    leaves = zip(jax.tree.leaves(weight), jax.tree.leaves(plain[name]), strict=True)
-    for found, wanted in leaves:
-        equal += [
-            np.array_equal(shard.data, np.asarray(wanted)[shard.index])
-            for shard in found.addressable_shards
-        ]
+    equal += compared(weight, plain[name])
 print(json.dumps([counted, len(equal), all(equal)]), file=sys.stderr)
+"""
+# Reads stacks of experts, half of them for each.
+STACKS = """
+paths, coordinator, process = sys.argv[1:]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(coordinator, 2, int(process))
+where = jax.NamedSharding(jax.make_mesh((2,), ("model",)), jax.P("model"))
+said = []
+for path in json.loads(paths):
+    read = 0
+    (weight,) = qjax.checkpoints.load(path, sharding=lambda _: where).values()
+    counted = read
+    (whole,) = qjax.checkpoints.load(path).values()
+    said.append([counted, read - counted, all(compared(weight, whole))])
+print(json.dumps(said), file=sys.stderr)
 """
 
 
@@ -82,15 +106,14 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def in_two_processes(mesh):
+def in_two_processes(worker, *arguments):
     """Stdout of both, and what they say about their reading."""
-    address = f"127.0.0.1:{free_port()}"
-    examples = str(ROOT / "examples" / "llm")
-    arguments = [examples, json.dumps(PROMPTS), str(TOKENS), mesh, address]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", COUNTED + worker, *arguments]
+    command.append(f"127.0.0.1:{free_port()}")
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, *arguments, str(process)],
+            [*command, str(process)],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -120,7 +143,9 @@ def share(name):
 
 @pytest.mark.slow
 def test_same_text_from_half_of_the_file_each(capsys):
-    texts, said = in_two_processes("1,2")
+    examples = str(ROOT / "examples" / "llm")
+    arguments = examples, json.dumps(PROMPTS), str(TOKENS), "1,2"
+    texts, said = in_two_processes(GENERATE, *arguments)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         generate.main(prompt=PROMPTS, max_new_tokens=TOKENS)
     assert texts == [capsys.readouterr().out, ""]
@@ -132,3 +157,19 @@ def test_same_text_from_half_of_the_file_each(capsys):
             needed += share(name) * size * np.prod(tensor.get_shape())
     # Words, scales, zeros and order of 21 matrices; two tables and seven norms.
     assert said == [[needed, 21 * 4 + 9, True]] * 2
+
+
+@pytest.mark.slow
+def test_half_of_the_experts_each(tmp_path):
+    """Of stacks in one tensor, no byte of others'."""
+    paths = [tmp_path / name for name in ("mlx", "mxfp4", "e.gguf")]
+    for path in paths[:2]:
+        stack_of_experts(path, path.name)
+    blocks = np.full((4, 64, 4, 18), 7, np.uint8)
+    held = {"e.weight": blocks.reshape(4, 64, -1)}
+    test_gguf.write(paths[2], held, {"e.weight": "Q4_0"})
+    _, said = in_two_processes(STACKS, json.dumps([*map(str, paths)]))
+    for counts in zip(*said, strict=True):
+        whole = counts[0][1]
+        assert whole >= 8 * 64 * 32 / 2
+        assert list(counts) == [[whole // 2, whole, True]] * 2

@@ -114,6 +114,71 @@ def test_gradients(kind, as_qtensor):
     assert dw.words[0].dtype == jax.dtypes.float0
 
 
+SECOND = [
+    *[(kind, None, "float32") for kind in KINDS],
+    ("mixed", Tiles(), "float32"),
+    # Where a GPU's kernels, which have no derivative, would multiply.
+    ("order and input scale", Tiles(), "bfloat16"),
+    ("float zero", Tiles(), "bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("kind", "layout", "dtype"), SECOND, ids=str)
+def test_second_derivatives(kind, layout, dtype, as_qtensor):
+    """Of half the square of the tokens' gradient, plus that of scales along some."""
+    t, sizes = SIZES["empty experts"]
+    w, each = stack(kind, as_qtensor, layout), matrices(kind)
+    x = jnp.asarray(tokens(t), dtype)
+    kernels = dispatch.goes_to_kernels(w, dispatch.Choice(None, kernels=True))
+    assert kernels == (layout == Tiles())
+    names = [name for name in each[0].gradients(x[:1], x[:1, :N]) if name != "x"]
+    leaves = {name: getattr(w, name) for name in names}
+    # The weight is linear in these: with others in their place, it is V.
+    linear = [name for name in names if name in ("scale", "zero")]
+    others = [
+        dataclasses.replace(m, **{name: getattr(m, name)[:, ::-1] for name in linear})
+        for m in each
+    ]
+    along = {name: jnp.stack([getattr(m, name) for m in others]) for name in linear}
+
+    def loss(x, leaves):
+        held = dataclasses.replace(w, **leaves)
+        y = qjax.ragged_matmul(x, held, jnp.array(sizes))
+        return (y.astype(jnp.float32) ** 2).sum() / 2
+
+    @jax.jit
+    @functools.partial(jax.grad, argnums=(0, 1))
+    def second(x, leaves):
+        g, found = jax.grad(loss, (0, 1))(x, leaves)
+        moved = sum((found[name] * along[name]).sum() for name in linear)
+        return (g.astype(jnp.float32) ** 2).sum() / 2 + moved
+
+    dx, found = second(x, leaves)
+
+    # With y = x W the loss is |y|^2 / 2, the gradients g = y W^T and <x V, y>. That of
+    # |g|^2 / 2 is g W by y, and y by g.
+    def expected(m, other, x):
+        y, v = m.matmul(x), other.matmul(x)
+        g = m.gradients(x, y)["x"]
+        total = m.gradients(x, m.matmul(g) + v)
+        for name, part in other.gradients(x, y).items():
+            total[name] += 0 if name in linear else part
+        for name, part in m.gradients(g, y).items():
+            total[name] += 0 if name == "x" else part
+        return total
+
+    rows = np.asarray(x, np.float64)
+    wanted = [
+        expected(m, other, rows[run])
+        for m, other, run in zip(each, others, runs(t, sizes), strict=True)
+    ]
+    # y, g and dx are rounded one after another.
+    tolerance = TOLERANCE if dtype == "float32" else 3 * 2.0**-8
+    close(dx, np.concatenate([one["x"] for one in wanted]), tolerance)
+    for name in names:
+        close(found[name], np.stack([one[name] for one in wanted]), tolerance)
+
+
 @pytest.mark.parametrize("name", cases.KERNELS)
 def test_kernels_of_the_layers(name):
     one = qjax.prepare(cases.kernel(name))
@@ -177,6 +242,34 @@ class TestTransformations:
 
         x = jnp.asarray(tokens(9)) / 8
         close(scanned(x), np.asarray(unrolled(x), np.float64), 1e-4)
+
+    def test_second_derivatives_by_vmap_through_a_scan(self):
+        """Every second derivative by two factors of scales of experts."""
+        drawn = jnp.asarray(tokens(2 * EXPERTS * K).reshape(2, EXPERTS, K, K))
+        layers = qjax.quantize(drawn, group_size=32)
+        dense = qjax.dequantize(layers)
+        x, sizes = jnp.asarray(tokens(9)) / 8, (3, 0, 2, 4)
+        expert = jax.nn.one_hot(np.repeat(range(EXPERTS), sizes), EXPERTS)
+
+        def on_packed(x, layer):
+            w, factors = layer
+            held = dataclasses.replace(w, scale=w.scale * factors[:, None, None])
+            return jnp.sin(qjax.ragged_matmul(x, held, jnp.array(sizes))), None
+
+        def on_dense(x, layer):
+            w, factors = layer
+            every = jnp.einsum("tk,ekn->ten", x, w, precision="highest")
+            return jnp.sin(jnp.einsum("ten,te,e->tn", every, expert, factors)), None
+
+        @functools.partial(jax.jit, static_argnums=0)
+        def hessian(step, layers, factors):
+            loss = lambda f: jax.lax.scan(step, x, (layers, f))[0].sum()  # noqa: E731
+            return jax.jacrev(jax.jacrev(loss))(factors)
+
+        factors = jnp.ones((2, EXPERTS))
+        found = hessian(on_packed, layers, factors)
+        wanted = hessian(on_dense, dense, factors)
+        close(found, np.asarray(wanted, np.float64), 1e-4)
 
     @pytest.mark.parametrize("kind", ["columns", "tokens"])
     def test_shard_map(self, kind, as_qtensor):

@@ -221,7 +221,8 @@ def load(
       path: Directory with config.json and safetensors, quantized or not; or the file.
       dtype: Dtype of the activations. None takes float32, but on a GPU bfloat16, as
         its kernels multiply 16-bit numbers.
-      sharding: Where each weight goes, as in `qjax.checkpoints.load`.
+      sharding: Where each weight goes, as in `qjax.checkpoints.load`, and stacks of
+        what it does not cut.
       joined: Whether to `join` what it can, where nothing is cut over devices.
 
     Returns:
@@ -240,7 +241,7 @@ def load(
     tensors = read_tensors(path, sharding)
     if is_gguf(path):
         config = completed(config, tensors)
-    stack(tensors)
+    stack(tensors, sharding)
     if joined and sharding is None:
         join(tensors)
     if dtype is None:

@@ -7,7 +7,8 @@ and their products are summed. A last matrix whose groups cannot be shared, or w
 rows have an order (act-order), is cut by columns, too, and its inputs are gathered.
 Embedding and output matrix are cut by the vocabulary, if it can be; norms are
 everywhere. Matrices of experts are cut likewise, so that the devices share the work on
-every token; a stack of them that cannot be, along its experts.
+every token; a stack of them that cannot be, along its experts. Those that a checkpoint
+has one by one are then on all devices until they are a stack.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from model import Cache
+from tensors import EXPERT
 
 # Also Mixtral's w1, w2, w3, gpt-oss's gate_up_proj, and what Phi has joined.
 FIRST = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3")
@@ -78,6 +80,8 @@ class Placement:
         if path.endswith(".experts"):  # a stack, which may be cut along them instead
             specs = [P(None, *spec) for spec in specs]
             specs.append(P() if kind == "bias" else P("model"))
+        elif EXPERT.fullmatch(module):  # one of those that will be a stack
+            specs.append(P())
         return [NamedSharding(self.mesh, spec) for spec in specs]
 
     @property

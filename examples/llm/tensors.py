@@ -1,10 +1,13 @@
 """A checkpoint's tensors before the decoder takes them: renamed, stacked, joined."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding
 
 import qjax
 
@@ -35,7 +38,7 @@ SEEING = re.compile(r"(model\.)?(vision_tower|multi_modal_projector|rotary_emb)\
 EXPERT = re.compile(r"(.*\.experts)\.(\d+)(\..+)")
 
 
-def stack(tensors: dict[str, Any]) -> dict[str, list[str]]:
+def stack(tensors: dict[str, Any], sharding: Any = None) -> dict[str, list[str]]:
     """Makes one stack of the matrices of all experts of a layer, as their product does.
 
     Names that other models have for the same become those of Qwen, and what a model of
@@ -43,12 +46,15 @@ def stack(tensors: dict[str, Any]) -> dict[str, list[str]]:
 
     Args:
       tensors: A checkpoint's, which this changes.
+      sharding: As in `qjax.checkpoints.load`, where the tensors were read by it. A
+        stack of what all devices hold goes where it says of the name of the stack.
 
     Returns:
       What each of the tensors was before: names of the checkpoint, one for each matrix.
 
     Raises:
-      ValueError: If an expert is missing, or the matrices are not alike.
+      ValueError: If an expert is missing, the matrices are not alike, or the devices
+        cannot share the stack.
     """
     origins = _rename(tensors)
     experts: dict[str, dict[int, str]] = {}
@@ -66,7 +72,31 @@ def stack(tensors: dict[str, Any]) -> dict[str, list[str]]:
             tensors[whole] = (qjax.stack if packed else jnp.stack)(parts)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{whole}: its experts are not alike: {error}") from None
+        if sharding is not None:
+            tensors[whole] = _placed(whole, tensors[whole], sharding(whole))
     return origins
+
+
+def _placed(
+    name: str, weight: Any, wanted: NamedSharding | Sequence[NamedSharding]
+) -> Any:
+    """Puts a stack where it would have been read to, if nothing of it is cut yet."""
+    if not all(one.sharding.is_fully_replicated for one in jax.tree.leaves(weight)):
+        return weight
+    packed = isinstance(weight, qjax.QTensor)
+    faults: list[str] = []
+    # In words that are cut more finely, if those of this device cannot be.
+    for layout in (None, qjax.formats.gptq.Stream()) if packed else (None,):
+        if layout is not None:
+            weight, faults = qjax.prepare(weight, layout=layout), []
+        for where in [wanted] if isinstance(wanted, NamedSharding) else wanted:
+            try:
+                if packed:
+                    return qjax.shard(weight, where.mesh, where.spec)
+                return jax.device_put(weight, where)
+            except ValueError as fault:
+                faults.append(str(fault))
+    raise ValueError(f"{name}: {' '.join(faults)}")
 
 
 def _rename(tensors: dict[str, Any]) -> dict[str, list[str]]:

@@ -81,10 +81,10 @@ def load(
         other tensor one of its own axes. Of several, the first is taken that cuts the
         weight evenly, prepared for this device or, if none does, as a
         `formats.gptq.Stream`. The mesh may span processes: each reads, of GPTQ, AWQ,
-        GGUF, FP8, MLX and of dense tensors, the bytes that its devices hold. Of an
-        act-order matrix that is cut along k it reads whole columns, and of other
-        formats, and where pieces would be no whole blocks, whole matrices; of a stack
-        in one tensor that is cut along its matrices, all of them.
+        GGUF, FP8, MXFP4, MLX and of dense tensors, the bytes that its devices hold, and
+        of a stack in one tensor its own matrices. Of an act-order matrix that is cut
+        along k it reads whole columns, and of other formats, and where pieces would be
+        no whole blocks, whole matrices.
 
     Returns:
       Quantized matrices, ``[k, n]``, under the paths of their modules

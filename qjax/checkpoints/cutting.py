@@ -3,7 +3,8 @@
 A process reads the pieces of its own devices. Dense tensors are read by ranges of every
 axis. So are quantized matrices whose format says what runs along the axes of its
 tensors (``axes``), unless act-order has spread the groups over all rows: those are read
-by columns. Of what cannot be read in pieces, all is read, a matrix at a time, and the
+by columns. A stack in one tensor, as of experts, is read likewise, also by its
+matrices. Of what cannot be read in pieces, all is read, a matrix at a time, and the
 pieces of other devices are dropped.
 """
 
@@ -24,9 +25,8 @@ from qjax.checkpoints.shards import Stored
 from qjax.sharding import P, entry_axes
 from qjax.tensor import Layout, QTensor
 
-Counts = Mapping[str, int]  # of pieces along "k" and "n"
-_WHOLE: Counts = {"k": 1, "n": 1}
-_FIRST: Counts = {"k": 0, "n": 0}
+# Of pieces along "b0" and other axes of a stack, "k" and "n".
+Counts = Mapping[str, int]
 # A sharding, the weight or one with abstract leaves, and whether it is read in pieces.
 _Outlined = tuple[NamedSharding, QTensor, bool]
 
@@ -124,7 +124,7 @@ def _matrix(
         found = _first(name, fits, outlined(xla.NATIVE))
     where, w, specs, in_pieces = found
     cut = _counts(where, batch)
-    counts = _readable(matrix, w, cut) if in_pieces else _WHOLE
+    counts = _readable(matrix, w, cut) if in_pieces else dict.fromkeys(cut, 1)
     pieces: list[tuple[Counts, QTensor]] = []
     for at in _owned(where, batch, counts):
         part = matrix.piece(at, counts) if in_pieces else None
@@ -146,32 +146,45 @@ def _outline(
     """The matrix with abstract leaves, or None if it is not to be read in pieces.
 
     What preparing does to the tree may depend on the values of ``g_idx``, but on none
-    that lie along n: it is done to zeros, of as few columns as are asked for.
+    that lie along n: it is done to zeros, of as few columns as are asked for, and as
+    few matrices of a stack.
     """
-    columns = counts["n"]
-    narrow = matrix.piece(_FIRST, {"k": 1, "n": columns})
-    if narrow is None or counts == _WHOLE:
+    first, grid = dict.fromkeys(counts, 0), {**counts, "k": 1}
+    if set(counts.values()) == {1}:
         return None
-    w = prepared(narrow.blank())
-    if w.padding and columns > 1:
+
+    def blank() -> QTensor | None:
+        part = matrix.piece(first, grid)
+        return None if part is None else prepared(part.blank())
+
+    w = blank()
+    if w is not None and w.padding and grid["n"] > 1:
         # The words of a piece are no piece of the words.
-        columns, w = 1, prepared(matrix.blank())
+        grid["n"] = 1
+        w = blank()
+    if w is None:
+        return None
+    names = sharding.names(w)
+    stacks = {axis for axis, count in grid.items() if axis[0] == "b" and count > 1}
+    if any(stacks - set(axes) for axes in jax.tree.leaves(names)):
+        return None  # What is encoded is not cut, and a piece has not all of it.
 
     def wide(axes: P, leaf: Array) -> jax.ShapeDtypeStruct:
         shape = tuple(
-            size * columns if axis == "n" else size
+            size * grid.get(axis, 1)
             for size, axis in zip(leaf.shape, axes, strict=True)
         )
         return jax.ShapeDtypeStruct(shape, leaf.dtype)
 
-    return jax.tree.map(wide, sharding.names(w), w)
+    return jax.tree.map(wide, names, w)
 
 
 def _counts(where: NamedSharding, batch: int) -> Counts:
-    """Into how many pieces a sharding cuts a matrix, or each of a stack."""
-    entries = itertools.zip_longest("kn", where.spec[batch : batch + 2])
+    """Into how many pieces a sharding cuts a matrix, or a stack and each of it."""
+    axes = [*[f"b{i}" for i in range(batch)], "k", "n"]
+    entries = itertools.zip_longest(axes, where.spec[: len(axes)])
     return {
-        str(axis): math.prod(where.mesh.shape[name] for name in entry_axes(entry))
+        axis: math.prod(where.mesh.shape[name] for name in entry_axes(entry))
         for axis, entry in entries
     }
 
@@ -179,26 +192,29 @@ def _counts(where: NamedSharding, batch: int) -> Counts:
 def _readable(matrix: Matrix, w: QTensor, counts: Counts) -> Counts:
     """The pieces in which a matrix is read: those of ``counts``, or larger ones."""
     in_order = w.order is None and w.row_group is None
-    rows = [counts["k"], 1] if in_order else [1]
-    tried = itertools.product(rows, [counts["n"], 1])
-    grids = [{"k": k, "n": n} for k, n in tried]
-    return next(one for one in grids if matrix.piece(_FIRST, one) is not None)
+    tried = [[count, 1] for count in counts.values()]
+    if not in_order:
+        tried[list(counts).index("k")] = [1]
+    grids = [dict(zip(counts, grid, strict=True)) for grid in itertools.product(*tried)]
+    first = dict.fromkeys(counts, 0)
+    return next(one for one in grids if matrix.piece(first, one) is not None)
 
 
 def _owned(where: NamedSharding, batch: int, counts: Counts) -> list[Counts]:
     """The pieces that devices of this process have a part of."""
     cut = _counts(where, batch)
-    entries = NamedSharding(where.mesh, P(*where.spec[batch : batch + 2]))
-    shape = (cut["k"], cut["n"])
+    entries = NamedSharding(where.mesh, P(*where.spec[: len(cut)]))
     owned = {
         tuple(
             (part.start or 0) * counts[axis] // cut[axis]
-            for axis, part in zip("kn", index, strict=True)
+            for axis, part in zip(cut, index, strict=True)
         )
-        for index in entries.addressable_devices_indices_map(shape).values()
+        for index in entries.addressable_devices_indices_map(
+            tuple(cut.values())
+        ).values()
         if index is not None
     }
-    return [{"k": k, "n": n} for k, n in sorted(owned)]
+    return [dict(zip(cut, piece, strict=True)) for piece in sorted(owned)]
 
 
 def _placed(
@@ -213,7 +229,7 @@ def _placed(
     def part(index: Any) -> np.ndarray:
         at, local = {}, []
         for size, axis, bounds in zip(leaf.shape, axes, index, strict=True):
-            along = (axis or "")[:1]
+            along = sharding.family_of(axis)
             share = size // counts.get(along, 1)
             start, stop, _ = bounds.indices(size)
             if along in counts:

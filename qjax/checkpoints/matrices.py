@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import itertools
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -46,7 +45,7 @@ class Matrix:
     def stacked(self) -> int:
         """How many axes of a stack lead those of the tensors, where `piece` cuts it."""
         axes = next(iter(self._axes.values()), ())
-        return len(list(itertools.takewhile(lambda axis: not axis, axes)))
+        return sum(axis.startswith("b") for axis in axes)
 
     @property
     def _axes(self) -> Mapping[str, tuple[str, ...]]:
@@ -68,7 +67,7 @@ class Matrix:
         """Picks one of equal pieces as a matrix of its own, and reads nothing.
 
         Args:
-          at: Which one, along "k" and "n".
+          at: Which one, along "k", "n" and the axes of a stack, "b0" and so on.
           of: Into how many the matrix is cut. Along k its groups must be runs of rows,
             which ``g_idx`` is then not needed to say.
 

@@ -250,15 +250,17 @@ def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, 
       config: As in `check`.
 
     Returns:
-      "k" or "n" for each axis, "" for one that is not cut, by upstream name.
+      "k", "n", or "b0" and so on of a stack for each axis, "" for one that is not cut,
+      by upstream name.
     """
     del config
     *batch, _, blocks, _ = tensors["weight"].shape
+    stack = tuple(f"b{i}" for i in range(len(batch)))
     # A block is not cut, and what has a size of 1 is taken for what all share.
     k = "k" if blocks > 1 else ""
-    runs: dict[str, tuple[str, ...]] = {"weight": (*[""] * len(batch), "n", k, "")}
+    runs: dict[str, tuple[str, ...]] = {"weight": (*stack, "n", k, "")}
     if "scale" in tensors:
-        runs["scale"] = ("",) * len(tensors["scale"].shape)
+        runs["scale"] = stack or ("",) * len(tensors["scale"].shape)
     return runs
 
 

@@ -114,11 +114,11 @@ def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, 
       config: The module's configuration.
 
     Returns:
-      "n" and "k" for the last two axes of each, "" for those of a stack.
+      "n" and "k" for the last two axes of each, "b0" and so on for those of a stack.
     """
     del config
     return {
-        name: (*[""] * (len(array.shape) - 2), "n", "k")
+        name: (*[f"b{i}" for i in range(len(array.shape) - 2)], "n", "k")
         for name, array in tensors.items()
     }
 

@@ -218,6 +218,23 @@ def check(tensors: Mapping[str, Any], config: Config) -> None:
     check_shapes(tensors, {"scales": blocks[:-1]}, f"blocks.shape={blocks}")
 
 
+def axes(tensors: Mapping[str, Any], config: Config) -> Mapping[str, tuple[str, ...]]:
+    """Says what runs along the axes of each tensor, so that a part can be read.
+
+    Args:
+      tensors: As in `check`.
+      config: The configuration; it changes nothing.
+
+    Returns:
+      "n" and "k", "b0" and so on for the axes of a stack, and "" within a block.
+    """
+    del config
+    *batch, _, blocks, _ = tensors["blocks"].shape
+    # A block is not cut, and what has a size of 1 is taken for what all share.
+    runs = (*[f"b{i}" for i in range(len(batch))], "n", "k" if blocks > 1 else "")
+    return {"blocks": (*runs, ""), "scales": runs}
+
+
 def from_tensors(tensors: Mapping[str, Any], config: Config | None = None) -> QTensor:
     """Reads one quantized matrix, or a stack of them.
 

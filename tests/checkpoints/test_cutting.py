@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import qjax
 from qjax import checkpoints
+from qjax.checkpoints.matrices import Matrix
 from qjax.checkpoints.shards import Stored
 from qjax.formats import awq, bnb, fp8, mlx, modelopt, quark
 from qjax.formats.gptq import Stream
@@ -288,6 +289,73 @@ def test_mlx(tmp_path, mesh, counted, kind, spec, stacked):
     found = load(sharding=lambda _: NamedSharding(mesh, spec))[tiny.MODULE]
     assert_same(found, whole)
     assert sum(counted.values()) == sum(array.nbytes for array in held.values())
+
+
+def stack_of_experts(directory, kind):
+    """A checkpoint of one stack of eight matrices of 128 x 64."""
+    rng = np.random.default_rng(0)
+    if kind == "mxfp4":
+        held = {
+            "_blocks": rng.integers(0, 256, (8, 64, 4, 16), dtype=np.uint8),
+            "_scales": rng.integers(120, 130, (8, 64, 4), dtype=np.uint8),
+        }
+        config = {"quantization_config": {"quant_method": "mxfp4"}}
+    else:
+        w = mlx.quantize(jnp.asarray(rng.normal(size=(8, 128, 64)), jnp.float32), 3, 32)
+        held = {f".{name}": np.asarray(a) for name, a in mlx.to_tensors(w).items()}
+        config = {"quantization": {"group_size": 32, "bits": 3}}
+    tensors = {f"{tiny.MODULE}{name}": array for name, array in held.items()}
+    return tiny.Checkpoint(tensors, config).write(directory)
+
+
+@pytest.mark.parametrize(
+    ("spec", "pieces"),
+    [
+        (P("model"), 4),
+        (P(("data", "model")), 8),
+        (P("model", "data"), 8),
+        (P("model", None, "data"), 8),
+        (P(None, "data", "model"), 8),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["mxfp4", "mlx"])
+def test_stacks_of_experts(tmp_path, mesh, counted, monkeypatch, kind, spec, pieces):
+    """Each share of the matrices, and of what is cut of them, is read by itself."""
+    path = stack_of_experts(tmp_path, kind)
+    whole = cut_later(checkpoints.load(path)[tiny.MODULE], mesh, spec)
+    readings, read = [], Matrix.read
+    monkeypatch.setattr(
+        Matrix, "read", lambda one: readings.append(one.nbytes) or read(one)
+    )
+    counted.clear()
+    where = NamedSharding(mesh, spec)
+    assert_same(checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE], whole)
+    # No byte of it twice, and none beside it.
+    total = sum(counted.values())
+    assert readings == [total // pieces] * pieces
+    assert total == 8 * 64 * 128 * (4.25 if kind == "mxfp4" else 3 + 64 / 32) / 8
+
+
+@pytest.mark.parametrize("kind", ["mxfp4", "mlx"])
+def test_stacks_that_are_not_prepared(tmp_path, mesh, kind):
+    """Scales of MXFP4 are an encoding, of which every device has all."""
+    path, spec = stack_of_experts(tmp_path, kind), P("model")
+    whole = checkpoints.load(path, prepare=False)[tiny.MODULE]
+    found = checkpoints.load(
+        path, prepare=False, sharding=lambda _: NamedSharding(mesh, spec)
+    )
+    assert_same(found[tiny.MODULE], qjax.shard(whole, mesh, spec))
+
+
+def test_stacks_that_devices_cannot_share(tmp_path, refuses):
+    path = stack_of_experts(tmp_path, "mlx")
+    mesh = jax.make_mesh((3,), ("model",), devices=jax.devices("cpu")[:3])
+    where = [NamedSharding(mesh, spec) for spec in (P("model"), P())]
+    with refuses("has 8 matrices there, which 3 devices cannot share evenly"):
+        checkpoints.load(path, sharding=lambda _: where[0])
+    found = checkpoints.load(path, sharding=lambda _: where)[tiny.MODULE]
+    assert found.scale.sharding.is_fully_replicated
 
 
 @pytest.mark.parametrize("prepare", [True, False])

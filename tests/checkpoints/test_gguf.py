@@ -106,24 +106,44 @@ class TestFileOfLlamaCpp:
 
 
 @pytest.mark.parametrize(
-    "spec", [jax.P("a"), jax.P(None, "a"), jax.P("a", None, "b"), jax.P("a", "b")]
+    ("spec", "pieces"),
+    [
+        (jax.P("a"), 2),
+        (jax.P(None, "a"), 2),
+        (jax.P("a", None, "b"), 4),
+        (jax.P("a", "b"), 4),
+    ],
+    ids=str,
 )
-def test_stacks_are_cut(spec, tmp_path):
+@pytest.mark.parametrize("kind", ["Q4_0", "NVFP4"])
+def test_stacks_are_cut(kind, spec, pieces, tmp_path, monkeypatch):
+    """Read by themselves: shares of the matrices, and blocks of them."""
     mesh = jax.make_mesh((2, 2), ("a", "b"), devices=jax.devices()[:4])
-    blocks = np.random.default_rng(0).integers(0, 256, (4, 64, 4, 18), dtype=np.uint8)
-    blocks[..., :2] = np.float16([0.5]).view(np.uint8)
-    file = write(
-        tmp_path / "m.gguf",
-        {"e.weight": blocks.reshape(4, 64, -1)},
-        {"e.weight": "Q4_0"},
-    )
+    size = {"Q4_0": 18, "NVFP4": 36}[kind]
+    draw = np.random.default_rng(0)
+    blocks = draw.integers(0, 256, (4, 64, 4, size), dtype=np.uint8)
+    held = {"e.weight": blocks.reshape(4, 64, -1)}
+    if kind == "Q4_0":
+        blocks[..., :2] = np.float16([0.5]).view(np.uint8)
+    else:  # A number of its own for each matrix.
+        blocks[..., :4] = 60
+        held["e.scale"] = np.array([1, 2, 3, 4], np.float32)
+    file = write(tmp_path / "m.gguf", held, {"e.weight": kind})
     where = jax.sharding.NamedSharding(mesh, spec)
+    readings, read = [], matrices.Matrix.read
+    monkeypatch.setattr(
+        matrices.Matrix, "read", lambda one: readings.append(one.nbytes) or read(one)
+    )
     found = checkpoints.load(file, sharding=lambda _: where)["e"]
+    by_matrix = 2 if spec[0] else 1
+    beside = 0 if kind == "Q4_0" else 16 // by_matrix
+    assert readings == [blocks.nbytes // pieces + beside] * pieces
     whole = checkpoints.load(file)["e"]
     expected = qjax.shard(qjax.prepare(whole, layout=found.layout), mesh, spec)
-    assert found.words[0].sharding.is_equivalent_to(
-        expected.words[0].sharding, found.words[0].ndim
-    )
+    for one, other in zip(
+        jax.tree.leaves(found), jax.tree.leaves(expected), strict=True
+    ):
+        assert one.sharding.is_equivalent_to(other.sharding, one.ndim)
     same_bits(qjax.dequantize(found), qjax.dequantize(whole))
 
 

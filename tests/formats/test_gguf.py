@@ -191,7 +191,7 @@ def test_one_number_for_all_of_a_matrix():
     stack = gguf.from_tensors(tensors, config_of(data))
     chex.assert_trees_all_equal(qjax.dequantize(stack)[1], data["out_dequant"].T / 4)
     same_bits(np.asarray(gguf.to_tensors(stack)["scale"]), each)
-    runs = {"weight": ("", "n", "k", ""), "scale": ("",)}
+    runs = {"weight": ("b0", "n", "k", ""), "scale": ("b0",)}
     assert gguf.axes(tensors, config_of(data)) == runs
 
 
@@ -220,7 +220,7 @@ def test_pieces_are_matrices():
     piece = read(Q4_K, weight=data["raw"][1:, 1:])
     same_bits(qjax.dequantize(piece), data["out_dequant"][1:, 256:].T)
     stack = {"weight": data["raw"][None]}
-    assert gguf.axes(stack, config_of(data)) == {"weight": ("", "n", "k", "")}
+    assert gguf.axes(stack, config_of(data)) == {"weight": ("b0", "n", "k", "")}
 
 
 def test_shards():

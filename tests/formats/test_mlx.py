@@ -140,7 +140,7 @@ class TestStacks:
             np.asarray(qjax.dequantize(w)), np.stack([expected.T, expected[::-1].T])
         )
         same_bits(written(w), held)
-        assert mlx.axes(held, config_of(name))["scales"] == ("", "n", "k")
+        assert mlx.axes(held, config_of(name))["scales"] == ("b0", "n", "k")
 
     def test_quantizes_a_stack(self):
         w = jax.random.normal(jax.random.key(0), (2, 64, 8))

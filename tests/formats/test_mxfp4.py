@@ -159,6 +159,22 @@ def test_reads_any_shape(batch, n, groups, seed):
     chex.assert_trees_all_equal(written, tensors)
 
 
+def test_pieces_are_matrices():
+    """What `axes` promises: the same share of the blocks is a matrix by itself."""
+    tensors = random(0, 4, 6, 64)
+    axes = mxfp4.axes(tensors, mxfp4.Config())
+    assert axes == {"blocks": ("b0", "n", "k", ""), "scales": ("b0", "n", "k")}
+    share = {"b0": slice(2, 4), "n": slice(3, 6), "k": slice(1, 2), "": slice(None)}
+    piece = {
+        name: array[tuple(share[axis] for axis in axes[name])]
+        for name, array in tensors.items()
+    }
+    whole = qjax.dequantize(mxfp4.from_tensors(tensors))
+    same_bits(qjax.dequantize(mxfp4.from_tensors(piece)), whole[2:, 32:, 3:])
+    # A block is not cut.
+    assert mxfp4.axes(piece, mxfp4.Config())["scales"] == ("b0", "n", "")
+
+
 def test_matmul_with_a_stack():
     rng = np.random.default_rng(0)
     tensors = random(1, 3, 48, 64)

@@ -1,5 +1,7 @@
 """`linen.Experts` and `nnx.Experts`: twins, against float64, routed and sorted."""
 
+import functools
+
 import chex
 import flax.linen as nn
 import jax
@@ -99,6 +101,43 @@ def test_routing(top_k):
     twin = linen.Experts(EXPERTS, N)
     again = jax.jit(lambda *args: twin.apply(*args, method="route"))(made, *routed)
     chex.assert_trees_all_equal(again, found)
+
+
+def test_second_derivatives():
+    """Of the cosine of a layer that routes, by tokens, weights and biases."""
+    w, x, rng = kernel("mixed"), cases.inputs(rows=T), cases.rng(6)
+    expert = jnp.asarray(rng.integers(0, EXPERTS, (T, 2)))
+    weight = jnp.asarray(rng.uniform(size=(T, 2)), jnp.float32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def second(route, *operands):
+        def square(*operands):
+            loss = lambda *operands: jnp.cos(route(*operands)).sum()  # noqa: E731
+            found = jax.grad(loss, (0, 1, 2))(*operands)
+            return sum((gradient**2).sum() for gradient in found)
+
+        return jax.grad(square, (0, 1, 2))(*operands)
+
+    def by_nnx(x, weight, bias):
+        return Experts.from_qtensor(w, bias).route(x, expert, weight)
+
+    def by_linen(x, weight, bias):
+        made = to_variables({"kernel": w, "bias": bias})
+        return linen.Experts(EXPERTS, N).apply(made, x, expert, weight, method="route")
+
+    def by_dense(x, weight, bias):
+        each = qjax.dequantize(w, jnp.float32)[expert]
+        y = jnp.einsum("tk,tjkn->tjn", x, each, precision="highest") + bias[expert]
+        return (y * weight[..., None]).sum(1)
+
+    operands = x, weight, bias()
+    found, twin, wanted = (
+        second(one, *operands) for one in (by_nnx, by_linen, by_dense)
+    )
+    chex.assert_trees_all_equal(found, twin)
+    for one, other in zip(found, wanted, strict=True):
+        # Cosines of sums of some tens, and their derivatives.
+        assert cases.error(one, np.asarray(other, np.float64)) <= 1e-4
 
 
 def test_a_block_sorts_once():
