@@ -46,6 +46,9 @@ sys.path.insert(0, sys.argv[1])
 import generate
 import qjax
 
+if json.loads(sys.argv[7]):  # --as-on-gpu
+    qjax.ops._has_kernels = lambda words: True
+
 placements, place = [], generate.place
 
 def noted(*arguments):
@@ -82,7 +85,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def in_two_processes(mesh):
+def in_two_processes(mesh, as_on_gpu):
     """Stdout of both, and what they say about their reading."""
     address = f"127.0.0.1:{free_port()}"
     examples = str(ROOT / "examples" / "llm")
@@ -90,7 +93,7 @@ def in_two_processes(mesh):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     started = [
         subprocess.Popen(
-            [sys.executable, "-c", WORKER, *arguments, str(process)],
+            [sys.executable, "-c", WORKER, *arguments, str(process), as_on_gpu],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -119,8 +122,9 @@ def share(name):
 
 
 @pytest.mark.slow
-def test_same_text_from_half_of_the_file_each(capsys):
-    texts, said = in_two_processes("1,2")
+def test_same_text_from_half_of_the_file_each(capsys, pytestconfig):
+    as_on_gpu = json.dumps(pytestconfig.getoption("--as-on-gpu"))
+    texts, said = in_two_processes("1,2", as_on_gpu)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         generate.main(prompt=PROMPTS, max_new_tokens=TOKENS)
     assert texts == [capsys.readouterr().out, ""]
