@@ -60,6 +60,9 @@ GENERATE = """
 sys.path.insert(0, sys.argv[1])
 import generate
 
+if json.loads(sys.argv[5]):  # --as-on-gpu
+    qjax.ops._has_kernels = lambda words: True
+
 placements, place = [], generate.place
 
 def noted(*arguments):
@@ -71,9 +74,9 @@ generate.main(
     prompt=json.loads(sys.argv[2]),
     max_new_tokens=int(sys.argv[3]),
     mesh=sys.argv[4],
-    coordinator=sys.argv[5],
+    coordinator=sys.argv[6],
     processes=2,
-    process=int(sys.argv[6]),
+    process=int(sys.argv[7]),
 )
 counted = read
 
@@ -142,9 +145,10 @@ def share(name):
 
 
 @pytest.mark.slow
-def test_same_text_from_half_of_the_file_each(capsys):
+def test_same_text_from_half_of_the_file_each(capsys, pytestconfig):
     examples = str(ROOT / "examples" / "llm")
-    arguments = examples, json.dumps(PROMPTS), str(TOKENS), "1,2"
+    as_on_gpu = json.dumps(pytestconfig.getoption("--as-on-gpu"))
+    arguments = examples, json.dumps(PROMPTS), str(TOKENS), "1,2", as_on_gpu
     texts, said = in_two_processes(GENERATE, *arguments)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         generate.main(prompt=PROMPTS, max_new_tokens=TOKENS)

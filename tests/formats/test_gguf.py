@@ -354,7 +354,10 @@ class TestWriting:
     @pytest.mark.parametrize(
         ("make", "reason"),
         [
-            (lambda: qjax.prepare(read(Q4_K)), "what qjax.prepare decodes; write the"),
+            (
+                lambda: qjax.prepare(read(Q4_K), layout=gptq.Stream()),
+                "what qjax.prepare decodes; write the",
+            ),
             (lambda: qjax.quantize(jnp.ones((64, 3)), 8, 32), "no type has its width"),
             (
                 lambda: qjax.quantize(jnp.ones((64, 3)), 8, 32, symmetric=True),
