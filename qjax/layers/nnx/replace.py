@@ -187,7 +187,8 @@ def _found(
     found = _uses(model, weights, inputs, keywords, method)
     return {
         weight.path: Finding(
-            _known(weight) or uses.form(weight.variable.shape, found[weight.path]),
+            _known(weight)
+            or packing.seen(weight.path, weight.variable.shape, found[weight.path]),
             readers.of_state(found[weight.path]),
             readers.is_shown(found[weight.path]),
         )

@@ -47,6 +47,8 @@ class Held:
       beside: What is added to whatever is made of the weight.
       origin: Where a weight that is one matrix lies in a stack, or None. Products read
         it there: XLA copies ``weight`` out of the stack only for what else reads it.
+      factor: A number that all of the weight, with what is beside it, is multiplied by;
+        or None.
     """
 
     weight: QTensor
@@ -55,6 +57,7 @@ class Held:
     path: str
     beside: tuple[Beside, ...] = ()
     origin: Origin | None = None
+    factor: Array | None = None
 
     @property
     def arrays(self) -> Any:
@@ -66,9 +69,18 @@ class Held:
         weight, beside = arrays
         return dataclasses.replace(self, weight=weight, beside=beside, origin=origin)
 
+    def times(self, factor: Array) -> "Held":
+        """The same weight, multiplied by a number."""
+        known = 1 if self.factor is None else self.factor
+        return dataclasses.replace(self, factor=factor * known)
+
     def add(self, y: Array, factored: Factored, *inputs: Array) -> Array:
-        """Adds what is beside the weight to what it made, as `Beside.add` does."""
-        return add(self.beside, y, factored, inputs, self.weight)
+        """Adds what is beside the weight to what it made, as `Beside.add` does.
+
+        What is made of all is multiplied by the factor.
+        """
+        y = add(self.beside, y, factored, inputs, self.weight)
+        return y if self.factor is None else y * self.factor.astype(y.dtype)
 
     def seen(self, view: View) -> "Held":
         """The same weight in another view."""

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from qjax.layers.beside import Beside, apart
 from qjax.layers.tracing import held as packed
+from qjax.layers.tracing.convolutions import convolve
 from qjax.layers.tracing.held import Held
 from qjax.layers.tracing.products import product, ragged_product
 from qjax.layers.tracing.shards import Shards, shards
@@ -185,6 +186,32 @@ def _ragged_dot(params: dict[str, Any], values: list[_Value]) -> Array | None:
     )
 
 
+def _convolution(params: dict[str, Any], values: list[_Value]) -> Array | None:
+    x, held = values
+    if not isinstance(held, Held) or isinstance(x, Held):
+        return None
+    return convolve(jnp.asarray(x), held, params)
+
+
+def _scaled(params: dict[str, Any], values: list[_Value]) -> Held | None:
+    """All of a weight times a number."""
+    del params
+    a, b = values
+    held, factor = (a, b) if isinstance(a, Held) else (b, a)
+    if not isinstance(held, Held) or isinstance(factor, Held) or jnp.ndim(factor):
+        return None
+    return held.times(jnp.asarray(factor))
+
+
+def _divided(params: dict[str, Any], values: list[_Value]) -> Held | None:
+    """All of a weight divided by a number."""
+    del params
+    held, divisor = values
+    if not isinstance(held, Held) or isinstance(divisor, Held) or jnp.ndim(divisor):
+        return None
+    return held.times(1 / jnp.asarray(divisor))
+
+
 def _gather(params: dict[str, Any], values: list[_Value]) -> _Value | None:
     held, index = values
     if not isinstance(held, Held) or isinstance(index, Held):
@@ -214,6 +241,9 @@ def _dynamic_slice(params: dict[str, Any], values: list[_Value]) -> _Value | Non
 _OPERATIONS: Mapping[str, Callable[..., _Value | None]] = {
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _convolution,
+    "mul": _scaled,
+    "div": _divided,
     "gather": _gather,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,

@@ -42,7 +42,7 @@ def shards(held: Held, spec: P, mesh: Mesh | AbstractMesh) -> Shards | None:
       mesh: The mesh.
 
     Returns:
-      The shards; None if words cannot be cut so, or something is beside the weight.
+      The shards; None if words cannot be cut so, or the weight is not all there is.
     """
     counts = counts_of(spec, mesh, len(held.view.shape))
     view = cut(held.view, counts)
@@ -57,7 +57,8 @@ def shards(held: Held, spec: P, mesh: Mesh | AbstractMesh) -> Shards | None:
             axes[side] = entry
     # The inputs of a device's rows are anywhere, and the code has it given its own.
     is_ordered = "k" in axes and held.weight.order is not None
-    if view is None or held.beside or is_ordered or len(held.weight.segments) > 1:
+    is_more = held.beside or held.factor is not None
+    if view is None or is_more or is_ordered or len(held.weight.segments) > 1:
         return None
     return Shards(partitions.specs(held.weight, axes), held.seen(view))
 
