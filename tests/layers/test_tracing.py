@@ -140,9 +140,7 @@ CASES = {
         scanned(lambda c, w: (jnp.matmul(*behind_a_barrier(c, w)), None)),
     ),
     "frozen": Case((32, 24), (0,), (1,), lambda w: x(5, 32) @ jax.lax.stop_gradient(w)),
-    "pixels": Case(
-        (1, 1, 32, 8), (2,), (3,), convolved((2, 3, 4, 32), (2, 2), "SAME")
-    ),
+    "pixels": Case((1, 1, 32, 8), (2,), (3,), convolved((2, 3, 4, 32), (2, 2), "SAME")),
     "patches": Case(
         (2, 4, 4, 24), (0, 1, 2), (3,), convolved((2, 6, 8, 4), (2, 4), "SAME")
     ),
@@ -153,9 +151,7 @@ CASES = {
         (2, 4, 4, 24),
         (0, 1, 2),
         (3,),
-        convolved(
-            (3, 4, 5, 6), (2, 4), ((1, 0), (-1, 2)), "NCHW", lhs_dilation=(2, 1)
-        ),
+        convolved((3, 4, 5, 6), (2, 4), ((1, 0), (-1, 2)), "NCHW", lhs_dilation=(2, 1)),
     ),
     "one-window": Case(
         (2, 4, 4, 24),
