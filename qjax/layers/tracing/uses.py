@@ -225,8 +225,8 @@ def _through(
         # Rows of a table may be multiplied by another weight.
         for place, seen in enumerate(operands):
             if seen:
-                axes = (pair[place] for pair in eqn.params["dimension_numbers"])
-                yield seen.name, _product(name, seen, *axes, shapes[seen.name])
+                summed, batch = (p[place] for p in eqn.params["dimension_numbers"])
+                yield seen.name, _product(name, seen, summed, batch, shapes[seen.name])
         return []
     if name == "conv_general_dilated" and (seen := operands[1]) and not operands[0]:
         x, w = (_aval(variable).shape for variable in eqn.invars)
