@@ -383,3 +383,21 @@ def test_memory_report_joins_scales_and_words(quantized):
     entries = {entry.path: entry for entry in report.entries}
     assert entries["params/Foreign_0/w"].bits == 4
     assert report.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(quantized[1]))
+
+
+@pytest.mark.parametrize("inputs", [(), (x(3, MODEL),)])
+def test_a_kernel_and_a_bias_need_not_be_those_of_a_dense_layer(inputs):
+    class Transposed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.initializers.lecun_normal()
+            kernel = self.param("kernel", init, (32, MODEL))
+            bias = self.param("bias", nn.initializers.normal(), (32,))
+            return x @ kernel.T + bias[None]
+
+    variables = Transposed().init(jax.random.key(0), x(3, MODEL))
+    module, packed = qjax.quantize_model(
+        Transposed(), SPEC, *inputs, variables=variables, strict=True
+    )
+    dense = {"params": foreign.dequantized_params(module, packed)}
+    same(module.apply(packed, x(3, MODEL)), Transposed().apply(dense, x(3, MODEL)))

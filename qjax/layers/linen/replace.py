@@ -18,7 +18,7 @@ from flax import errors, traverse_util
 from jaxtyping import Array
 
 from qjax.layers import packing, partitions, qarrays, subclasses
-from qjax.layers.linen.variables import QUANTIZED, box, to_params, to_variables
+from qjax.layers.linen.variables import QUANTIZED, box, in_collections, to_params
 from qjax.layers.report import Entry, path_name
 from qjax.layers.tracing import interpreter, uses
 from qjax.layers.tracing.views import Form
@@ -77,7 +77,7 @@ def quantize(
                 replaced[path], kinds[path] = packed, (form, str(weight.dtype))
             if choice.spec is not None:
                 advance(entry.before)
-    made = to_variables(_replaced(given["params"], replaced))
+    made = in_collections(_replaced(given["params"], replaced))
     for names in traverse_util.flatten_dict(dict(given["params"])):
         path = path_name(names)
         if path in replaced and isinstance(boxes[path], nn.Partitioned):
