@@ -159,6 +159,18 @@ CASES = {
         (3,),
         convolved((3, 2, 4, 4), (1, 1), rhs_dilation=(1, 1)),
     ),
+    "moved": Case(
+        (32, 24),
+        (0,),
+        (1,),
+        lambda w: x(5, 32) @ jax.device_put(jax.device_put(w), jax.memory.Space.Device),
+    ),
+    "scanned-from-memory": Case(
+        (3, 32, 32),
+        (1,),
+        (2,),
+        scanned(lambda c, w: (c @ jax.device_put(w, jax.memory.Space.Device), None)),
+    ),
     "times-a-number": Case(
         (32, 24), (0,), (1,), lambda w: x(5, 32) @ (w * jnp.exp(x(1)[0]) * 2 / 3)
     ),
@@ -487,6 +499,7 @@ DENSE = {
     "return": lambda w: w.T,
     "custom_jvp_call": lambda w: x(5, 32) @ jax.nn.relu(w),
     "scan": lambda w: jax.lax.scan(lambda c, _: (c + w, None), w, length=2)[0],
+    "device_put": lambda w: x(5, 32) @ jax.device_put(w, jax.devices()[0]),
 }
 
 

@@ -21,7 +21,7 @@ from qjax.layers.tracing.convolutions import convolve
 from qjax.layers.tracing.held import Held
 from qjax.layers.tracing.products import product, ragged_product
 from qjax.layers.tracing.shards import Shards, shards
-from qjax.layers.tracing.views import Form, follow
+from qjax.layers.tracing.views import Form, follow, is_memory
 from qjax.tensor import QTensor
 
 # An array, a literal of the program, or a `Held`.
@@ -212,6 +212,15 @@ def _divided(params: dict[str, Any], values: list[_Value]) -> Held | None:
     return held.times(1 / jnp.asarray(divisor))
 
 
+def _moved(params: dict[str, Any], values: list[_Value]) -> Held | None:
+    """A weight in another memory, such as one that is kept in that of the host."""
+    held, *others = values
+    if others or not isinstance(held, Held) or not is_memory(params["devices"]):
+        return None
+    (to,) = params["devices"]
+    return held if to is None else held.holding(jax.device_put(held.arrays, to))
+
+
 def _gather(params: dict[str, Any], values: list[_Value]) -> _Value | None:
     held, index = values
     if not isinstance(held, Held) or isinstance(index, Held):
@@ -244,6 +253,7 @@ _OPERATIONS: Mapping[str, Callable[..., _Value | None]] = {
     "conv_general_dilated": _convolution,
     "mul": _scaled,
     "div": _divided,
+    "device_put": _moved,
     "gather": _gather,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
