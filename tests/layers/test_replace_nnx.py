@@ -280,6 +280,24 @@ def test_load_fills_all_modules_that_share_a_weight_and_our_own_tables():
     same(embed(TOKENS), qjax.dequantize(qjax.quantize(table.T, 4, GROUP)).T[TOKENS], 0)
 
 
+def test_load_fills_arrays_that_are_no_variables():
+    class Scaled(nnx.Linear):
+        def __init__(self):
+            super().__init__(MODEL, 8, rngs=nnx.Rngs(0))
+            self.factor = nnx.data(jnp.full((8,), 3.0))
+
+        def __call__(self, x):
+            return super().__call__(x) * self.factor[None]
+
+    dense = Scaled()
+    model, _ = quantize(nnx.eval_shape(Scaled))
+    weights = {"kernel": dense.kernel[...], "bias": dense.bias[...]}
+    with pytest.raises(ValueError, match="model's parameter is of shape"):
+        qjax.layers.nnx.load(model, {**weights, "factor": jnp.ones(3)})
+    qjax.layers.nnx.load(model, {**weights, "factor": dense.factor})
+    same(model(x(3, MODEL)), quantize(dense)[0](x(3, MODEL)), 0)
+
+
 def test_load_says_what_does_not_fit():
     model, _ = quantize(nnx.Linear(MODEL, 8, rngs=RNGS))
     with pytest.raises(ValueError, match=r"its shape must be \(64, 8\)"):
@@ -392,7 +410,12 @@ class Tied(nnx.Module):
 
 def test_a_linear_whose_kernel_others_read_shows_them_the_weight():
     dense, x = Tied(nnx.Rngs(0)), jnp.ones((2, 64))
-    model = qjax.quantize_model(dense, qjax.Spec(group_size=32), x)
+    model, report = quantize(dense, x)
+    reasons = {entry.path: entry.reason for entry in report.replaced}
+    assert reasons == {
+        "up/kernel": "other code reads it, and makes it dense",
+        "down/kernel": None,
+    }
     assert type(model.down) is qjax.layers.nnx.Linear
     assert isinstance(model.up, nnx.Linear)
     with pytest.warns(UserWarning, match="up/kernel is made dense, as it is read out"):

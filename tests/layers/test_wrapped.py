@@ -52,8 +52,9 @@ def test_unrecognized_uses_are_dense_and_warn_with_the_path():
         found = changed[0](x(1, 3, MODEL))
     messages = [str(warning.message) for warning in caught]
     assert any(re.match("0/w is made dense for 'abs'", one) for one in messages)
-    assert "0/inner/w is made dense, as it is read outside of its own module." in (
-        messages
+    assert any(
+        one.startswith("0/inner/w is made dense, as it is read outside of its own")
+        for one in messages
     )
     assert len(messages) == 2
     same(found, foreign.dequantized(changed, nnx.List([model]))[0](x(1, 3, MODEL)))

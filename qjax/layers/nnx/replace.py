@@ -51,6 +51,11 @@ class Finding(NamedTuple):
     obstacle: str | None = None
     is_shown: bool = False
 
+    @property
+    def note(self) -> str | None:
+        """What there is to know of the weight once it is packed."""
+        return "other code reads it, and makes it dense" if self.is_shown else None
+
 
 def quantize(
     model: nnx.Module,
@@ -92,8 +97,9 @@ def quantize(
             if traced and isinstance(finding.form, str):
                 choice = choice.without_form()
             form = _obstacle(weight) or finding.obstacle or finding.form
+            note = "; ".join(filter(None, (_note(weight, form), finding.note))) or None
             packed, entry = packing.settle(
-                weight.path, weight.value, choice, form, _note(weight, form)
+                weight.path, weight.value, choice, form, note
             )
             entries.append(entry)
             if packed is not None and isinstance(form, Form):
