@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import Array
 
 from qjax.layers.tracing.held import Held
@@ -49,8 +50,7 @@ def convolve(x: Array, held: Held, params: Mapping[str, Any]) -> Array | None:
     numbers = params["dimension_numbers"]
     batch, feature, *spatial = numbers.lhs_spec
     kernel = _windows(params, held.view.shape)
-    x = jax.lax.pad(x, x.dtype.type(0), _padding(params))
-    x = x.transpose(batch, *spatial, feature)
+    x = _pad(x, _padding(params)).transpose(batch, *spatial, feature)
     counts = _counts(params, x.shape[1:-1], kernel)
     places = zip(counts, params["window_strides"], kernel, strict=True)
     for i, (count, stride, window) in enumerate(places):
@@ -114,9 +114,12 @@ def _counts(
 def _cut(x: Array, axis: int, count: int, stride: int, window: int) -> Array:
     """Cuts an axis into ``count`` and ``window``."""
     # The last window may end before another would start, or after it.
-    more = max(0, count * stride - x.shape[axis])
-    padding = [(0, more if i == axis else 0, 0) for i in range(x.ndim)]
-    x = jax.lax.pad(x, x.dtype.type(0), padding)
-    x = jax.lax.slice_in_dim(x, 0, count * stride, axis=axis)
+    more = count * stride - x.shape[axis]
+    x = _pad(x, [(0, more if i == axis else 0, 0) for i in range(x.ndim)])
     x = x.reshape(*x.shape[:axis], count, stride, *x.shape[axis + 1 :])
-    return jax.lax.slice_in_dim(x, 0, window, axis=axis + 1)
+    return jax.lax.slice_in_dim(x, 0, window, axis=axis + 1) if window < stride else x
+
+
+def _pad(x: Array, padding: Sequence[tuple[int, int, int]]) -> Array:
+    """Puts zeros around and between numbers, or takes some away at the ends."""
+    return jax.lax.pad(x, x.dtype.type(0), padding) if np.any(padding) else x
