@@ -30,11 +30,11 @@ def quantize_model(
     so that the products of the model sum its rows: groups run over the flattened
     contraction, as of an output projection ``(heads, head_dim, model)`` over ``heads *
     head_dim``. The modules' own code runs as ever, traced: it may transpose, reshape,
-    cast, index, split, freeze, scan or checkpoint its weight, or multiply it by a number;
-    its products go through `matmul`, those that are convolutions of windows that do not
-    overlap as well, and rows that it looks up are dequantized alone. What else it does
-    with a weight makes that one dense, with a warning that names its path, and is no
-    error.
+    cast, index, split, freeze, reshard, scan or checkpoint its weight, or multiply it
+    by a number; its products go through `matmul`, those that are convolutions of
+    windows that do not overlap as well, and rows that it looks up are dequantized
+    alone. What else it does with a weight makes that one dense, with a warning that
+    names its path, and is no error.
 
     Code that maps over shards of its weights (`jax.shard_map`) gets packed shards, of
     whole words and groups; a part of each of several heads would be none.
@@ -76,7 +76,7 @@ def quantize_model(
         that qwix quantized (`QArray`) keep their codes.
       method: Name of the method that is called with the inputs (default: ``__call__``).
       strict: Whether a matched weight that cannot be quantized is an error. Those that
-        the inputs show to be no matrices of products, of convolutions of 3 x 3 say, only
+        the inputs show to be no matrices of products, of most convolutions say, only
         are if their rule is narrower than ``".*"``.
       report: Is called with a `layers.Report` of what was replaced, what was not, and
         why: `print`, or a list's ``append`` (default: None; then a warning tells of

@@ -71,6 +71,18 @@ def is_shown(found: Sequence[Use]) -> bool:
     )
 
 
+def is_used_outside(found: Sequence[Use]) -> bool:
+    """Whether code that is not of a weight's own module uses it, and not its shape.
+
+    Args:
+      found: As in `is_shown`.
+    """
+    return any(
+        use.operation != NAMING and use.names & {_OWN, _SHOWN} == {_SHOWN}
+        for use in found
+    )
+
+
 def changed_by_flax(model: nnx.Module) -> dict[int, str]:
     """Why weights cannot be packed that modules of Flax change before they are used.
 

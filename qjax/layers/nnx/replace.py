@@ -45,16 +45,13 @@ class Finding(NamedTuple):
       form: How it is flattened, or why there is no way.
       obstacle: Why it cannot be packed nevertheless, or None.
       is_shown: Whether other code than its module's wants to have it as an attribute.
+      note: What there is to know of it once it is packed, or None.
     """
 
     form: Form | str
     obstacle: str | None = None
     is_shown: bool = False
-
-    @property
-    def note(self) -> str | None:
-        """What there is to know of the weight once it is packed."""
-        return "other code reads it, and makes it dense" if self.is_shown else None
+    note: str | None = None
 
 
 def quantize(
@@ -197,6 +194,9 @@ def _found(
             or packing.seen(weight.path, weight.variable.shape, found[weight.path]),
             readers.of_state(found[weight.path]),
             readers.is_shown(found[weight.path]),
+            "other code reads it, and makes it dense"
+            if readers.is_used_outside(found[weight.path])
+            else None,
         )
         for weight in weights
     }

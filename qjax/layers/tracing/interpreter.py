@@ -13,6 +13,8 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 from jax.extend.core import primitives
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from qjax.layers.beside import Beside, apart
@@ -20,7 +22,7 @@ from qjax.layers.tracing import held as packed
 from qjax.layers.tracing.convolutions import convolve
 from qjax.layers.tracing.held import Held
 from qjax.layers.tracing.products import product, ragged_product
-from qjax.layers.tracing.shards import Shards, shards
+from qjax.layers.tracing.shards import Shards, resharded, shards
 from qjax.layers.tracing.views import Form, follow, is_memory
 from qjax.tensor import QTensor
 
@@ -360,6 +362,20 @@ def _stop_gradient(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
     return [held.holding((weight, held.beside), origin)]
 
 
+def _reshard(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
+    """A weight that is cut otherwise, or over axes of another type, as its array is."""
+    (held,), to = values, eqn.params["dst_sharding"]
+    assert isinstance(held, Held)
+
+    def move(array: Array, spec: P) -> Array:
+        params = {**eqn.params, "dst_sharding": NamedSharding(to.mesh, spec)}
+        return eqn.primitive.bind(array, **params)
+
+    whole = jax.tree.map(lambda array: P(*[None] * array.ndim), held.beside)
+    specs = (resharded(held, to.spec, to.mesh), whole)
+    return [held.holding(jax.tree.map(move, held.arrays, specs))]
+
+
 def _shard_map(eqn: jex.JaxprEqn, values: list[_Value]) -> Sequence[Array] | None:
     """A function of shards, of packed weights as well."""
     params = eqn.params
@@ -404,6 +420,7 @@ _PROGRAMS: Mapping[str, Callable[..., Sequence[_Value] | None]] = {
     "while": _while,
     "scan": _scan,
     "shard_map": _shard_map,
+    "reshard": _reshard,
     "split": _split,
     "optimization_barrier": _barrier,
     "stop_gradient": _stop_gradient,

@@ -230,7 +230,7 @@ def follow(primitive: str, params: dict[str, Any], view: View) -> View | None:
     if primitive == "device_put":
         return view if is_memory(params["devices"]) else None
     # An annotation of the dense array has no meaning for the packed one.
-    annotations = ("copy", "copy_p", "sharding_constraint", "name", "pvary")
+    annotations = ("copy", "copy_p", "sharding_constraint", "reshard", "name", "pvary")
     return view if primitive in annotations else None
 
 
