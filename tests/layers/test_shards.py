@@ -230,13 +230,13 @@ def tied(w):
 
 def uneven(w):
     """Cut in pieces that are no whole heads."""
-    return heads(reshard(x(4, 3, 64), P("data")), reshard(w, P(None, None, "model")))
+    return heads(reshard(x(4, 3, 256), P("data")), reshard(w, P(None, None, "model")))
 
 
 RESHARDED = {
     "gathered": (Case((512, 64), (0,), (1,), gathered), P("data", "model")),
     "tied": (Case((64, 512), (1,), (0,), tied), P("model", "data")),
-    "uneven": (Case((64, 4, 16), (0,), (1, 2), uneven), P("data", "model")),
+    "uneven": (Case((256, 4, 16), (0,), (1, 2), uneven), P("data", "model")),
 }
 
 

@@ -226,6 +226,29 @@ def test_a_list_that_others_have_is_added_to():
     assert [float(y) for y in log["calls"]] == [float(y.max()) for y in found]
 
 
+class NoPytree(nnx.Module, pytree=False):
+    """May have data in any attribute, as modules had before they were pytrees."""
+
+    def __init__(self, rngs):
+        self.w = nnx.Param(x(MODEL, MODEL))
+        self.layers = [nnx.Einsum("bd,df->bf", (MODEL, MODEL), rngs=rngs)]
+        self.last = None
+
+    def __call__(self, x):
+        self.last = self.layers[0](x @ self.w[...])
+        return self.last
+
+
+@pytest.mark.parametrize("inputs", [(), (x(3, MODEL),)])
+def test_a_module_that_is_no_pytree_does_not_become_one(inputs):
+    model = NoPytree(nnx.Rngs(0))
+    changed, report = quantize(model, *inputs)
+    assert {entry.path for entry in report.replaced} == {"w", "layers/0/kernel"}
+    found = changed(x(3, MODEL))
+    same(changed.last, found, 0)
+    same(found, foreign.dequantized(changed, model)(x(3, MODEL)))
+
+
 def test_attributes_are_not_changed_in_another_trace():
     changed, _ = quantize(Remembers())
     with pytest.raises(errors.TraceContextError, match="Cannot mutate"):

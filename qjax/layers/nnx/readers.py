@@ -120,7 +120,7 @@ def _watched(cls: Any, names: tuple[str, ...], inside: set[int]) -> type:
         name: _through(name, value, run) for name, value in wrapped.public(cls)
     }
     members |= {name: _attribute(name, inside) for name in names}
-    made = type(cls)(cls.__name__, (cls,), members)
+    made = type(cls)(cls.__name__, (cls,), members, **wrapped.keywords(cls))
     return made
 
 

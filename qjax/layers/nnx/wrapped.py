@@ -143,7 +143,15 @@ def _subclass(cls: type, kinds: tuple[tuple[str, Kind], ...]) -> type:
     members = {name: _traced(name, value) for name, value in public(cls)}
     members |= {name: _outside(name) for name, _ in kinds}
     members["_kinds"] = dict(kinds)
-    return subclasses.subclass(_subclass, cls, kinds, members)
+    return subclasses.subclass(_subclass, cls, kinds, members, **keywords(cls))
+
+
+def keywords(cls: Any) -> dict[str, Any]:
+    """What the definition of a subclass says to Flax, so that it is what the class is.
+
+    A class that is no pytree (``pytree=False``) may have any data in any attribute.
+    """
+    return {"pytree": cls._pytree__is_pytree}
 
 
 def public(cls: type) -> Iterator[tuple[str, Any]]:
