@@ -47,8 +47,8 @@ class Held:
       beside: What is added to whatever is made of the weight.
       origin: Where a weight that is one matrix lies in a stack, or None. Products read
         it there: XLA copies ``weight`` out of the stack only for what else reads it.
-      factor: A number that all of the weight, with what is beside it, is multiplied by;
-        or None.
+      factor: A number in float32 that all of the weight, with what is beside it, is
+        multiplied by; or None.
     """
 
     weight: QTensor
@@ -71,8 +71,10 @@ class Held:
 
     def times(self, factor: Array) -> "Held":
         """The same weight, multiplied by a number."""
-        known = 1 if self.factor is None else self.factor
-        return dataclasses.replace(self, factor=factor * known)
+        factor = factor.astype(jnp.float32)
+        if self.factor is not None:
+            factor *= self.factor
+        return dataclasses.replace(self, factor=factor)
 
     def add(self, y: Array, factored: Factored, *inputs: Array) -> Array:
         """Adds what is beside the weight to what it made, as `Beside.add` does.
@@ -80,7 +82,10 @@ class Held:
         What is made of all is multiplied by the factor.
         """
         y = add(self.beside, y, factored, inputs, self.weight)
-        return y if self.factor is None else y * self.factor.astype(y.dtype)
+        if self.factor is None:
+            return y
+        # A reciprocal, say, that is rounded to 16 bits would be off for all of y.
+        return (y.astype(jnp.float32) * self.factor).astype(y.dtype)
 
     def seen(self, view: View) -> "Held":
         """The same weight in another view."""

@@ -211,7 +211,7 @@ def _divided(params: dict[str, Any], values: list[_Value]) -> Held | None:
     held, divisor = values
     if not isinstance(held, Held) or isinstance(divisor, Held) or jnp.ndim(divisor):
         return None
-    return held.times(1 / jnp.asarray(divisor))
+    return held.times(1 / jnp.asarray(divisor, jnp.float32))
 
 
 def _moved(params: dict[str, Any], values: list[_Value]) -> Held | None:
