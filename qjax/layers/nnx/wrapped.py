@@ -308,8 +308,8 @@ class Outside(nnx.Param):
         """Makes the weight dense, and warns of it."""
         held = self.get_metadata("held")
         warnings.warn(
-            f"{held.path} is made dense, as it is read outside of its own module: a "
-            "method of that reads it packed, and a rule with None leaves it dense.",
+            f"{held.path} is made dense, as it is read outside of its own module: that "
+            "one's methods read it packed, and a rule with None leaves it as it is.",
             stacklevel=3,
         )
         return dense(held)[index.get("index", ...)]
