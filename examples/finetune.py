@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from tokenizers import Tokenizer
 
-from qjax import training
+from qjax import checkpoints, training
 from qjax.layers.nnx import Scale
 
 LLM = Path(__file__).resolve().parent / "llm"
@@ -228,7 +228,11 @@ def check_context(context: int, model: Decoder) -> None:
 def main(
     method: Annotated[Method, typer.Option(help="What is trained.")] = Method.LORA,
     model: Annotated[
-        Path, typer.Option(help="Hugging Face directory; default: the shipped model.")
+        Path,
+        typer.Option(
+            help="Hugging Face directory, or name of a model there; default: the "
+            "shipped model."
+        ),
     ] = SHIPPED,
     source: Annotated[
         Path, typer.Option(help="Folder of Python files; default: Python's own.")
@@ -256,6 +260,7 @@ def main(
     path = output or Path(f"finetune-{method}.png")
     try:
         check_options(rate, path)
+        model = checkpoints.locate(model)
         tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         placement = place(model, mesh)
         rows = rows_of(placement, batch)

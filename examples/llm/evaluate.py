@@ -19,6 +19,8 @@ from rich.console import Console
 from rich.progress import track
 from tokenizers import Tokenizer
 
+from qjax import checkpoints
+
 
 class Loss(NamedTuple):
     """Mean loss over all predicted tokens."""
@@ -131,7 +133,8 @@ def main(
     model: Annotated[
         Path,
         typer.Option(
-            help="Hugging Face directory or .gguf file; default: the shipped."
+            help="Hugging Face directory, .gguf file, or name of a model there "
+            "(organization/model, .../file.gguf); default: the shipped."
         ),
     ] = SHIPPED,
     tokenizer: TokenizerOption = None,
@@ -145,6 +148,7 @@ def main(
     Example: python evaluate.py my_module.py --model path/to/model --mesh 2,2
     """
     try:
+        model = checkpoints.locate(model)
         vocabulary = read_tokenizer(model, tokenizer)
         is_ids = source.suffix in (".npy", ".npz")
         ids = read_ids(source) if is_ids else encode_text(source, vocabulary, context)

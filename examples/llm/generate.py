@@ -263,7 +263,8 @@ def main(
     model: Annotated[
         Path,
         typer.Option(
-            help="Hugging Face directory or .gguf file; default: the shipped."
+            help="Hugging Face directory, .gguf file, or name of a model there "
+            "(organization/model, .../file.gguf); default: the shipped."
         ),
     ] = SHIPPED,
     tokenizer: TokenizerOption = None,
@@ -313,6 +314,7 @@ def main(
     if processes > 1:
         keep_stdout(process)
     try:
+        model = qjax.checkpoints.locate(model)
         vocabulary = read_tokenizer(model, tokenizer)
         placement = place(model, mesh, coordinator, processes, process)
         where = placement and placement.weight

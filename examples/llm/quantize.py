@@ -361,7 +361,12 @@ def finish(target: Path, whole: Assembled, blocks: Written, source: Path) -> Non
 
 
 def main(
-    source: Annotated[Path, typer.Argument(help="Directory of a dense model.")],
+    source: Annotated[
+        Path,
+        typer.Argument(
+            help="Directory of a dense model, or its name on the Hugging Face Hub."
+        ),
+    ],
     target: Annotated[Path, typer.Argument(help="Directory to make.")],
     text: Annotated[
         list[Path],
@@ -411,6 +416,7 @@ def main(
     Example: python quantize.py llama llama-2bit --text book.txt --bits 2 --clip
     """
     try:
+        source = qjax.checkpoints.locate(source)
         check_places(source, target, overwrite=overwrite)
         to = to or (Format.awq if method is Method.awq else Format.gptq_v2)
         options = {

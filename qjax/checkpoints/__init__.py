@@ -24,6 +24,7 @@ from qjax.checkpoints.config import read_config
 from qjax.checkpoints.converting import convert
 from qjax.checkpoints.differences import Comparison, Difference
 from qjax.checkpoints.gguf import read_metadata
+from qjax.checkpoints.hub import download, locate
 from qjax.checkpoints.matrices import Matrix
 from qjax.checkpoints.quantizing import quantize
 from qjax.checkpoints.writing import save
@@ -34,8 +35,10 @@ __all__ = [
     "Difference",
     "compare",
     "convert",
+    "download",
     "lazy",
     "load",
+    "locate",
     "quantize",
     "read_config",
     "read_metadata",
@@ -61,7 +64,8 @@ def load(
 
     Args:
       path: The directory: ``config.json`` beside ``model.safetensors``, or beside the
-        shards that ``model.safetensors.index.json`` lists. Quantization is described by
+        shards that ``model.safetensors.index.json`` lists, or where neither is, beside
+        one other safetensors file, or a numbered set. Quantization is described by
         ``quantization_config`` in ``config.json``, or by "quantization" there, which
         MLX has and which goes first; else by the first that is there of
         green-bit-llm's ``quant_strategy.json``, AutoGPTQ's ``quantize_config.json``,

@@ -41,8 +41,9 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
             )
         raise FileNotFoundError(
             f"{directory} is not a directory; pass one that holds config.json and "
-            "model.safetensors (models on a hub must be downloaded first). What a GGUF "
-            "file has instead of config.json, read_metadata gives."
+            "model.safetensors (qjax.checkpoints.download gets one from the Hugging "
+            "Face Hub). What a GGUF file has instead of config.json, read_metadata "
+            "gives."
         )
     file = directory / "config.json"
     config = read_object(file)

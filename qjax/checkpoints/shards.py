@@ -1,9 +1,11 @@
 """The tensors of a directory's safetensors files: listed first, read one by one."""
 
+import contextlib
 import dataclasses
 import io
 import math
 import mmap
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -18,6 +20,7 @@ SINGLE = "model.safetensors"
 # As many as NumPy and JAX have in common, and more than a weight has.
 _MOST_AXES = 32
 INDEX = "model.safetensors.index.json"
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 DTYPES = {
     "F16": jnp.float16,
     "BF16": jnp.bfloat16,
@@ -156,49 +159,60 @@ def scan(directory: Path) -> dict[str, Stored]:
     Args:
       directory: Holds ``model.safetensors``, or the shards that
         ``model.safetensors.index.json`` lists. Where both are there, the first counts,
-        as it does for transformers.
+        as it does for transformers. Where neither is, one file of another name, as
+        ExLlamaV2 and AutoGPTQ have given them, or all of a numbered set.
 
     Returns:
       The tensors by name.
 
     Raises:
-      FileNotFoundError: If there is neither file, or a shard is missing.
+      FileNotFoundError: If there are no such files, or a shard is missing.
       ValueError: If a header is not sound, a name is a path, or index and shards
         disagree.
     """
-    files = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    files = _files(directory)
     if SINGLE in files:
         return _header(directory / SINGLE)
-    if INDEX not in files:
-        weights = [name for name in files if name.endswith((".safetensors", ".bin"))]
-        remedy = f"convert or rename {weights or 'yours'}"
-        if weights and not any(name.endswith(".safetensors") for name in weights):
-            remedy = (
-                f"have {weights}, pickles that may run any code, saved as safetensors "
-                "by who wrote them"
-            )
-        raise FileNotFoundError(
-            f"{directory} has neither {SINGLE} nor {INDEX}, and qjax reads no other "
-            f"weights; {remedy}."
-        )
-    index = directory / INDEX
-    by_shard = _shards(index)
-    for shard, names in by_shard.items():
+    listed = _shards(directory / INDEX) if INDEX in files else None
+    for shard, names in (listed or {}).items():
         if shard not in files:
             raise FileNotFoundError(
                 f"{directory / shard} is missing; {INDEX} lists it for {names[0]!r} "
                 f"and {len(names) - 1} more."
             )
     tensors: dict[str, Stored] = {}
-    for shard, names in by_shard.items():
+    for shard in listed or _unlisted(directory, files):
         held = _header(directory / shard)
         for name in held.keys() & tensors.keys():
             raise ValueError(f"{name!r} is in {tensors[name].file} and in {shard}.")
-        for name in held.keys() ^ set(names):
+        for name in held.keys() ^ {*listed[shard]} if listed else ():
             fault = "is not listed in" if name in held else "is missing, but listed in"
             raise ValueError(f"{directory / shard}: {name!r} {fault} {INDEX}.")
         tensors |= held
     return tensors
+
+
+def _unlisted(directory: Path, files: Sequence[str]) -> list[str]:
+    """The files of tensors of a directory that names none of them as its own."""
+    found = [name for name in files if name.endswith(".safetensors")]
+    numbered = [match for name in found if (match := _NUMBERED.fullmatch(name))]
+    sets = {(match[1], match[3]) for match in numbered}
+    if len(found) == 1 and not numbered:
+        return found
+    if len(sets) == 1 and len(found) == len(numbered) == int(numbered[0][3]):
+        return found
+    remedy = (
+        f"leave one of {found}, or all of a numbered set" if found else "convert it"
+    )
+    if not found and (pickles := [name for name in files if name.endswith(".bin")]):
+        remedy = (
+            f"have {pickles}, pickles that may run any code, saved as safetensors by "
+            "who wrote them"
+        )
+    raise FileNotFoundError(
+        f"{directory} has neither {SINGLE} nor {INDEX}, nor the one .safetensors file "
+        f"that could be meant; {remedy}."
+    )
 
 
 def weight_files(directory: Path) -> set[str]:
@@ -214,7 +228,15 @@ def weight_files(directory: Path) -> set[str]:
         shards = set(_shards(directory / INDEX))
     except (OSError, ValueError):
         shards = set()
+    with contextlib.suppress(OSError):
+        files = _files(directory)
+        if not shards and SINGLE not in files:
+            shards = set(_unlisted(directory, files))
     return {SINGLE, INDEX} | shards
+
+
+def _files(directory: Path) -> list[str]:
+    return sorted(entry.name for entry in directory.iterdir() if entry.is_file())
 
 
 def _header(file: Path) -> dict[str, Stored]:

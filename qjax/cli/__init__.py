@@ -45,8 +45,9 @@ def _qjax(
 ) -> None:
     """Quantized checkpoints: make, inspect, check, compare and convert them.
 
-    A checkpoint is a directory as Hugging Face hosts it; `inspect`, `verify` and
-    `compare` take a GGUF file, too. Results go to stdout, everything else to stderr;
+    A checkpoint is a directory as Hugging Face hosts it, or the name of a model there,
+    organization/model, which is downloaded; `inspect`, `verify` and `compare` take a
+    GGUF file, too. Results go to stdout, everything else to stderr;
     the exit code is 1 if something is wrong.
 
     **Examples**

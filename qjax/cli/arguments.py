@@ -6,20 +6,36 @@ from typing import Annotated
 
 import typer
 
+from qjax.checkpoints import hub
+
+
+def checkpoint(text: str) -> Path:
+    """Reads an argument that is a path, or the name of a model on the Hub."""
+    try:
+        return hub.locate(text)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 Directory = Annotated[
     Path,
     typer.Argument(
         metavar="DIR",
+        parser=checkpoint,
         show_default=False,
         help="Holds config.json and model.safetensors (or shards and their index); or "
-        "a .gguf file.",
+        "a .gguf file; or the name of a model on the Hugging Face Hub.",
     ),
 ]
 
 Source = Annotated[
     Path,
     typer.Argument(
-        metavar="SRC", show_default=False, help="Checkpoint directory to read."
+        metavar="SRC",
+        parser=checkpoint,
+        show_default=False,
+        help="Checkpoint directory to read, or the name of a model on the Hugging Face "
+        "Hub.",
     ),
 ]
 Target = Annotated[

@@ -12,12 +12,16 @@ from rich.table import Table
 from qjax import checkpoints
 from qjax.checkpoints.differences import Comparison, Difference, Held, Total, total
 from qjax.cli import faults
+from qjax.cli.arguments import checkpoint
 from qjax.cli.table import begin, show
 
 # Rows of matrices, and of dense tensors, where not each has one: those of a mixture are
 # thousands.
 _ROWS = 100
-_HELP = "Directory as Hugging Face hosts it, or a .gguf file; dense or quantized."
+_HELP = (
+    "Directory as Hugging Face hosts it, .gguf file, or name of a model on its Hub; "
+    "dense or quantized."
+)
 
 
 def run(
@@ -25,11 +29,15 @@ def run(
         Path,
         typer.Argument(
             metavar="A",
+            parser=checkpoint,
             show_default=False,
             help=f"{_HELP} Errors are relative to its weights.",
         ),
     ],
-    b: Annotated[Path, typer.Argument(metavar="B", show_default=False, help=_HELP)],
+    b: Annotated[
+        Path,
+        typer.Argument(metavar="B", parser=checkpoint, show_default=False, help=_HELP),
+    ],
     at_most: Annotated[
         float | None,
         typer.Option(

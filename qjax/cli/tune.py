@@ -10,6 +10,7 @@ import typer
 
 from qjax import tune
 from qjax.cli import faults
+from qjax.cli.arguments import checkpoint
 from qjax.pallas import tables
 from qjax.tensor import QTensor
 
@@ -24,6 +25,7 @@ def run(
         Path | None,
         typer.Argument(
             metavar="[DIR]",
+            parser=checkpoint,
             show_default=False,
             help="A checkpoint, whose quantized matrices are tuned for.",
         ),

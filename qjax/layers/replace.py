@@ -39,11 +39,11 @@ def quantize_model(
     Code that maps over shards of its weights (`jax.shard_map`) gets packed shards, of
     whole words and groups; a part of each of several heads would be none.
 
-    A stack of matrices that this code scans is read where it lies: by linen's
-    ``nn.scan``, or by `jax.lax.scan` within the module that has it. What scans stacks
-    of stacks, or multiplies by transposes, copies the words of a step. So does
-    ``nnx.scan`` over modules, as Flax cuts the layers out before their code runs;
-    ``matmul(x, stack, index=i)`` copies nothing.
+    A stack of matrices that a module scans, its own or one of layers below it, is read
+    where it lies: by ``nn.scan``, ``nnx.scan``, `jax.lax.scan`, or one by one by its
+    number. What scans stacks of stacks, or multiplies by transposes, copies the words
+    of a step. So does a scan of layers that is in no method of a module above them, or
+    in one that is compiled by itself (`nnx.jit`).
 
     Weights that name their axes (`nnx.with_partitioning`, ``nn.Partitioned``) pass the
     names on to their packed arrays, so that `nnx.get_partition_spec` and

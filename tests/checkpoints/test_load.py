@@ -191,6 +191,26 @@ def test_one_file_counts_before_shards(tmp_path):
     chex.assert_trees_all_equal(loaded, checkpoint.tensors["model.norm.weight"])
 
 
+def test_files_of_other_names(tmp_path):
+    whole = tiny.checkpoint()
+    expected = checkpoints.load(whole.write(tmp_path / "whole"))
+    one = whole.write(tmp_path / "one")
+    (one / "model.safetensors").rename(one / "output.safetensors")
+    chex.assert_trees_all_equal(checkpoints.load(one), expected)
+    whole.shard()
+    numbered = whole.write(tmp_path / "numbered")
+    (numbered / "model.safetensors.index.json").unlink()
+    shards = sorted(numbered.glob("*.safetensors"))
+    for i, shard in enumerate(shards, 1):
+        shard.rename(numbered / f"out-{i:05}-of-{len(shards):05}.safetensors")
+    chex.assert_trees_all_equal(checkpoints.load(numbered), expected)
+    # They go when weights of the usual name come.
+    checkpoints.save(numbered, expected, {}, format="gptq", overwrite=True)
+    assert [file.name for file in numbered.glob("*.safetensors")] == [
+        "model.safetensors"
+    ]
+
+
 def test_links_into_a_cache(tmp_path):
     blobs = tiny.checkpoint().write(tmp_path / "blobs")
     snapshot = tmp_path / "snapshot"

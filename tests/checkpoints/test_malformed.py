@@ -90,6 +90,20 @@ FILE_ERRORS = {
         ("neither", "have ['pytorch_model.bin'], pickles that may run any code"),
         FileNotFoundError,
     ),
+    "one of a set under another name": Case(
+        both(remove(SINGLE), write("out-00001-of-00002.safetensors", b"")),
+        ("neither", "leave one of ['out-00001-of-00002.safetensors'], or all of a"),
+        FileNotFoundError,
+    ),
+    "several of other names": Case(
+        both(
+            remove(SINGLE),
+            write("a.safetensors", b""),
+            write("b.safetensors", b""),
+        ),
+        ("neither", "leave one of ['a.safetensors', 'b.safetensors']"),
+        FileNotFoundError,
+    ),
     "empty": Case(write(SINGLE, b""), (f"{SINGLE} is not a sound",)),
     "cut in the header": Case(write(SINGLE, lambda b: b[:99]), (f"{SINGLE} is not a",)),
     "cut in the data": Case(write(SINGLE, lambda b: b[:-1]), (f"{SINGLE} is not a",)),

@@ -11,6 +11,7 @@ from unittest import mock
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 import qjax
 from qjax.formats import fp8
@@ -187,31 +188,43 @@ def _ragged_gradient(x, dy, w, sizes):
 
 @dataclasses.dataclass(frozen=True)
 class Scanned:
-    """``m`` rows through a linen model that scans its layers, or the rows' gradient."""
+    """``m`` rows through a model that scans its layers, or the rows' gradient."""
 
     m: int
     gradient: bool = False
+    flax: str = "linen"
     side: int = 1024
     count: int = 4
 
     def __str__(self) -> str:
-        return f"scanned {'gradient' if self.gradient else 'layers'} m{self.m}"
+        what = "gradient" if self.gradient else "layers"
+        return f"scanned {self.flax} {what} m{self.m}"
 
     def __call__(self) -> Source:
         x = _struct((self.m, self.side), jnp.bfloat16)
-        dense = _Layers(self.side, self.count)
-        shapes = jax.eval_shape(dense.init, jax.random.key(0), x)
-        spec = qjax.Spec(bits=4, group_size=128)
         # As on a GPU.
         with mock.patch.object(qjax.ops, "_native_layout", qjax.pallas.layout_of):
-            module, variables = qjax.quantize_model(dense, spec, x, variables=shapes)
+            apply, variables = getattr(self, f"_{self.flax}")(x)
 
         def loss(x, variables):
-            return module.apply(variables, x).astype(jnp.float32).sum()
+            return apply(variables, x).astype(jnp.float32).sum()
 
         if self.gradient:
             return jax.grad(loss), (x, variables)
-        return module.apply, (variables, x)
+        return apply, (variables, x)
+
+    def _linen(self, x):
+        dense = _Layers(self.side, self.count)
+        shapes = jax.eval_shape(dense.init, jax.random.key(0), x)
+        spec = qjax.Spec(bits=4, group_size=128)
+        module, variables = qjax.quantize_model(dense, spec, x, variables=shapes)
+        return module.apply, variables
+
+    def _nnx(self, x):
+        dense = nnx.eval_shape(lambda: _Stack(self.side, self.count))
+        model = qjax.quantize_model(dense, qjax.Spec(bits=4, group_size=128), x)
+        graphdef, state = nnx.split(model)
+        return lambda state, x: nnx.merge(graphdef, state)(x), state
 
 
 class _Layer(nn.Module):
@@ -229,6 +242,25 @@ class _Layers(nn.Module):
     def __call__(self, x):
         axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
         return nn.scan(_Layer, length=self.count, **axes)()(x, None)[0]
+
+
+class _Stack(nnx.Module):
+    def __init__(self, side, count):
+        @nnx.split_rngs(splits=count)
+        @nnx.vmap
+        def make(rngs):
+            options = {"use_bias": False, "param_dtype": jnp.bfloat16}
+            return nnx.Linear(side, side, rngs=rngs, **options)
+
+        self.layers = make(nnx.Rngs(0))
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        @nnx.remat
+        def run(layer, x):
+            return jnp.tanh(layer(x))
+
+        return run(self.layers, x)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -113,7 +113,7 @@ def dequantized(quantized: nnx.Module, model: nnx.Module) -> nnx.Module:
             if isinstance(module, qjax.layers.nnx.Linear):
                 weight = qjax.dequantize(nnx.as_pure(packed))
             else:
-                weight = dense(wrapped._held(module)[name])
+                weight = dense(wrapped.held(module)[name])
             variables[(*path, name)].set_raw_value(weight)
     return model
 

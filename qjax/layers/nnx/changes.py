@@ -1,10 +1,11 @@
-"""What code changes of a module while it is traced, and how the module gets it.
+"""What code changes of modules while it is traced, and how these get it.
 
-The Variables of a trace cannot be changed in another. So the code uses a copy of the
-module; what is another there in the end leaves the trace as arrays, and is written
-back.
+The Variables of a trace cannot be changed in another. So the code uses copies of its
+module and of those that it is called with; what is another there in the end leaves the
+trace as arrays, and is written back.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -38,9 +39,21 @@ class _Change(NamedTuple):
     makers: list[Callable[[Any], Any]]
 
 
-def nodes(module: nnx.Module) -> list[Any]:
-    """Lists the modules and Variables of a module, and itself, in a fixed order."""
-    return [node for _, node in nnx.iter_graph(module) if isinstance(node, _Node)]
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Original:
+    """What stands for a module or a Variable where a trace ends: a leaf of trees."""
+
+    node: _Node
+
+
+def is_node(leaf: Any) -> bool:
+    """Whether something is a module or a Variable, or of what modules are made."""
+    return isinstance(leaf, _Node)
+
+
+def nodes(tree: Any) -> list[Any]:
+    """Lists all modules and Variables that are in some, and these, in a fixed order."""
+    return [node for _, node in nnx.iter_graph(tree) if is_node(node)]
 
 
 def assign(owner: nnx.Module, name: str, value: Any, like: nnx.Module) -> None:
@@ -57,20 +70,20 @@ def assign(owner: nnx.Module, name: str, value: Any, like: nnx.Module) -> None:
 
 
 class Copy:
-    """A copy of a module for the length of a trace.
+    """A copy of modules and Variables for the length of a trace.
 
     Args:
-      graphdef: The module, as `nnx.split` takes it apart.
+      graphdef: A tree of them, as `nnx.split` takes it apart.
       state: Its state.
       originals: Its `nodes`, to which the changes are written.
 
     Attributes:
-      module: The copy.
+      tree: The copy.
     """
 
     def __init__(self, graphdef: Any, state: Any, originals: Sequence[Any]) -> None:
-        self.module: Any = nnx.merge(graphdef, state, copy=True)
-        self._pairs = list(zip(nodes(self.module), originals, strict=True))
+        self.tree: Any = nnx.merge(graphdef, state, copy=True)
+        self._pairs = list(zip(nodes(self.tree), originals, strict=True))
         self._before = [_attributes(node) for node, _ in self._pairs]
         self._changes: list[_Change] = []
         self._gone: list[tuple[Any, str]] = []
@@ -98,6 +111,21 @@ class Copy:
                 found.append([value for value, _ in apart])
         return found
 
+    def returned(self, result: Any) -> Any:
+        """What leaves the trace of what code returns, for `originals`.
+
+        Raises:
+          Unwritable: If there are new modules in it.
+        """
+        originals = {id(node): _Original(owner) for node, owner in self._pairs}
+
+        def leaving(leaf: Any) -> Any:
+            if isinstance(leaf, nnx.Pytree) and id(leaf) not in originals:
+                raise Unwritable(f"it returns a new {type(leaf).__name__}")
+            return originals.get(id(leaf), leaf)
+
+        return jax.tree.map(leaving, result, is_leaf=is_node)
+
     def write(self, values: Sequence[Sequence[Any]]) -> None:
         """Gives the module what was changed, after the trace.
 
@@ -119,6 +147,16 @@ class Copy:
                 _refill(vars(owner)[name], value)
 
 
+def originals(result: Any) -> Any:
+    """Puts modules and Variables where `Copy.returned` left what stands for them."""
+    is_original = lambda leaf: isinstance(leaf, _Original)  # noqa: E731
+    return jax.tree.map(
+        lambda leaf: leaf.node if is_original(leaf) else leaf,
+        result,
+        is_leaf=is_original,
+    )
+
+
 def _attributes(node: Any) -> dict[str, tuple[list[Any], Any]]:
     """What is in the attributes of a module, or in a Variable, flat."""
     if isinstance(node, nnx.Variable):
@@ -127,7 +165,6 @@ def _attributes(node: Any) -> dict[str, tuple[list[Any], Any]]:
         # Those of Flax itself say which of the others are data.
         names = [name for name in vars(node) if not name.startswith("_pytree__")]
         values = {name: vars(node)[name] for name in names}
-    is_node = lambda leaf: isinstance(leaf, _Node)  # noqa: E731
     return {
         name: jax.tree.flatten(value, is_leaf=is_node) for name, value in values.items()
     }

@@ -1,7 +1,7 @@
 """Who reads a weight of a model: its own modules, others by its name, or a state.
 
 Once it is packed, its own modules see a dense array in its place, and so does, by way
-of `wrapped`, what reads it as their attribute. In a state (`nnx.state`, `nnx.split`)
+of `wrapping`, what reads it as their attribute. In a state (`nnx.state`, `nnx.split`)
 are the packed arrays themselves, with which nobody else can do anything.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from qjax.layers.nnx import wrapped
+from qjax.layers.nnx import wrapping
 from qjax.layers.report import path_name
 from qjax.layers.tracing.uses import NAMING, Use
 
@@ -83,6 +83,18 @@ def is_used_outside(found: Sequence[Use]) -> bool:
     )
 
 
+def is_stacked(found: Sequence[Use]) -> bool:
+    """Whether code that is not of a weight's own modules takes these out of a stack.
+
+    Args:
+      found: Its uses in a call of a model of `watch`.
+    """
+    return any(
+        use.operation == NAMING and _OWN in use.names and use.stack | use.indexed
+        for use in found
+    )
+
+
 def changed_by_flax(model: nnx.Module) -> dict[int, str]:
     """Why weights cannot be packed that modules of Flax change before they are used.
 
@@ -117,10 +129,10 @@ def _watched(cls: Any, names: tuple[str, ...], inside: set[int]) -> type:
             return use(super(made, self))
 
     members: dict[str, Any] = {
-        name: _through(name, value, run) for name, value in wrapped.public(cls)
+        name: _through(name, value, run) for name, value in wrapping.public(cls)
     }
     members |= {name: _attribute(name, inside) for name in names}
-    made = type(cls)(cls.__name__, (cls,), members, **wrapped.keywords(cls))
+    made = type(cls)(cls.__name__, (cls,), members, **wrapping.keywords(cls))
     return made
 
 

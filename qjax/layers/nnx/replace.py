@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from qjax.layers import contraction, packing, partitions
-from qjax.layers.nnx import readers, wrapped
+from qjax.layers.nnx import readers, wrapped, wrapping
 from qjax.layers.nnx.linear import Linear
 from qjax.layers.nnx.packed import SHARDING, Cut, Scale, variables, with_names
 from qjax.layers.report import Entry, path_name
@@ -45,12 +45,14 @@ class Finding(NamedTuple):
       form: How it is flattened, or why there is no way.
       obstacle: Why it cannot be packed nevertheless, or None.
       is_shown: Whether other code than its module's wants to have it as an attribute.
+      is_stacked: Whether other code than its module's takes it out of a stack.
       note: What there is to know of it once it is packed, or None.
     """
 
     form: Form | str
     obstacle: str | None = None
     is_shown: bool = False
+    is_stacked: bool = False
     note: str | None = None
 
 
@@ -75,6 +77,7 @@ def quantize(
       The model, and an entry for each of its parameters.
     """
     model = nnx.clone(model)
+    wrapping.unwrap_above(model)
     weights = list(_weights(model))
     choices = {
         weight.path: packing.choose(rules, weight.path, weight.value)
@@ -100,20 +103,21 @@ def quantize(
             )
             entries.append(entry)
             if packed is not None and isinstance(form, Form):
-                replaced.append((weight, form, packed))
+                replaced.append((weight, finding, packed))
             if choice.spec is not None:
                 advance(entry.before)
-    shown = {
+    foreign = {
         id(module)
         for weight in chosen
-        if findings[weight.path].is_shown
+        if findings[weight.path].is_shown or findings[weight.path].is_stacked
         for _, module, _ in weight.holders
     }
     for module, path, packed, kinds in _by_holder(replaced):
-        if id(module) in shown or not _is_plain(module):
-            wrapped.wrap(module, path, packed, kinds)
+        if id(module) in foreign or not _is_plain(module):
+            wrapping.wrap(module, path, packed, kinds)
         else:
             _become_ours(module, packed["kernel"])
+    wrapping.wrap_above(model)
     return model, entries
 
 
@@ -170,13 +174,18 @@ def _of_equation(equation: str, shape: tuple[int, ...]) -> Form | None:
 def _assumed(model: nnx.Module, weights: Sequence[Weight]) -> dict[str, Finding]:
     """What is to be thought of weights while no call of the model is known."""
     changed = readers.changed_by_flax(model)
-    return {
-        weight.path: Finding(
-            _known(weight) or packing.assumed(weight.path, weight.variable.shape),
+
+    def find(weight: Weight) -> Finding:
+        shape = weight.variable.shape
+        form = _known(weight) or packing.assumed(weight.path, shape)
+        is_stacked = isinstance(form, Form) and len(shape) > len(form.shape)
+        return Finding(
+            form,
             changed.get(id(weight.variable)),
+            is_stacked=is_stacked and _is_below(weight),
         )
-        for weight in weights
-    }
+
+    return {weight.path: find(weight) for weight in weights}
 
 
 def _found(
@@ -188,18 +197,30 @@ def _found(
 ) -> dict[str, Finding]:
     """What a call of the model does with weights."""
     found = _uses(model, weights, inputs, keywords, method)
-    return {
-        weight.path: Finding(
-            _known(weight)
-            or packing.seen(weight.path, weight.variable.shape, found[weight.path]),
-            readers.of_state(found[weight.path]),
-            readers.is_shown(found[weight.path]),
+
+    def find(weight: Weight) -> Finding:
+        seen = found[weight.path]
+        is_stacked = readers.is_stacked(seen)
+        form = packing.seen(weight.path, weight.variable.shape, seen)
+        # What is known of a layer are its last axes; a stack may have any other.
+        if not (is_stacked and isinstance(form, Form)):
+            form = _known(weight) or form
+        return Finding(
+            form,
+            readers.of_state(seen),
+            readers.is_shown(seen),
+            is_stacked and _is_below(weight),
             "other code reads it, and makes it dense"
-            if readers.is_used_outside(found[weight.path])
+            if readers.is_used_outside(seen)
             else None,
         )
-        for weight in weights
-    }
+
+    return {weight.path: find(weight) for weight in weights}
+
+
+def _is_below(weight: Weight) -> bool:
+    """Whether modules above all that hold a weight could have code that uses these."""
+    return all(path for path, _, _ in weight.holders)
 
 
 def _uses(
@@ -275,14 +296,16 @@ def _note(weight: Weight, form: Form | str) -> str | None:
 
 
 def _by_holder(
-    replaced: Sequence[tuple[Weight, Form, QTensor]],
+    replaced: Sequence[tuple[Weight, Finding, QTensor]],
 ) -> list[tuple[nnx.Module, str, dict[str, QTensor], dict[str, wrapped.Kind]]]:
     """The packed weights of each module; one that modules share, they share packed."""
     modules: dict[int, tuple] = {}
-    for weight, form, packed in replaced:
+    for weight, finding, packed in replaced:
+        form, variable = finding.form, weight.variable
+        assert isinstance(form, Form)
         held = variables(packed, _cut(weight, form))
-        dtype = str(weight.variable.dtype)
-        kind = wrapped.Kind(form, type(weight.variable), dtype)
+        dtype = str(variable.dtype)
+        kind = wrapped.Kind(form, type(variable), dtype, finding.is_stacked)
         for path, module, name in weight.holders:
             entry = modules.setdefault(id(module), (module, path, {}, {}))
             entry[2][name], entry[3][name] = held, kind

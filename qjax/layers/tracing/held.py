@@ -7,6 +7,7 @@ an array or again a packed weight, or None where only the dense weight will do.
 import dataclasses
 import functools
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -122,6 +123,13 @@ class Held:
         held = self.holding(jax.tree.map(take, self.arrays))
         return dataclasses.replace(held, stack=stack), names
 
+    def one(self, axis: int, index: Array) -> "Held":
+        """Takes one matrix of the stack, or one of each stack along other axes."""
+        held, _ = self.restack(axis, index)
+        if len(self.stack) > 1:
+            return held
+        return dataclasses.replace(held, origin=Origin(self.weight, index))
+
 
 def dense(held: Held) -> Array:
     """Computes the dense array."""
@@ -132,6 +140,31 @@ def dense(held: Held) -> Array:
     atoms = [atom for side in sides for atom in in_order(view.atoms, side)]
     order = [atoms.index(atom) for atom in view.atoms]
     return packed.reshape(sizes(atoms)).transpose(order).reshape(view.shape)
+
+
+def dense_all(values: Sequence[Any], operation: str) -> list[Any]:
+    """Makes all packed weights among some values dense, and warns of each.
+
+    Args:
+      values: What an operation takes, or a program returns.
+      operation: Name of the operation.
+
+    Returns:
+      The values; those that are no packed weights as they are.
+    """
+    return [
+        _dense_for(operation, value) if isinstance(value, Held) else value
+        for value in values
+    ]
+
+
+def _dense_for(operation: str, held: Held) -> Array:
+    warnings.warn(
+        f"{held.path} is made dense for {operation!r}, which has no form for a packed "
+        f"weight: {held.weight!r}.",
+        stacklevel=3,
+    )
+    return dense(held)
 
 
 def _product(
@@ -225,7 +258,10 @@ def _of_stack(
     fill: tuple[Array, float | int] | None,
 ) -> Held | None:
     """Matrices of a stack, by an array of indices."""
-    taken, names = held.restack(place, index)
+    if fill is None and not index.ndim:
+        taken, names = held.one(place, index), ()
+    else:
+        taken, names = held.restack(place, index)
     if fill is not None:
         # Scales of NaN or 0 make all of a matrix so; no other number has such a scale.
         if fill[1] != 0 and not np.isnan(fill[1]):
@@ -289,6 +325,8 @@ def _cut(held: Held, axis: int, first: int | Array, count: int) -> Array | Held 
     start = jnp.clip(jnp.asarray(first), 0, most).astype(jnp.int32)
     steps = start + jnp.arange(count, dtype=jnp.int32)
     if (place := held.counts(dim)) is not None:
+        if count == 1:
+            return held.one(place, start).seen(_emptied(held.view, axis))
         taken, (name,) = held.restack(place, steps)
         dims = [_axis(name, count) if i == axis else d for i, d in enumerate(dims)]
         return tidy(taken.seen(held.view._replace(dims=tuple(dims))))
@@ -297,6 +335,12 @@ def _cut(held: Held, axis: int, first: int | Array, count: int) -> Array | Held 
     if len(dim) != 1 or dim[0].side != COLUMN or not isinstance(first, int):
         return None
     return _columns(held, dim[0], first, count)
+
+
+def _emptied(view: View, axis: int) -> View:
+    """A view of which one axis has only one element."""
+    dims = (() if i == axis else dim for i, dim in enumerate(view.dims))
+    return view._replace(dims=tuple(dims))
 
 
 def _columns(held: Held, atom: Atom, start: int, count: int) -> Held | None:

@@ -5,14 +5,12 @@ with them works; nothing of JAX or of the code is patched. The program that come
 is then run with the packed weights in their place.
 """
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
-from jax.extend.core import primitives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -20,14 +18,12 @@ from jaxtyping import Array
 from qjax.layers.beside import Beside, apart
 from qjax.layers.tracing import held as packed
 from qjax.layers.tracing.convolutions import convolve
-from qjax.layers.tracing.held import Held
+from qjax.layers.tracing.held import Held, dense_all
 from qjax.layers.tracing.products import product, ragged_product
-from qjax.layers.tracing.shards import Shards, resharded, shards
+from qjax.layers.tracing.programs import PROGRAMS, Value
+from qjax.layers.tracing.shards import resharded
 from qjax.layers.tracing.views import Form, follow, is_memory
 from qjax.tensor import QTensor
-
-# An array, a literal of the program, or a `Held`.
-_Value = Any
 
 
 def hold(
@@ -83,7 +79,7 @@ def call(function: Callable[..., Any], weights: Mapping[str, Held]) -> Any:
     closed = jax.make_jaxpr(arrays)(shapes)
     # The leaves of a dictionary are sorted by name, in jaxprs as everywhere.
     given = [weights[name] for name in sorted(weights)]
-    results = iter(_dense_all(_run(closed.jaxpr, closed.consts, given), "return"))
+    results = iter(dense_all(_run(closed.jaxpr, closed.consts, given), "return"))
     tree, is_array, rest = others
     leaves = [
         next(results) if a else leaf for a, leaf in zip(is_array, rest, strict=True)
@@ -92,15 +88,15 @@ def call(function: Callable[..., Any], weights: Mapping[str, Held]) -> Any:
 
 
 def _run(
-    jaxpr: jex.Jaxpr, consts: Sequence[Any], values: Sequence[_Value]
-) -> list[_Value]:
+    jaxpr: jex.Jaxpr, consts: Sequence[Any], values: Sequence[Value]
+) -> list[Value]:
     """Runs a program; what stays a view of a packed weight is returned as one."""
     known = dict(zip(jaxpr.constvars, consts, strict=True))
     known.update(zip(jaxpr.invars, values, strict=True))
     last = {v: i for i, eqn in enumerate(jaxpr.eqns) for v in _variables(eqn.invars)}
     kept = {*_variables(jaxpr.outvars)}
 
-    def read(variable: Any) -> _Value:
+    def read(variable: Any) -> Value:
         return variable.val if isinstance(variable, jex.Literal) else known[variable]
 
     for i, eqn in enumerate(jaxpr.eqns):
@@ -118,23 +114,25 @@ def _variables(atoms: Sequence[Any]) -> list[Any]:
     return [atom for atom in atoms if not isinstance(atom, jex.Literal)]
 
 
-def _apply(eqn: jex.JaxprEqn, values: list[_Value]) -> Sequence[_Value]:
+def _apply(eqn: jex.JaxprEqn, values: list[Value]) -> Sequence[Value]:
     """Applies one operation, to packed weights where it can."""
     name = eqn.primitive.name
     if any(isinstance(value, Held) for value in values):
         results = _packed(eqn, values)
         if results is not None:
             return results
-    arrays = _dense_all(values, name)
+    arrays = dense_all(values, name)
     results = eqn.primitive.bind(*arrays, **eqn.primitive.get_bind_params(eqn.params))
     return [*results] if eqn.primitive.multiple_results else [results]
 
 
-def _packed(eqn: jex.JaxprEqn, values: list[_Value]) -> Sequence[_Value] | None:
+def _packed(eqn: jex.JaxprEqn, values: list[Value]) -> Sequence[Value] | None:
     """Applies an operation to packed weights, or declines."""
     name = eqn.primitive.name
-    if name in _PROGRAMS:
-        return _PROGRAMS[name](eqn, values)
+    if name in PROGRAMS:
+        return PROGRAMS[name](eqn, values, _run)
+    if name in _WHOLE:
+        return _WHOLE[name](eqn, values)
     result = None
     if name in _OPERATIONS:
         result = _OPERATIONS[name](eqn.params, values)
@@ -144,23 +142,7 @@ def _packed(eqn: jex.JaxprEqn, values: list[_Value]) -> Sequence[_Value] | None:
     return None if result is None else [result]
 
 
-def _dense_all(values: Sequence[_Value], operation: str) -> list[Any]:
-    return [
-        _dense(value, operation) if isinstance(value, Held) else value
-        for value in values
-    ]
-
-
-def _dense(held: Held, operation: str) -> Array:
-    warnings.warn(
-        f"{held.path} is made dense for {operation!r}, which has no form for a packed "
-        f"weight: {held.weight!r}.",
-        stacklevel=2,
-    )
-    return packed.dense(held)
-
-
-def _dot_general(params: dict[str, Any], values: list[_Value]) -> Array | None:
+def _dot_general(params: dict[str, Any], values: list[Value]) -> Array | None:
     a, b = values
     if isinstance(a, Held) == isinstance(b, Held):
         return None
@@ -174,7 +156,7 @@ def _dot_general(params: dict[str, Any], values: list[_Value]) -> Array | None:
     return y if y is None or sharding is None else jax.sharding.reshard(y, sharding)
 
 
-def _ragged_dot(params: dict[str, Any], values: list[_Value]) -> Array | None:
+def _ragged_dot(params: dict[str, Any], values: list[Value]) -> Array | None:
     x, held, sizes = values[:3]
     others = (params["group_offset"], params.get("out_sharding"))
     if not isinstance(held, Held) or isinstance(x, Held) or others != (None, None):
@@ -188,14 +170,14 @@ def _ragged_dot(params: dict[str, Any], values: list[_Value]) -> Array | None:
     )
 
 
-def _convolution(params: dict[str, Any], values: list[_Value]) -> Array | None:
+def _convolution(params: dict[str, Any], values: list[Value]) -> Array | None:
     x, held = values
     if not isinstance(held, Held) or isinstance(x, Held):
         return None
     return convolve(jnp.asarray(x), held, params)
 
 
-def _scaled(params: dict[str, Any], values: list[_Value]) -> Held | None:
+def _scaled(params: dict[str, Any], values: list[Value]) -> Held | None:
     """All of a weight times a number."""
     del params
     a, b = values
@@ -205,7 +187,7 @@ def _scaled(params: dict[str, Any], values: list[_Value]) -> Held | None:
     return held.times(jnp.asarray(factor))
 
 
-def _divided(params: dict[str, Any], values: list[_Value]) -> Held | None:
+def _divided(params: dict[str, Any], values: list[Value]) -> Held | None:
     """All of a weight divided by a number."""
     del params
     held, divisor = values
@@ -214,7 +196,7 @@ def _divided(params: dict[str, Any], values: list[_Value]) -> Held | None:
     return held.times(1 / jnp.asarray(divisor, jnp.float32))
 
 
-def _moved(params: dict[str, Any], values: list[_Value]) -> Held | None:
+def _moved(params: dict[str, Any], values: list[Value]) -> Held | None:
     """A weight in another memory, such as one that is kept in that of the host."""
     held, *others = values
     if others or not isinstance(held, Held) or not is_memory(params["devices"]):
@@ -223,14 +205,14 @@ def _moved(params: dict[str, Any], values: list[_Value]) -> Held | None:
     return held if to is None else held.holding(jax.device_put(held.arrays, to))
 
 
-def _gather(params: dict[str, Any], values: list[_Value]) -> _Value | None:
+def _gather(params: dict[str, Any], values: list[Value]) -> Value | None:
     held, index = values
     if not isinstance(held, Held) or isinstance(index, Held):
         return None
     return packed.gather(held, jnp.asarray(index), params)
 
 
-def _slice(params: dict[str, Any], values: list[_Value]) -> _Value | None:
+def _slice(params: dict[str, Any], values: list[Value]) -> Value | None:
     (held,) = values
     assert isinstance(held, Held)
     if any(stride != 1 for stride in params["strides"] or ()):
@@ -240,7 +222,7 @@ def _slice(params: dict[str, Any], values: list[_Value]) -> _Value | None:
     return packed.cut(held, starts, counts)
 
 
-def _dynamic_slice(params: dict[str, Any], values: list[_Value]) -> _Value | None:
+def _dynamic_slice(params: dict[str, Any], values: list[Value]) -> Value | None:
     held, *starts = values
     starts = [start for start in starts if not isinstance(start, Held)]
     if not isinstance(held, Held) or len(starts) != len(values) - 1:
@@ -249,7 +231,7 @@ def _dynamic_slice(params: dict[str, Any], values: list[_Value]) -> _Value | Non
 
 
 # Operations that have a form for packed operands.
-_OPERATIONS: Mapping[str, Callable[..., _Value | None]] = {
+_OPERATIONS: Mapping[str, Callable[..., Value | None]] = {
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot,
     "conv_general_dilated": _convolution,
@@ -262,79 +244,7 @@ _OPERATIONS: Mapping[str, Callable[..., _Value | None]] = {
 }
 
 
-def _inline(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
-    closed = eqn.params["jaxpr"]
-    return _run(closed.jaxpr, closed.consts, values)
-
-
-def _remat(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array]:
-    options = {name: eqn.params[name] for name in ("prevent_cse", "policy")}
-    run = _runner(eqn.params["jaxpr"], (), values, "checkpoint")
-    return jax.checkpoint(run, **options)(*_leaves(values))
-
-
-def _cond(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array] | None:
-    index, *operands = values
-    if isinstance(index, Held):
-        return None
-    runs = [
-        _runner(closed.jaxpr, closed.consts, operands, "cond")
-        for closed in eqn.params["branches"]
-    ]
-    return jax.lax.switch(index, runs, *_leaves(operands))
-
-
-def _while(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array] | None:
-    """A loop whose constants are packed weights."""
-    params = eqn.params
-    ends = (params["cond_nconsts"], params["cond_nconsts"] + params["body_nconsts"])
-    tests, consts = values[: ends[0]], values[slice(*ends)]
-    carry = [value for value in values[ends[1] :] if not isinstance(value, Held)]
-    if len(carry) != len(values) - ends[1]:
-        return None
-
-    def run(closed: Any, values: list[_Value]) -> list[Any]:
-        return _dense_all(_run(closed.jaxpr, closed.consts, values), "while")
-
-    return jax.lax.while_loop(
-        lambda carry: run(params["cond_jaxpr"], [*tests, *carry])[0],
-        lambda carry: run(params["body_jaxpr"], [*consts, *carry]),
-        carry,
-    )
-
-
-def _scan(eqn: jex.JaxprEqn, values: list[_Value]) -> list[Array] | None:
-    """A scan over stacks of packed weights, or with weights that all steps share."""
-    closed = eqn.params["jaxpr"]
-    # A step sees one axis less of what is scanned, and of what is stacked.
-    end = len(values) - _scanned(eqn.invars, closed.in_avals)
-    carried = len(eqn.outvars) - _scanned(eqn.outvars, closed.out_avals)
-    consts, xs = values[: end - carried], values[end:]
-    carry = [v for v in values[end - carried : end] if not isinstance(v, Held)]
-    if len(carry) != carried:
-        return None
-    over = [packed.steps(x) if isinstance(x, Held) else x for x in xs]
-    if any(x is None for x in over):
-        return None
-
-    def step(carry: list[Array], scanned: tuple[Array, list[Any]]) -> tuple[list, list]:
-        index, slices = scanned
-        now = [
-            x.step(part, index) if isinstance(x, packed.Steps) else part
-            for x, part in zip(over, slices, strict=True)
-        ]
-        results = _run(closed.jaxpr, closed.consts, [*consts, *carry, *now])
-        results = _dense_all(results, "scan")
-        return results[:carried], results[carried:]
-
-    options = {name: eqn.params[name] for name in ("length", "reverse", "unroll")}
-    index = jnp.arange(eqn.params["length"], dtype=jnp.int32)
-    arrays = [x.arrays if isinstance(x, packed.Steps) else x for x in over]
-    final, ys = jax.lax.scan(step, carry, (index, arrays), **options)
-    return [*final, *ys]
-
-
-def _split(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value] | None:
+def _split(eqn: jex.JaxprEqn, values: list[Value]) -> list[Value] | None:
     """A weight in several parts, as one of queries, keys and values."""
     (held,), axis = values, eqn.params["axis"]
     start, parts = 0, []
@@ -346,7 +256,7 @@ def _split(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value] | None:
     return None if any(part is None for part in parts) else parts
 
 
-def _barrier(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
+def _barrier(eqn: jex.JaxprEqn, values: list[Value]) -> list[Value]:
     """A barrier for arrays; XLA would copy a matrix out of its stack for it."""
     del eqn
     arrays = [value for value in values if not isinstance(value, Held)]
@@ -354,7 +264,7 @@ def _barrier(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
     return [value if isinstance(value, Held) else next(rest) for value in values]
 
 
-def _stop_gradient(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
+def _stop_gradient(eqn: jex.JaxprEqn, values: list[Value]) -> list[Value]:
     """Freezes a weight, and not what is beside it: that was put there to be trained."""
     del eqn
     (held,) = values
@@ -362,7 +272,7 @@ def _stop_gradient(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
     return [held.holding((weight, held.beside), origin)]
 
 
-def _reshard(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
+def _reshard(eqn: jex.JaxprEqn, values: list[Value]) -> list[Value]:
     """A weight that is cut otherwise, or over axes of another type, as its array is."""
     (held,), to = values, eqn.params["dst_sharding"]
     assert isinstance(held, Held)
@@ -376,74 +286,10 @@ def _reshard(eqn: jex.JaxprEqn, values: list[_Value]) -> list[_Value]:
     return [held.holding(jax.tree.map(move, held.arrays, specs))]
 
 
-def _shard_map(eqn: jex.JaxprEqn, values: list[_Value]) -> Sequence[Array] | None:
-    """A function of shards, of packed weights as well."""
-    params = eqn.params
-    mesh, specs = params["mesh"], params["in_specs"]
-    cut = [
-        shards(value, spec, mesh) if isinstance(value, Held) else spec
-        for value, spec in zip(values, specs, strict=True)
-    ]
-    if any(one is None for one in cut):
-        return None
-
-    def run(*leaves: Any) -> tuple[Any, ...]:
-        given = [
-            one.on_device(leaf) if isinstance(one, Shards) else leaf
-            for one, leaf in zip(cut, leaves, strict=True)
-        ]
-        return tuple(_dense_all(_run(params["jaxpr"], (), given), "shard_map"))
-
-    # JAX 0.10 calls them otherwise.
-    key = "newly_manual_axes" if "newly_manual_axes" in params else "manual_axes"
-    mapped = jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=tuple(one.specs if isinstance(one, Shards) else one for one in cut),
-        out_specs=tuple(params["out_specs"]),
-        axis_names=set(params[key]),
-        check_vma=params["check_vma"],
-    )
-    return mapped(*(v.weight if isinstance(v, Held) else v for v in values))
-
-
-def _scanned(outer: Sequence[Any], inner: Sequence[Any]) -> int:
-    pairs = zip(outer, inner, strict=True)
-    return sum(whole.aval.ndim != step.ndim for whole, step in pairs)
-
-
-# Operations that run programs of their own, or have several results.
-_PROGRAMS: Mapping[str, Callable[..., Sequence[_Value] | None]] = {
-    "jit": _inline,
-    primitives.remat_p.name: _remat,
-    "cond": _cond,
-    "while": _while,
-    "scan": _scan,
-    "shard_map": _shard_map,
+# Operations with several results, or of which a weight comes out as it is.
+_WHOLE: Mapping[str, Callable[..., Sequence[Value] | None]] = {
     "reshard": _reshard,
     "split": _split,
     "optimization_barrier": _barrier,
     "stop_gradient": _stop_gradient,
 }
-
-
-def _runner(
-    jaxpr: jex.Jaxpr, consts: Sequence[Any], values: list[_Value], name: str
-) -> Callable[..., list[Any]]:
-    """A program as a function of arrays and of the packed weights' own trees."""
-
-    def run(*leaves: Any) -> list[Any]:
-        given = [
-            value.holding(*leaf) if isinstance(value, Held) else leaf
-            for value, leaf in zip(values, leaves, strict=True)
-        ]
-        return _dense_all(_run(jaxpr, consts, given), name)
-
-    return run
-
-
-def _leaves(values: list[_Value]) -> list[Any]:
-    return [
-        (value.arrays, value.origin) if isinstance(value, Held) else value
-        for value in values
-    ]

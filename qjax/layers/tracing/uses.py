@@ -356,10 +356,9 @@ def _aval(variable: Any) -> Any:
 
 
 def _while(eqn: jex.JaxprEqn, operands: list, shapes: Mapping) -> Iterator[Any]:
-    end = eqn.params["cond_nconsts"] + eqn.params["body_nconsts"]
     body = eqn.params["body_jaxpr"].jaxpr
-    consts = operands[eqn.params["cond_nconsts"] : end]
-    yield from _walk(body, [*consts, *(None for _ in operands[end:])], shapes)
+    # What is carried is as it was, in the first step at least.
+    yield from _walk(body, operands[eqn.params["cond_nconsts"] :], shapes)
     return []
 
 
