@@ -397,36 +397,46 @@ def test_words_are_never_parameters(quantized):
 
 
 class Tied(nnx.Module):
-    """Reads the kernel of a layer that is not its own."""
+    """Reads weights of modules that are not its own."""
 
     def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(96, 64, rngs=rngs)
         self.up = nnx.Linear(64, 32, rngs=rngs)
         self.down = nnx.Linear(32, 64, rngs=rngs)
+        self.more = nnx.List([nnx.Param(x(64, 64)), nnx.Param(x(64, 64))])
 
-    def __call__(self, x):
+    def __call__(self, tokens, count):
+        count[...] += 1
+        x = self.embed.embedding[...].at[tokens].get()
         h = self.up(x)
-        return self.down(h) + h @ self.up.kernel[...].T
+        x = self.down(h) + h @ self.up.kernel[...].T
+        for w in self.more:
+            x = x @ w
+        return x @ self.embed.embedding.T
 
 
-def test_a_linear_whose_kernel_others_read_shows_them_the_weight():
-    dense, x = Tied(nnx.Rngs(0)), jnp.ones((2, 64))
-    model, report = quantize(dense, x)
-    reasons = {entry.path: entry.reason for entry in report.replaced}
-    assert reasons == {
-        "up/kernel": "other code reads it, and makes it dense",
-        "down/kernel": None,
+def test_weights_that_modules_above_read_stay_packed():
+    model, count = Tied(nnx.Rngs(0)), nnx.Variable(jnp.zeros((), jnp.int32))
+    changed, report = quantize(model, TOKENS, count)
+    assert len(report.replaced) == 5
+    assert type(changed.down) is qjax.layers.nnx.Linear
+    assert isinstance(changed.up, nnx.Linear)
+    found = changed(TOKENS, count)
+    assert int(count[...]) == 1
+    same(nnx.jit(lambda model, *args: model(*args))(changed, TOKENS, count), found)
+    packed = {
+        "embed": (wrapped.packed_weights(changed.embed)["embedding"], True),
+        "up": (changed.up.packed["kernel"], False),
+        "down": (changed.down.packed, False),
     }
-    assert type(model.down) is qjax.layers.nnx.Linear
-    assert isinstance(model.up, nnx.Linear)
-    with pytest.warns(UserWarning, match="up/kernel is made dense, as it is read out"):
-        found = model(x)
-    for name, packed in (
-        ("up", model.up.packed["kernel"]),
-        ("down", model.down.packed),
-    ):
-        weight = qjax.dequantize(nnx.as_pure(packed))
-        getattr(dense, name).kernel.set_value(weight)
-    same(found, dense(x))
+    for name, (weight, is_table) in packed.items():
+        dense = qjax.dequantize(nnx.as_pure(weight))
+        module = getattr(model, name)
+        variable = module.embedding if is_table else module.kernel
+        variable.set_value(dense.T if is_table else dense)
+    for i, weight in wrapped.packed_weights(changed.more).items():
+        model.more[int(i)].set_value(qjax.dequantize(nnx.as_pure(weight)))
+    same(found, model(TOKENS, count))
 
 
 def squared(model, x):

@@ -45,15 +45,14 @@ class Finding(NamedTuple):
       form: How it is flattened, or why there is no way.
       obstacle: Why it cannot be packed nevertheless, or None.
       is_shown: Whether other code than its module's wants to have it as an attribute.
-      is_stacked: Whether other code than its module's takes it out of a stack.
-      note: What there is to know of it once it is packed, or None.
+      is_stacked: Whether other code than its module's uses it, or takes it out of a
+        stack.
     """
 
     form: Form | str
     obstacle: str | None = None
     is_shown: bool = False
     is_stacked: bool = False
-    note: str | None = None
 
 
 def quantize(
@@ -97,9 +96,8 @@ def quantize(
             if traced and isinstance(finding.form, str):
                 choice = choice.without_form()
             form = _obstacle(weight) or finding.obstacle or finding.form
-            note = "; ".join(filter(None, (_note(weight, form), finding.note))) or None
             packed, entry = packing.settle(
-                weight.path, weight.value, choice, form, note
+                weight.path, weight.value, choice, form, _note(weight, form)
             )
             entries.append(entry)
             if packed is not None and isinstance(form, Form):
@@ -209,10 +207,7 @@ def _found(
             form,
             readers.of_state(seen),
             readers.is_shown(seen),
-            is_stacked and _is_below(weight),
-            "other code reads it, and makes it dense"
-            if readers.is_used_outside(seen)
-            else None,
+            (is_stacked or readers.is_used_outside(seen)) and _is_below(weight),
         )
 
     return {weight.path: find(weight) for weight in weights}
