@@ -52,10 +52,12 @@ def quantize_model(
 
     In nnx, plain `nnx.Linear` layers become `layers.nnx.Linear`, but for those whose
     kernels other code reads in the call with ``inputs``; all other modules stay
-    instances of their classes, their packed weights in an attribute ``packed``. Weights
-    stay dense that the call reads in a state (`nnx.state`, `nnx.split`) outside of
-    their own modules, such as those of `nnx.WeightNorm`. In linen, only ``apply`` of
-    the model itself takes the quantized variables: ``bind`` refuses them.
+    instances of their classes, their packed weights in an attribute ``packed``. Code of
+    modules above these that reads a weight in that call, as of a table of embeddings,
+    is traced like their own. Weights stay dense that the call reads in a state
+    (`nnx.state`, `nnx.split`) outside of their own modules, such as those of
+    `nnx.WeightNorm`. In linen, only ``apply`` of the model itself takes the quantized
+    variables: ``bind`` refuses them.
 
     Args:
       model: An nnx model, which stays as it is, or a linen module. The arrays may be
