@@ -13,6 +13,7 @@ from jaxtyping import Array
 from qjax import progress
 from qjax.layers import qarrays
 from qjax.layers.report import Entry
+from qjax.layers.tracing import uses
 from qjax.layers.tracing.views import Form
 from qjax.rules import Rule, Spec
 from qjax.tensor import QTensor
@@ -81,6 +82,17 @@ def assumed(path: str, shape: Sequence[int]) -> Form | str:
     is_table = "embed" in path.rpartition("/")[2].lower()
     rows, columns = ((1,), (0,)) if is_table else ((0,), (1,))
     return Form(tuple(shape), rows, columns)
+
+
+def seen(path: str, shape: Sequence[int], found: Sequence[uses.Use]) -> Form | str:
+    """The form of a weight that the uses of it show.
+
+    Of one that the call does not use, as the images' encoder in a call with a text,
+    is thought what would be if no call were known.
+    """
+    if not uses.is_used(found) and isinstance(form := assumed(path, shape), Form):
+        return form
+    return uses.form(tuple(shape), found)
 
 
 def unfit(weight: Any, form: Form, spec: Spec) -> str | None:

@@ -30,9 +30,11 @@ def quantize_model(
     so that the products of the model sum its rows: groups run over the flattened
     contraction, as of an output projection ``(heads, head_dim, model)`` over ``heads *
     head_dim``. The modules' own code runs as ever, traced: it may transpose, reshape,
-    cast, index, split, freeze, scan or checkpoint its weight; its products go through
-    `matmul`, and rows that it looks up are dequantized alone. What else it does with a
-    weight makes that one dense, with a warning that names its path, and is no error.
+    cast, index, split, freeze, reshard, scan or checkpoint its weight, or multiply it
+    by a number; its products go through `matmul`, those that are convolutions of
+    windows that do not overlap as well, and rows that it looks up are dequantized
+    alone. What else it does with a weight makes that one dense, with a warning that
+    names its path, and is no error.
 
     Code that maps over shards of its weights (`jax.shard_map`) gets packed shards, of
     whole words and groups; a part of each of several heads would be none.
@@ -50,10 +52,12 @@ def quantize_model(
 
     In nnx, plain `nnx.Linear` layers become `layers.nnx.Linear`, but for those whose
     kernels other code reads in the call with ``inputs``; all other modules stay
-    instances of their classes, their packed weights in an attribute ``packed``. Weights
-    stay dense that the call reads in a state (`nnx.state`, `nnx.split`) outside of
-    their own modules, such as those of `nnx.WeightNorm`. In linen, only ``apply`` of
-    the model itself takes the quantized variables: ``bind`` refuses them.
+    instances of their classes, their packed weights in an attribute ``packed``. Code of
+    modules above these that reads a weight in that call, as of a table of embeddings,
+    is traced like their own. Weights stay dense that the call reads in a state
+    (`nnx.state`, `nnx.split`) outside of their own modules, such as those of
+    `nnx.WeightNorm`. In linen, only ``apply`` of the model itself takes the quantized
+    variables: ``bind`` refuses them.
 
     Args:
       model: An nnx model, which stays as it is, or a linen module. The arrays may be
@@ -67,15 +71,15 @@ def quantize_model(
       *inputs: What the model is called with, arrays or shapes: from one abstract call,
         which JAX must be able to trace, is seen which axes of a weight are summed, and
         who reads it; random keys and mutable collections of linen are made up. Without
-        them, that is known of Flax's own modules of nnx, of modules with an
-        ``einsum_str``, and guessed of weights of two axes (``[inputs, outputs]``,
-        embeddings the other way round).
+        them, and of weights that the call does not use, that is known of Flax's own
+        modules of nnx, of modules with an ``einsum_str``, and guessed of weights of two
+        axes (``[inputs, outputs]``, embeddings the other way round).
       variables: Variables of a linen module; their "params" are quantized, and weights
         that qwix quantized (`QArray`) keep their codes.
       method: Name of the method that is called with the inputs (default: ``__call__``).
       strict: Whether a matched weight that cannot be quantized is an error. Those that
-        the inputs show to be no matrices of products, of convolutions say, only are if
-        their rule is narrower than ``".*"``.
+        the inputs show to be no matrices of products, of most convolutions say, only
+        are if their rule is narrower than ``".*"``.
       report: Is called with a `layers.Report` of what was replaced, what was not, and
         why: `print`, or a list's ``append`` (default: None; then a warning tells of
         matched weights that stay dense).

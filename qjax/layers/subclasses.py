@@ -13,7 +13,11 @@ _RECIPE = "_made_by"  # the function and its arguments, in the class that it mad
 
 
 def subclass(
-    make: Callable[..., type], base: Any, about: Any, members: Mapping[str, Any]
+    make: Callable[..., type],
+    base: Any,
+    about: Any,
+    members: Mapping[str, Any],
+    **keywords: Any,
 ) -> Any:
     """Makes a subclass of a class, with its name.
 
@@ -23,6 +27,7 @@ def subclass(
       base: The class.
       about: What else the subclass is made of; it can be pickled.
       members: Its attributes.
+      **keywords: Keywords of the class.
 
     Returns:
       The subclass. It can be pickled if ``base`` can.
@@ -30,7 +35,8 @@ def subclass(
     named = {name: getattr(base, name) for name in ("__module__", "__doc__")}
     recipe = {_RECIPE: (make, (base, about))}
     metaclass = _metaclass(type(base))
-    return metaclass(base.__name__, (base,), {**named, **members, **recipe})
+    attributes = {**named, **members, **recipe}
+    return metaclass(base.__name__, (base,), attributes, **keywords)
 
 
 @functools.cache

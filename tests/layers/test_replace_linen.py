@@ -249,6 +249,27 @@ def test_a_model_may_have_a_cache():
     same(cache["cache"]["cached_key"], wanted["cache"]["cached_key"])
 
 
+def test_a_model_may_start_a_cache():
+    """One that its variables do not have yet."""
+
+    class Caches(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            keys = nn.Dense(MODEL)(x)
+            cache = self.variable("cache", "keys", jnp.zeros, keys.shape)
+            cache.value += keys
+            return cache.value
+
+    variables = Caches().init(jax.random.key(0), x(2, MODEL))
+    params = {"params": variables["params"]}
+    module, packed = qjax.quantize_model(
+        Caches(), SPEC, x(2, MODEL), variables=params, strict=True
+    )
+    assert list(flat(packed)) == ["Dense_0/kernel"]
+    found, cache = module.apply(packed, x(2, MODEL), mutable=["cache"])
+    same(cache["cache"]["keys"], found, 0)
+
+
 def test_what_a_model_may_not_write_is_its_own_error():
     class Writes(nn.Module):
         @nn.compact
@@ -272,7 +293,7 @@ def test_a_quantized_model_is_not_bound(quantized):
     ("model", "pattern", "inputs"),
     [
         (nn.WeightNorm(nn.Dense(8)), "layer_instance/kernel", x(3, MODEL)),
-        (nn.Conv(8, (1,)), "kernel", x(1, 5, MODEL)),
+        (nn.Conv(8, (3,)), "kernel", x(1, 5, MODEL)),
     ],
 )
 def test_a_weight_that_a_rule_names_is_no_matrix(model, pattern, inputs):
@@ -287,16 +308,16 @@ def test_a_weight_that_a_rule_names_is_no_matrix(model, pattern, inputs):
 
 
 def test_unrecognized_uses_warn_with_the_path():
-    class Doubled(nn.Module):
+    class Absolute(nn.Module):
         @nn.compact
         def __call__(self, x):
             w = self.param("w", nn.initializers.lecun_normal(), (MODEL, 8))
-            return x @ (2 * w)
+            return x @ jnp.abs(w)
 
-    model = nn.Sequential([Doubled()])
+    model = nn.Sequential([Absolute()])
     variables = model.init(jax.random.key(0), x(3, MODEL))
     module, packed = qjax.quantize_model(model, SPEC, variables=variables)
-    with pytest.warns(UserWarning, match="^layers_0/w is made dense for 'mul'"):
+    with pytest.warns(UserWarning, match="^layers_0/w is made dense for 'abs'"):
         found = module.apply(packed, x(3, MODEL))
     params = foreign.dequantized_params(module, packed)
     same(found, model.apply({"params": params}, x(3, MODEL)))
@@ -362,3 +383,21 @@ def test_memory_report_joins_scales_and_words(quantized):
     entries = {entry.path: entry for entry in report.entries}
     assert entries["params/Foreign_0/w"].bits == 4
     assert report.nbytes == sum(leaf.nbytes for leaf in jax.tree.leaves(quantized[1]))
+
+
+@pytest.mark.parametrize("inputs", [(), (x(3, MODEL),)])
+def test_a_kernel_and_a_bias_need_not_be_those_of_a_dense_layer(inputs):
+    class Transposed(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            init = nn.initializers.lecun_normal()
+            kernel = self.param("kernel", init, (32, MODEL))
+            bias = self.param("bias", nn.initializers.normal(), (32,))
+            return x @ kernel.T + bias[None]
+
+    variables = Transposed().init(jax.random.key(0), x(3, MODEL))
+    module, packed = qjax.quantize_model(
+        Transposed(), SPEC, *inputs, variables=variables, strict=True
+    )
+    dense = {"params": foreign.dequantized_params(module, packed)}
+    same(module.apply(packed, x(3, MODEL)), Transposed().apply(dense, x(3, MODEL)))

@@ -177,7 +177,7 @@ def test_parameters_that_are_no_matrices_are_let_be():
             self.conv = nnx.Conv(32, 32, (3,), rngs=RNGS)
             self.place = nnx.Param(jnp.ones((1, 5, 32)))
             self.adapter = nnx.LoRA(32, 2, 32, rngs=RNGS)
-            self.unused = nnx.Param(jnp.ones((32, 32)))
+            self.unused = nnx.Param(jnp.ones((3, 32, 32)))
 
         def __call__(self, x):
             x = self.conv(x) + self.place[...]
@@ -192,6 +192,37 @@ def test_parameters_that_are_no_matrices_are_let_be():
     assert "conv_general_dilated" in reasons["conv/kernel"]
     assert "add" in reasons["place"]
     assert "not used" in reasons["unused"]
+
+
+def test_what_a_call_does_not_use_is_as_without_inputs():
+    class Other(nnx.Module):
+        def __init__(self):
+            self.up = nnx.Linear(MODEL, MODEL, rngs=RNGS)
+            self.other_embed = nnx.Param(x(5, MODEL))
+            self.other = nnx.Param(x(MODEL, 5))
+            self.place = nnx.Param(x(5, MODEL))
+
+        def __call__(self, x):
+            return self.up(x) + self.place[...][None]
+
+    model, report = quantize(Other(), x(1, 5, MODEL))
+    assert {entry.path for entry in report.replaced} == {
+        *("up/kernel", "other", "other_embed")
+    }
+    shapes = {name: w.shape for name, w in wrapped.packed_weights(model).items()}
+    assert shapes == {"other": (MODEL, 5), "other_embed": (MODEL, 5)}
+
+
+def test_a_model_that_cannot_be_traced_says_what_to_do():
+    class Looks(nnx.Linear):
+        def __call__(self, x):
+            return super().__call__(x) if float(x.sum()) else x
+
+    model = Looks(MODEL, MODEL, rngs=RNGS)
+    with pytest.raises(jax.errors.ConcretizationTypeError) as caught:
+        quantize(model, x(1, MODEL))
+    assert any("leave the inputs out" in note for note in caught.value.__notes__)
+    assert len(quantize(model)[1].replaced) == 1
 
 
 def test_an_abstract_model_is_quantized_and_filled(quantized, expected):
@@ -247,6 +278,24 @@ def test_load_fills_all_modules_that_share_a_weight_and_our_own_tables():
     embed = qjax.layers.nnx.Embed(foreign.VOCABULARY, MODEL, group_size=GROUP)
     qjax.layers.nnx.load(embed, {"embedding": table})
     same(embed(TOKENS), qjax.dequantize(qjax.quantize(table.T, 4, GROUP)).T[TOKENS], 0)
+
+
+def test_load_fills_arrays_that_are_no_variables():
+    class Scaled(nnx.Linear):
+        def __init__(self):
+            super().__init__(MODEL, 8, rngs=nnx.Rngs(0))
+            self.factor = nnx.data(jnp.full((8,), 3.0))
+
+        def __call__(self, x):
+            return super().__call__(x) * self.factor[None]
+
+    dense = Scaled()
+    model, _ = quantize(nnx.eval_shape(Scaled))
+    weights = {"kernel": dense.kernel[...], "bias": dense.bias[...]}
+    with pytest.raises(ValueError, match="model's parameter is of shape"):
+        qjax.layers.nnx.load(model, {**weights, "factor": jnp.ones(3)})
+    qjax.layers.nnx.load(model, {**weights, "factor": dense.factor})
+    same(model(x(3, MODEL)), quantize(dense)[0](x(3, MODEL)), 0)
 
 
 def test_load_says_what_does_not_fit():
@@ -348,31 +397,46 @@ def test_words_are_never_parameters(quantized):
 
 
 class Tied(nnx.Module):
-    """Reads the kernel of a layer that is not its own."""
+    """Reads weights of modules that are not its own."""
 
     def __init__(self, rngs: nnx.Rngs):
+        self.embed = nnx.Embed(96, 64, rngs=rngs)
         self.up = nnx.Linear(64, 32, rngs=rngs)
         self.down = nnx.Linear(32, 64, rngs=rngs)
+        self.more = nnx.List([nnx.Param(x(64, 64)), nnx.Param(x(64, 64))])
 
-    def __call__(self, x):
+    def __call__(self, tokens, count):
+        count[...] += 1
+        x = self.embed.embedding[...].at[tokens].get()
         h = self.up(x)
-        return self.down(h) + h @ self.up.kernel[...].T
+        x = self.down(h) + h @ self.up.kernel[...].T
+        for w in self.more:
+            x = x @ w
+        return x @ self.embed.embedding.T
 
 
-def test_a_linear_whose_kernel_others_read_shows_them_the_weight():
-    dense, x = Tied(nnx.Rngs(0)), jnp.ones((2, 64))
-    model = qjax.quantize_model(dense, qjax.Spec(group_size=32), x)
-    assert type(model.down) is qjax.layers.nnx.Linear
-    assert isinstance(model.up, nnx.Linear)
-    with pytest.warns(UserWarning, match="up/kernel is made dense, as it is read out"):
-        found = model(x)
-    for name, packed in (
-        ("up", model.up.packed["kernel"]),
-        ("down", model.down.packed),
-    ):
-        weight = qjax.dequantize(nnx.as_pure(packed))
-        getattr(dense, name).kernel.set_value(weight)
-    same(found, dense(x))
+def test_weights_that_modules_above_read_stay_packed():
+    model, count = Tied(nnx.Rngs(0)), nnx.Variable(jnp.zeros((), jnp.int32))
+    changed, report = quantize(model, TOKENS, count)
+    assert len(report.replaced) == 5
+    assert type(changed.down) is qjax.layers.nnx.Linear
+    assert isinstance(changed.up, nnx.Linear)
+    found = changed(TOKENS, count)
+    assert int(count[...]) == 1
+    same(nnx.jit(lambda model, *args: model(*args))(changed, TOKENS, count), found)
+    packed = {
+        "embed": (wrapped.packed_weights(changed.embed)["embedding"], True),
+        "up": (changed.up.packed["kernel"], False),
+        "down": (changed.down.packed, False),
+    }
+    for name, (weight, is_table) in packed.items():
+        dense = qjax.dequantize(nnx.as_pure(weight))
+        module = getattr(model, name)
+        variable = module.embedding if is_table else module.kernel
+        variable.set_value(dense.T if is_table else dense)
+    for i, weight in wrapped.packed_weights(changed.more).items():
+        model.more[int(i)].set_value(qjax.dequantize(nnx.as_pure(weight)))
+    same(found, model(TOKENS, count))
 
 
 def squared(model, x):
@@ -418,7 +482,7 @@ READERS = {
     "squared-own": (lambda: Reads(squared, Projection()), "(square)"),
     "penalized": (lambda: Reads(penalized, linear()), "(integer_pow)"),
     "normalized": (normalized, "(mul)"),
-    "spectral": (spectral, "(dot_general, div)"),
+    "spectral": (spectral, "(dot_general)"),
 }
 
 
@@ -473,18 +537,18 @@ def test_a_layer_may_be_taken_out_of_the_state_of_a_stack():
     same(model(x(3, MODEL)), foreign.dequantized(model, stack)(x(3, MODEL)))
 
 
-class Doubles(nnx.Module):
+class Absolute(nnx.Module):
     def __init__(self):
         self.w = nnx.Param(x(MODEL, MODEL))
 
     def __call__(self, x):
-        return x @ (self.w[...] * 2)
+        return x @ jnp.abs(self.w[...])
 
 
 @pytest.mark.parametrize(
     ("model", "pattern", "inputs"),
     [
-        (Doubles(), "w", x(3, MODEL)),
+        (Absolute(), "w", x(3, MODEL)),
         (nnx.Conv(MODEL, 8, (3,), rngs=RNGS), "kernel", x(1, 5, MODEL)),
     ],
 )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, reshard
 from jax.sharding import PartitionSpec as P
 
 import qjax
@@ -213,3 +213,54 @@ def test_a_model_that_is_cut_by_hand():
     for name, weight in nnx.as_pure(quantized.packed).items():
         getattr(model, name).set_value(qjax.dequantize(weight))
     same(nnx.jit(lambda m, x: m(x))(quantized, x(4, 64)), model(x(4, 64)))
+
+
+EXPLICIT = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+
+
+def gathered(w):
+    return reshard(x(4, 512), P("data")) @ reshard(w, P(None, "model"))
+
+
+def tied(w):
+    tokens = reshard(jnp.array([[3, -1], [0, 39]]), P("data"))
+    rows = w.at[tokens].get(out_sharding=P("data"))
+    return jnp.dot(rows, w.T, out_sharding=P("data", None, "model"))
+
+
+def uneven(w):
+    """Cut in pieces that are no whole heads."""
+    return heads(reshard(x(4, 3, 256), P("data")), reshard(w, P(None, None, "model")))
+
+
+RESHARDED = {
+    "gathered": (Case((512, 64), (0,), (1,), gathered), P("data", "model")),
+    "tied": (Case((64, 512), (1,), (0,), tied), P("model", "data")),
+    "uneven": (Case((256, 4, 16), (0,), (1, 2), uneven), P("data", "model")),
+}
+
+
+def with_scale(weight, scale):
+    return dataclasses.replace(weight, scale=scale)
+
+
+@pytest.mark.parametrize("name", RESHARDED)
+def test_a_weight_that_is_cut_otherwise_stays_packed(name):
+    case, spec = RESHARDED[name]
+    weight, form = packed(case)
+    sharded = qjax.shard(weight, EXPLICIT, spec)
+    with jax.set_mesh(EXPLICIT):
+        run = lambda w: interpreter.call(case.function, {"w": hold(w, form)})  # noqa: E731
+        found, eager = jax.jit(run)(sharded), run(sharded)
+        expected = jax.jit(case.function)(dense(hold(weight, form)))
+        slope = jax.jit(jax.grad(lambda s: (run(with_scale(sharded, s)) ** 2).sum()))
+        wanted = jax.grad(
+            lambda s: (
+                case.function(dense(hold(with_scale(weight, s), form))) ** 2
+            ).sum()
+        )
+        same(slope(sharded.scale), jax.jit(wanted)(weight.scale))
+    same(found, expected)
+    same(eager, expected)
+    if name != "uneven":
+        assert found.sharding.spec == expected.sharding.spec

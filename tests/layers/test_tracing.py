@@ -42,6 +42,14 @@ def behind_a_barrier(*arrays):
     return jax.lax.optimization_barrier(arrays)
 
 
+def convolved(shape: tuple, strides: tuple, padding="VALID", layout="NHWC", **options):
+    """Of images, by a kernel of height, width, inputs, outputs."""
+    numbers = (layout, "HWIO", layout)
+    return lambda w: jax.lax.conv_general_dilated(
+        x(*shape), w, strides, padding, dimension_numbers=numbers, **options
+    )
+
+
 CASES = {
     "heads": Case(
         (32, 4, 8), (0,), (1, 2), lambda w: jnp.einsum("btd,dnh->btnh", x(2, 3, 32), w)
@@ -132,6 +140,57 @@ CASES = {
         scanned(lambda c, w: (jnp.matmul(*behind_a_barrier(c, w)), None)),
     ),
     "frozen": Case((32, 24), (0,), (1,), lambda w: x(5, 32) @ jax.lax.stop_gradient(w)),
+    "pixels": Case((1, 1, 32, 8), (2,), (3,), convolved((2, 3, 4, 32), (2, 2), "SAME")),
+    "patches": Case(
+        (2, 4, 4, 24), (0, 1, 2), (3,), convolved((2, 6, 8, 4), (2, 4), "SAME")
+    ),
+    "patches-apart": Case(
+        (2, 4, 4, 24), (0, 1, 2), (3,), convolved((2, 6, 9, 4), (3, 5))
+    ),
+    "padded-patches": Case(
+        (2, 4, 4, 24),
+        (0, 1, 2),
+        (3,),
+        convolved((3, 4, 5, 6), (2, 4), ((1, 0), (-1, 2)), "NCHW", lhs_dilation=(2, 1)),
+    ),
+    "one-window": Case(
+        (2, 4, 4, 24),
+        (0, 1, 2),
+        (3,),
+        convolved((3, 2, 4, 4), (1, 1), rhs_dilation=(1, 1)),
+    ),
+    "moved": Case(
+        (32, 24),
+        (0,),
+        (1,),
+        lambda w: x(5, 32) @ jax.device_put(jax.device_put(w), jax.memory.Space.Device),
+    ),
+    "scanned-from-memory": Case(
+        (3, 32, 32),
+        (1,),
+        (2,),
+        scanned(lambda c, w: (c @ jax.device_put(w, jax.memory.Space.Device), None)),
+    ),
+    "times-a-number": Case(
+        (32, 24), (0,), (1,), lambda w: x(5, 32) @ (w * jnp.exp(x(1)[0]) * 2 / 3)
+    ),
+    "a-number-times-rows": Case(
+        (40, 32), (1,), (0,), lambda w: (0.5 * w)[jnp.array([39, 40, 3])]
+    ),
+    "experts-times-a-number": Case(
+        (3, 32, 8),
+        (1,),
+        (2,),
+        lambda w: jax.lax.ragged_dot(x(6, 32), w / 2, jnp.array([2, 0, 3])),
+    ),
+    "scanned-times-a-number": Case(
+        (3, 32, 32),
+        (1,),
+        (2,),
+        lambda w: jax.lax.scan(
+            jax.checkpoint(lambda c, w: (c @ w, None)), x(5, 32), w / 2
+        ),
+    ),
     "ones": Case(
         (1, 32, 1, 8),
         (1,),
@@ -216,6 +275,7 @@ OTHERWISE = {
     "all-experts": ((1,), (0, 2)),
     "some-heads": ((0,), (2,)),
     "ones": ((1,), (0, 2, 3)),
+    "pixels": ((2,), (0, 1, 3)),
     "scanned-once": ((1,), (0, 2)),
 }
 
@@ -238,6 +298,7 @@ REASONS = {
     ),
     "not used": ((32, 8), lambda w: x(3)),
     "dot_general": ((32, 8), lambda w: x(5, 16) @ w[:16]),
+    "div": ((32, 8), lambda w: 2 / w),
 }
 
 
@@ -262,6 +323,9 @@ DIFFERENTIABLE = (
         "in-a-branch",
         "split",
         "scanned-behind-barriers",
+        "patches",
+        "times-a-number",
+        "scanned-times-a-number",
     ),
 )
 
@@ -427,7 +491,7 @@ def test_matrices_are_filled_with_other_numbers_densely():
 
 
 DENSE = {
-    "mul": lambda w: x(5, 32) @ (w * 2),
+    "abs": lambda w: x(5, 32) @ jnp.abs(w),
     "slice": lambda w: x(5, 16) @ w[:16],
     "ragged_dot_general": lambda w: jax.lax.ragged_dot(
         x(6, 4), w.reshape(8, 4, 8), jnp.array([1, 0, 2, 0, 0, 1, 0, 2])
@@ -435,6 +499,7 @@ DENSE = {
     "return": lambda w: w.T,
     "custom_jvp_call": lambda w: x(5, 32) @ jax.nn.relu(w),
     "scan": lambda w: jax.lax.scan(lambda c, _: (c + w, None), w, length=2)[0],
+    "device_put": lambda w: x(5, 32) @ jax.device_put(w, jax.devices()[0]),
 }
 
 

@@ -18,7 +18,7 @@ from flax import errors, traverse_util
 from jaxtyping import Array
 
 from qjax.layers import packing, partitions, qarrays, subclasses
-from qjax.layers.linen.variables import QUANTIZED, box, to_params, to_variables
+from qjax.layers.linen.variables import QUANTIZED, box, in_collections, to_params
 from qjax.layers.report import Entry, path_name
 from qjax.layers.tracing import interpreter, uses
 from qjax.layers.tracing.views import Form
@@ -77,7 +77,7 @@ def quantize(
                 replaced[path], kinds[path] = packed, (form, str(weight.dtype))
             if choice.spec is not None:
                 advance(entry.before)
-    made = to_variables(_replaced(given["params"], replaced))
+    made = in_collections(_replaced(given["params"], replaced))
     for names in traverse_util.flatten_dict(dict(given["params"])):
         path = path_name(names)
         if path in replaced and isinstance(boxes[path], nn.Partitioned):
@@ -164,11 +164,21 @@ def _found(
 
     while True:
         try:
-            return uses.find(run, shapes, others, passed)
-        except (errors.InvalidRngError, errors.ModifyScopeVariableError) as error:
+            found = uses.collect(run, shapes, others, passed)
+        except (errors.InvalidRngError, *_OF_IMMUTABLE) as error:
             if (wanted := _wanted(error, options)) is None:
                 raise
             options = wanted
+        else:
+            return {p: packing.seen(p, w.shape, found[p]) for p, w in shapes.items()}
+
+
+# What a model raises that changes, or starts, a collection that is not mutable.
+_OF_IMMUTABLE = (
+    errors.ModifyScopeVariableError,
+    errors.ScopeCollectionNotFound,
+    errors.ScopeVariableNotFoundError,
+)
 
 
 def _wanted(error: Exception, options: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -177,7 +187,7 @@ def _wanted(error: Exception, options: Mapping[str, Any]) -> dict[str, Any] | No
     What a model draws or writes has no say in what it does with its weights: a caller
     need not pass the keys, nor name the collections.
     """
-    if isinstance(error, errors.ModifyScopeVariableError):
+    if isinstance(error, _OF_IMMUTABLE):
         mutable = nn.DenyList("params")
         return None if "mutable" in options else {**options, "mutable": mutable}
     asked = re.search(r'needs PRNG for "(.*?)"', str(error))

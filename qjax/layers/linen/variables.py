@@ -157,17 +157,33 @@ def to_variables(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
       >>> list(variables["quantized"])
       ['up']
     """
-    floats: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
+    _check_biases(params)
+    return in_collections(params)
+
+
+def _check_biases(params: Mapping[str, Any]) -> None:
+    """Refuses a bias that does not fit the kernel beside it, with a ValueError."""
     if isinstance(kernel := params.get("kernel"), QTensor):
         bias = nn.meta.unbox(params.get("bias"))
         # The axes of one of several features, such as (4, 8), its layer knows.
         shape = () if bias is None else jnp.shape(bias)
         fits = math.prod(shape) == math.prod(kernel.batch) * kernel.n
         dense.check_shapes(kernel, bias, bias_shape=shape if fits else None)
+    for value in params.values():
+        if isinstance(value, Mapping):
+            _check_biases(value)
+
+
+def in_collections(params: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Does what `to_variables` does to params of modules that anybody wrote.
+
+    What such a module calls its bias may be anything.
+    """
+    floats: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
-            below = to_variables(value)
+            below = in_collections(value)
             floats[name] = below["params"]
             if below[QUANTIZED]:
                 rest[name] = below[QUANTIZED]

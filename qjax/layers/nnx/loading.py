@@ -2,8 +2,9 @@
 
 import difflib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
@@ -47,19 +48,14 @@ def load(model: nnx.Module, weights: Mapping[str, QTensor | Array]) -> None:
       >>> model(jnp.ones((1, 64))).shape
       (1, 8)
     """
-    packed = _packed(model)
-    plain = {
-        path_name(path): node
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, nnx.Variable)
-    }
+    packed, plain = _packed(model), _plain(model)
     # All of them, before the first is put in its place.
     fitting = {
         path: _fitting(path, weight, packed, plain) for path, weight in weights.items()
     }
     for path, weight in fitting.items():
         if not isinstance(weight, QTensor):
-            plain[path].set_raw_value(weight)
+            _put_plain(plain[path], weight)
             continue
         module, name = packed[path][0]
         new = variables(weight, cut_of(wrapped.packed_weights(module)[name]))
@@ -82,11 +78,51 @@ def _packed(model: nnx.Module) -> dict[str, _Holders]:
     return packed
 
 
+class _Attribute(NamedTuple):
+    """An array that a module has as an attribute, as `nnx.data` takes it.
+
+    Attributes:
+      module: The module.
+      name: The attribute.
+    """
+
+    module: nnx.Module
+    name: str
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return getattr(self.module, self.name).shape
+
+
+def _plain(model: nnx.Module) -> dict[str, nnx.Variable | _Attribute]:
+    """What holds an array that is not packed, by path."""
+    variables = {
+        path_name(path): node
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, nnx.Variable)
+    }
+    attributes = {
+        path_name((*path, name)): _Attribute(module, name)
+        for path, module in nnx.iter_modules(model)
+        for name, value in vars(module).items()
+        if isinstance(value, Array | jax.ShapeDtypeStruct)
+    }
+    return variables | attributes
+
+
+def _put_plain(place: nnx.Variable | _Attribute, array: Array) -> None:
+    if isinstance(place, _Attribute):
+        setattr(place.module, place.name, array)
+    else:
+        place.set_raw_value(array)
+
+
 def _fitting(
     path: str,
     weight: QTensor | Array,
     packed: Mapping[str, _Holders],
-    plain: Mapping[str, nnx.Variable],
+    plain: Mapping[str, nnx.Variable | _Attribute],
 ) -> QTensor | Array:
     """What takes the place of a parameter: of a packed one, a prepared `QTensor`."""
     if path in packed:

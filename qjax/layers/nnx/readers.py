@@ -71,6 +71,18 @@ def is_shown(found: Sequence[Use]) -> bool:
     )
 
 
+def is_used_outside(found: Sequence[Use]) -> bool:
+    """Whether code that is not of a weight's own module uses it, and not its shape.
+
+    Args:
+      found: As in `is_shown`.
+    """
+    return any(
+        use.operation != NAMING and use.names & {_OWN, _SHOWN} == {_SHOWN}
+        for use in found
+    )
+
+
 def is_stacked(found: Sequence[Use]) -> bool:
     """Whether code that is not of a weight's own modules takes these out of a stack.
 
@@ -120,7 +132,7 @@ def _watched(cls: Any, names: tuple[str, ...], inside: set[int]) -> type:
         name: _through(name, value, run) for name, value in wrapping.public(cls)
     }
     members |= {name: _attribute(name, inside) for name in names}
-    made = type(cls)(cls.__name__, (cls,), members)
+    made = type(cls)(cls.__name__, (cls,), members, **wrapping.keywords(cls))
     return made
 
 

@@ -45,7 +45,8 @@ class Finding(NamedTuple):
       form: How it is flattened, or why there is no way.
       obstacle: Why it cannot be packed nevertheless, or None.
       is_shown: Whether other code than its module's wants to have it as an attribute.
-      is_stacked: Whether other code than its module's takes it out of a stack.
+      is_stacked: Whether other code than its module's uses it, or takes it out of a
+        stack.
     """
 
     form: Form | str
@@ -198,7 +199,7 @@ def _found(
     def find(weight: Weight) -> Finding:
         seen = found[weight.path]
         is_stacked = readers.is_stacked(seen)
-        form = uses.form(weight.variable.shape, seen)
+        form = packing.seen(weight.path, weight.variable.shape, seen)
         # What is known of a layer are its last axes; a stack may have any other.
         if not (is_stacked and isinstance(form, Form)):
             form = _known(weight) or form
@@ -206,7 +207,7 @@ def _found(
             form,
             readers.of_state(seen),
             readers.is_shown(seen),
-            is_stacked and _is_below(weight),
+            (is_stacked or readers.is_used_outside(seen)) and _is_below(weight),
         )
 
     return {weight.path: find(weight) for weight in weights}

@@ -27,7 +27,8 @@ class Kind(NamedTuple):
       form: How it is flattened.
       variable: Class of its Variable.
       dtype: Dtype of its array, by name.
-      is_stacked: Whether code of modules above its own takes it out of a stack.
+      is_stacked: Whether code of modules above its own uses it, or takes it out of a
+        stack.
     """
 
     form: Form

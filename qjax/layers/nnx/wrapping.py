@@ -81,7 +81,15 @@ def _subclass(cls: type, kinds: tuple[tuple[str, Kind], ...]) -> type:
     }
     members |= {name: _outside(name) for name, _ in kinds}
     members["_kinds"] = dict(kinds)
-    return subclasses.subclass(_subclass, cls, kinds, members)
+    return subclasses.subclass(_subclass, cls, kinds, members, **keywords(cls))
+
+
+def keywords(cls: Any) -> dict[str, Any]:
+    """What the definition of a subclass says to Flax, so that it is what the class is.
+
+    A class that is no pytree (``pytree=False``) may have any data in any attribute.
+    """
+    return {"pytree": cls._pytree__is_pytree}
 
 
 def public(cls: type) -> Iterator[tuple[str, Any]]:
@@ -140,7 +148,8 @@ class Outside(nnx.Param):
         """Makes the weight dense, and warns of it."""
         held = self.get_metadata("held")
         warnings.warn(
-            f"{held.path} is made dense, as it is read outside of its own module.",
+            f"{held.path} is made dense, as it is read outside of its own module: that "
+            "one's methods read it packed, and a rule with None leaves it as it is.",
             stacklevel=3,
         )
         return dense(held)[index.get("index", ...)]

@@ -48,6 +48,8 @@ class Held:
       beside: What is added to whatever is made of the weight.
       origin: Where a weight that is one matrix lies in a stack, or None. Products read
         it there: XLA copies ``weight`` out of the stack only for what else reads it.
+      factor: A number in float32 that all of the weight, with what is beside it, is
+        multiplied by; or None.
     """
 
     weight: QTensor
@@ -56,6 +58,7 @@ class Held:
     path: str
     beside: tuple[Beside, ...] = ()
     origin: Origin | None = None
+    factor: Array | None = None
 
     @property
     def arrays(self) -> Any:
@@ -67,9 +70,23 @@ class Held:
         weight, beside = arrays
         return dataclasses.replace(self, weight=weight, beside=beside, origin=origin)
 
+    def times(self, factor: Array) -> "Held":
+        """The same weight, multiplied by a number."""
+        factor = factor.astype(jnp.float32)
+        if self.factor is not None:
+            factor *= self.factor
+        return dataclasses.replace(self, factor=factor)
+
     def add(self, y: Array, factored: Factored, *inputs: Array) -> Array:
-        """Adds what is beside the weight to what it made, as `Beside.add` does."""
-        return add(self.beside, y, factored, inputs, self.weight)
+        """Adds what is beside the weight to what it made, as `Beside.add` does.
+
+        What is made of all is multiplied by the factor.
+        """
+        y = add(self.beside, y, factored, inputs, self.weight)
+        if self.factor is None:
+            return y
+        # A reciprocal, say, that is rounded to 16 bits would be off for all of y.
+        return (y.astype(jnp.float32) * self.factor).astype(y.dtype)
 
     def seen(self, view: View) -> "Held":
         """The same weight in another view."""

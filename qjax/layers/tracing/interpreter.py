@@ -11,14 +11,18 @@ from typing import Any
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from qjax.layers.beside import Beside, apart
 from qjax.layers.tracing import held as packed
+from qjax.layers.tracing.convolutions import convolve
 from qjax.layers.tracing.held import Held, dense_all
 from qjax.layers.tracing.products import product, ragged_product
 from qjax.layers.tracing.programs import PROGRAMS, Value
-from qjax.layers.tracing.views import Form, follow
+from qjax.layers.tracing.shards import resharded
+from qjax.layers.tracing.views import Form, follow, is_memory
 from qjax.tensor import QTensor
 
 
@@ -166,6 +170,41 @@ def _ragged_dot(params: dict[str, Any], values: list[Value]) -> Array | None:
     )
 
 
+def _convolution(params: dict[str, Any], values: list[Value]) -> Array | None:
+    x, held = values
+    if not isinstance(held, Held) or isinstance(x, Held):
+        return None
+    return convolve(jnp.asarray(x), held, params)
+
+
+def _scaled(params: dict[str, Any], values: list[Value]) -> Held | None:
+    """All of a weight times a number."""
+    del params
+    a, b = values
+    held, factor = (a, b) if isinstance(a, Held) else (b, a)
+    if not isinstance(held, Held) or isinstance(factor, Held) or jnp.ndim(factor):
+        return None
+    return held.times(jnp.asarray(factor))
+
+
+def _divided(params: dict[str, Any], values: list[Value]) -> Held | None:
+    """All of a weight divided by a number."""
+    del params
+    held, divisor = values
+    if not isinstance(held, Held) or isinstance(divisor, Held) or jnp.ndim(divisor):
+        return None
+    return held.times(1 / jnp.asarray(divisor, jnp.float32))
+
+
+def _moved(params: dict[str, Any], values: list[Value]) -> Held | None:
+    """A weight in another memory, such as one that is kept in that of the host."""
+    held, *others = values
+    if others or not isinstance(held, Held) or not is_memory(params["devices"]):
+        return None
+    (to,) = params["devices"]
+    return held if to is None else held.holding(jax.device_put(held.arrays, to))
+
+
 def _gather(params: dict[str, Any], values: list[Value]) -> Value | None:
     held, index = values
     if not isinstance(held, Held) or isinstance(index, Held):
@@ -195,6 +234,10 @@ def _dynamic_slice(params: dict[str, Any], values: list[Value]) -> Value | None:
 _OPERATIONS: Mapping[str, Callable[..., Value | None]] = {
     "dot_general": _dot_general,
     "ragged_dot_general": _ragged_dot,
+    "conv_general_dilated": _convolution,
+    "mul": _scaled,
+    "div": _divided,
+    "device_put": _moved,
     "gather": _gather,
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
@@ -229,8 +272,23 @@ def _stop_gradient(eqn: jex.JaxprEqn, values: list[Value]) -> list[Value]:
     return [held.holding((weight, held.beside), origin)]
 
 
+def _reshard(eqn: jex.JaxprEqn, values: list[Value]) -> list[Value]:
+    """A weight that is cut otherwise, or over axes of another type, as its array is."""
+    (held,), to = values, eqn.params["dst_sharding"]
+    assert isinstance(held, Held)
+
+    def move(array: Array, spec: P) -> Array:
+        params = {**eqn.params, "dst_sharding": NamedSharding(to.mesh, spec)}
+        return eqn.primitive.bind(array, **params)
+
+    whole = jax.tree.map(lambda array: P(*[None] * array.ndim), held.beside)
+    specs = (resharded(held, to.spec, to.mesh), whole)
+    return [held.holding(jax.tree.map(move, held.arrays, specs))]
+
+
 # Operations with several results, or of which a weight comes out as it is.
 _WHOLE: Mapping[str, Callable[..., Sequence[Value] | None]] = {
+    "reshard": _reshard,
     "split": _split,
     "optimization_barrier": _barrier,
     "stop_gradient": _stop_gradient,

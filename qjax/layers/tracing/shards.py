@@ -42,10 +42,38 @@ def shards(held: Held, spec: P, mesh: Mesh | AbstractMesh) -> Shards | None:
       mesh: The mesh.
 
     Returns:
-      The shards; None if words cannot be cut so, or something is beside the weight.
+      The shards; None if words cannot be cut so, or the weight is not all there is.
     """
     counts = counts_of(spec, mesh, len(held.view.shape))
-    view = cut(held.view, counts)
+    view, axes = cut(held.view, counts), _axes(held, spec, counts)
+    if axes is None:
+        return None
+    # The inputs of a device's rows are anywhere, and the code has it given its own.
+    is_ordered = "k" in axes and held.weight.order is not None
+    is_more = held.beside or held.factor is not None
+    if view is None or is_more or is_ordered or len(held.weight.segments) > 1:
+        return None
+    return Shards(partitions.specs(held.weight, axes), held.seen(view))
+
+
+def resharded(held: Held, spec: P, mesh: Mesh | AbstractMesh) -> QTensor:
+    """How the arrays of a weight are cut where its dense array is to be cut otherwise.
+
+    Args:
+      held: The weight.
+      spec: Of the dense array.
+      mesh: The mesh.
+
+    Returns:
+      The specs; of no axis, if words cannot be cut so.
+    """
+    counts = counts_of(spec, mesh, len(held.view.shape))
+    axes = _axes(held, spec, counts) if cut(held.view, counts) else None
+    return partitions.specs(held.weight, axes or {})
+
+
+def _axes(held: Held, spec: P, counts: Counts) -> dict[str, Any] | None:
+    """Names the axes of the matrix as a dense array's are; None if units are cut."""
     pieces = sharding.units(held.weight)
     sides = {ROW: "k", COLUMN: "n"} | {s: f"b{i}" for i, s in enumerate(held.stack)}
     axes = {}
@@ -55,11 +83,7 @@ def shards(held: Held, spec: P, mesh: Mesh | AbstractMesh) -> Shards | None:
             if pieces["k0" if side == "k" else side] % count:
                 return None
             axes[side] = entry
-    # The inputs of a device's rows are anywhere, and the code has it given its own.
-    is_ordered = "k" in axes and held.weight.order is not None
-    if view is None or held.beside or is_ordered or len(held.weight.segments) > 1:
-        return None
-    return Shards(partitions.specs(held.weight, axes), held.seen(view))
+    return axes
 
 
 def counts_of(spec: P, mesh: Mesh | AbstractMesh, rank: int) -> Counts:

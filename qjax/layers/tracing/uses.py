@@ -12,11 +12,19 @@ import jax
 import jax.extend.core as jex
 from jax.extend.core import primitives
 
+from qjax.layers.tracing.convolutions import is_product
 from qjax.layers.tracing.shards import Counts, counts_of, cut
 from qjax.layers.tracing.views import Atom, Form, Side, View, follow
 
 # The operation that gives an array a name, and nothing else.
 NAMING = "name"
+
+
+# What is to be done about a model that cannot be traced.
+_UNTRACED = (
+    "quantize_model traces a call of the model with the inputs, as jax.jit does. For a "
+    "model that cannot be traced, leave the inputs out, or name a method that can be."
+)
 
 
 class Use(NamedTuple):
@@ -90,7 +98,13 @@ def collect(
     Returns:
       The uses of each weight, in the order of the program.
     """
-    closed = jax.make_jaxpr(lambda *args: _arrays(function(*args)))(weights, *others)
+    try:
+        closed = jax.make_jaxpr(lambda *args: _arrays(function(*args)))(
+            weights, *others
+        )
+    except (jax.errors.JAXTypeError, jax.errors.JAXIndexError) as error:
+        error.add_note(_UNTRACED)
+        raise
     uses: dict[str, list[Use]] = {name: [] for name in weights}
     seen: list[_Seen | None] = [None] * len(closed.jaxpr.invars)
     for i, name in enumerate(sorted(weights)):
@@ -148,6 +162,11 @@ def _arrays(tree: Any) -> list[jax.Array]:
     return [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.Array)]
 
 
+def is_used(uses: Sequence[Use]) -> bool:
+    """Returns whether anything is done with a weight but that it is named."""
+    return any(use.operation != NAMING for use in uses)
+
+
 def form(shape: tuple[int, ...], uses: Sequence[Use]) -> Form | str:
     """Decides on the form; a product with all of the weight counts more than others.
 
@@ -158,9 +177,9 @@ def form(shape: tuple[int, ...], uses: Sequence[Use]) -> Form | str:
     Returns:
       The form, or the reason why there is none.
     """
-    uses = [use for use in uses if use.operation != NAMING]
-    if not uses:
+    if not is_used(uses):
         return "it is not used in the call that was traced"
+    uses = [use for use in uses if use.operation != NAMING]
     axes = range(len(shape))
     for use in sorted(uses, key=lambda use: len(use.indexed)):
         summed = use.summed or frozenset()
@@ -206,11 +225,20 @@ def _through(
         # Rows of a table may be multiplied by another weight.
         for place, seen in enumerate(operands):
             if seen:
-                yield seen.name, _product(eqn, seen, place, shapes[seen.name])
+                summed, batch = (p[place] for p in eqn.params["dimension_numbers"])
+                yield seen.name, _product(name, seen, summed, batch, shapes[seen.name])
         return []
+    if name == "conv_general_dilated" and (seen := operands[1]) and not operands[0]:
+        x, w = (_aval(variable).shape for variable in eqn.invars)
+        if is_product(eqn.params, x, w):
+            axes = eqn.params["dimension_numbers"].rhs_spec[1:]
+            yield seen.name, _product(name, seen, axes, (), shapes[seen.name])
+            return []
     if name == "ragged_dot_general" and operands[1]:
         yield operands[1].name, _ragged_product(eqn, operands[1])
         return []
+    if (seen := _scaled(eqn, operands)) is not None:
+        return [seen]
     one = operands[0]
     if name in ("gather", "slice", "dynamic_slice", "split") and one:
         parts = [_part(eqn, one, _aval(out).shape) for out in eqn.outvars]
@@ -232,9 +260,14 @@ def _through(
     return []
 
 
-def _product(eqn: jex.JaxprEqn, seen: _Seen, place: int, shape: tuple[int, ...]) -> Use:
-    """The use of a weight that is one of the operands of a `jax.lax.dot_general`."""
-    summed, batch = (pair[place] for pair in eqn.params["dimension_numbers"])
+def _product(
+    operation: str,
+    seen: _Seen,
+    summed: Sequence[int],
+    batch: Sequence[int],
+    shape: tuple[int, ...],
+) -> Use:
+    """The use of a weight in a product that sums some axes, and shares others."""
     extents: dict[Any, int] = {}
     for atom in seen.view.pick(summed):
         extents[atom.side] = extents.get(atom.side, 1) * atom.size
@@ -242,7 +275,17 @@ def _product(eqn: jex.JaxprEqn, seen: _Seen, place: int, shape: tuple[int, ...])
     whole = all(shape[a] == size * counts.get(a, 1) for a, size in extents.items())
     alone = frozenset(atom.side for atom in seen.view.pick(batch))
     axes = frozenset(extents) if whole and extents else None
-    return seen._replace(stack=seen.stack | alone).used("dot_general", axes)
+    return seen._replace(stack=seen.stack | alone).used(operation, axes)
+
+
+def _scaled(eqn: jex.JaxprEqn, operands: list[_Seen | None]) -> _Seen | None:
+    """A weight of which all is multiplied, or divided, by a number; or None."""
+    name = eqn.primitive.name
+    if name not in ("mul", "div") or all(operands):
+        return None
+    place = 0 if operands[0] else 1
+    is_number = _aval(eqn.invars[1 - place]).shape == ()
+    return operands[place] if is_number and (name, place) != ("div", 1) else None
 
 
 def _ragged_product(eqn: jex.JaxprEqn, seen: _Seen) -> Use:

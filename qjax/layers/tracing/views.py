@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -226,9 +227,16 @@ def follow(primitive: str, params: dict[str, Any], view: View) -> View | None:
         dtype = params["new_dtype"]
         floating = jnp.issubdtype(dtype, jnp.floating)
         return view._replace(dtype=np.dtype(dtype)) if floating else None
+    if primitive == "device_put":
+        return view if is_memory(params["devices"]) else None
     # An annotation of the dense array has no meaning for the packed one.
-    annotations = ("copy", "copy_p", "sharding_constraint", "name", "pvary")
+    annotations = ("copy", "copy_p", "sharding_constraint", "reshard", "name", "pvary")
     return view if primitive in annotations else None
+
+
+def is_memory(devices: Sequence[Any]) -> bool:
+    """Whether an array goes to another memory at most, and to no other devices."""
+    return all(to is None or isinstance(to, jax.memory.Space) for to in devices)
 
 
 def _spread(view: View, shape: Sequence[int], where: Sequence[int]) -> View | None:
