@@ -1,8 +1,9 @@
 """Runs the code of wrapped modules on their packed weights.
 
 A call runs the code of the module's own class on a copy of the module, traced, with
-its packed weights in the place of dense ones. So are those below it that its code takes
-out of stacks: Flax would cut a layer out, where a product reads it where it lies.
+its packed weights in the place of dense ones. So are those below it that its code uses
+itself, or takes out of stacks: Flax would cut a layer out, where a product reads it
+where it lies.
 """
 
 import contextlib
@@ -92,12 +93,12 @@ def _traced(
 
 
 def _to_open(module: Any) -> list[Any]:
-    """The module, what it takes out of stacks below it, and what is in between."""
+    """The module, those below it whose weights it uses, and what is in between."""
     return [
         one
         for _, one in nnx.iter_modules(module)
         if wrapped.is_wrapped(one)
-        and (one is module or all(k.is_stacked for k in wrapped.kinds(one).values()))
+        and (one is module or all(k.is_used_above for k in wrapped.kinds(one).values()))
     ]
 
 

@@ -45,14 +45,14 @@ class Finding(NamedTuple):
       form: How it is flattened, or why there is no way.
       obstacle: Why it cannot be packed nevertheless, or None.
       is_shown: Whether other code than its module's wants to have it as an attribute.
-      is_stacked: Whether other code than its module's uses it, or takes it out of a
+      is_used_above: Whether other code than its module's uses it, or takes it out of a
         stack.
     """
 
     form: Form | str
     obstacle: str | None = None
     is_shown: bool = False
-    is_stacked: bool = False
+    is_used_above: bool = False
 
 
 def quantize(
@@ -107,7 +107,7 @@ def quantize(
     foreign = {
         id(module)
         for weight in chosen
-        if findings[weight.path].is_shown or findings[weight.path].is_stacked
+        if findings[weight.path].is_shown or findings[weight.path].is_used_above
         for _, module, _ in weight.holders
     }
     for module, path, packed, kinds in _by_holder(replaced):
@@ -180,7 +180,7 @@ def _assumed(model: nnx.Module, weights: Sequence[Weight]) -> dict[str, Finding]
         return Finding(
             form,
             changed.get(id(weight.variable)),
-            is_stacked=is_stacked and _is_below(weight),
+            is_used_above=is_stacked and _is_below(weight),
         )
 
     return {weight.path: find(weight) for weight in weights}
@@ -300,7 +300,7 @@ def _by_holder(
         assert isinstance(form, Form)
         held = variables(packed, _cut(weight, form))
         dtype = str(variable.dtype)
-        kind = wrapped.Kind(form, type(variable), dtype, finding.is_stacked)
+        kind = wrapped.Kind(form, type(variable), dtype, finding.is_used_above)
         for path, module, name in weight.holders:
             entry = modules.setdefault(id(module), (module, path, {}, {}))
             entry[2][name], entry[3][name] = held, kind

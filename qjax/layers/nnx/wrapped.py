@@ -27,14 +27,14 @@ class Kind(NamedTuple):
       form: How it is flattened.
       variable: Class of its Variable.
       dtype: Dtype of its array, by name.
-      is_stacked: Whether code of modules above its own uses it, or takes it out of a
-        stack.
+      is_used_above: Whether code of modules above its own uses it, or takes it out
+        of a stack.
     """
 
     form: Form
     variable: type[nnx.Variable]
     dtype: str
-    is_stacked: bool = False
+    is_used_above: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

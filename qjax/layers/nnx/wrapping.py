@@ -4,8 +4,8 @@ A module that directly holds a weight becomes an instance of a subclass of its o
 class: its weight is packed, and its methods run through `layers.tracing`. All other
 state of the module, and its other attributes, stay what they are.
 
-Where modules are a stack, the code that scans them or indexes them is that of modules
-above: it runs in the same way, on all that it takes out of stacks.
+Code of modules above may use a weight as well, and where modules are a stack, it is
+theirs that scans it: it runs in the same way, on all weights that it uses so.
 """
 
 import functools
@@ -47,11 +47,11 @@ def wrap(
 
 
 def wrap_above(model: nnx.Module) -> None:
-    """Wraps all modules above those that are taken out of stacks, in place."""
+    """Wraps all modules above those whose weights their code uses, in place."""
 
     def is_above(module: nnx.Module) -> bool:
         below = map(wrapped.kinds, _modules(module))
-        return any(kind.is_stacked for kinds in below for kind in kinds.values())
+        return any(kind.is_used_above for kinds in below for kind in kinds.values())
 
     for module in _modules(model):
         if not wrapped.is_wrapped(module) and is_above(module):
