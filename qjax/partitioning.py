@@ -14,11 +14,13 @@ on the one that is a part of the arrays' types.
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
@@ -63,8 +65,8 @@ def over_devices(
       summand: Called instead where devices have summands of a result: the same in a
         wider dtype. The sum is rounded to what ``function`` returns. Where all but one
         are zero, as of stacks, no sum is rounded, and ``function`` is called.
-      reverse: Whether ``function`` has a derivative in reverse mode alone, as of a
-        `jax.custom_vjp`.
+      reverse: Whether the derivative is one in reverse mode alone. It is cut over
+        devices as the function is; else XLA partitions it, where axes are automatic.
 
     Returns:
       What ``function`` returns.
@@ -298,22 +300,60 @@ def _transformable(
         return out, (True,) * len(out)
 
     # A partitioned function has no derivative of its own, but that of one that is
-    # mapped over shards is mapped, too. The gradient of `qjax.matmul` needs none; that
-    # of a gradient does.
+    # mapped over shards is mapped, too.
     def formula(*leaves: Array) -> tuple[Array, ...]:
         is_mapped = over is _over_shards
         return over(task, functions, leaves) if is_mapped else functions.whole(*leaves)
 
     if functions.reverse:
-        pulled = jax.custom_vjp(mapped)
-        pulled.defvjp(
-            lambda *leaves: (pulled(*leaves), leaves),
-            lambda leaves, cotangents: jax.vjp(formula, *leaves)[1](cotangents),
-        )
-        return pulled(*leaves)
+        return _with_reverse(mapped, over, task, functions)(*leaves)
     pushed = jax.custom_jvp(mapped)
     pushed.defjvp(lambda primals, tangents: jax.jvp(formula, primals, tangents))
     return pushed(*leaves)
+
+
+def _with_reverse(
+    mapped: Callable[..., tuple[Array, ...]],
+    over: Callable[..., tuple[Array, ...]],
+    task: _Task,
+    functions: _Functions,
+) -> Callable[..., tuple[Array, ...]]:
+    """Gives a function its derivative, which is one over devices, too.
+
+    Of pieces of operands and of the cotangents of results it computes the cotangents of
+    the same pieces of the operands; where devices have the same piece, each has a
+    summand.
+    """
+    differentiable = jax.custom_vjp(mapped)
+
+    def forward(*leaves: Array) -> tuple[Any, ...]:
+        return differentiable(*leaves), leaves
+
+    def backward(leaves: Sequence[Array], cotangents: Sequence[Array]) -> tuple:
+        is_float = [jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+
+        def pulled(flat: Flat) -> Flat:
+            def pull(*arrays: Array) -> tuple[Array, ...]:
+                operands, given = arrays[: len(leaves)], arrays[len(leaves) :]
+                out, back = jax.vjp(flat, *operands)
+                cast = tuple(g.astype(y.dtype) for g, y in zip(given, out, strict=True))
+                return tuple(itertools.compress(back(cast), is_float))
+
+            return pull
+
+        of_floats = tuple(itertools.compress(task.operands, is_float))
+        pulling = _Task((*task.operands, *task.results), of_floats, task.units)
+        found = _transformable(
+            over, pulling, functions.map(pulled), (*leaves, *cotangents)
+        )
+        left = iter(found)
+        return tuple(
+            next(left) if has else np.zeros(leaf.shape, jax.dtypes.float0)
+            for leaf, has in zip(leaves, is_float, strict=True)
+        )
+
+    differentiable.defvjp(forward, backward)
+    return differentiable
 
 
 def _over_shards(

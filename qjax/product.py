@@ -72,6 +72,7 @@ def _backward(
         (of_w, of_dy, of_place),
         of_x,
         units,
+        reverse=True,
     )
     gradients = over_devices(
         functools.partial(_leaf_gradients, choice, count),
@@ -79,6 +80,7 @@ def _backward(
         (of_w, of_x, of_dy, of_place),
         float_arrays(of_w, names),
         units,
+        reverse=True,
     )
     leaves = float_arrays(w, names)
     dx, gradients = explicitly_like((dx, gradients), (x, leaves))

@@ -54,8 +54,7 @@ def ragged_matmul(
     tokens, once for every block of their tokens. Of a stack that is cut over devices
     along its experts (`qjax.shard`), each device multiplies the tokens of its own;
     inside `jax.shard_map` a share of one is a stack like any other, and its sizes are
-    those of the experts in it. Derivatives of a gradient leave the experts where they
-    are only if the axes of the mesh are explicit.
+    those of the experts in it.
 
     Args:
       x: Tokens sorted by expert, ``[t, k]`` bfloat16, float16 or float32.

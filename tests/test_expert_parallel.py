@@ -148,6 +148,9 @@ def test_second_derivatives(spec, mesh, as_qtensor):
     found = second(place(x, P(), mesh), w.scale, w)
     assert_close(found, second(x, whole.scale, whole))
     assert found[1].sharding.is_equivalent_to(w.scale.sharding, w.scale.ndim)
+    # Sums of what belongs to tokens; words and scales stay.
+    moved = communicated(second, place(x, P(), mesh), w.scale, w)
+    assert set(moved) == {"all-reduce"}
 
 
 class TestCommunication:
