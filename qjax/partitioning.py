@@ -12,8 +12,6 @@ Where the axes of the mesh are automatic, XLA asks for the pieces when it compil
 on the one that is a part of the arrays' types.
 """
 
-import collections
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,10 +26,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec, Shard
 from jaxtyping import Array
 
 from qjax.meshes import is_explicit, mesh_of, vary_together
-from qjax.sharding import entry_axes, family_of
+from qjax.pieces import Choice, Names, Operand, Task
 
 P = PartitionSpec
-Names = tuple[str | None, ...]
 Flat = Callable[..., tuple[Array, ...]]
 
 
@@ -76,7 +73,7 @@ def over_devices(
     if jax.sharding.get_abstract_mesh().manual_axes or jax.config.jax_disable_jit:
         return function(*operands)
     leaves, tree = jax.tree.flatten(operands)
-    task = _Task.of(jax.tree.leaves(named), jax.tree.leaves(results), units)
+    task = Task.of(jax.tree.leaves(named), jax.tree.leaves(results), units)
 
     def flattened(function: Callable[..., Any]) -> Flat:
         return lambda *leaves: tuple(jax.tree.leaves(function(*tree.unflatten(leaves))))
@@ -98,191 +95,28 @@ class _Functions(NamedTuple):
         return _Functions(transform(self.whole), transform(self.summand), self.reverse)
 
 
-class _Operand(NamedTuple):
-    """An array as the choice of axes sees it."""
-
-    names: Names
-    spec: PartitionSpec
-    nbytes: int
-
-    @classmethod
-    def of(cls, names: Names, array: Any, spec: PartitionSpec) -> "_Operand":
-        return cls(names, spec, math.prod(array.shape) * array.dtype.itemsize)
-
-    @property
-    def has_rows(self) -> bool:
-        return any(name and name.startswith("m") for name in self.names)
-
-    def offers(self) -> list[tuple[str | None, tuple[str, ...]]]:
-        """Every name with the mesh axes that the array is cut along there."""
-        return list(zip(self.names, map(entry_axes, self.spec), strict=False))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Task:
-    """The names of the axes of operands and results, None where they are never cut.
-
-    Attributes:
-      operands: Of every operand.
-      results: Of every result.
-      units: Pieces by name, more than one of each.
-    """
-
-    operands: tuple[Names, ...]
-    results: tuple[Names, ...]
-    units: Mapping[str, int]
-
-    @classmethod
-    def of(
-        cls,
-        operands: Sequence[PartitionSpec],
-        results: Sequence[PartitionSpec],
-        units: Mapping[str, int],
-    ) -> "_Task":
-        every = cls(tuple(map(tuple, operands)), tuple(map(tuple, results)), units)
-        return every._only(lambda pieces: pieces > 1)
-
-    def on(self, mesh: Mesh | AbstractMesh) -> "_Task":
-        """Leaves out the names whose pieces no axis of a mesh shares evenly.
-
-        Shardy would cut words along a part of an axis, and they were gathered again.
-        """
-        sizes = [size for size in mesh.shape.values() if size > 1]
-        return self._only(lambda pieces: any(pieces % size == 0 for size in sizes))
-
-    def _only(self, is_cut: Callable[[int], bool]) -> "_Task":
-        pieces = _by_family(self.units)
-        cuts = {
-            name: n for name, n in self.units.items() if is_cut(pieces[family_of(name)])
-        }
-
-        def kept(names: Names) -> Names:
-            return tuple(name if name in cuts else None for name in names)
-
-        return _Task(
-            tuple(map(kept, self.operands)), tuple(map(kept, self.results)), cuts
-        )
-
-    def batched(self, size: int, batched: Sequence[bool]) -> "_Task":
-        """Puts one more axis before those of some operands and of all results."""
-        name = f"b_{len(self.units)}"
-        operands = [
-            (name, *names) if is_batched else names
-            for names, is_batched in zip(self.operands, batched, strict=True)
-        ]
-        results = [(name, *names) for names in self.results]
-        return _Task(tuple(operands), tuple(results), {**self.units, name: size})
-
-    def choose(
-        self, mesh: Mesh | AbstractMesh, operands: Sequence[_Operand]
-    ) -> "_Choice":
-        """Chooses mesh axes for every name.
-
-        Operands that have rows and those that have none may be cut along the same mesh
-        axis. Then the larger side keeps its pieces and the smaller one moves:
-        activations in decoding, packed words in training (FSDP).
-        """
-        pieces = _by_family(self.units)
-        axes: dict[str, tuple[str, ...]] = collections.defaultdict(tuple)
-        without = [o for o in operands if not o.has_rows]
-        having = [o for o in operands if o.has_rows]
-        of_weight = [offer for o in without for offer in o.offers()]
-        of_inputs = [offer for o in having for offer in o.offers()]
-        of_rows = [offer for offer in of_inputs if offer[0] and offer[0][0] == "m"]
-        if sum(o.nbytes for o in having) > sum(o.nbytes for o in without):
-            order = of_rows + of_weight + of_inputs
-        else:
-            order = of_weight + of_inputs
-        for name, offered in order:
-            family = family_of(name)
-            if name in self.units and not axes[family]:
-                taken = {axis for held in axes.values() for axis in held}
-                axes[family] = _fitting(mesh, offered, taken, pieces[family])
-        return _Choice(dict(axes))
-
-    def rule(
-        self, value_types: Sequence[Any], result_types: Sequence[Any]
-    ) -> tuple[str, dict[str, Any]]:
-        """The rule by which Shardy carries shardings over the function.
-
-        An axis of whole pieces is one factor; of pieces of several elements it is two,
-        of which the second is never cut.
-        """
-        sizes: dict[str, int] = {}
-        whole: list[str] = []
-        alone: set[str] = set()
-
-        def axis(name: str | None, size: int) -> str:
-            rest = size if name is None else size // self.units[name]
-            if name is not None and rest == 1:
-                alone.add(name)
-                return name
-            whole.append(f"w{len(whole)}")
-            if name is None:
-                return whole[-1]
-            sizes[whole[-1]] = rest
-            return f"({name} {whole[-1]})"
-
-        def side(all_names: Sequence[Names], types: Sequence[Any]) -> str:
-            return ", ".join(
-                " ".join(map(axis, names, type_.shape))
-                for names, type_ in zip(all_names, types, strict=True)
-            )
-
-        left, right = side(self.operands, value_types), side(self.results, result_types)
-        # In the order of their first appearance, as Shardy wants them.
-        used: dict[str, None] = {}
-        for names in (*self.operands, *self.results):
-            used |= {name: None for name in names if name is not None}
-        kept = {name for names in self.results for name in names}
-        sizes |= {name: self.units[name] for name in used if name not in alone}
-        options: dict[str, Any] = {"need_replication_factors": tuple(whole)}
-        if summed := tuple(name for name in used if name not in kept):
-            options["reduction_factors"] = summed
-        return f"{left} -> {right}", options | sizes
-
-
-@dataclasses.dataclass(frozen=True)
-class _Choice:
-    """The mesh axes that every family of names is cut along."""
-
-    axes: Mapping[str, tuple[str, ...]]
-
-    def spec(self, names: Names) -> PartitionSpec:
-        """The spec of an array."""
-        return P(*[self.axes.get(family_of(name)) or None for name in names])
-
-    def summed(
-        self, functions: _Functions, leaves: Sequence[Array], results: Any
-    ) -> tuple:
-        """Calls the function of a device, and sums what others have summands of."""
-        shared = {axis for axes in self.axes.values() for axis in axes}
-        over = [
-            tuple(sorted(shared - {a for name in names for a in self._held(name)}))
-            for names in results
-        ]
-        if not any(over):
-            return functions.whole(*leaves)
-        wanted = jax.eval_shape(functions.whole, *leaves)
-        rounded = {axis for axes in over for axis in axes} - self._of_stacks()
-        summands = (functions.summand if rounded else functions.whole)(*leaves)
-        return tuple(
-            (jax.lax.psum(leaf, axes) if axes else leaf).astype(result.dtype)
-            for leaf, axes, result in zip(summands, over, wanted, strict=True)
-        )
-
-    def _held(self, name: str | None) -> tuple[str, ...]:
-        return self.axes.get(family_of(name), ())
-
-    def _of_stacks(self) -> set[str]:
-        """Mesh axes along which one device has a summand, and the others zeros."""
-        names = [name for name in self.axes if name.startswith("b")]
-        return {axis for name in names for axis in self.axes[name]}
+def _summed(
+    choice: Choice,
+    functions: _Functions,
+    leaves: Sequence[Array],
+    results: Sequence[Names],
+) -> tuple[Array, ...]:
+    """Calls the function of a device, and sums what others have summands of."""
+    over = choice.summands(results)
+    if not any(over):
+        return functions.whole(*leaves)
+    wanted = jax.eval_shape(functions.whole, *leaves)
+    rounded = {axis for axes in over for axis in axes} - choice.of_stacks
+    summands = (functions.summand if rounded else functions.whole)(*leaves)
+    return tuple(
+        (jax.lax.psum(leaf, axes) if axes else leaf).astype(result.dtype)
+        for leaf, axes, result in zip(summands, over, wanted, strict=True)
+    )
 
 
 def _transformable(
     over: Callable[..., tuple[Array, ...]],
-    task: _Task,
+    task: Task,
     functions: _Functions,
     leaves: Sequence[Array],
 ) -> tuple[Array, ...]:
@@ -315,7 +149,7 @@ def _transformable(
 def _with_reverse(
     mapped: Callable[..., tuple[Array, ...]],
     over: Callable[..., tuple[Array, ...]],
-    task: _Task,
+    task: Task,
     functions: _Functions,
 ) -> Callable[..., tuple[Array, ...]]:
     """Gives a function its derivative, which is one over devices, too.
@@ -342,7 +176,7 @@ def _with_reverse(
             return pull
 
         of_floats = tuple(itertools.compress(task.operands, is_float))
-        pulling = _Task((*task.operands, *task.results), of_floats, task.units)
+        pulling = Task((*task.operands, *task.results), of_floats, task.units)
         found = _transformable(
             over, pulling, functions.map(pulled), (*leaves, *cotangents)
         )
@@ -357,12 +191,12 @@ def _with_reverse(
 
 
 def _over_shards(
-    task: _Task, functions: _Functions, leaves: Sequence[Array]
+    task: Task, functions: _Functions, leaves: Sequence[Array]
 ) -> tuple[Array, ...]:
     """Where arrays are traced with their pieces."""
     mesh = mesh_of(leaves)
     typed = [
-        _Operand.of(names, leaf, jax.typeof(leaf).sharding.spec)
+        Operand.of(names, leaf, jax.typeof(leaf).sharding.spec)
         for names, leaf in zip(task.operands, leaves, strict=True)
     ]
     choice = task.choose(mesh, typed)
@@ -370,7 +204,7 @@ def _over_shards(
     places = [NamedSharding(mesh, spec) for spec in specs]
 
     def local(*leaves: Array) -> tuple[Array, ...]:
-        return choice.summed(functions, vary_together(*leaves), task.results)
+        return _summed(choice, functions, vary_together(*leaves), task.results)
 
     mapped = jax.shard_map(
         local,
@@ -384,7 +218,7 @@ def _over_shards(
 
 
 def _over_pieces(
-    task: _Task, functions: _Functions, leaves: Sequence[Array]
+    task: Task, functions: _Functions, leaves: Sequence[Array]
 ) -> tuple[Array, ...]:
     """Where XLA finds out about the pieces."""
     context = mesh_of(leaves)
@@ -402,7 +236,7 @@ def _over_pieces(
 
 
 def _partition(
-    task: _Task, functions: _Functions, context: AbstractMesh
+    task: Task, functions: _Functions, context: AbstractMesh
 ) -> Callable[..., Any]:
     """What XLA calls to learn which pieces a device takes, and what it does."""
 
@@ -411,14 +245,14 @@ def _partition(
         if mesh.empty:
             mesh = _mesh_of_program(context, operands[0])
         placed = [
-            _Operand.of(names, array, _spec(array.sharding, mesh, len(names)))
+            Operand.of(names, array, _spec(array.sharding, mesh, len(names)))
             for names, array in zip(task.operands, operands, strict=True)
         ]
         choice = task.choose(mesh, placed)
         place = lambda names: NamedSharding(mesh, choice.spec(names))  # noqa: E731
 
         def local(*leaves: Array) -> tuple[Array, ...]:
-            return choice.summed(functions, leaves, task.results)
+            return _summed(choice, functions, leaves, task.results)
 
         return (
             mesh,
@@ -476,24 +310,3 @@ def _spec(sharding: Sharding, mesh: Mesh, rank: int) -> PartitionSpec:
         return tuple(axes) if shares == len(np.unique(begin)) else ()
 
     return P(*[entry(begins[..., i]) for i in range(rank)])
-
-
-def _by_family(units: Mapping[str, int]) -> dict[str, int]:
-    """The pieces of a family: as many as all its members have."""
-    pieces: dict[str, int] = {}
-    for name, count in units.items():
-        pieces[family_of(name)] = math.gcd(pieces.get(family_of(name), 0), count)
-    return pieces
-
-
-def _fitting(
-    mesh: Mesh | AbstractMesh, axes: tuple[str, ...], taken: set[str], pieces: int
-) -> tuple[str, ...]:
-    """The first of ``axes`` that are free and share the pieces evenly."""
-    fitting: tuple[str, ...] = ()
-    for axis in axes:
-        shares = math.prod(mesh.shape[a] for a in (*fitting, axis))
-        if axis in taken or pieces % shares:
-            break
-        fitting = (*fitting, axis)
-    return fitting
