@@ -360,6 +360,19 @@ def test_a_frozen_weight_has_no_gradient_and_what_is_beside_it_has():
     assert of_a.any()
 
 
+def test_a_number_that_is_frozen_with_a_weight_has_no_gradient():
+    weight, form = packed(CASES["frozen"])
+    held = interpreter.hold(weight, form, jnp.dtype(jnp.float32), "layer/w")
+
+    def loss(number, freeze):
+        use = lambda w: x(5, 32) @ (number * freeze(number * w))  # noqa: E731
+        return on_packed(use, held).sum()
+
+    whole = loss(jnp.float32(1), lambda w: w)
+    same(jax.grad(loss)(jnp.float32(1), lambda w: w), 2 * whole)
+    same(jax.grad(loss)(jnp.float32(1), jax.lax.stop_gradient), whole)
+
+
 # What a step does with its matrix, by qjax's own operations.
 STEPS = {
     "product": (lambda c, w: c @ w, qjax.matmul),

@@ -5,6 +5,7 @@ with them works; nothing of JAX or of the code is patched. The program that come
 is then run with the packed weights in their place.
 """
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -268,8 +269,11 @@ def _stop_gradient(eqn: jex.JaxprEqn, values: list[Value]) -> list[Value]:
     """Freezes a weight, and not what is beside it: that was put there to be trained."""
     del eqn
     (held,) = values
-    weight, origin = jax.lax.stop_gradient((held.weight, held.origin))
-    return [held.holding((weight, held.beside), origin)]
+    weight, origin, factor = jax.lax.stop_gradient(
+        (held.weight, held.origin, held.factor)
+    )
+    frozen = held.holding((weight, held.beside), origin)
+    return [dataclasses.replace(frozen, factor=factor)]
 
 
 def _reshard(eqn: jex.JaxprEqn, values: list[Value]) -> list[Value]:
