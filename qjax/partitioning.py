@@ -27,8 +27,8 @@ from jaxtyping import Array
 
 from qjax.meshes import is_explicit, mesh_of, vary_together
 from qjax.pieces import Choice, Names, Operand, Task
+from qjax.sharding import P
 
-P = PartitionSpec
 Flat = Callable[..., tuple[Array, ...]]
 
 

@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from qjax.sharding import entry_axes, family_of
+from qjax.sharding import P, entry_axes, family_of
 
-P = PartitionSpec
 Names = tuple[str | None, ...]
 
 

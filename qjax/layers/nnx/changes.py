@@ -149,11 +149,8 @@ class Copy:
 
 def originals(result: Any) -> Any:
     """Puts modules and Variables where `Copy.returned` left what stands for them."""
-    is_original = lambda leaf: isinstance(leaf, _Original)  # noqa: E731
     return jax.tree.map(
-        lambda leaf: leaf.node if is_original(leaf) else leaf,
-        result,
-        is_leaf=is_original,
+        lambda leaf: leaf.node if isinstance(leaf, _Original) else leaf, result
     )
 
 

@@ -65,10 +65,7 @@ def is_shown(found: Sequence[Use]) -> bool:
     Args:
       found: Its uses in a call of a model of `watch`.
     """
-    return any(
-        use.operation == NAMING and use.names & {_OWN, _SHOWN} == {_SHOWN}
-        for use in found
-    )
+    return any(use.operation == NAMING for use in found if _is_by_others(use))
 
 
 def is_used_outside(found: Sequence[Use]) -> bool:
@@ -77,10 +74,11 @@ def is_used_outside(found: Sequence[Use]) -> bool:
     Args:
       found: As in `is_shown`.
     """
-    return any(
-        use.operation != NAMING and use.names & {_OWN, _SHOWN} == {_SHOWN}
-        for use in found
-    )
+    return any(use.operation != NAMING for use in found if _is_by_others(use))
+
+
+def _is_by_others(use: Use) -> bool:
+    return use.names & {_OWN, _SHOWN} == {_SHOWN}
 
 
 def is_stacked(found: Sequence[Use]) -> bool:

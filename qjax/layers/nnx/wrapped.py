@@ -134,13 +134,12 @@ def form_of(module: Any, name: str) -> Form:
 
 def held(module: Any) -> dict[str, Held]:
     """The packed weights of a wrapped module in the place of the dense ones."""
-    path = getattr(module, PLACE).path if kinds(module) else ""
     return {
         name: interpreter.hold(
             nnx.as_pure(packed),
             form_of(module, name),
             jnp.dtype(kinds(module)[name].dtype),
-            "/".join(filter(None, (path, name))),
+            "/".join(filter(None, (getattr(module, PLACE).path, name))),
             nnx.as_pure(beside(module, name)),
         )
         for name, packed in packed_weights(module).items()

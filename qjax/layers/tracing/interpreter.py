@@ -272,8 +272,7 @@ def _stop_gradient(eqn: jex.JaxprEqn, values: list[Value]) -> list[Value]:
     weight, origin, factor = jax.lax.stop_gradient(
         (held.weight, held.origin, held.factor)
     )
-    frozen = held.holding((weight, held.beside), origin)
-    return [dataclasses.replace(frozen, factor=factor)]
+    return [dataclasses.replace(held, weight=weight, origin=origin, factor=factor)]
 
 
 def _reshard(eqn: jex.JaxprEqn, values: list[Value]) -> list[Value]:
